@@ -1,0 +1,88 @@
+"""Every error that kdcache raises on purpose.
+
+    KdcacheError            1   never raised itself
+    ├── UsageError          2   an option or argument is wrong: change the call
+    ├── NotFoundError       3   a dataset, model, archive or file is not there: get it, or correct its name
+    ├── IntegrityError      4   stored bytes are not what their record says: restore or rebuild them
+    ├── IncompatibleError   5   two sound things do not fit together (classes, policy, format version)
+    ├── IncompleteError     6   an archive is not finished: run its dump again
+    └── RetryError         75   the machine was in the way (disk full, network): make room, then repeat the command
+
+The number is the exit status of the command line. Each error says what happened (with the offending value), why, and
+how to mend it; `str(error)` is those three lines, ready to be printed.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "IncompatibleError",
+    "IncompleteError",
+    "IntegrityError",
+    "KdcacheError",
+    "NotFoundError",
+    "RetryError",
+    "UsageError",
+    "unknown_name",
+]
+
+
+class KdcacheError(Exception):
+    """Base of all: `what` happened, `why`, and the `fix` (a command to paste, where there is one)."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"error: {self.what}\nwhy: {self.why}\nfix: {self.fix}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and errors do cross process borders.
+        return (_rebuild, (type(self), self.what, self.why, self.fix))
+
+
+class UsageError(KdcacheError):
+    exit_code = 2
+
+
+class NotFoundError(KdcacheError):
+    exit_code = 3
+
+
+class IntegrityError(KdcacheError):
+    exit_code = 4
+
+
+class IncompatibleError(KdcacheError):
+    exit_code = 5
+
+
+class IncompleteError(KdcacheError):
+    exit_code = 6
+
+
+class RetryError(KdcacheError):
+    exit_code = 75
+
+
+def _rebuild(kind: type[KdcacheError], what: str, why: str, fix: str) -> KdcacheError:
+    return kind(what, why=why, fix=fix)
+
+
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, error: type[KdcacheError] = UsageError, fix: str = ""
+) -> KdcacheError:
+    """An error for a mistyped name that offers the closest known ones."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    shown = ", ".join(close or names[:20]) + (", ..." if not close and len(names) > 20 else "")
+    return error(
+        f"unknown {kind} {name!r}",
+        why=f"there is no {kind} of that name; {'close to it' if close else 'known'}: {shown}",
+        fix=fix or (f"use {close[0]!r}" if close else f"choose one of: {shown}"),
+    )
