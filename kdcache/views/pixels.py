@@ -92,12 +92,15 @@ def _mix(views: Tensor, rows: ViewTable) -> Tensor:
 
 
 def _magnitude(first: float, last: float, options: RandAugment) -> float:
-    """Entry `m` of torchvision's `torch.linspace(first, last, bins)`, to the last bit of its float32."""
+    """Entry `m` of torchvision's `torch.linspace(first, last, bins)`, to the last bit of its float32.
+
+    Written out, because torch's own rounding depends on whether the processor fuses multiply and add; this one does.
+    """
     start, end = np.float32(first), np.float32(last)
-    step = (end - start) / np.float32(options.bins - 1)
+    step = float((end - start) / np.float32(options.bins - 1))
     if options.m < options.bins // 2:
-        return float(start + step * np.float32(options.m))
-    return float(end - step * np.float32(options.bins - 1 - options.m))
+        return float(np.float32(float(start) + step * options.m))
+    return float(np.float32(float(end) - step * (options.bins - 1 - options.m)))
 
 
 def _apply(image: Image.Image, operation: int, sign: int, options: RandAugment) -> Image.Image:
