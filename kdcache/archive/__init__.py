@@ -1,0 +1,37 @@
+"""Archives of teacher logits. Everything that other modules may use of this package is here; nothing needs torch."""
+
+from typing import Any
+
+from kdcache.archive.layouts import layout
+from kdcache.archive.manifest import CanvasCard, Manifest, Noise, Plan, Statistics, TauStatistics, TeacherCard
+from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
+from kdcache.archive.statistics import PAPER_TAUS
+from kdcache.archive.store import sha256, translated_os_errors
+from kdcache.archive.writer import ArchiveWriter, write_archive
+
+__all__ = [
+    "PAPER_TAUS",
+    "Archive",
+    "ArchiveWriter",
+    "CanvasCard",
+    "Failure",
+    "Manifest",
+    "Noise",
+    "Plan",
+    "Rows",
+    "Statistics",
+    "TauStatistics",
+    "TeacherCard",
+    "Verification",
+    "layout",
+    "manifest_schema",
+    "open_archive",
+    "sha256",
+    "translated_os_errors",
+    "write_archive",
+]
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON Schema of `kdcache.json`."""
+    return Manifest.model_json_schema()

@@ -1,0 +1,198 @@
+"""`kdcache.json`, format version 1: what an archive is, and the record of every byte in it."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdcache.codecs import codec
+from kdcache.datasets import SourceCard
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError
+from kdcache.views.policy import ViewPolicy
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CanvasCard",
+    "FileRecord",
+    "Manifest",
+    "Noise",
+    "Plan",
+    "ShardRecord",
+    "Statistics",
+    "TauStatistics",
+    "TeacherCard",
+    "archive_digest",
+    "load_manifest",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "kdcache.json"
+CARD_NAME = "README.md"
+READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardRecord(_Record):
+    """One (view, block of positions): its files, and the sha256 of its decoded rows, which no layout changes."""
+
+    view: int = Field(ge=0)
+    block: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    rows_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    files: tuple[FileRecord, ...]
+
+
+class CanvasCard(_Record):
+    size: int = Field(ge=1)  # side in pixels
+    digest: str
+
+
+class Noise(_Record):
+    """What repeating the teacher in float32 changes, over `views` views at tau 1."""
+
+    views: int
+    kl_mean: float  # nats
+    kl_max: float
+    max_logit_difference: float
+
+
+class TeacherCard(_Record):
+    alias: str
+    name: str  # exact timm name
+    weights_sha256: str
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: Literal["fp32", "fp16", "bf16"]
+    batch_size: int = Field(ge=1)
+    training: dict[str, Any] | None = None  # how it was trained, as train-teacher recorded it
+    top1_clean: float | None = None  # percent, on the clean test images
+    noise: Noise | None = None
+
+
+class TauStatistics(_Record):
+    """Entropies of the teacher at one temperature. Means and quantiles (5, 25, 50, 75, 95 %) of relative entropies."""
+
+    tau: float
+    entropy_mean: float
+    entropy_quantiles: tuple[float, ...]
+    entropy_rest_mean: float
+    entropy_rest_quantiles: tuple[float, ...]
+    sorted_mean_entropy: float  # of the mean of the sorted softmax, relative
+
+
+class Statistics(_Record):
+    rows: int  # how many rows, evenly spaced over the archive, the figures per temperature rest on
+    per_tau: tuple[TauStatistics, ...]
+    top1_views: float | None  # percent of all views where the argmax is the (dominant) label
+
+
+class Plan(_Record):
+    """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
+
+    num_views: int = Field(ge=1)
+    num_samples: int = Field(ge=1)
+    class_names: tuple[str, ...] = Field(min_length=2)
+    codec: dict[str, Any]
+    layout: dict[str, Any]
+    shard_rows: int = Field(ge=1)
+    source: SourceCard | None = None
+    canvas: CanvasCard | None = None
+    policy: ViewPolicy | None = None
+    teacher: TeacherCard | None = None
+    provenance: dict[str, Any] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_blocks(self) -> int:
+        """Shards of one view."""
+        return -(-self.num_samples // self.shard_rows)
+
+    def block_rows(self, block: int) -> int:
+        return min(self.shard_rows, self.num_samples - block * self.shard_rows)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it."""
+        return self.model_dump(mode="json", exclude={"num_views", "provenance"})
+
+
+class Manifest(Plan):
+    format: Literal["kdcache"] = "kdcache"
+    format_version: Literal[1] = FORMAT_VERSION
+    readable_by: str = READABLE_BY
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    policy_digest: str | None
+    files: tuple[FileRecord, ...]  # everything that belongs to no shard
+    shards: FileRecord  # the table of shards, one ShardRecord a line
+    statistics: Statistics
+    optional: dict[str, Any] = {}  # what a reader may ignore
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        if self.policy_digest != (self.policy.digest if self.policy else None):
+            raise ValueError("policy_digest is not the digest of the policy")
+        if self.source and self.source.num_samples != self.num_samples:
+            raise ValueError("the source card has another number of samples")
+        codec.from_dict(self.codec)
+        return self
+
+
+def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
+    """sha256 that identifies the contents: equal dumps have equal digests in every layout."""
+    identity = plan.identity
+    kept = {key: identity[key] for key in ("num_samples", "class_names", "codec", "source", "canvas", "policy")}
+    kept["num_views"] = plan.num_views
+    kept["teacher"] = plan.teacher.weights_sha256 if plan.teacher else None
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
+    for shard in sorted(shards, key=lambda s: (s.view, s.block)):
+        digest.update(f"{shard.view} {shard.block} {shard.rows} {shard.rows_sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def load_manifest(text: bytes, where: str) -> Manifest:
+    """Parse and check `kdcache.json`; `where` names the archive in errors."""
+    broken = {
+        "why": "it is damaged, or was not written by kdcache",
+        "fix": "restore kdcache.json from a copy of the archive, or run the dump again",
+    }
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{where}: kdcache.json is not JSON", **broken) from None
+    if not isinstance(fields, dict) or fields.get("format") != "kdcache":
+        raise IntegrityError(f"{where}: kdcache.json is not a kdcache manifest", **broken)
+    version = fields.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        reader = str(fields.get("readable_by", "a newer kdcache"))[:40]
+        raise IncompatibleError(
+            f"{where}: the archive has format version {version}",
+            why=f"this kdcache reads versions up to {FORMAT_VERSION}; this archive needs kdcache {reader} or newer",
+            fix=f"pip install --upgrade 'kdcache>={reader}'",
+        )
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "manifest"
+        raise IntegrityError(
+            f"{where}: kdcache.json has a wrong field {field} = {str(first['input'])[:80]!r}", why=first["msg"], fix=broken["fix"]
+        ) from None
+    except KdcacheError as error:
+        raise IncompatibleError(
+            f"{where}: {error.what}", why="this installation does not know it", fix="upgrade kdcache, or install the plugin"
+        ) from None

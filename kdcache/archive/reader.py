@@ -1,0 +1,275 @@
+"""Reading an archive: NumPy and the layout's library, nothing else."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.layouts import FIELDS, layout, row_fields, rows_sha256
+from kdcache.archive.manifest import MANIFEST_NAME, FileRecord, Manifest, ShardRecord, load_manifest
+from kdcache.archive.store import LocalStore, sha256
+from kdcache.codecs import codec
+from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.progress import Progress, Silent
+
+__all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
+
+MANIFEST_LIMIT = 64 << 20
+Level = Literal["quick", "full"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one view: `logits` float32 `[n, C]` and what was stored beside them, `[n]` each (`probe` `[n, 16]`)."""
+
+    logits: NDArray[np.float32]
+    sample: NDArray[np.int64]
+    argmax: NDArray[np.int64]  # of the float32 logits, before they were stored
+    entropy: NDArray[np.float32]  # relative, tau 1
+    entropy_rest: NDArray[np.float32]
+    digest: NDArray[np.uint32]
+    probe: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that is not as recorded."""
+
+    where: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.got}, expected {self.expected}"
+
+
+@dataclass
+class Verification:
+    """What `Archive.verify` found."""
+
+    level: str
+    checked: int = 0  # files, or views for a replay
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def raise_if_failed(self) -> None:
+        if self.failures:
+            raise IntegrityError(
+                f"verify ({self.level}) found {len(self.failures)} damaged place(s); first: {self.failures[0]}",
+                why="the archive is not what its manifest says",
+                fix="restore the named files from a copy, or delete the archive and run its dump again",
+            )
+
+
+def open_archive(path: str | os.PathLike[str]) -> "Archive":
+    """Open a finished archive. Raises NotFoundError, IncompleteError, IntegrityError or IncompatibleError."""
+    store = LocalStore(path)
+    if "://" in str(path):
+        raise UsageError(
+            f"{str(path)!r} is not a local folder",
+            why="this version reads archives from local folders only",
+            fix="copy the archive here first, then give its folder",
+        )
+    if not store.exists(MANIFEST_NAME):
+        if (Path(path) / ".dump").is_dir():
+            raise IncompleteError(
+                f"archive {path} is not finished",
+                why="its dump was stopped before the manifest was written",
+                fix=_resume_command(store),
+            )
+        raise NotFoundError(
+            f"no archive at {path}",
+            why=f"there is no {MANIFEST_NAME} in it" if Path(path).is_dir() else "that folder does not exist",
+            fix="list the archives with: kdcache ls",
+        )
+    return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path)))
+
+
+def _resume_command(store: LocalStore) -> str:
+    try:
+        command = json.loads(store.read(".dump/plan.json"))["provenance"]["command"]
+    except (KdcacheError, ValueError, KeyError):
+        return "run the same dump-teacher command again; it goes on where it stopped"
+    return f"{command}   (goes on where it stopped)"
+
+
+class Archive:
+    """A finished archive. Positions order the rows of a view; `find` looks them up by sample instead."""
+
+    def __init__(self, store: LocalStore, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self._codec = codec.from_dict(manifest.codec)
+        self._reader = layout.from_dict(manifest.layout).open(manifest, store)
+        self._types = row_fields(manifest)
+
+    def __repr__(self) -> str:
+        return f"<Archive {self.path} V={self.num_views} N={self.num_samples} C={self.num_classes} {self.manifest.digest[:8]}>"
+
+    @property
+    def path(self) -> Path:
+        return self.store.root
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.num_views
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return self.manifest.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.manifest.class_names
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Label of every sample, int64 `[N]`; None if the archive was written without."""
+        return self._reader.labels()
+
+    def keys(self) -> list[str] | None:
+        """Key of every sample, `[N]`; None if the archive was written without."""
+        return self._reader.keys()
+
+    def shards(self) -> Iterator[ShardRecord]:
+        """The table of shards, checked against the manifest's sha256."""
+        table = self.manifest.shards
+        data = self.store.read(table.path, limit=table.bytes)
+        if sha256(data) != table.sha256:
+            raise IntegrityError(
+                f"{table.path}: sha256 is {sha256(data)[:12]}..., the manifest says {table.sha256[:12]}...",
+                why="the table of shards was changed after the archive was finished",
+                fix="restore it from a copy of the archive",
+            )
+        return (ShardRecord.model_validate_json(line) for line in data.splitlines())
+
+    def read(self, view: int, start: int, stop: int) -> Rows:
+        """Rows at positions `start` to `stop` (exclusive) of `view`."""
+        self._check_range(view, start, stop)
+        size = self.manifest.shard_rows
+        parts = [
+            (block, slice(max(start - block * size, 0), min(stop - block * size, self.manifest.block_rows(block))))
+            for block in range(start // size, -(-stop // size))
+        ]
+        return self._rows({name: np.concatenate([self._gather(name, view, *part) for part in parts]) for name in FIELDS})
+
+    def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
+        """Rows at any `positions` of `view`, in their order."""
+        positions = np.asarray(positions, np.int64)
+        self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
+        block, inside = np.divmod(positions, self.manifest.shard_rows)
+        fields = {name: np.empty((len(positions), *self._types[name][1]), self._types[name][0]) for name in FIELDS}
+        for number in np.unique(block):
+            where = np.flatnonzero(block == number)
+            for name, values in fields.items():
+                values[where] = self._gather(name, view, int(number), inside[where])
+        return self._rows(fields)
+
+    def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
+        """Rows of the given sample numbers in `view`, in their order."""
+        samples = np.asarray(samples, np.int64)
+        if samples.size and not (0 <= samples.min() and samples.max() < self.num_samples):
+            raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
+        return self.take(view, self._position_of(view)[samples])
+
+    def column(self, name: str, view: int) -> NDArray:
+        """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
+        self._check_range(view, 0, self.num_samples)
+        blocks = range(self.manifest.num_blocks)
+        return np.concatenate([self._gather(name, view, b, slice(0, self.manifest.block_rows(b))) for b in blocks])
+
+    def _gather(self, name: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        return self._reader.gather(name, view, block, rows)
+
+    def _position_of(self, view: int) -> NDArray[np.int64]:
+        sample = self.column("sample", view)
+        if not np.array_equal(np.sort(sample), np.arange(self.num_samples)):
+            raise IntegrityError(
+                f"{self.path}: view {view} does not hold every sample once",
+                why="its sample numbers are not a permutation",
+                fix="kdcache verify names the damage",
+            )
+        return np.argsort(sample)
+
+    def _rows(self, fields: dict[str, NDArray]) -> Rows:
+        return Rows(
+            logits=self._codec.decode(fields["logits"]),
+            sample=fields["sample"].astype(np.int64),
+            argmax=fields["argmax"].astype(np.int64),
+            entropy=fields["entropy"],
+            entropy_rest=fields["entropy_rest"],
+            digest=fields["digest"],
+            probe=fields["probe"],
+        )
+
+    def _check_range(self, view: int, start: int, stop: int) -> None:
+        if not 0 <= view < self.num_views:
+            raise IndexError(f"view {view} of an archive with views 0..{self.num_views - 1}")
+        if not 0 <= start <= stop <= self.num_samples:
+            raise IndexError(f"positions {start}..{stop} of an archive with {self.num_samples} samples")
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all recorded files."""
+        return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
+
+    def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
+        """Compare the files with the manifest: `quick` looks at sizes, `full` at sha256 of bytes and of decoded rows."""
+        progress = progress or Silent()
+        result = Verification(level)
+        try:
+            shards = list(self.shards())
+        except KdcacheError as error:
+            result.failures.append(Failure(self.manifest.shards.path, "the recorded table of shards", error.what))
+            return result
+        planned = {(v, b) for v in range(self.num_views) for b in range(self.manifest.num_blocks)}
+        if {(s.view, s.block) for s in shards} != planned or len(shards) != len(planned):
+            result.failures.append(Failure(self.manifest.shards.path, f"{len(planned)} different shards", f"{len(shards)} shards"))
+        for record in self.manifest.files:
+            self._verify_file(record, level, result)
+        for number, shard in enumerate(shards):
+            found = len(result.failures)
+            for record in shard.files:
+                self._verify_file(record, level, result)
+            if level == "full" and len(result.failures) == found and (shard.view, shard.block) in planned:
+                self._verify_rows(shard, result)
+            progress.update(f"verify {level}", number + 1, len(shards))
+        return result
+
+    def _verify_file(self, record: FileRecord, level: Level, result: Verification) -> None:
+        result.checked += 1
+        try:
+            size = self.store.size(record.path)
+            if size != record.bytes:
+                result.failures.append(Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes"))
+            elif level == "full" and (actual := sha256(self.store.read(record.path))) != record.sha256:
+                result.failures.append(Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}..."))
+        except NotFoundError:
+            result.failures.append(Failure(record.path, f"{record.bytes:,} bytes", "no such file"))
+        except IntegrityError as error:
+            result.failures.append(Failure(record.path, "a file of the archive", error.what))
+
+    def _verify_rows(self, shard: ShardRecord, result: Verification) -> None:
+        where = f"view {shard.view} block {shard.block}"
+        rows = slice(0, self.manifest.block_rows(shard.block))
+        try:
+            fields = {name: self._gather(name, shard.view, shard.block, rows) for name in FIELDS}
+        except KdcacheError as error:
+            result.failures.append(Failure(where, "readable rows", error.what))
+            return
+        actual = rows_sha256(self._codec.decode(fields["logits"]), fields)
+        if actual != shard.rows_sha256:
+            result.failures.append(Failure(where, f"rows sha256 {shard.rows_sha256[:12]}...", f"rows sha256 {actual[:12]}..."))

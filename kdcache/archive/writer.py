@@ -1,0 +1,347 @@
+"""Writing an archive: shard by shard, in any order, by any number of processes, surviving a kill at any moment.
+
+Until it is finished an archive holds the folder `.dump` with the plan and one sidecar per finished shard. A shard is
+finished when its sidecar is there, and the sidecar is written after all of the shard's files; nothing is inferred from
+the presence of a data file. `finalize` turns the sidecars into the manifest, whose appearance makes the archive one.
+"""
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.card import write_card
+from kdcache.archive.layouts import PROBE_BYTES, rows_sha256
+from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    CanvasCard,
+    FileRecord,
+    Manifest,
+    Plan,
+    ShardRecord,
+    TeacherCard,
+    archive_digest,
+)
+from kdcache.archive.reader import Archive, open_archive
+from kdcache.archive.statistics import compute_statistics
+from kdcache.archive.store import LocalStore, sha256
+from kdcache.codecs import codec as codecs
+from kdcache.datasets import SourceCard
+from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError, UsageError
+from kdcache.progress import Progress, Silent
+from kdcache.stats import relative_entropy
+from kdcache.views.policy import ViewPolicy
+
+__all__ = ["ArchiveWriter", "write_archive"]
+
+WORK = ".dump"
+SHARD_BYTES = 64 << 20  # of logits
+
+
+class ArchiveWriter:
+    """Writes logits computed anywhere. Opening the same path again resumes; more `num_views` than before appends.
+
+    Parameters
+    ----------
+    path: folder of the archive; made if missing.
+    num_views, num_samples, class_names: the archive is `[num_views, num_samples, len(class_names)]`.
+    labels, keys: per sample, in the order of sample numbers; optional.
+    codec: a `kdcache.codecs` name. layout: a layout's name.
+    shard_rows: rows of a shard; by default 64 MiB of logits, or all samples if that is less.
+    policy, source, canvas, teacher: what the logits come from. Without a policy the archive cannot be replayed.
+
+    Raises IncompatibleError if the folder holds a dump of something else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_views: int,
+        num_samples: int,
+        class_names: Sequence[str],
+        labels: NDArray[np.int64] | None = None,
+        keys: Sequence[str] | None = None,
+        codec: str = "i16",
+        layout: str = "zarr",
+        shard_rows: int | None = None,
+        policy: ViewPolicy | None = None,
+        source: SourceCard | None = None,
+        canvas: CanvasCard | None = None,
+        teacher: TeacherCard | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        if len(class_names) < 2:
+            raise UsageError(
+                f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
+            )
+        for name, values in (("labels", labels), ("keys", keys)):
+            if values is not None and len(values) != num_samples:
+                raise UsageError(
+                    f"{len(values)} {name} for {num_samples} samples", why=f"there is one of the {name} per sample", fix="pass them all"
+                )
+        coding = codecs.build(codec)
+        row_bytes = coding.dtype.itemsize * len(class_names)
+        arrangement = layouts[layout].fit(row_bytes, min(num_samples, shard_rows or num_samples))
+        plan = Plan(
+            num_views=num_views,
+            num_samples=num_samples,
+            class_names=tuple(class_names),
+            codec=codecs.to_dict(coding),
+            layout=layouts.to_dict(arrangement),
+            shard_rows=_shard_rows(shard_rows, row_bytes, num_samples, arrangement.rows_per_unit),
+            source=source,
+            canvas=canvas,
+            policy=policy,
+            teacher=teacher,
+            provenance=provenance or {},
+        )
+        samples = {
+            "labels": None if labels is None else [int(label) for label in labels],
+            "keys": None if keys is None else list(keys),
+        }
+        self._start(LocalStore(path), plan, samples)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> "ArchiveWriter":
+        """The writer of an unfinished archive, from what the folder itself says."""
+        store = LocalStore(path)
+        if not store.exists(f"{WORK}/plan.json"):
+            raise NotFoundError(
+                f"{path} holds no unfinished dump",
+                why="there is no plan in it" + (", and it is finished" if store.exists(MANIFEST_NAME) else ""),
+                fix="check the path with: kdcache ls",
+            )
+        writer = cls.__new__(cls)
+        writer._start(store, Plan.model_validate_json(store.read(f"{WORK}/plan.json")), None)
+        return writer
+
+    def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
+        self.store = store
+        self._done: dict[tuple[int, int], ShardRecord] = {}
+        earlier: Plan | None = None
+        if store.exists(MANIFEST_NAME):
+            finished = open_archive(store.root)
+            earlier = finished.manifest
+            self._done = {(shard.view, shard.block): shard for shard in finished.shards()}
+        elif store.exists(f"{WORK}/plan.json"):
+            earlier = Plan.model_validate_json(store.read(f"{WORK}/plan.json"))
+        if earlier is not None:
+            _require_same(store, earlier, plan)
+            # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
+            plan = plan.model_copy(
+                update={"num_views": max(plan.num_views, earlier.num_views), "provenance": dict(earlier.provenance)}
+            )
+        self.plan = plan
+        self._codec = codecs.from_dict(plan.codec)
+        self._layout = layouts.from_dict(plan.layout)
+        if self.missing() or not store.exists(MANIFEST_NAME):
+            if samples is not None:
+                store.write(f"{WORK}/samples.json", json.dumps(samples).encode())
+            store.write(f"{WORK}/plan.json", plan.model_dump_json(indent=1).encode())
+
+    def _collect(self) -> None:
+        """Take note of shards that were finished meanwhile, by this process or another."""
+        for name in self.store.names(f"{WORK}/shards", ".json"):
+            view, block = (int(part) for part in name.rpartition("/")[2].removesuffix(".json").split("-"))
+            if (view, block) not in self._done:
+                self._done[view, block] = ShardRecord.model_validate_json(self.store.read(name))
+
+    def shards(self) -> Iterator[tuple[int, int]]:
+        """All (view, block) of the plan."""
+        return ((view, block) for view in range(self.plan.num_views) for block in range(self.plan.num_blocks))
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(view, block) of the shards that are not finished, in order."""
+        self._collect()
+        return [shard for shard in self.shards() if shard not in self._done]
+
+    def positions(self, block: int) -> range:
+        """The positions of a view that block `block` holds."""
+        start = block * self.plan.shard_rows
+        return range(start, start + self.plan.block_rows(block))
+
+    @contextmanager
+    def claim(self, view: int, block: int) -> Iterator[bool]:
+        """Own one shard while writing it: True, or False if another process has it or has finished it.
+
+        The lock is the operating system's and ends with its process, however that ends.
+        """
+        lock = filelock.FileLock(self.store.path(f"{WORK}/{view}-{block}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            yield False
+            return
+        try:
+            yield not self.store.exists(_sidecar(view, block))
+        finally:
+            lock.release()
+
+    def write(
+        self,
+        view: int,
+        block: int,
+        logits: NDArray[np.float32],
+        *,
+        sample: NDArray[np.int64] | None = None,
+        digest: NDArray[np.uint32] | None = None,
+        probe: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Write one shard whole: raw `logits` float32 `[n, C]` of the `positions(block)` of `view`, uncentred.
+
+        `sample [n]` says which sample sits at each position (default: position j holds sample j); `digest [n]` and
+        `probe [n, 16]` are the views' fingerprints. Raises UsageError for values that the codec cannot hold.
+        """
+        rows = self.positions(block)
+        expected = (len(rows), self.plan.num_classes)
+        logits = np.asarray(logits, dtype=np.float32)
+        if logits.shape != expected or not 0 <= view < self.plan.num_views:
+            raise UsageError(
+                f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
+                why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
+                fix="write whole shards: one row per position of writer.positions(block)",
+            )
+        sample = np.arange(rows.start, rows.stop) if sample is None else np.asarray(sample)
+        try:
+            codes = self._codec.encode(logits)
+        except UsageError as error:
+            raise UsageError(f"view {view}, positions from {rows.start}: {error.what}", why=error.why, fix=error.fix) from None
+        entropy, entropy_rest = relative_entropy(logits)
+        fields: dict[str, NDArray] = {
+            "logits": codes,
+            "argmax": logits.argmax(axis=1).astype("<i4"),
+            "sample": sample.astype("<i4"),
+            "entropy": entropy.astype("<f4"),
+            "entropy_rest": entropy_rest.astype("<f4"),
+            "digest": np.zeros(len(rows), "<u4") if digest is None else np.asarray(digest).astype("<u4"),
+            "probe": np.zeros((len(rows), PROBE_BYTES), "u1") if probe is None else np.asarray(probe).astype("u1"),
+        }
+        files = self._layout.shard_files(self.plan, view, block, fields)
+        for name, data in files.items():
+            self.store.write(name, data)
+        record = ShardRecord(
+            view=view,
+            block=block,
+            rows=len(rows),
+            rows_sha256=rows_sha256(self._codec.decode(codes), fields),
+            files=tuple(_record(name, data) for name, data in sorted(files.items())),
+        )
+        self.store.write(_sidecar(view, block), record.model_dump_json().encode())
+        self._done[view, block] = record
+
+    def finalize(self, progress: Progress | None = None) -> Archive:
+        """Write the manifest and return the archive. Raises IncompleteError while shards are missing."""
+        missing = self.missing()
+        if missing:
+            shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
+            raise IncompleteError(
+                f"{self.store.root} lacks {len(missing)} of {self.plan.num_views * self.plan.num_blocks} shards ({shown}, ...)",
+                why="the dump did not finish",
+                fix=str(self.plan.provenance.get("command", "run the dump again; it goes on where it stopped")),
+            )
+        if self.store.exists(MANIFEST_NAME):
+            existing = open_archive(self.store.root)
+            if existing.num_views == self.plan.num_views:
+                shutil.rmtree(self.store.path(WORK), ignore_errors=True)
+                return existing
+        shards = [self._done[shard] for shard in self.shards()]
+        samples = json.loads(self.store.read(f"{WORK}/samples.json"))
+        labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
+        closing = self._layout.closing_files(self.plan, labels, samples["keys"])
+        for name, data in closing.items():
+            self.store.write(name, data)
+        statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress or Silent())
+        digest = archive_digest(self.plan, shards)
+        # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
+        table_name = f"shards-{digest[:8]}.jsonl"
+        table = "".join(shard.model_dump_json() + "\n" for shard in shards).encode()
+        self.store.write(table_name, table)
+        draft = Manifest(
+            **dict(self.plan),
+            digest=digest,
+            policy_digest=self.plan.policy.digest if self.plan.policy else None,
+            files=(),
+            shards=_record(table_name, table),
+            statistics=statistics,
+        )
+        card = write_card(draft, self._layout.reading_lines()).encode()
+        self.store.write(CARD_NAME, card)
+        records = tuple(_record(name, data) for name, data in sorted({**closing, CARD_NAME: card}.items()))
+        manifest = draft.model_copy(update={"files": records})
+        self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        for old in self.store.root.glob("shards-*.jsonl"):
+            if old.name != table_name:
+                old.unlink()
+        shutil.rmtree(self.store.path(WORK), ignore_errors=True)
+        return open_archive(self.store.root)
+
+
+def write_archive(
+    path: str | os.PathLike[str],
+    logits: NDArray[np.float32],
+    class_names: Sequence[str],
+    *,
+    sample: NDArray[np.int64] | None = None,
+    labels: NDArray[np.int64] | None = None,
+    keys: Sequence[str] | None = None,
+    codec: str = "i16",
+    layout: str = "zarr",
+) -> Archive:
+    """Write `logits` float32 `[V, N, C]`, computed elsewhere, as an archive; `sample [V, N]` says which sample each row is."""
+    logits = np.asarray(logits, np.float32)
+    if logits.ndim != 3 or logits.shape[2] != len(class_names):
+        raise UsageError(
+            f"logits of shape {list(logits.shape)} with {len(class_names)} class names",
+            why="they must be [V, N, C] with one name per class",
+            fix="add the view axis with logits[None], or correct the names",
+        )
+    writer = ArchiveWriter(
+        path,
+        num_views=logits.shape[0],
+        num_samples=logits.shape[1],
+        class_names=class_names,
+        labels=labels,
+        keys=keys,
+        codec=codec,
+        layout=layout,
+        provenance={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+    )
+    for view, block in writer.missing():
+        rows = slice(writer.positions(block).start, writer.positions(block).stop)
+        writer.write(view, block, logits[view, rows], sample=None if sample is None else sample[view, rows])
+    return writer.finalize()
+
+
+def _sidecar(view: int, block: int) -> str:
+    return f"{WORK}/shards/{view}-{block}.json"
+
+
+def _record(name: str, data: bytes) -> FileRecord:
+    return FileRecord(path=name, bytes=len(data), sha256=sha256(data))
+
+
+def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int, unit: int) -> int:
+    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
+    rows = wanted or max(1, SHARD_BYTES // row_bytes)
+    return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit
+
+
+def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
+    was, now = earlier.identity, plan.identity
+    changed: Iterable[str] = [key for key in now if now[key] != was[key]]
+    for key in changed:
+        raise IncompatibleError(
+            f"{store.root} holds a dump with another {key}",
+            why=f"it has {json.dumps(was[key])[:160]}, this dump has {json.dumps(now[key])[:160]}",
+            fix="write to another folder, or delete that one",
+        )

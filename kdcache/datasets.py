@@ -1,0 +1,228 @@
+"""Where images come from. A source lists its samples in a fixed order; the canvas decodes them.
+
+A source is a frozen dataclass registered under the dataset's name. Third parties add theirs through the entry point
+group `kdcache.datasets`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdcache.errors import NotFoundError, UsageError
+from kdcache.registry import Registry
+
+__all__ = ["Recipe", "Sample", "Source", "SourceCard", "Split", "dataset", "source_card"]
+
+Split = Literal["train", "test"]
+
+
+class SourceCard(BaseModel):
+    """What one split of a dataset is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, str | int | float | bool | None] = {}
+    split: Split
+    num_samples: int = Field(ge=1)
+    class_names: tuple[str, ...]
+    licence: str | None  # SPDX name where there is one; None: unknown
+    digest: str  # sha256 of the sample keys, labels and class names, in order
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image: a stable key, its label, and how to get its pixels (called by the canvas, from several threads)."""
+
+    key: str
+    label: int
+    load: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a dataset suggests where the user says nothing."""
+
+    policy: str  # preset of the views
+    canvas: int  # side of the canvas in pixels
+    teacher_epochs: int
+    student_epochs: int
+    pretrained: bool  # whether ImageNet weights are a sensible start for a teacher
+
+
+class Source(Protocol):
+    @property
+    def licence(self) -> str | None: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    def class_names(self) -> Sequence[str]: ...
+    def samples(self, split: Split) -> Sequence[Sample]: ...
+    def fingerprint(self) -> str: ...  # changes when the files behind the source may have changed; cheap
+
+
+dataset: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
+
+
+def source_card(source: Source, split: Split, samples: Sequence[Sample]) -> SourceCard:
+    names = tuple(source.class_names())
+    digest = hashlib.sha256(json.dumps([split, names]).encode())
+    for sample in samples:
+        digest.update(f"{sample.label} {sample.key}\n".encode())
+    described = dataset.to_dict(source)
+    return SourceCard(
+        name=described.pop("name"),
+        options={key: value for key, value in described.items() if key != "root"},  # a path says nothing elsewhere
+        split=split,
+        num_samples=len(samples),
+        class_names=names,
+        licence=source.licence,
+        digest=digest.hexdigest(),
+    )
+
+
+@dataset.register("digits")
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits (UCI Optdigits test set, 8 x 8 grey); every fifth one is for testing."""
+
+    licence = "CC-BY-4.0"
+    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=60, student_epochs=20, pretrained=False)
+
+    def class_names(self) -> Sequence[str]:
+        return [str(digit) for digit in range(10)]
+
+    def samples(self, split: Split) -> Sequence[Sample]:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+        return [
+            Sample(f"digits/{i:04d}", int(label), lambda pixels=image: Image.fromarray(pixels))  # type: ignore[misc]
+            for i, (image, label) in enumerate(zip(images, bunch.target, strict=True))
+            if (i % 5 == 4) == (split == "test")
+        ]
+
+    def fingerprint(self) -> str:
+        return "digits-1"
+
+
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+
+
+@dataset.register("folder")
+@dataclass(frozen=True)
+class Folder:
+    """Images in folders named after their classes.
+
+    `root` holds `train/<class>/...` and `test/<class>/...` (or `val/`, `validation/`); or classes only, and then
+    `split_fraction` of each class, chosen by the hash of the file's name, is for testing.
+    """
+
+    root: str = ""
+    split_fraction: float | None = None
+
+    licence = None
+    recipe = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student_epochs=100, pretrained=True)
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise UsageError(
+                "dataset folder needs the place of the images",
+                why="it reads ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg",
+                fix="--dataset folder:ROOT  (or folder:root=ROOT,split_fraction=0.2)",
+            )
+        if self.split_fraction is not None and not 0 < self.split_fraction < 1:
+            raise UsageError(
+                f"split_fraction {self.split_fraction} is not between 0 and 1",
+                why="it is the share of each class that is kept for testing",
+                fix="use for example split_fraction=0.2",
+            )
+
+    def _split_folder(self, split: Split) -> Path | None:
+        names = ("train",) if split == "train" else ("test", "val", "validation")
+        return next((Path(self.root) / name for name in names if (Path(self.root) / name).is_dir()), None)
+
+    def _base(self, split: Split) -> Path:
+        root = Path(self.root)
+        if not root.is_dir():
+            raise NotFoundError(
+                f"image folder {self.root!r} does not exist",
+                why="dataset folder reads it as ROOT/train/CLASS/*.jpg",
+                fix="correct the path, or create the folder",
+            )
+        if self.split_fraction is not None:
+            return root
+        base = self._split_folder(split)
+        if base is None:
+            raise NotFoundError(
+                f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
+                why="without split_fraction both splits must lie in folders of their own",
+                fix=f"create it, or split by hash: --dataset folder:root={self.root},split_fraction=0.2",
+            )
+        return base
+
+    def class_names(self) -> Sequence[str]:
+        base = self._base("train")
+        names = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if len(names) < 2:
+            raise UsageError(
+                f"{base} has {len(names)} class folders",
+                why="classification needs at least two, one sub-folder a class",
+                fix="put the images of each class into a folder of its own",
+            )
+        return names
+
+    def samples(self, split: Split) -> Sequence[Sample]:
+        base, classes = self._base(split), {name: i for i, name in enumerate(self.class_names())}
+        found = []
+        for path in _image_files(base):
+            key = path.relative_to(base).as_posix()
+            name = key.partition("/")[0]
+            if name not in classes:
+                raise UsageError(
+                    f"{split} folder has the class {name!r}, the train folder does not",
+                    why="labels are the train folder's sub-folders in alphabetical order",
+                    fix=f"rename or remove {base / name}",
+                )
+            if self.split_fraction is not None and (_unit_hash(key) < self.split_fraction) != (split == "test"):
+                continue
+            found.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
+        if not found:
+            raise NotFoundError(
+                f"{base} holds no images for the {split} split",
+                why=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES)[:6])}, ... below class folders are read",
+                fix="check the path and the layout CLASS/FILE",
+            )
+        return found
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for split in ("train", "test"):
+            base = self._base(split)
+            for path in _image_files(base):
+                status = path.stat()
+                digest.update(f"{split} {path.relative_to(base).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def _image_files(base: Path) -> list[Path]:
+    """Image files below the class folders of `base`, in the order of their names."""
+    found = []
+    for folder, folders, files in os.walk(base):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if Path(folder) != base:
+            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+    return sorted(found, key=lambda path: path.relative_to(base).as_posix())
+
+
+def _unit_hash(key: str) -> float:
+    """A number in [0, 1) that depends on the name only, so that adding files moves no other file to the other split."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

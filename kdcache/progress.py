@@ -1,0 +1,23 @@
+"""How long work tells its caller where it is. The library calls it; only the command line draws anything."""
+
+from typing import Protocol
+
+__all__ = ["Progress", "Silent"]
+
+
+class Progress(Protocol):
+    def update(self, task: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` steps of `task` are finished; a task is over when the two are equal."""
+
+    def say(self, text: str) -> None:
+        """One line worth keeping: a decision taken, a name resolved, an estimate."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def update(self, task: str, done: int, total: int, note: str = "") -> None:
+        return
+
+    def say(self, text: str) -> None:
+        return
