@@ -100,17 +100,18 @@ class ZarrLayout:
     def rows_per_unit(self) -> int:
         return self.inner_rows
 
-    def _group(self, plan: Plan) -> tuple[dict[str, Any], Any]:
-        """An empty group in memory with the arrays of `plan`: zarr itself encodes, and the files are taken from there."""
+    def _group(self, plan: Plan) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+        """The files so far, group and arrays of `plan`, in memory: zarr itself encodes, and the files are taken from there."""
         import zarr
         from zarr.codecs import BytesCodec, Crc32cCodec
 
         memory: dict[str, Any] = {}
         group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes={"kdcache_format_version": 1})
+        arrays = {}
         for name, (dtype, shape) in row_fields(plan).items():
             sharded = name == "logits"
             block = (1, plan.shard_rows, *shape)
-            group.create_array(
+            arrays[name] = group.create_array(
                 name,
                 shape=(plan.num_views, plan.num_samples, *shape),
                 dtype=dtype,
@@ -124,19 +125,19 @@ class ZarrLayout:
                 dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
                 config={"write_empty_chunks": True},
             )
-        return memory, group
+        return memory, group, arrays
 
     def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, bytes]:
-        memory, group = self._group(plan)
+        memory, _, arrays = self._group(plan)
         start = block * plan.shard_rows
         for name, rows in fields.items():
-            group[name][view, start : start + plan.block_rows(block)] = rows
+            arrays[name][view, start : start + plan.block_rows(block)] = rows
         return {name: buffer.to_bytes() for name, buffer in memory.items() if "/c/" in name}
 
     def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, bytes]:
         import zarr
 
-        memory, group = self._group(plan)
+        memory, group, _ = self._group(plan)
         options: dict[str, Any] = {"shape": (plan.num_samples,), "chunks": (plan.num_samples,), "dimension_names": ("sample",)}
         if labels is not None:
             group.create_array("label", dtype="<i8", fill_value=0, **options)[:] = labels

@@ -257,8 +257,6 @@ class Archive:
                 result.failures.append(Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes"))
             elif level == "full" and (actual := sha256(self.store.read(record.path))) != record.sha256:
                 result.failures.append(Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}..."))
-        except NotFoundError:
-            result.failures.append(Failure(record.path, f"{record.bytes:,} bytes", "no such file"))
         except IntegrityError as error:
             result.failures.append(Failure(record.path, "a file of the archive", error.what))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from kdcache.errors import IntegrityError, NotFoundError, RetryError
+from kdcache.errors import IntegrityError, RetryError
 
 __all__ = ["LocalStore", "sha256", "translated_os_errors"]
 
@@ -101,8 +101,8 @@ class LocalStore:
             return []
         return sorted(f"{folder}/{p.name}" for p in base.iterdir() if p.name.endswith(suffix) and not p.name.startswith("."))
 
-    def _missing(self, name: str) -> NotFoundError:
-        return NotFoundError(
+    def _missing(self, name: str) -> IntegrityError:
+        return IntegrityError(
             f"{self.path(name)} does not exist",
             why="the archive's manifest needs it",
             fix="restore it from a copy, or run the dump again",
