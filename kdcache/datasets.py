@@ -54,6 +54,7 @@ class Recipe:
     policy: str  # preset of the views
     canvas: int  # side of the canvas in pixels
     teacher_epochs: int
+    student: str
     student_epochs: int
     pretrained: bool  # whether ImageNet weights are a sensible start for a teacher
 
@@ -94,7 +95,7 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits (UCI Optdigits test set, 8 x 8 grey); every fifth one is for testing."""
 
     licence = "CC-BY-4.0"
-    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=60, student_epochs=20, pretrained=False)
+    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=60, student="test_resnet", student_epochs=20, pretrained=False)
 
     def class_names(self) -> Sequence[str]:
         return [str(digit) for digit in range(10)]
@@ -130,7 +131,7 @@ class Folder:
     split_fraction: float | None = None
 
     licence = None
-    recipe = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student_epochs=100, pretrained=True)
+    recipe = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
 
     def __post_init__(self) -> None:
         if not self.root:

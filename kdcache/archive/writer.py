@@ -192,7 +192,6 @@ class ArchiveWriter:
         view: int,
         block: int,
         logits: NDArray[np.float32],
-        *,
         sample: NDArray[np.int64] | None = None,
         digest: NDArray[np.uint32] | None = None,
         probe: NDArray[np.uint8] | None = None,

@@ -1,0 +1,315 @@
+"""distill: train many students in lockstep from one stream of cached targets.
+
+Every combination of student, method, control and tau that shares an archive, a batch size and a seed sees the very same
+batches, fetched, rendered and checked once. What each of them becomes is what it would have become alone.
+"""
+
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+import kdcache
+from kdcache.archive import Archive
+from kdcache.canvas import Canvas
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.methods import Method, method
+from kdcache.metrics import agreement
+from kdcache.models import create_model, resolve
+from kdcache.progress import Progress, Silent
+from kdcache.registry import Registry
+from kdcache.stream import Batch, CachedTargets
+from kdcache.targets import Control, Targets, controls, row_keys
+from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
+from kdcache.sheet import contact_sheet
+from kdcache.workspace import Workspace, dataset_label, parse_dataset
+
+__all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What to train: all combinations of the sequences. `train` defaults to the temperature study's recipe."""
+
+    archive: str | None = None  # None: the only one, or the newest
+    taus: Sequence[float] = (1.0,)
+    methods: Sequence[str] = ("kd",)
+    controls: Sequence[str] = ("none",)
+    students: Sequence[str] = ()  # empty: the dataset's own
+    seeds: Sequence[int] = (0,)
+    epochs: int | None = None
+    batch_size: int = 64
+    opt: str = "adamw"
+    lr: float = 0.002
+    weight_decay: float = 0.05
+    clip_grad: float | None = 1.0
+    dataset: str | None = None  # where the images are now, if not where the dump found them
+    strict: bool = False
+    allow_drift: int = 0
+    device: str = "auto"
+    workers: int = 0
+    checkpoint_interval: float = 30.0  # seconds
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """One student of the grid."""
+
+    student: str  # as typed
+    name: str  # exact timm name
+    method: Method
+    control: Control
+    tau: float
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.student} {method.spec(self.method)} tau {self.tau:g} {controls.spec(self.control)} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """Where a student is and how it did; `summary` is its `summary.json`."""
+
+    spec: StudentSpec
+    summary: dict[str, Any]
+
+
+def distill(config: DistillConfig, workspace: Workspace, progress: Progress | None = None) -> list[StudentResult]:
+    """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid."""
+    progress = progress or Silent()
+    archive = workspace.open_archive(config.archive, progress, strict=config.strict)
+    specs, settings = plan_students(config, archive, workspace)
+    train, test = _canvases(config, archive, workspace, progress)
+    if settings.epochs > archive.num_views:
+        progress.say(f"{settings.epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
+    fresh = [spec for spec in specs if not (spec.folder / "summary.json").is_file()]
+    if len(fresh) < len(specs):
+        progress.say(f"{len(specs) - len(fresh)} of {len(specs)} students are trained already")
+    if fresh:
+        size = archive.manifest.policy.size if archive.manifest.policy else train.size
+        evaluation = EvalSet(test, size, workers=config.workers)
+        _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png")
+        for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
+            _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
+    return [StudentResult(spec, json.loads((spec.folder / "summary.json").read_text())) for spec in specs]
+
+
+def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
+    """The grid of students with the folder of each, and how they are trained. Raises UsageError for a grid that makes no sense."""
+    for tau in config.taus:
+        if not (math.isfinite(tau) and tau > 0):
+            raise UsageError(f"tau {tau}", why="a temperature is a positive number", fix="use for example --tau 1,4,20")
+    recipe = _source(config, archive).recipe
+    settings = TrainConfig(
+        epochs=config.epochs or recipe.student_epochs,
+        batch_size=config.batch_size,
+        opt=config.opt,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
+    )
+    names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
+    specs = []
+    for seed, (student, name), how, what, tau in itertools.product(
+        config.seeds, names.items(), _parse_all(method, config.methods), _parse_all(controls, config.controls), config.taus
+    ):
+        identity = json.dumps(
+            [archive.manifest.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()], sort_keys=True
+        )
+        parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
+        label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
+        folder = workspace.runs / archive.path.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
+        specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
+    return list({spec.folder: spec for spec in specs}.values()), settings
+
+
+def _parse_all(registry: Registry[Any], specs: Sequence[str]) -> list[Any]:
+    return [registry.parse(spec) for spec in specs]
+
+
+class _Lockstep:
+    """All students of one seed. Each keeps its own epoch, so that one added later catches up with views of its own."""
+
+    def __init__(
+        self,
+        specs: list[StudentSpec],
+        settings: TrainConfig,
+        config: DistillConfig,
+        archive: Archive,
+        train: Canvas,
+        evaluation: EvalSet,
+        progress: Progress,
+    ) -> None:
+        self.archive, self.evaluation, self.progress, self.settings = archive, evaluation, progress, settings
+        self.device = resolve_device(config.device)
+        self.seed = specs[0].seed
+        self.stream = CachedTargets(
+            archive,
+            train,
+            settings.batch_size,
+            self.seed,
+            str(self.device),
+            workers=config.workers,
+            allow_drift=config.allow_drift,
+        )
+        self.students = [
+            _Student(spec, settings, config, archive, self.evaluation, len(self.stream), self.device) for spec in specs
+        ]
+
+    def run(self) -> None:
+        total = sum(student.learner.total_steps for student in self.students)
+        started, first = time.monotonic(), self._steps()
+        while active := [student for student in self.students if student.learner.status == "training"]:
+            epoch = min(student.learner.epoch for student in active)
+            active = [student for student in active if student.learner.epoch == epoch]
+            for batch in self.stream.epoch(epoch):
+                made: dict[Any, Targets] = {}  # students of one tau and control share their targets
+                keys = row_keys(self.archive.manifest.digest, batch.view, batch.sample.cpu()).to(self.device)
+                for student in active:
+                    student.step(batch, keys, made)
+                done = self._steps()
+                left = (time.monotonic() - started) * (total - done) / max(done - first, 1)
+                self.progress.update(
+                    f"distill seed {self.seed}", done, total, f"epoch {epoch + 1}/{self.settings.epochs}, {left:.0f} s left"
+                )
+            for student in active:
+                student.learner.end_epoch(self.evaluation, view=self.stream.view(epoch))
+                if student.learner.status == "diverged":
+                    self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
+        if self.stream.drifted:
+            self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
+
+    def _steps(self) -> int:
+        """Steps done, those that diverged students will never do included."""
+        return sum(
+            s.learner.total_steps if s.learner.status == "diverged" else s.learner.steps for s in self.students
+        )
+
+
+class _Student:
+    """One student: its learner, and how it turns a batch into a loss."""
+
+    def __init__(
+        self,
+        spec: StudentSpec,
+        settings: TrainConfig,
+        config: DistillConfig,
+        archive: Archive,
+        evaluation: EvalSet,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.control = spec.control.fit(_logit_blocks(archive), spec.tau)
+        with seeded(spec.seed):
+            model, normalise = create_model(spec.name, archive.num_classes, input_size=int(evaluation.batches[0].shape[-1]))
+        self.learner = Learner(
+            spec.folder,
+            model,
+            normalise,
+            settings,
+            steps_per_epoch=steps_per_epoch,
+            seed=spec.seed,
+            device=device,
+            checkpoint_interval=config.checkpoint_interval,
+        )
+        _write_args(spec, settings, config, archive)
+
+    def step(self, batch: Batch, keys: Tensor, made: dict[Any, Targets]) -> None:
+        assert batch.logits is not None
+        shared = (self.control, self.spec.tau)
+        if shared not in made:
+            plain = Targets(batch.logits, self.spec.tau, batch.label_a, batch.label_b, batch.lam)
+            made[shared] = self.control(plain, keys)
+        targets, teacher = made[shared], batch.logits
+        self.learner.step(
+            batch.images,
+            lambda logits: self.spec.method(logits, targets),
+            lambda logits: {"agreement": agreement(logits, teacher)},
+        )
+
+
+def _logit_blocks(archive: Archive) -> Iterator[NDArray[np.float32]]:
+    """All logits of the archive, a few thousand rows at a time."""
+    for view in range(archive.num_views):
+        for start in range(0, archive.num_samples, 8192):
+            yield archive.read(view, start, min(start + 8192, archive.num_samples)).logits
+
+
+def _source(config: DistillConfig, archive: Archive) -> Any:
+    spec = config.dataset or archive.manifest.provenance.get("dataset")
+    if not isinstance(spec, str):
+        raise UsageError(
+            f"archive {archive.path} does not say where its images are",
+            why="it was not written by dump-teacher",
+            fix="name them: --dataset NAME",
+        )
+    return parse_dataset(spec)
+
+
+def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
+    source = _source(config, archive)
+    recorded = archive.manifest.canvas
+    size = recorded.size if recorded else None
+    train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
+    if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
+        raise IncompatibleError(
+            f"archive {archive.path} has {archive.num_classes} classes, {dataset_label(source)} has {len(train.card.class_names)}",
+            why="the class names must be the same, in the same order",
+            fix="name the dataset that was dumped with --dataset, or dump this one",
+        )
+    if recorded and recorded.digest != train.digest:
+        progress.say("the decoded images differ from those of the dump; every view will be compared with what the teacher saw")
+    return train, test
+
+
+def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Archive) -> None:
+    """The resolved configuration of one run, `args.yaml`."""
+    file = spec.folder / "args.yaml"
+    if file.is_file():
+        return
+    teacher = archive.manifest.teacher
+    args = {
+        "archive": str(archive.path),
+        "archive_name": archive.path.name,
+        "archive_digest": archive.manifest.digest,
+        "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
+        "teacher": teacher.alias if teacher else None,
+        "student": spec.name,
+        "method": method.to_dict(spec.method),
+        "method_spec": method.spec(spec.method),
+        "control": controls.to_dict(spec.control),
+        "control_spec": controls.spec(spec.control),
+        "tau": spec.tau,
+        "seed": spec.seed,
+        **settings.model_dump(),
+        "allow_drift": config.allow_drift,
+        "device": config.device,
+        "command": config.command,
+        "kdcache_version": kdcache.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def _write_sheet(archive: Archive, canvas: Canvas, file: Path) -> None:
+    """A contact sheet of the archive's views, for the report."""
+    if file.is_file() or archive.manifest.policy is None:
+        return
+    samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
+    write_atomically(file, contact_sheet(archive, canvas, samples, range(min(archive.num_views, 8))))

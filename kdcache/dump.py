@@ -1,0 +1,311 @@
+"""dump-teacher: run the teacher once over every view and keep all of its logits."""
+
+import datetime
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, TeacherCard, Verification, open_archive
+from kdcache.canvas import Canvas
+from kdcache.codecs import codec
+from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
+from kdcache.models import Normalisation
+from kdcache.progress import Progress, Silent
+from kdcache.stream import Rendered, render_batches, replay
+from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
+from kdcache.training import resolve_device
+from kdcache.views.policy import ViewPolicy
+from kdcache.views.probe import fingerprint
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, versions
+
+__all__ = ["DumpConfig", "DumpPlan", "dump_teacher", "matching_teacher", "plan_dump", "replay_with_teacher"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+NOISE_VIEWS = 256
+
+
+@dataclass(frozen=True)
+class DumpConfig:
+    """What to dump. Everything but `workers`, `start_view`, `device` and the number of `views` is part of the archive's identity."""
+
+    teacher: str
+    dataset: str
+    views: int | None = None  # the dataset's own number if not given
+    policy: str | None = None
+    view_seed: int | None = None
+    size: int | None = None
+    canvas: int | None = None
+    batch_size: int = 64
+    precision: Precision | None = None  # None: fp16 on a GPU, fp32 on a CPU
+    codec: str = "i16"
+    layout: str = "zarr"
+    shard_rows: int | None = None
+    finetune: bool = True
+    teacher_folder: Path | None = None  # a certain trained teacher instead of the newest
+    output: Path | None = None
+    start_view: int = 0
+    device: str = "auto"
+    workers: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """What a dump would do."""
+
+    path: Path
+    teacher: Teacher | None  # None: it has to be trained first
+    policy: ViewPolicy
+    canvas: Canvas
+    views: int
+    precision: Precision
+
+
+def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> DumpPlan:
+    """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
+    progress = progress or Silent()
+    source = parse_dataset(config.dataset)
+    policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
+    canvas = workspace.canvas(source, "train", config.canvas, progress)
+    label = dataset_label(source)
+    if config.teacher_folder is not None:
+        teacher = _teacher_at(config.teacher_folder)
+        if tuple(teacher.record["class_names"]) != canvas.card.class_names:
+            raise IncompatibleError(
+                f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
+                f"dataset {config.dataset} has {len(canvas.card.class_names)}",
+                why="the class names must be the same, in the same order",
+                fix=f"train one on this dataset: kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset}",
+            )
+    else:
+        teacher = find_teacher(config.teacher, label, canvas.card.class_names, policy.size, workspace)
+    precision = config.precision or ("fp16" if resolve_device(config.device).type == "cuda" else "fp32")
+    recipe = json.dumps(
+        [
+            canvas.card.digest, canvas.digest, policy.digest, teacher.record["weights_sha256"] if teacher else None,
+            precision, config.batch_size, config.codec, config.layout, config.shard_rows,
+        ]  # fmt: skip
+    )
+    name = f"{label}--{config.teacher.replace('/', '_')}--{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    views = config.views or source.recipe.student_epochs
+    return DumpPlan(config.output or workspace.archives / name, teacher, policy, canvas, views, precision)
+
+
+def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> Archive:
+    """Write the archive that `config` describes, or finish it, or find it finished; returns it opened."""
+    progress = progress or Silent()
+    plan = plan_dump(config, workspace, progress)
+    if plan.teacher is None:
+        if not config.finetune:
+            raise NotFoundError(
+                f"no teacher {config.teacher!r} trained on {config.dataset} at {plan.policy.size} px",
+                why="--no-finetune forbids training one now",
+                fix=f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --size {plan.policy.size}",
+            )
+        progress.say(f"no teacher {config.teacher} trained on {config.dataset} at {plan.policy.size} px yet: training it first")
+        train_teacher(
+            TeacherConfig(
+                teacher=config.teacher, dataset=config.dataset, policy=config.policy, size=config.size, canvas=config.canvas,
+                device=config.device, workers=config.workers, command=config.command,
+            ),  # fmt: skip
+            workspace,
+            progress,
+        )
+        plan = plan_dump(config, workspace, progress)
+    assert plan.teacher is not None
+    if (plan.path / "kdcache.json").is_file():
+        archive = open_archive(plan.path)
+        if archive.num_views >= plan.views:
+            progress.say(f"{plan.path} is complete with {archive.num_views} views: nothing to do")
+            return archive
+    record = plan.teacher.record
+    progress.say(f"teacher: {config.teacher} = {record['name']} from {plan.teacher.folder}, {plan.precision}")
+
+    device = resolve_device(config.device)
+    model, normalise = load_teacher(plan.teacher)
+    model.to(device)
+    forward = _Forward(model, normalise, device, plan.precision)
+    writer = ArchiveWriter(
+        plan.path,
+        num_views=plan.views,
+        num_samples=len(plan.canvas),
+        class_names=plan.canvas.card.class_names,
+        labels=plan.canvas.labels,
+        keys=plan.canvas.keys,
+        codec=config.codec,
+        layout=config.layout,
+        shard_rows=config.shard_rows,
+        policy=plan.policy,
+        source=plan.canvas.card,
+        canvas=CanvasCard(size=plan.canvas.size, digest=plan.canvas.digest),
+        teacher=TeacherCard(
+            alias=config.teacher,
+            name=record["name"],
+            weights_sha256=record["weights_sha256"],
+            input_size=record["input_size"],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            precision=plan.precision,
+            batch_size=config.batch_size,
+            training=record["training"],
+            top1_clean=record["top1_clean"],
+            noise=_noise(forward, plan, config.batch_size),
+        ),
+        provenance={
+            "command": config.command,
+            "dataset": config.dataset,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": versions(),
+        },
+    )
+    _write_shards(writer, forward, plan, config, progress)
+    if writer.missing():
+        raise IncompleteError(
+            f"{plan.path}: this process is done, {len(writer.missing())} shards are still being written by others",
+            why="several processes share this dump, and the last one finishes the archive",
+            fix=f"when they have ended: kdcache finalize {plan.path}",
+        )
+    archive = writer.finalize(progress)
+    progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
+    return archive
+
+
+def _write_shards(writer: ArchiveWriter, forward: "_Forward", plan: DumpPlan, config: DumpConfig, progress: Progress) -> None:
+    """Render ahead through all missing shards, from `start_view` on and around; batches never cross a shard's border."""
+    missing = writer.missing()
+    order = [s for s in missing if s[0] >= config.start_view] + [s for s in missing if s[0] < config.start_view]
+    items = [(view, rows) for view, block in order for rows in _batches(writer.positions(block), config.batch_size)]
+    rendered = render_batches(plan.canvas, plan.policy, items, workers=config.workers)
+    rows_each = writer.plan.num_views * writer.plan.num_samples
+    done = rows_each - sum(len(writer.positions(block)) for _, block in missing)
+    started, at_start = time.monotonic(), done
+    for view, block in order:
+        size = len(writer.positions(block))
+        with writer.claim(view, block) as mine:
+            shard = _Shard()
+            for item in itertools.islice(rendered, -(-size // config.batch_size)):
+                if mine:
+                    shard.add(item, forward(item.images))
+            if mine:
+                writer.write(view, block, *shard.columns())
+        done += size
+        speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
+        progress.update("dump", done, rows_each, f"{speed:.0f} views/s")
+
+
+class _Shard:
+    """Columns of a shard, collected batch by batch; the pixels are let go."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[NDArray, ...]] = []
+
+    def add(self, item: Rendered, logits: NDArray[np.float32]) -> None:
+        self._parts.append((logits, item.rows.sample, *fingerprint(item.images)))
+
+    def columns(self) -> tuple[NDArray, ...]:
+        """Logits, sample numbers, digests and grids of all rows."""
+        return tuple(np.concatenate(column) for column in zip(*self._parts, strict=True))
+
+
+def _batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Positions of a shard in batches counted from its start: restarts and other processes cannot move their borders."""
+    for start in range(positions.start, positions.stop, batch_size):
+        yield np.arange(start, min(start + batch_size, positions.stop))
+
+
+class _Forward:
+    """Uint8 views to float32 logits, on the device, in the wanted precision, with the classifier head in float32."""
+
+    def __init__(self, model: nn.Module, normalise: Normalisation, device: torch.device, precision: Precision) -> None:
+        self.model, self.normalise, self.device = model, normalise, device
+        self.precision: Precision = precision
+
+    @torch.inference_mode()
+    def __call__(self, views: Tensor) -> NDArray[np.float32]:
+        """Logits float32 `[B, C]`; a batch that is not finite in half precision is repeated in float32."""
+        x = self.normalise(views.to(self.device, non_blocking=True))
+        if self.precision == "fp32":
+            return self._numpy(self.model(x))
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=dtype):
+            features = self.model.forward_features(x)  # type: ignore[operator]
+        logits = self.model.forward_head(features.float())  # type: ignore[operator]
+        if not torch.isfinite(logits).all():
+            logits = self.model(x)
+        return self._numpy(logits)
+
+    @staticmethod
+    def _numpy(logits: Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = logits.float().cpu().numpy()
+        return array
+
+
+def _noise(forward: _Forward, plan: DumpPlan, batch_size: int) -> Noise:
+    """How far the precision of the dump is from float32, over the first few hundred views."""
+    count = min(NOISE_VIEWS, len(plan.canvas))
+    exact = _Forward(forward.model, forward.normalise, forward.device, "fp32")
+    items = [(0, rows) for rows in _batches(range(count), batch_size)]
+    pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items)]
+    used, reference = (torch.from_numpy(np.concatenate(side)).double() for side in zip(*pairs, strict=True))
+    log_p, log_q = reference.log_softmax(dim=1), used.log_softmax(dim=1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)
+    return Noise(
+        views=count,
+        kl_mean=kl.mean().item(),
+        kl_max=kl.max().item(),
+        max_logit_difference=(reference - used).abs().max().item(),
+    )
+
+
+def _teacher_at(folder: Path) -> Teacher:
+    file = folder / "teacher.json"
+    if not file.is_file():
+        raise NotFoundError(
+            f"no teacher at {folder}", why="there is no teacher.json in it", fix="train one: kdcache train-teacher --teacher ..."
+        )
+    return Teacher(folder, json.loads(file.read_text()))
+
+
+def replay_with_teacher(
+    archive: Archive, canvas: Canvas, views: int, teacher: Teacher | None, progress: Progress | None = None, *, device: str = "cpu"
+) -> Verification:
+    """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec."""
+    result = replay(archive, canvas, views, progress=progress)
+    card, policy = archive.manifest.teacher, archive.manifest.policy
+    if teacher is None or card is None or policy is None or result.failures:
+        result.notes.append("logits were not recomputed: the teacher is not in this workspace")
+        return result
+    # The same batches as in the dump, since a batch's size may move a logit's last bits.
+    rows = min(archive.manifest.block_rows(0), -(-views // card.batch_size) * card.batch_size)
+    model, normalise = load_teacher(teacher)
+    target = resolve_device(device)
+    forward = _Forward(model.to(target), normalise, target, card.precision)
+    items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
+    logits = np.concatenate([forward(item.images) for item in render_batches(canvas, policy, items)])
+    allowed = codec.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
+    difference = float(np.abs(logits - archive.read(0, 0, rows).logits).max())
+    if difference > allowed:
+        result.failures.append(Failure("view 0", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}"))
+    result.notes.append(f"{rows} logit vectors recomputed: largest difference {difference:.2g}, allowed {allowed:.2g}")
+    return result
+
+
+def matching_teacher(archive: Archive, workspace: Workspace) -> Teacher | None:
+    """The trained teacher in the workspace whose weights the archive's logits came from."""
+    card = archive.manifest.teacher
+    for folder, record in workspace.teacher_records():
+        if card is not None and record["weights_sha256"] == card.weights_sha256:
+            return Teacher(folder, record)
+    return None
+

@@ -1,0 +1,30 @@
+"""Distillation losses. A method is a frozen dataclass of its own options, called with student logits and targets.
+
+Third parties add methods through the entry point group `kdcache.methods`. No method knows whether its teacher was
+cached or live.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kdcache.registry import Registry
+from kdcache.targets import Targets
+
+__all__ = ["Method", "build", "method"]
+
+
+class Method(Protocol):
+    def __call__(self, student_logits: Tensor, targets: Targets, state: Any = None) -> Tensor:
+        """The loss of `student_logits [B, C]`, a scalar; `state` belongs to methods that learn something."""
+
+
+method: Registry[Method] = Registry("method", entry_points="kdcache.methods")
+
+
+def build(name: str, **options: Any) -> Method:
+    """The method `name` with its options."""
+    return method.build(name, **options)
+
+
+from kdcache.methods import kd as _kd  # noqa: E402, F401  (registers itself)

@@ -1,0 +1,34 @@
+"""Numbers about predictions. Inputs are logits `[B, C]` and labels int64 `[B]`; results are percentages unless said otherwise."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["agreement", "calibration_error", "mean_relative_entropy", "top_k"]
+
+
+def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Percent of rows whose label is among the `k` largest logits (all classes, where there are fewer than k)."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return 100.0 * (best == labels[:, None]).any(dim=1).float().mean().item()
+
+
+def agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Percent of rows with the teacher's argmax, as a 0-d tensor (no synchronisation with the device)."""
+    return 100.0 * (logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
+
+
+def mean_relative_entropy(logits: Tensor) -> Tensor:
+    """Mean of H(q) / log C at tau 1, a 0-d tensor in [0, 1]."""
+    log_q = torch.log_softmax(logits.float(), dim=1)
+    return -(log_q.exp() * log_q).sum(dim=1).mean() / math.log(logits.shape[1])
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error in percent: mean |accuracy - confidence| over equal-width bins (Guo et al. 2017, eq. 5)."""
+    confidence, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
+    correct = (predicted == labels).float()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins).scatter_add_(0, which, correct - confidence)
+    return 100.0 * gaps.abs().sum().item() / len(labels)

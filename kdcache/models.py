@@ -1,0 +1,150 @@
+"""The boundary to timm: names, creation, weights, normalisation. timm is imported when a model is first asked for."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, unknown_name
+
+__all__ = ["ALIASES", "Normalisation", "create_model", "load_weights", "resolve", "save_weights", "weights_digest"]
+
+# The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
+ALIASES: dict[str, str] = {
+    "rn50": "resnet50.a1_in1k",
+    "vit_s": "vit_small_patch16_224.augreg_in1k",
+    "cn_t": "convnext_tiny.fb_in1k",
+    "rny6.4": "regnety_064.ra3_in1k",
+    "rn18": "resnet18.a1_in1k",
+    "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
+    "cn_p": "convnextv2_pico.fcmae_ft_in1k",
+    "mvit": "mobilevitv2_150.cvnets_in1k",
+}
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel `mean` and `std` of pixels scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, views: Tensor) -> Tensor:
+        """Views uint8 `[B, 3, S, S]` as the model wants them: float32 `[B, 3, S, S]`."""
+        mean = torch.tensor(self.mean, device=views.device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.std, device=views.device).view(1, -1, 1, 1) * 255
+        return (views.float() - mean) / std
+
+
+def resolve(name: str, kind: str = "model") -> str:
+    """The exact timm name behind an alias or a timm name. Raises NotFoundError with close matches."""
+    import timm
+
+    exact = ALIASES.get(name, name)
+    if exact.split(".")[0] not in timm.list_models():
+        raise unknown_name(
+            kind, name, [*ALIASES, *timm.list_models()], error=NotFoundError, fix="list what there is with: kdcache models"
+        )
+    return exact
+
+
+def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
+    """A timm model by exact name, for square inputs of `input_size` pixels.
+
+    `pretrained` fetches timm's weights from the Hub; RetryError where that fails.
+    """
+    import timm
+
+    config = timm.models.get_pretrained_cfg(name)
+    sized = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **sized)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise IncompatibleError(
+                f"model {name!r} cannot be made for {input_size} px and {num_classes} classes",
+                why=str(error).splitlines()[0],
+                fix="choose another input size with --size, or another model",
+            ) from error
+        raise RetryError(
+            f"the pretrained weights of {name!r} could not be fetched",
+            why=(str(error).splitlines() or ["no connection"])[0][:200],
+            fix="repeat when the Hub can be reached, or give the weights with --checkpoint FILE, or train --from-scratch",
+        ) from error
+    data = timm.data.resolve_model_data_config(model)
+    return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
+
+
+def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
+    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`; returns the names left at their start values.
+
+    `replace_head` leaves out classifier weights of another number of classes, which otherwise is an IncompatibleError.
+    """
+    state = _read_state(file)
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    head = {f"{name}.{part}" for name in _classifier_names(model) for part in ("weight", "bias")}
+    if differing and set(differing) <= head:
+        theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
+        if not replace_head:
+            raise IncompatibleError(
+                f"{file} has {theirs} classes, {ours} are needed",
+                why="the classifier's weights have another shape",
+                fix="use a teacher of this dataset, or finetune this one first: kdcache train-teacher --checkpoint " + str(file),
+            )
+        state = {key: value for key, value in state.items() if key not in head}
+        missing = sorted(head & own.keys())
+    elif differing or missing or unexpected:
+        example = (differing or missing or unexpected)[0]
+        raise IncompatibleError(
+            f"{file} does not fit the model: {len(differing)} tensors of another shape, {len(missing)} missing, "
+            f"{len(unexpected)} unknown",
+            why=f"for example {example!r}; the file is another architecture's or another input size's",
+            fix="name the model and --size that the checkpoint was made with",
+        )
+    model.load_state_dict(state, strict=False)
+    return missing if differing else []
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", ())
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else None
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it does not hold a mapping of names to tensors")
+        return dict(state)
+    except Exception as error:  # every reader has its own errors for a damaged file
+        raise IntegrityError(
+            f"checkpoint {file} cannot be read",
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            fix="give a .safetensors file, or a .pth file that holds only tensors",
+        ) from error
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Weights as safetensors, under timm's names."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, file)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all weights and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,30 @@
+"""Finished runs, read back as a table, figures and one offline page. Nothing here needs torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Cell", "Comparison", "Report", "Row", "RunRecord", "Table", "collect", "paired", "summarise", "write_report"]
+
+_PUBLIC = {
+    "RunRecord": "records",
+    "collect": "records",
+    "Cell": "table",
+    "Comparison": "table",
+    "Row": "table",
+    "Table": "table",
+    "paired": "table",
+    "summarise": "table",
+    "Report": "html",
+    "write_report": "html",
+}
+
+if TYPE_CHECKING:
+    from kdcache.report.html import Report, write_report
+    from kdcache.report.records import RunRecord, collect
+    from kdcache.report.table import Cell, Comparison, Row, Table, paired, summarise
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"kdcache.report.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'kdcache.report' has no attribute {name!r}")

@@ -1,0 +1,186 @@
+"""Run folders, as `kdcache distill` leaves them, read back and checked."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdcache.errors import IntegrityError, NotFoundError
+from kdcache.progress import Progress, Silent
+
+__all__ = ["RunArgs", "RunRecord", "Summary", "collect"]
+
+ARGS, METRICS, SUMMARY = "args.yaml", "metrics.jsonl", "summary.json"
+_Text = Annotated[str, BeforeValidator(str)]  # YAML reads a bare date as one
+
+
+class RunArgs(BaseModel):
+    """`args.yaml`: the resolved configuration of a run. Keys that this version does not know are kept in `model_extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", coerce_numbers_to_str=True)
+
+    archive: str
+    archive_digest: str
+    archive_name: str
+    dataset: str
+    teacher: str
+    student: str
+    method: dict[str, Any]
+    method_spec: str
+    control: dict[str, Any]
+    control_spec: str
+    tau: float = Field(gt=0, allow_inf_nan=False)
+    seed: int
+    epochs: int = Field(ge=0)
+    batch_size: int
+    opt: str
+    lr: float
+    weight_decay: float
+    device: str = ""
+    command: str = ""
+    kdcache_version: _Text = ""
+    created: _Text = ""
+
+
+class Summary(BaseModel):
+    """`summary.json`, which a run writes last. Top-1 in percent."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    status: Literal["complete", "diverged"]
+    epochs: int
+    final_top1: float | None = None
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    final_loss: float | None = None
+    seconds: float | None = None
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _has_result(self) -> "Summary":
+        if self.status == "complete" and (self.final_top1 is None or not np.isfinite(self.final_top1)):
+            raise ValueError("a complete run needs final_top1")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """One run: one student trained at one tau with one seed."""
+
+    folder: Path
+    args: RunArgs
+    curves: Mapping[str, NDArray[np.float64]]  # columns of metrics.jsonl, a value per finished epoch, NaN where there is none
+    summary: Summary | None
+
+    @property
+    def status(self) -> Literal["complete", "diverged", "unfinished"]:
+        return self.summary.status if self.summary else "unfinished"
+
+    @property
+    def final_top1(self) -> float | None:
+        """Test top-1 after the last epoch, percent; None unless the run is complete."""
+        return self.summary.final_top1 if self.summary and self.summary.status == "complete" else None
+
+    @property
+    def epochs_done(self) -> int:
+        return len(self.curves["epoch"])
+
+
+def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:
+    """All runs at or below each of `paths`, in the order of their folders; unfinished ones too.
+
+    Raises NotFoundError for a path without runs and IntegrityError, naming the file, for a damaged one.
+    """
+    progress = progress or Silent()
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        found = {folder.resolve(): folder for folder in _run_folders(path)}
+        if not found:
+            raise NotFoundError(
+                f"no runs at {path}",
+                why=f"no folder at or below it holds {ARGS}" if path.is_dir() else "that folder does not exist",
+                fix="train some first with: kdcache distill --tau 1,4,20 --seed 0-2",
+            )
+        folders = found | folders
+    if not folders:
+        raise NotFoundError("no folder of runs was given", why="a report is made of runs", fix="kdcache report runs")
+    records = []
+    for number, folder in enumerate(sorted(folders.values()), 1):
+        records.append(_read_run(folder))
+        progress.update("reading runs", number, len(folders))
+    return records
+
+
+def _run_folders(path: Path) -> Iterator[Path]:
+    """Folders with any file of a run in them, so that a run which lost one is noticed."""
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for folder, below, files in os.walk(path, onerror=unreadable):
+        if not {ARGS, METRICS, SUMMARY}.isdisjoint(files):
+            below.clear()
+            yield Path(folder)
+
+
+def _read_run(folder: Path) -> RunRecord:
+    args = _parse(RunArgs, folder / ARGS, yaml.safe_load)
+    summary = _parse(Summary, folder / SUMMARY, json.loads) if (folder / SUMMARY).exists() else None
+    return RunRecord(folder, args, _read_metrics(folder / METRICS, finished=summary is not None), summary)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _parse(model: type[_Model], path: Path, load: Any) -> _Model:
+    try:
+        return model.model_validate(load(path.read_text("utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc'])) or 'its content'}: {first['msg']}") from None
+    except FileNotFoundError:
+        raise _damaged(path, "it does not exist") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _damaged(path, (str(error).splitlines() or ["unreadable"])[0]) from None
+
+
+def _read_metrics(path: Path, *, finished: bool) -> dict[str, NDArray[np.float64]]:
+    """Columns of a metrics.jsonl, ordered by epoch; an epoch that was repeated after a resume counts once, as last written."""
+    if not path.exists() and not finished:
+        return {"epoch": np.empty(0)}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise _damaged(path, "it does not exist") from None
+    if not finished:
+        lines.pop()  # nothing, or the line that was being written when the run stopped
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows[int(row["epoch"])] = row
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise _damaged(path, f"line {number} is not a JSON object with an epoch") from None
+    ordered = [rows[epoch] for epoch in sorted(rows)]
+    names = {"epoch": None} | dict.fromkeys(name for row in ordered for name in row)
+    try:
+        return {name: np.array([row.get(name) for row in ordered], np.float64) for name in names}
+    except (ValueError, TypeError):
+        raise _damaged(path, "a value in it is not a number") from None
+
+
+def _damaged(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is damaged",
+        why=f"{why} (or it was not written by kdcache distill)",
+        fix=f"restore it from a copy, or move {path.parent} out of the way and run its distill command again",
+    )

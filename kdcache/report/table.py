@@ -1,0 +1,244 @@
+"""Results over seeds: the table, and which differences in it are more than seed noise."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kdcache.report.records import RunRecord
+
+__all__ = ["Answer", "Cell", "Comparison", "Row", "Table", "answers", "paired", "summarise"]
+
+ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
+# What two runs must share to be seeds of one experiment, besides the row and tau.
+RECIPE = ("archive_digest", "epochs", "batch_size", "opt", "lr", "weight_decay")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `setting` says what else differs between the runs of this dataset, teacher and student."""
+
+    dataset: str
+    teacher: str
+    student: str
+    method: str
+    control: str
+    setting: str = ""
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        control = (("none", "ls-global", "ls-instance").index(self.control) if self.control in _FIRST else 3, natural(self.control))
+        return self.dataset, self.teacher, self.student, natural(self.setting), self.method != "kd", natural(self.method), control
+
+
+_FIRST = frozenset({"none", "ls-global", "ls-instance"})
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """The complete runs of one row at one tau, one per seed, in the order of the seeds."""
+
+    runs: tuple[RunRecord, ...]
+
+    @cached_property
+    def values(self) -> dict[int, float]:
+        """Seed -> final test top-1, percent."""
+        return {run.args.seed: run.final_top1 for run in self.runs if run.final_top1 is not None}
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over the seeds (ddof 1); None for a single seed."""
+        return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "") + f" ({self.n})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` by `taus`. A cell without a complete run is missing."""
+
+    rows: tuple[Row, ...]
+    taus: tuple[float, ...]
+    cells: Mapping[tuple[Row, float], Cell]
+    repeated: tuple[RunRecord, ...] = ()  # complete, but a newer run has the same row, tau and seed
+
+    def get(self, row: Row, tau: float) -> Cell | None:
+        return self.cells.get((row, tau))
+
+    def ranked(self, row: Row) -> list[tuple[float, Cell]]:
+        """(tau, cell) of a row, best mean first."""
+        found = [(tau, self.cells[row, tau]) for tau in self.taus if (row, tau) in self.cells]
+        return sorted(found, key=lambda item: -item[1].mean)
+
+    def taus_of(self, rows: Iterable[Row]) -> list[float]:
+        """The taus at which any of `rows` has a result."""
+        wanted = set(rows)
+        return sorted({tau for row, tau in self.cells if row in wanted})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean difference over the seeds that two cells share, in points, with its 95 % t interval (None for one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def significant(self) -> bool:
+        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{signed(self.mean)} points, one seed: no spread can be given"
+        verdict = "more than seed noise" if self.significant else "no significant difference"
+        return (
+            f"{signed(self.mean)} points, 95 % t interval {signed(self.low)} to {signed(self.high)} "
+            f"over {self.n} paired seeds: {verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the runs of one student and method say: the best tau, and what stands beside it."""
+
+    headline: str
+    details: tuple[str, ...]
+
+
+def summarise(records: Sequence[RunRecord]) -> Table:
+    """Mean, std and number of seeds of the final test top-1, per row and tau. Only complete runs count; nothing is filled in."""
+    rows = _rows(records)
+    cells: dict[tuple[Row, float], dict[int, RunRecord]] = defaultdict(dict)
+    repeated = []
+    for record in sorted(records, key=lambda r: (r.args.created, r.folder)):
+        if record.status == "complete":
+            seeds = cells[rows[record], record.args.tau]
+            if record.args.seed in seeds:
+                repeated.append(seeds[record.args.seed])
+            seeds[record.args.seed] = record
+    return Table(
+        rows=tuple(sorted(set(rows.values()), key=lambda row: row.order)),
+        taus=tuple(sorted({record.args.tau for record in records})),
+        cells={key: Cell(tuple(seeds[seed] for seed in sorted(seeds))) for key, seeds in cells.items()},
+        repeated=tuple(repeated),
+    )
+
+
+def _rows(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
+    """The row of each run.
+
+    Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
+    holds for any other key of args.yaml that alone tells two runs of the same tau and seed apart.
+    """
+    known = set(RECIPE)
+    seen: dict[tuple[object, ...], set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in _facts(record).items():
+            seen[_place(record, name)].add(value)
+    rows = {}
+    for record in records:
+        facts = _facts(record)
+        places = {name: seen[_place(record, name)] for name in facts}
+        setting = [f"{_SHOWN.get(n, n)} {facts[n]}" for n in facts if len(places[n]) > 1 and n in known]
+        setting += [f"{n} {facts[n]}" for n in facts if len(places[n]) > 1 and n not in known]
+        args = record.args
+        rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, ", ".join(setting))
+    return rows
+
+
+_SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
+
+
+def _facts(record: RunRecord) -> dict[str, str]:
+    extra = {k: str(v) for k, v in (record.args.model_extra or {}).items() if isinstance(v, str | int | float)}
+    recipe = {name: getattr(record.args, name) for name in RECIPE}
+    shown = {name: value[:8] if name == "archive_digest" else f"{value:g}" if isinstance(value, float) else str(value) for name, value in recipe.items()}
+    return shown | extra
+
+
+def _place(record: RunRecord, name: str) -> tuple[object, ...]:
+    """Among which runs a key must vary to count."""
+    args = record.args
+    shared = (name, args.dataset, args.teacher, args.student)
+    if name in RECIPE:
+        return shared
+    return *shared, args.method_spec, args.control_spec, args.tau, args.seed, *(getattr(args, key) for key in RECIPE)
+
+
+def paired(first: Cell, second: Cell) -> Comparison | None:
+    """`first` minus `second` over the seeds that both have; None if they share none."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+    seeds = sorted(first.values.keys() & second.values.keys())
+    if not seeds:
+        return None
+    difference = np.array([first.values[seed] - second.values[seed] for seed in seeds])
+    mean, n = float(difference.mean()), len(seeds)
+    if n == 1:
+        return Comparison(mean, None, None, n)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(difference.std(ddof=1)) / math.sqrt(n)
+    return Comparison(mean, mean - half, mean + half, n)
+
+
+def answers(table: Table) -> list[Answer]:
+    """One answer for each row of control none: its best tau, the runner-up, and the controls at the best tau."""
+    rows = [row for row in table.rows if row.control == "none"]
+    names = labels(rows, tuple(field for field in ROW_FIELDS if field != "control"))
+    return [_answer(table, row, f"{names[row]}: " if len(rows) > 1 else "") for row in rows]
+
+
+def _answer(table: Table, row: Row, name: str) -> Answer:
+    ranked = table.ranked(row)
+    if not ranked:
+        return Answer(f"{name}no run has finished, so there is no best tau yet.", ())
+    tau, best = ranked[0]
+    spread = f" ± {best.std:.2f} % (mean ± std over {best.n} seeds)" if best.std is not None else " % (one seed: no spread can be given)"
+    details = []
+    if len(ranked) == 1:
+        details.append("Only this tau has results, so there is nothing to compare it with.")
+    else:
+        second, cell = ranked[1]
+        details.append(f"Against the second best, tau {second:g} ({cell}): {paired(best, cell) or _UNPAIRED}.")
+    for other in table.rows:
+        if other.control != "none" and (twin := table.get(other, tau)) and _twins(row, other):
+            details.append(f"Control {other.control} at tau {tau:g} ({twin}), minus none: {paired(twin, best) or _UNPAIRED}.")
+    return Answer(f"{name}best tau is {tau:g}, with test top-1 {best.mean:.2f}{spread}.", tuple(details))
+
+
+_UNPAIRED = "the two share no seed, so they cannot be paired"
+
+
+def _twins(row: Row, other: Row) -> bool:
+    """Whether two rows differ in their control only."""
+    return all(getattr(row, field) == getattr(other, field) for field in ROW_FIELDS if field != "control")
+
+
+def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:
+    """A short name for each row: the values of those `fields` in which the rows differ, or of the last one that has a value."""
+    differ = [field for field in fields if len({getattr(row, field) for row in rows}) > 1]
+    return {row: ", ".join(filter(None, (getattr(row, field) for field in differ))) for row in rows}
+
+
+def natural(text: str) -> tuple[tuple[float, str], ...]:
+    """Sort key with numbers in their order: bottom:5 before bottom:20."""
+    return tuple((float(part), "") if part[:1].isdigit() else (math.inf, part) for part in re.findall(r"\d+(?:\.\d+)?|\D+", text))
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,65 @@
+"""Contact sheets: what the teacher saw, with the partner, lambda and the teacher's top classes under each view."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive import Archive
+from kdcache.canvas import Canvas
+from kdcache.errors import IncompatibleError
+from kdcache.stats import softmax
+from kdcache.views.pixels import render_positions
+from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
+
+__all__ = ["contact_sheet"]
+
+
+def contact_sheet(archive: Archive, canvas: Canvas, samples: Sequence[int] | NDArray[np.int64], views: Sequence[int]) -> bytes:
+    """A PNG with one row per sample: its canvas, then the given views with captions."""
+    from matplotlib.figure import Figure
+
+    policy = archive.manifest.policy
+    if policy is None:
+        raise IncompatibleError(
+            f"archive {archive.path} has no views to draw", why="it was written without a view policy", fix="use an archive of dump-teacher"
+        )
+    samples = np.asarray(samples, np.int64)
+    figure = Figure(figsize=(1.35 * (len(views) + 1), 1.75 * len(samples)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)
+    for row, sample in enumerate(samples):
+        label = archive.class_names[canvas.labels[sample]]
+        _show(axes[row, 0], canvas.pixels[sample], f"{canvas.keys[sample][-18:]}\n{label}")
+    for column, view in enumerate(views):
+        table = policy.parameters(view, len(canvas))
+        where = np.argsort(table.sample)[samples]
+        images = render_positions(canvas.pixels, table, where).numpy()
+        rows = archive.take(view, where)
+        for row, image in enumerate(images):
+            top = np.argsort(-rows.logits[row])[:3]
+            probs = softmax(rows.logits[row])[top]
+            guess = "\n".join(f"{archive.class_names[c][:12]} {p:.2f}" for c, p in zip(top, probs, strict=True))
+            mixed = _mixing(table, int(where[row]), canvas, archive)
+            _show(axes[row, column + 1], image, f"{mixed}\n{guess}")
+    for column, view in enumerate(views):
+        axes[0, column + 1].set_title(f"view {view}", fontsize=8)
+    axes[0, 0].set_title("canvas", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _mixing(table: ViewTable, position: int, canvas: Canvas, archive: Archive) -> str:
+    if table.mix[position] == MIX_NONE:
+        return "not mixed"
+    kind = "CutMix" if table.mix[position] == MIX_CUTMIX else "MixUp"
+    partner = archive.class_names[canvas.labels[table.partner[position]]]
+    return f"{kind} {table.lam[position]:.2f}, rest {partner[:10]}"
+
+
+def _show(axis: object, image: NDArray[np.uint8], caption: str) -> None:
+    axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")  # type: ignore[attr-defined]
+    axis.set_xlabel(caption, fontsize=6)  # type: ignore[attr-defined]
+    axis.set_xticks([])  # type: ignore[attr-defined]
+    axis.set_yticks([])  # type: ignore[attr-defined]

@@ -1,0 +1,288 @@
+"""The stream of batches that students (and teachers in training) see: views in a shuffled order, with checked targets.
+
+What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.archive import Archive, Failure, Rows, Verification
+from kdcache.canvas import Canvas
+from kdcache.errors import IncompatibleError, KdcacheError, UsageError
+from kdcache.progress import Progress, Silent
+from kdcache.views.pixels import render_positions
+from kdcache.views.policy import ViewPolicy, ViewTable
+from kdcache.views.probe import diagnose, fingerprint
+
+__all__ = ["Batch", "CachedTargets", "Rendered", "ViewStream", "render_batches", "replay"]
+
+BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of what a seed means
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64 `[B]`; `lam` float32 `[B]`; `logits` float32 `[B, C]`."""
+
+    images: Tensor
+    sample: Tensor
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor  # share of label_a
+    view: int
+    positions: NDArray[np.int64]
+    logits: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A batch before it gets targets: uint8 `images [B, 3, S, S]`, its draws, and the archive's rows."""
+
+    images: Tensor
+    rows: ViewTable
+    stored: Rows | None
+    positions: NDArray[np.int64]
+
+
+class _Renderings(Dataset[Rendered | KdcacheError]):
+    """Item `i` is the rendered batch `items[i]`, a view and positions in it; this is what worker processes run."""
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        policy: ViewPolicy,
+        items: Sequence[tuple[int, NDArray[np.int64]]],
+        archive: Archive | None,
+    ) -> None:
+        self._canvas, self._policy, self._items, self._archive = canvas, policy, items, archive
+        self._table: ViewTable | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Rendered | KdcacheError:
+        view, positions = self._items[index]
+        try:
+            if self._table is None or self._table.view != view:
+                self._table = self._policy.parameters(view, len(self._canvas))
+            stored = self._archive.take(view, positions) if self._archive else None
+            images = render_positions(self._canvas.pixels, self._table, positions)
+        except KdcacheError as error:
+            # Returned, not raised: the loader would raise it as something else on the other side.
+            return error
+        return Rendered(images, self._table[positions], stored, positions)
+
+
+def render_batches(
+    canvas: Canvas,
+    policy: ViewPolicy,
+    items: Sequence[tuple[int, NDArray[np.int64]]],
+    *,
+    workers: int = 0,
+    archive: Archive | None = None,
+) -> Iterator[Rendered]:
+    """Render batches of (view, positions) in order, `workers` processes ahead, with the archive's rows if one is given."""
+    renderings = _Renderings(canvas, policy, items, archive)
+    for item in DataLoader(renderings, batch_size=None, num_workers=workers, shuffle=False):
+        if isinstance(item, KdcacheError):
+            raise item
+        yield item
+
+
+def epoch_view(num_views: int, seed: int, epoch: int) -> int:
+    """The view that epoch `epoch` shows: each cycle through the views has its own order."""
+    cycle, turn = divmod(epoch, num_views)
+    return int(np.argsort(_draws(seed, 0, cycle, num_views), kind="stable")[turn])
+
+
+def epoch_positions(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """All positions in the order of epoch `epoch`: blocks are shuffled, and mixing pairs within each block."""
+    pairs = (num_samples + 1) // 2
+    blocks = -(-num_samples // BLOCK)
+    draws = _draws(seed, 1, epoch, pairs + blocks)
+    pair_key, block_key = draws[:pairs], draws[pairs:]
+    order = np.lexsort((pair_key, block_key[np.arange(pairs) // (BLOCK // 2)]))
+    positions = (order[:, None] * 2 + np.arange(2)).reshape(-1)
+    return positions[positions < num_samples]
+
+
+def _draws(seed: int, purpose: int, number: int, count: int) -> NDArray[np.uint64]:
+    # One word each for seed, purpose and number: seeds are never added to each other.
+    key = np.array([seed, (purpose << 32) | number], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, 0x6F72646572], np.uint64)).random_raw(count)
+
+
+class ViewStream:
+    """Batches of fresh views without targets, for training a teacher. Epoch `e` shows view `e`."""
+
+    archive: Archive | None = None
+
+    def __init__(
+        self, canvas: Canvas, policy: ViewPolicy, *, batch_size: int, seed: int, device: str = "cpu", workers: int = 0
+    ) -> None:
+        _check_batch_size(batch_size, len(canvas))
+        self.canvas, self.policy = canvas, policy
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        """Batches of an epoch; the last, smaller one is left out."""
+        return len(self.canvas) // self.batch_size
+
+    def view(self, epoch: int) -> int:
+        """The view that epoch `epoch` shows."""
+        return epoch
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
+        items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(len(self))]
+        for item in render_batches(self.canvas, self.policy, items, workers=self.workers, archive=self.archive):
+            yield self._batch(item).to(self.device)
+
+    def _batch(self, item: Rendered) -> Batch:
+        rows = item.rows
+        partner = np.where(rows.partner >= 0, rows.partner, rows.sample)
+        return Batch(
+            images=item.images,
+            sample=torch.from_numpy(rows.sample),
+            label_a=torch.from_numpy(self.canvas.labels[rows.sample]),
+            label_b=torch.from_numpy(self.canvas.labels[partner]),
+            lam=torch.from_numpy(rows.lam.astype(np.float32)),
+            view=rows.view,
+            positions=item.positions,
+            logits=None if item.stored is None else torch.from_numpy(item.stored.logits),
+        )
+
+
+class CachedTargets(ViewStream):
+    """Batches of an archive: its views rendered again from the canvas, each checked against the stored fingerprint.
+
+    Iterating yields epoch after epoch's batches (`for batch in stream` is one epoch; `epoch(e)` is any). Raises
+    IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
+    views whose 4 x 4 grid means are within that many grey levels; `drifted` counts them.
+    """
+
+    archive: Archive
+
+    def __init__(
+        self,
+        archive: Archive,
+        canvas: Canvas,
+        batch_size: int = 64,
+        seed: int = 0,
+        device: str = "cpu",
+        *,
+        workers: int = 0,
+        allow_drift: int = 0,
+    ) -> None:
+        policy = archive.manifest.policy
+        if policy is None:
+            raise IncompatibleError(
+                f"archive {archive.path} cannot be replayed",
+                why="it was written without a view policy, so nobody knows which views its logits belong to",
+                fix="make one with: kdcache dump-teacher",
+            )
+        _check_same_samples(archive, canvas)
+        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers)
+        self.archive = archive
+        self.allow_drift = allow_drift
+        self.drifted = 0
+        self._next_epoch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        yield from self.epoch(epoch)
+
+    def view(self, epoch: int) -> int:
+        return epoch_view(self.archive.num_views, self.seed, epoch)
+
+    def _batch(self, item: Rendered) -> Batch:
+        self.drifted += check_views(item, self.archive, self.canvas, self.allow_drift)
+        return super()._batch(item)
+
+
+def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: int) -> int:
+    """Compare rendered views with the archive's fingerprints; returns how many were accepted as drifted."""
+    drift = _drift(item, archive, canvas)
+    if drift is None:
+        return 0
+    if 0 < drift.levels <= allow_drift and not drift.blame.startswith("order"):
+        return len(drift.positions)
+    keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[np.isin(item.positions, drift.positions)][:4])
+    raise IncompatibleError(
+        f"view {item.rows.view} of {keys}{', ...' if len(drift.positions) > 4 else ''} is not what the teacher saw ({drift})",
+        why=drift.blame,
+        fix="restore the images of the dump, or dump again"
+        + (f"; --allow-drift {drift.levels} would accept this batch" if drift.levels else ""),
+    )
+
+
+def _drift(item: Rendered, archive: Archive, canvas: Canvas) -> Any:
+    assert item.stored is not None
+    digest, grid = fingerprint(item.images)
+    recorded = archive.manifest.canvas
+    return diagnose(
+        item.rows,
+        item.positions,
+        digest=digest,
+        grid=grid,
+        stored_sample=item.stored.sample,
+        stored_digest=item.stored.digest,
+        stored_grid=item.stored.probe,
+        canvas_changed=recorded is not None and recorded.digest != canvas.digest,
+    )
+
+
+def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress: Progress | None = None) -> Verification:
+    """Render `views` randomly chosen views again and compare their fingerprints with the archive's."""
+    progress = progress or Silent()
+    result = Verification(f"replay {views}")
+    stream = CachedTargets(archive, canvas, batch_size=1, seed=seed)
+    total = archive.num_views * archive.num_samples
+    chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
+    for view in np.unique(chosen // archive.num_samples):
+        positions = np.sort(chosen[chosen // archive.num_samples == view] % archive.num_samples)
+        items = [(int(view), positions[i : i + 64]) for i in range(0, len(positions), 64)]
+        for item in render_batches(canvas, stream.policy, items, archive=archive):
+            drift = _drift(item, archive, canvas)
+            if drift is not None:
+                result.failures.append(Failure(f"view {view}", "the stored fingerprints", f"{drift}; {drift.blame}"))
+            result.checked += len(item.positions)
+            progress.update("replay", result.checked, len(chosen))
+    return result
+
+
+def _check_batch_size(batch_size: int, num_samples: int) -> None:
+    if not 1 <= batch_size <= num_samples:
+        raise UsageError(
+            f"batch size {batch_size} with {num_samples} samples",
+            why="an epoch needs at least one full batch",
+            fix=f"use --batch-size {max(1, min(64, num_samples))}",
+        )
+
+
+def _check_same_samples(archive: Archive, canvas: Canvas) -> None:
+    source = archive.manifest.source
+    if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
+        raise IncompatibleError(
+            f"archive {archive.path} has {archive.num_samples} samples of other images than the {len(canvas)} here",
+            why="the files, their names or their labels changed since the dump",
+            fix="restore the dataset as it was, or dump again",
+        )
+    recorded = archive.manifest.canvas
+    if recorded is not None and recorded.size != canvas.size:
+        raise IncompatibleError(
+            f"the canvas is {canvas.size} px, the archive's was {recorded.size} px",
+            why="views are cut from the canvas, so its size is part of them",
+            fix=f"use --canvas {recorded.size}",
+        )

@@ -1,0 +1,218 @@
+"""Targets: what a student is trained towards, made from teacher logits at training time.
+
+A *control* turns targets into other targets, to show what the teacher's knowledge is worth: label smoothing of the
+same entropy, or the teacher's own logits with all but the top k shuffled (temperature study, sections 4.2 and 4.3).
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.registry import Registry
+from kdcache.stats import entropy, softmax, sorted_mean_softmax
+
+__all__ = ["Control", "Targets", "control", "controls", "match_entropy", "row_keys"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Teacher `logits` float32 `[B, C]` at temperature `tau`, and the labels of the mix where there are any.
+
+    `lam [B]` is the share of `label_a`; the rest is `label_b`'s.
+    """
+
+    logits: Tensor
+    tau: float
+    label_a: Tensor | None = None
+    label_b: Tensor | None = None
+    lam: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 2:
+            raise ValueError(f"logits must be [B, C], got {list(self.logits.shape)}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
+
+    @property
+    def probs(self) -> Tensor:
+        """softmax(logits / tau), float32 `[B, C]`."""
+        return torch.softmax(self.logits.float() / self.tau, dim=1)
+
+    def with_logits(self, logits: Tensor) -> "Targets":
+        return dataclasses.replace(self, logits=logits)
+
+
+class Control(Protocol):
+    """Maps targets to other targets. `fit` looks at the whole archive first, where a control needs that."""
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "Control": ...
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets: ...
+
+
+controls: Registry[Control] = Registry("control")
+
+
+def control(name: str, **options: Any) -> Control:
+    """The control `name` with its options."""
+    return controls.build(name, **options)
+
+
+@controls.register("none")
+@dataclass(frozen=True)
+class Unchanged:
+    """The teacher's own logits."""
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "Unchanged":
+        return self
+
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        return targets
+
+
+@controls.register("ls-instance")
+@dataclass(frozen=True)
+class InstanceSmoothing:
+    """Label smoothing of the teacher's argmax, with every sample's own entropy at tau (temperature study, section 4.2)."""
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "InstanceSmoothing":
+        return self
+
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        z = targets.logits.double() / targets.tau
+        log_p = z - z.logsumexp(dim=1, keepdim=True)
+        # log C - H directly, since the difference of two nearly equal numbers would lose it at large tau.
+        deficit = (log_p.exp() * (log_p + math.log(z.shape[1]))).sum(dim=1)
+        return _smoothed(targets, match_entropy(deficit, z.shape[1]))
+
+
+@controls.register("ls-global")
+@dataclass(frozen=True)
+class GlobalSmoothing:
+    """Label smoothing of the teacher's argmax, one strength for all: that of the archive's average softmax at tau.
+
+    `average` says how the average is formed, which the paper leaves open: the entropy of the mean of the *sorted*
+    softmax vectors, the mean of the entropies, or the entropy of the plain class-wise mean (near uniform on balanced data).
+    """
+
+    average: Literal["sorted-mean", "mean-entropy", "plain-mean"] = "sorted-mean"
+    deficit: float | None = None  # log C - H in nats at the tau it was fitted for; found by `fit`
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "GlobalSmoothing":
+        rows = 0
+        total: Any = 0.0
+        for block in blocks:
+            rows += len(block)
+            if self.average == "mean-entropy":
+                total = total + entropy(block, tau).sum()
+            elif self.average == "sorted-mean":
+                total = total + sorted_mean_softmax(block, tau) * len(block)
+            else:
+                total = total + softmax(block, tau).sum(axis=0)
+            classes = block.shape[1]
+        if not rows:
+            raise ValueError("ls-global needs at least one row to average")
+        mean = total / rows
+        if self.average == "mean-entropy":
+            return dataclasses.replace(self, deficit=float(math.log(classes) - mean))
+        mean = mean[mean > 0]
+        return dataclasses.replace(self, deficit=float((mean * np.log(mean * classes)).sum()))
+
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        if self.deficit is None:
+            raise ValueError("ls-global must be fitted to an archive first: control.fit(blocks_of_logits, tau)")
+        deficit = torch.full((len(targets.logits),), self.deficit, dtype=torch.float64, device=targets.logits.device)
+        return _smoothed(targets, match_entropy(deficit, targets.logits.shape[1]))
+
+
+@controls.register("bottom")
+@dataclass(frozen=True)
+class BottomShuffled:
+    """Keep the `k` largest logits where they are and permute the other C - k (temperature study, section 4.2).
+
+    Logits are permuted, once for every temperature: softmax follows the permutation, so both entropies stay as they were.
+    """
+
+    k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"control bottom:{self.k}", why="at least the top class is kept", fix="use k >= 1, such as bottom:5")
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "BottomShuffled":
+        classes = next(iter(blocks)).shape[1]
+        if self.k >= classes - 1:
+            raise UsageError(
+                f"control bottom:{self.k} with {classes} classes",
+                why=f"only {max(classes - self.k, 0)} class(es) would be left to permute, so nothing would change",
+                fix=f"use k <= {classes - 2}",
+            )
+        return self
+
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        logits = targets.logits
+        # A stable sort: ties at rank k are broken by class number.
+        bottom = logits.argsort(dim=1, descending=True, stable=True)[:, self.k :]
+        draws = _mix64(_mix64(rng_key + self.seed * _GOLDEN)[:, None] + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN)
+        source = bottom.gather(1, draws.argsort(dim=1, stable=True))
+        return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))
+
+
+def match_entropy(deficit: Tensor, classes: int) -> Tensor:
+    """d = 1 - alpha of the label smoothing whose entropy is log C - `deficit`: float64 `[B]`.
+
+    The smoothed vector has 1 - alpha + alpha/C at the top and alpha/C elsewhere, and its deficit is
+    D(d) = (1 + d(C-1))/C log1p(d(C-1)) + (C-1)/C (1-d) log1p(-d), strictly increasing from 0 to log C on [0, 1].
+    Bisection in float64 on log d keeps its relative accuracy where d is tiny, that is at large tau.
+    """
+    deficit = deficit.double().clamp(0.0, math.log(classes))
+    rest = classes - 1
+
+    def of(d: Tensor) -> Tensor:
+        left = torch.where(d < 1, (1 - d) * torch.log1p(-d.clamp(max=1 - 1e-16)), 0.0)
+        return (1 + d * rest) / classes * torch.log1p(d * rest) + rest / classes * left
+
+    low, high = torch.full_like(deficit, -60.0), torch.zeros_like(deficit)  # log d
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = of(middle.exp()) < deficit
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(deficit > 0, ((low + high) / 2).exp(), 0.0)
+
+
+def _smoothed(targets: Targets, d: Tensor) -> Targets:
+    """Targets whose softmax at their tau is the smoothed one: the top logit is tau log(1 + C d / (1 - d)), the others 0."""
+    classes = targets.logits.shape[1]
+    top = targets.tau * torch.log1p(classes * d / (1 - d).clamp(min=1e-30))
+    logits = torch.zeros_like(targets.logits, dtype=torch.float32)
+    logits.scatter_(1, targets.logits.argmax(dim=1, keepdim=True), top.to(torch.float32)[:, None])
+    return targets.with_logits(logits)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64: counter to random number, the same on every device (Steele et al. 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def row_keys(archive_digest: str, view: int, sample: Tensor) -> Tensor:
+    """Random keys int64 `[B]` of rows, from the archive's digest, the view and the `sample` numbers int64 `[B]`."""
+    base = int.from_bytes(hashlib.sha256(f"{archive_digest} {view}".encode()).digest()[:8], "little", signed=True)
+    return _mix64(_mix64(sample * _GOLDEN) ^ base)

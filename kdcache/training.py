@@ -1,0 +1,312 @@
+"""What teachers and students in training share: optimiser, schedule, clipping, evaluation, log, checkpoint, exact resume."""
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from kdcache.archive import translated_os_errors
+from kdcache.canvas import Canvas
+from kdcache.errors import IntegrityError, UsageError
+from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
+from kdcache.models import Normalisation
+from kdcache.stream import render_batches
+from kdcache.views.policy import ViewPolicy
+
+__all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_device", "seeded", "write_atomically"]
+
+
+class TrainConfig(BaseModel):
+    """How a model is trained. The defaults are the temperature study's for students (its section 3.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    opt: str = "adamw"
+    lr: float = Field(0.002, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    clip_grad: float | None = Field(1.0, gt=0)  # largest L2 norm of one layer's gradient; None: no clipping
+
+
+class EvalSet:
+    """The test split as clean views of `size` pixels, rendered once and kept."""
+
+    def __init__(self, canvas: Canvas, size: int, *, batch_size: int = 256, workers: int = 0) -> None:
+        policy = ViewPolicy.load("none", size=size)
+        order = np.argsort(policy.parameters(0, len(canvas)).sample)
+        items = [(0, order[start : start + batch_size]) for start in range(0, len(canvas), batch_size)]
+        self.batches: list[Tensor] = [item.images for item in render_batches(canvas, policy, items, workers=workers)]
+        self.labels = torch.from_numpy(canvas.labels)
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, normalise: Normalisation, device: torch.device) -> Tensor:
+        """Logits float32 `[N, C]` of the test split, in the canvas's order, on the CPU."""
+        model.eval()
+        return torch.cat([model(normalise(views.to(device))).float().cpu() for views in self.batches])
+
+    def metrics(self, logits: Tensor) -> dict[str, float]:
+        return {
+            "test_top1": top_k(logits, self.labels, 1),
+            "test_top5": top_k(logits, self.labels, 5),
+            "test_loss": F.cross_entropy(logits, self.labels).item(),
+            "test_ece": calibration_error(logits, self.labels),
+        }
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one. Raises UsageError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} cannot be used",
+            why=str(error).splitlines()[0][:200],
+            fix="use --device cpu, or --device auto for whatever there is",
+        ) from None
+    return device
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Code that draws from torch's global generator (model initialisation) draws from `seed`, and disturbs nobody."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradient of every parameter tensor to an L2 norm of at most `max_norm`; returns the total norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    if max_norm is not None:
+        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Replace `file` by `data`, or leave it as it was."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with translated_os_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, file)
+
+
+class Learner:
+    """One model in training, with its own optimiser, schedule, random numbers and folder.
+
+    The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json`;
+    `checkpoint.pt` holds what an exact resume needs (tensors and numbers only). A learner made again in the same folder
+    goes on at the epoch after its last checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        normalise: Normalisation,
+        config: TrainConfig,
+        *,
+        steps_per_epoch: int,
+        seed: int,
+        device: torch.device,
+        checkpoint_interval: float = 30.0,
+    ) -> None:
+        import timm.optim
+
+        self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
+        self.model = model.to(device)
+        try:
+            self.optimizer = timm.optim.create_optimizer_v2(
+                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+            )
+        except (ValueError, AssertionError, KeyError) as error:
+            raise UsageError(
+                f"optimiser {config.opt!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
+            ) from None
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.total_steps = steps_per_epoch * config.epochs
+        self.steps = 0
+        self.epoch = 0  # epochs finished
+        self.rows: list[dict[str, float]] = []
+        self.status: Literal["training", "complete", "diverged"] = "training"
+        self._best: dict[str, Tensor] | None = None
+        self._best_top1 = -1.0
+        self._interval = checkpoint_interval
+        self._saved_at = time.monotonic()
+        with seeded(seed):
+            self._rng = _rng_states(device)
+        self._start_epoch()
+        self._restore()
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The latest epoch's row of metrics."""
+        return self.rows[-1]
+
+    def _start_epoch(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._seconds = 0.0
+
+    def step(self, views: Tensor, loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means."""
+        started = time.perf_counter()
+        lr = self.config.lr * 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with self._own_rng():
+            self.model.train()
+            logits = self.model(self.normalise(views))
+            loss = loss_of(logits)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = clip_per_layer(self.parameters, self.config.clip_grad)
+            self.optimizer.step()
+        with torch.no_grad():
+            logits = logits.detach()
+            figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
+            for name, value in (figures | measure(logits)).items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+        self.steps += 1
+        self._seconds += time.perf_counter() - started
+
+    def end_epoch(self, evaluation: EvalSet, **figures: float) -> None:
+        """Evaluate, log, and write a checkpoint if the last one is old or this was the last epoch."""
+        started = time.perf_counter()
+        means = {name: (value / self._count).item() for name, value in self._sums.items()}
+        row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
+        row |= evaluation.metrics(evaluation.logits(self.model, self.normalise, self.device))
+        row["seconds"] = self._seconds + time.perf_counter() - started
+        self.rows.append(row)
+        self.epoch += 1
+        self._start_epoch()
+        if not all(math.isfinite(value) for value in means.values()):
+            # The weights are of no use any more: what the last checkpoint holds stays.
+            self._finish("diverged", reason=f"loss {means['train_loss']} in epoch {self.epoch - 1}")
+            return
+        if row["test_top1"] > self._best_top1:
+            self._best_top1 = row["test_top1"]
+            self._best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        over = self.epoch == self.config.epochs
+        if over or time.monotonic() - self._saved_at >= self._interval:
+            self._save()
+        if over:
+            self._finish("complete")
+
+    def _save(self) -> None:
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "weights": weights,
+                "rng": self._rng,
+                "epoch": self.epoch,
+                "steps": self.steps,
+                "best_top1": self._best_top1,
+                "rows": self.rows,
+            },
+            buffer,
+        )
+        if self._best is not None:
+            write_atomically(self.folder / "best.safetensors", save(self._best))
+        write_atomically(self.folder / "last.safetensors", save(weights))
+        self._write_log()
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())  # last: it says that the others are there
+        self._saved_at = time.monotonic()
+
+    def _write_log(self) -> None:
+        lines = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in self.rows)
+        write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(self.rows[0]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "summary.csv", table.getvalue().encode())
+
+    def _restore(self) -> None:
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            return
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            best = self.folder / "best.safetensors"
+            self._best = load_file(best) if best.is_file() else None
+        except Exception as error:  # a damaged file shows in many ways
+            raise IntegrityError(
+                f"checkpoint {file} cannot be used",
+                why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+                fix=f"train this run anew: rm -r {self.folder}",
+            ) from error
+        self._rng, self.epoch, self.steps = state["rng"], state["epoch"], state["steps"]
+        self._best_top1, self.rows = state["best_top1"], state["rows"]
+        if self.epoch == self.config.epochs:
+            self._finish("complete")
+
+    def _finish(self, status: Literal["complete", "diverged"], **extra: str) -> None:
+        self.status = status
+        best = max(self.rows, key=lambda row: row["test_top1"])
+        summary = {
+            "status": status,
+            **extra,
+            "epochs": self.epoch,
+            "final_top1": self.last["test_top1"],
+            "final_loss": _finite(self.last["test_loss"]),
+            "best_top1": best["test_top1"],
+            "best_epoch": best["epoch"],
+            "seconds": sum(row["seconds"] for row in self.rows),
+        }
+        self._write_log()
+        write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Random numbers inside (dropout, stochastic depth) are this learner's, whoever else trains beside it."""
+        others = _rng_states(self.device)
+        _set_rng_states(self._rng, self.device)
+        try:
+            yield
+        finally:
+            self._rng = _rng_states(self.device)
+            _set_rng_states(others, self.device)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _rng_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,118 @@
+"""Where things lie: `archives/ teachers/ runs/ data/ reports/` below one home folder."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kdcache.archive import Archive, open_archive
+from kdcache.canvas import Canvas, load_canvas
+from kdcache.datasets import Source, Split, dataset
+from kdcache.errors import NotFoundError, UsageError, unknown_name
+from kdcache.progress import Progress
+
+__all__ = ["Workspace", "dataset_label", "parse_dataset", "versions"]
+
+
+def parse_dataset(spec: str) -> Source:
+    """A source from its command-line form. An unknown name is a NotFoundError with close matches."""
+    name = spec.partition(":")[0]
+    if name not in dataset:
+        raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
+    return dataset.parse(spec)
+
+
+def dataset_label(source: Source) -> str:
+    """A short name for folders: the dataset's, with the folder's name where there is one."""
+    name = dataset.name_of(source)
+    root = getattr(source, "root", "")
+    return f"{name}-{Path(root).resolve().name}" if root else name
+
+
+def versions() -> dict[str, str]:
+    """What results depend on: versions of the libraries, and the machine."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
+    for package in ("kdcache", "torch", "torchvision", "timm", "numpy", "pillow", "zarr"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folders below `home`; each is made when something is first written to it."""
+
+    home: Path
+    data_dir: Path | None = None
+
+    @property
+    def archives(self) -> Path:
+        return self.home / "archives"
+
+    @property
+    def teachers(self) -> Path:
+        return self.home / "teachers"
+
+    @property
+    def runs(self) -> Path:
+        return self.home / "runs"
+
+    @property
+    def reports(self) -> Path:
+        return self.home / "reports"
+
+    @property
+    def data(self) -> Path:
+        return self.data_dir or self.home / "data"
+
+    def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
+        """The canvas of a split, at the dataset's own size unless `size` says otherwise."""
+        return load_canvas(source, split, size or source.recipe.canvas, self.data, progress)
+
+    def archive_folders(self) -> list[Path]:
+        """Folders with a finished or unfinished archive, by name."""
+        if not self.archives.is_dir():
+            return []
+        return sorted(p for p in self.archives.iterdir() if (p / "kdcache.json").is_file() or (p / ".dump").is_dir())
+
+    def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
+        """The archive `name` (a folder, or a name below `archives/`); without a name, the only one or the newest finished one.
+
+        `strict` refuses to choose between several.
+        """
+        if name is not None:
+            return open_archive(name if Path(name).is_dir() or not (self.archives / name).is_dir() else self.archives / name)
+        folders = self.archive_folders()
+        finished = [folder for folder in folders if (folder / "kdcache.json").is_file()]
+        if not finished:
+            if folders:
+                return open_archive(folders[-1])  # raises: not finished, and how to go on
+            raise NotFoundError(
+                f"no archive below {self.archives}",
+                why="students are trained from a teacher's cached logits",
+                fix="make one first, for example: kdcache dump-teacher --teacher vit_s --dataset pets",
+            )
+        if len(finished) > 1:
+            if strict:
+                raise UsageError(
+                    f"{len(finished)} archives below {self.archives}",
+                    why="--strict forbids choosing one of them",
+                    fix=f"name it: --archive {finished[0]}",
+                )
+            newest = max(finished, key=lambda folder: (folder / "kdcache.json").stat().st_mtime)
+            progress.say(f"archive: {newest} (the newest of {len(finished)}; choose with --archive)")
+            return open_archive(newest)
+        progress.say(f"archive: {finished[0]}")
+        return open_archive(finished[0])
+
+    def teacher_records(self) -> Sequence[tuple[Path, dict[str, Any]]]:
+        """Folder and record of every trained teacher, newest first."""
+        if not self.teachers.is_dir():
+            return []
+        files = sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+        return [(file.parent, json.loads(file.read_text())) for file in files]
