@@ -115,9 +115,6 @@ class Digits:
         return "digits-1"
 
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
-
-
 @dataset.register("folder")
 @dataclass(frozen=True)
 class Folder:
@@ -199,7 +196,7 @@ class Folder:
         if not found:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
-                why=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES)[:6])}, ... below class folders are read",
+                why="files that Pillow can read (.jpg, .png, .webp, ...) below class folders are looked for",
                 fix="check the path and the layout CLASS/FILE",
             )
         return found
@@ -216,11 +213,11 @@ class Folder:
 
 def _image_files(base: Path) -> list[Path]:
     """Image files below the class folders of `base`, in the order of their names."""
-    found = []
+    found, suffixes = [], Image.registered_extensions()
     for folder, folders, files in os.walk(base):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if Path(folder) != base:
-            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in suffixes and not f.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(base).as_posix())
 
 

@@ -115,6 +115,14 @@ class Registry(Generic[T]):
                 return name
         raise KeyError(f"{type(component).__name__} is not a registered {self.kind}")
 
+    def describe(self, name: str) -> str:
+        """The options of component `name` with their defaults, as text."""
+        shown = []
+        for field in dataclasses.fields(self[name]):  # type: ignore[arg-type]
+            required = field.default is dataclasses.MISSING
+            shown.append(field.name if required else f"{field.name}={field.default}")
+        return ", ".join(shown)
+
     def spec(self, component: T) -> str:
         """The shortest command-line form of a component: options at their defaults are left out."""
         changed = [

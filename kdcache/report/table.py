@@ -16,6 +16,8 @@ __all__ = ["Answer", "Cell", "Comparison", "Row", "Table", "answers", "paired", 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
 RECIPE = ("archive_digest", "epochs", "batch_size", "opt", "lr", "weight_decay")
+_SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
+_CONTROLS = ("none", "ls-global", "ls-instance")  # in this order; others after them
 CONFIDENCE = 0.95
 
 
@@ -32,11 +34,9 @@ class Row:
 
     @property
     def order(self) -> tuple[object, ...]:
-        control = (("none", "ls-global", "ls-instance").index(self.control) if self.control in _FIRST else 3, natural(self.control))
-        return self.dataset, self.teacher, self.student, natural(self.setting), self.method != "kd", natural(self.method), control
-
-
-_FIRST = frozenset({"none", "ls-global", "ls-instance"})
+        first = _CONTROLS.index(self.control) if self.control in _CONTROLS else len(_CONTROLS)
+        method = (self.method != "kd", natural(self.method))
+        return self.dataset, self.teacher, self.student, natural(self.setting), method, first, natural(self.control)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,30 +146,27 @@ def _rows(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
     Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
     holds for any other key of args.yaml that alone tells two runs of the same tau and seed apart.
     """
-    known = set(RECIPE)
     seen: dict[tuple[object, ...], set[str]] = defaultdict(set)
     for record in records:
         for name, value in _facts(record).items():
             seen[_place(record, name)].add(value)
     rows = {}
     for record in records:
-        facts = _facts(record)
-        places = {name: seen[_place(record, name)] for name in facts}
-        setting = [f"{_SHOWN.get(n, n)} {facts[n]}" for n in facts if len(places[n]) > 1 and n in known]
-        setting += [f"{n} {facts[n]}" for n in facts if len(places[n]) > 1 and n not in known]
+        varied = [f"{_SHOWN.get(k, k)} {value}" for k, value in _facts(record).items() if len(seen[_place(record, k)]) > 1]
         args = record.args
-        rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, ", ".join(setting))
+        rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, ", ".join(varied))
     return rows
 
 
-_SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
-
-
 def _facts(record: RunRecord) -> dict[str, str]:
-    extra = {k: str(v) for k, v in (record.args.model_extra or {}).items() if isinstance(v, str | int | float)}
-    recipe = {name: getattr(record.args, name) for name in RECIPE}
-    shown = {name: value[:8] if name == "archive_digest" else f"{value:g}" if isinstance(value, float) else str(value) for name, value in recipe.items()}
-    return shown | extra
+    """The recipe, then the keys that kdcache.report does not know."""
+    facts = {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
+    facts["archive_digest"] = record.args.archive_digest[:8]
+    return {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in facts.items()
+        if isinstance(value, str | int | float)
+    }
 
 
 def _place(record: RunRecord, name: str) -> tuple[object, ...]:
@@ -208,7 +205,9 @@ def _answer(table: Table, row: Row, name: str) -> Answer:
     if not ranked:
         return Answer(f"{name}no run has finished, so there is no best tau yet.", ())
     tau, best = ranked[0]
-    spread = f" ± {best.std:.2f} % (mean ± std over {best.n} seeds)" if best.std is not None else " % (one seed: no spread can be given)"
+    spread = " % (one seed: no spread can be given)"
+    if best.std is not None:
+        spread = f" ± {best.std:.2f} % (mean ± std over {best.n} seeds)"
     details = []
     if len(ranked) == 1:
         details.append("Only this tau has results, so there is nothing to compare it with.")
@@ -230,7 +229,7 @@ def _twins(row: Row, other: Row) -> bool:
 
 
 def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:
-    """A short name for each row: the values of those `fields` in which the rows differ, or of the last one that has a value."""
+    """A short name for each row: the values of those `fields` in which the rows differ."""
     differ = [field for field in fields if len({getattr(row, field) for row in rows}) > 1]
     return {row: ", ".join(filter(None, (getattr(row, field) for field in differ))) for row in rows}
 

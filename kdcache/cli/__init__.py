@@ -1,0 +1,66 @@
+"""The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
+
+import errno
+import os
+import sys
+
+from kdcache.errors import KdcacheError, RetryError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `kdcache`: runs a command and exits with its documented status."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line; errors become three lines on stderr and an exit status."""
+    import click
+
+    from kdcache.cli.app import app
+
+    debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
+    arguments = [argument for argument in argv if argument != "--debug"]
+    try:
+        result = app(args=arguments, prog_name="kdcache", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KdcacheError as error:
+        if debug:
+            raise
+        return _report(error, error.exit_code)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _report("interrupted; what was finished is kept, and the same command goes on from there", 130)
+    except click.ClickException as error:
+        return _report(_usage(error), 2)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            full = RetryError(
+                f"the disk is full ({error.filename or 'while writing'})",
+                why="what was finished before is kept",
+                fix="free some space (df -h shows where) and repeat the command",
+            )
+            return _report(full, full.exit_code)
+        return _report(
+            f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report the traceback", 1
+        )
+
+
+def _report(what: object, status: int) -> int:
+    print(what, file=sys.stderr)
+    return status
+
+
+def _usage(error: object) -> str:
+    """A click error in kdcache's three lines; click's own text offers close matches for mistyped names."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "kdcache"
+    text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    return f"error: {text}\nwhy: the command line is not one that {command} understands\nfix: {command} --help"

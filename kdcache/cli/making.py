@@ -1,0 +1,233 @@
+"""Commands that make something: teachers, archives, students, reports."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli.options import (
+    ConfigOption,
+    DataDirOption,
+    DatasetOption,
+    DeviceOption,
+    DryRunOption,
+    HomeOption,
+    WorkersOption,
+    command_line,
+    floats,
+    integers,
+    specs,
+    workspace,
+)
+from kdcache.cli.output import bars, print_table
+
+TeacherOption = Annotated[str, typer.Option("--teacher", help="Alias (vit_s, rn50, ...) or timm name.")]
+PolicyOption = Annotated[str | None, typer.Option("--policy", help="View policy: a preset or a YAML file [the dataset's].")]
+SizeOption = Annotated[int | None, typer.Option("--size", min=8, help="Side of a view in pixels [the policy's].")]
+CanvasOption = Annotated[int | None, typer.Option("--canvas", min=8, help="Side of the decoded images in pixels [the dataset's].")]
+BatchOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per step.")]
+
+
+def quickstart(
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+    workers: WorkersOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Everything once, on real handwritten digits: teacher, archive, students, report. A second run reuses all of it."""
+    from kdcache.quickstart import quickstart as run
+
+    with bars() as progress:
+        result = run(workspace(home, data_dir), progress, device=device, workers=workers, command=command_line())
+    table = result.table
+    print_table(
+        ["control", *(f"tau {tau:g}" for tau in table.taus)],
+        [
+            [row.control, *(str(cell) if (cell := row.cells.get(tau)) else None for tau in table.taus)]
+            for row in table.rows
+        ],
+        title=f"students' top-1 in % (teacher {result.teacher_top1:.2f}), mean ± std (seeds)",
+    )
+    print(result.report)
+
+
+def train_teacher(
+    teacher: TeacherOption,
+    dataset: DatasetOption,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
+    policy: PolicyOption = None,
+    size: SizeOption = None,
+    canvas: CanvasOption = None,
+    batch_size: BatchOption = 64,
+    opt: Annotated[str, typer.Option(help="Optimiser, a timm name.")] = "adamw",
+    lr: Annotated[float | None, typer.Option(help="Learning rate [5e-4 for CNNs, 5e-5 for ViTs, 2e-3 from scratch]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[0.05; 0.1 for ViTs]")] = None,
+    smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    from_scratch: Annotated[
+        bool | None, typer.Option("--from-scratch/--pretrained", help="Start at random or from timm's weights [as suits the dataset].")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors, .pth).")] = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Finetune a teacher, or train it from scratch. Prints its folder; what is already trained is not trained again."""
+    from kdcache.teacher import TeacherConfig
+    from kdcache.teacher import train_teacher as train
+
+    settings = TeacherConfig(
+        teacher=teacher, dataset=dataset, epochs=epochs, policy=policy, size=size, canvas=canvas, batch_size=batch_size, opt=opt,
+        lr=lr, weight_decay=weight_decay, smoothing=smoothing, seed=seed, from_scratch=from_scratch, checkpoint=checkpoint,
+        device=device, workers=workers, command=command_line(),
+    )  # fmt: skip
+    with bars() as progress:
+        trained = train(settings, workspace(home, data_dir), progress)
+    print(trained.folder)
+
+
+def dump_teacher(
+    teacher: TeacherOption,
+    dataset: DatasetOption,
+    views: Annotated[int | None, typer.Option(min=1, help="Views of every sample; more than before appends [the dataset's recipe]")] = None,
+    policy: PolicyOption = None,
+    view_seed: Annotated[int | None, typer.Option(min=0, help="Seed of the views [0]")] = None,
+    size: SizeOption = None,
+    canvas: CanvasOption = None,
+    batch_size: BatchOption = 64,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 on a CPU]")] = None,
+    codec: Annotated[str, typer.Option(help="How logits are stored: i16 (2 bytes) or f32.")] = "i16",
+    layout: Annotated[str, typer.Option(help="How files are laid out.")] = "zarr",
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a shard [64 MiB of logits]")] = None,
+    finetune: Annotated[bool, typer.Option("--finetune/--no-finetune", help="Train the teacher first if there is none.")] = True,
+    teacher_folder: Annotated[Path | None, typer.Option(help="This trained teacher, not the newest.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Archive folder [HOME/archives/NAME]")] = None,
+    start_view: Annotated[int, typer.Option(min=0, help="View to begin with; changes nothing in the archive.")] = 0,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    dry_run: DryRunOption = False,
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run a teacher over all views and keep its logits. The last line is the archive's folder; run again to resume."""
+    from kdcache.codecs import codec as codecs
+    from kdcache.dump import DumpConfig, plan_dump
+    from kdcache.dump import dump_teacher as dump
+    from kdcache.errors import unknown_name
+
+    if precision not in {None, "fp32", "fp16", "bf16"}:
+        raise unknown_name("precision", str(precision), ["fp32", "fp16", "bf16"])
+    settings = DumpConfig(
+        teacher=teacher, dataset=dataset, views=views, policy=policy, view_seed=view_seed, size=size, canvas=canvas,
+        batch_size=batch_size, precision=precision, codec=codec, layout=layout, shard_rows=shard_rows, finetune=finetune,  # type: ignore[arg-type]
+        teacher_folder=teacher_folder, output=output, start_view=start_view, device=device, workers=workers, command=command_line(),
+    )  # fmt: skip
+    with bars() as progress:
+        place = workspace(home, data_dir)
+        if dry_run:
+            plan = plan_dump(settings, place, progress)
+            classes = len(plan.canvas.card.class_names)
+            size_mb = plan.views * len(plan.canvas) * classes * codecs.build(codec).dtype.itemsize / 1e6
+            trained = plan.teacher.folder if plan.teacher else "none yet: it would be trained first"
+            progress.say(f"teacher: {trained}")
+            progress.say(f"{plan.views} views of {len(plan.canvas)} samples, {classes} classes: {size_mb:.1f} MB of logits")
+            path = plan.path
+        else:
+            path = dump(settings, place, progress).path
+    print(path)
+
+
+def finalize(archive: Annotated[Path, typer.Argument(help="Folder of an unfinished archive.")]) -> None:
+    """Write the manifest of an archive whose shards were dumped by several processes."""
+    from kdcache.archive import ArchiveWriter
+
+    with bars() as progress:
+        finished = ArchiveWriter.resume(archive).finalize(progress)
+    print(finished.path)
+
+
+def distill(
+    tau: Annotated[str, typer.Option("--tau", help="Temperatures, such as 1,4,20.")] = "1",
+    method: Annotated[str, typer.Option("--method", help="Methods; see kdcache methods.")] = "kd",
+    control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K.")] = "none",
+    student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
+    seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
+    archive: Annotated[str | None, typer.Option("--archive", help="Archive folder or name [the only or newest one]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
+    batch_size: BatchOption = 64,
+    opt: Annotated[str, typer.Option(help="Optimiser, a timm name.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate; half-period cosine.")] = 0.002,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.05,
+    clip_grad: Annotated[float, typer.Option(min=0, help="Largest L2 norm of one layer's gradient; 0: no clipping.")] = 1.0,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Do not choose between several archives.")] = False,
+    allow_drift: Annotated[int, typer.Option(min=0, help="Accept views whose grid means are this many grey levels off.")] = 0,
+    checkpoint_interval: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    dry_run: DryRunOption = False,
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Train students from an archive: every combination of the lists, all of one seed on one stream of views."""
+    from kdcache.distill import DistillConfig, plan_students
+    from kdcache.distill import distill as run
+
+    settings = DistillConfig(
+        archive=archive, taus=floats(tau, "--tau"), methods=specs(method), controls=specs(control), students=specs(student),
+        seeds=integers(seed, "--seed"), epochs=epochs, batch_size=batch_size, opt=opt, lr=lr, weight_decay=weight_decay,
+        clip_grad=clip_grad or None, dataset=dataset, strict=strict, allow_drift=allow_drift,
+        checkpoint_interval=checkpoint_interval, device=device, workers=workers, command=command_line(),
+    )  # fmt: skip
+    place = workspace(home, data_dir)
+    with bars() as progress:
+        if dry_run:
+            planned, train = plan_students(settings, place.open_archive(archive, progress, strict=strict), place)
+            done = [(spec.folder / "summary.json").is_file() for spec in planned]
+            progress.say(f"{len(planned)} students of {train.epochs} epochs, {sum(done)} of them trained already")
+        else:
+            results = run(settings, place, progress)
+    if dry_run:
+        print_table(["student", "trained"], [[spec.title, "yes" if d else "no"] for spec, d in zip(planned, done, strict=True)])
+        return
+    print_table(
+        ["student", "method", "control", "tau", "seed", "top-1", "best", "run"],
+        [
+            [
+                r.spec.student, _spec(r.spec.method), _control(r.spec.control), f"{r.spec.tau:g}", r.spec.seed,
+                f"{r.summary['final_top1']:.2f}" if r.summary["status"] == "complete" else r.summary["status"],
+                f"{r.summary['best_top1']:.2f}", r.spec.folder,
+            ]
+            for r in results
+        ],
+    )  # fmt: skip
+
+
+def _spec(component: object) -> str:
+    from kdcache.methods import method
+
+    return method.spec(component)  # type: ignore[arg-type]
+
+
+def _control(component: object) -> str:
+    from kdcache.targets import controls
+
+    return controls.spec(component)  # type: ignore[arg-type]
+
+
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders that hold some [HOME/runs]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report [HOME/reports/latest]")] = None,
+    home: HomeOption = Path("."),
+) -> None:
+    """Write an offline HTML report, figures and a CSV table from finished runs."""
+    from kdcache.report import write_report
+
+    place = workspace(home)
+    with bars() as progress:
+        written = write_report(runs or [place.runs], output or place.reports / "latest", progress=progress)
+    print(written.html)

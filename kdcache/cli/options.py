@@ -1,0 +1,112 @@
+"""Options that several commands share, and how their text is read."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.errors import NotFoundError, UsageError, unknown_name
+
+__all__ = [
+    "ConfigOption",
+    "DataDirOption",
+    "DatasetOption",
+    "DeviceOption",
+    "DryRunOption",
+    "HomeOption",
+    "JsonOption",
+    "WorkersOption",
+    "command_line",
+    "floats",
+    "integers",
+    "specs",
+    "workspace",
+]
+
+
+def _load_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Take option values from a YAML mapping; flags and environment variables still win."""
+    if file is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise NotFoundError(f"configuration {file} does not exist", why="--config names a YAML file", fix="correct the path") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"configuration {file} is not YAML", why=" ".join(str(error).split()), fix="correct the file") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"configuration {file} holds no mapping", why="it maps options to values", fix="write for example: tau: [1, 4, 20]")
+    known = {param.name for param in context.command.params}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise unknown_name(f"option in {file}", str(key), [str(name).replace("_", "-") for name in known])
+        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
+
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="KDCACHE_HOME", help="Workspace with archives/, teachers/, runs/ and data/.", rich_help_panel="Common")
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", envvar="KDCACHE_DATA_DIR", help="Where datasets and canvases lie [HOME/data].", rich_help_panel="Common")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_load_config, is_eager=True, help="YAML file with option values; flags win.", rich_help_panel="Common"),
+]
+DatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name, or folder:ROOT for your own images.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Common")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def workspace(home: Path, data_dir: Path | None = None) -> Any:
+    from kdcache.workspace import Workspace
+
+    return Workspace(home, data_dir)
+
+
+def command_line() -> str:
+    """The command as typed, to be stored with what it makes."""
+    return shlex.join(["kdcache", *sys.argv[1:]])
+
+
+def floats(text: str, option: str) -> list[float]:
+    """`1,4,20` as numbers."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}", why="it takes numbers separated by commas", fix=f"{option} 1,4,20") from None
+
+
+def integers(text: str, option: str) -> list[int]:
+    """`0-2,5` as 0, 1, 2, 5."""
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}", why="it takes whole numbers and ranges of them", fix=f"{option} 0-2") from None
+    return numbers
+
+
+def specs(text: str) -> list[str]:
+    """Component names separated by commas; `key=value` parts belong to the component before them."""
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if found and "=" in part and ":" not in part.partition("=")[0]:
+            found[-1] += f",{part}"
+        elif part:
+            found.append(part)
+    return found

@@ -1,0 +1,77 @@
+"""What commands print: results on stdout, notes and progress on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["Bars", "bars", "print_json", "print_table"]
+
+
+class Bars:
+    """Progress as rich bars on a terminal, and as a line every few seconds elsewhere (a log file, CI)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        self.rich = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._printed: dict[str, float] = {}
+
+    def update(self, task: str, done: int, total: int, note: str = "") -> None:
+        if self.console.is_terminal:
+            if task not in self._tasks:
+                self._tasks[task] = self.rich.add_task(task, total=total, note=note)
+            self.rich.update(self._tasks[task], completed=done, total=total, note="" if done >= total else note)
+            if done >= total:
+                # Its bar stays on the screen; the same work may well be done again later, with a bar of its own.
+                del self._tasks[task]
+            return
+        now = time.monotonic()
+        if done >= total or now - self._printed.setdefault(task, now) >= 10:
+            self._printed[task] = now
+            print(f"{task}: {done}/{total} {note if done < total else 'done'}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    shown = Bars()
+    with shown.rich:
+        yield shown
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> None:
+    """A table on stdout; cells that are None are left empty. Not cut to the width of a terminal when piped."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = all(isinstance(row[number], int | float) or row[number] is None for row in rows) and bool(rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table, markup=False)

@@ -1,0 +1,215 @@
+"""Commands that only look: archives, lists, benchmarks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.cli.options import DataDirOption, HomeOption, JsonOption, workspace
+from kdcache.cli.output import bars, print_json, print_table
+from kdcache.errors import UsageError
+
+ArchiveArgument = Annotated[Path, typer.Argument(help="Folder of an archive.")]
+
+
+def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
+    """Say what an archive is. --json prints the whole manifest."""
+    from kdcache.archive import open_archive
+
+    opened = open_archive(archive)
+    manifest = opened.manifest
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    source, teacher, policy, statistics = manifest.source, manifest.teacher, manifest.policy, manifest.statistics
+    rows: list[list[Any]] = [
+        ["archive", opened.path],
+        ["digest", manifest.digest],
+        ["views x samples x classes", f"{opened.num_views} x {opened.num_samples} x {opened.num_classes}"],
+        ["size", f"{opened.nbytes / 1e6:.1f} MB, codec {manifest.codec['name']}, layout {manifest.layout['name']}"],
+    ]
+    if source:
+        rows.append(["data", f"{source.name}, {source.split} split, licence {source.licence or 'unknown'}"])
+    if teacher:
+        rows.append(["teacher", f"{teacher.alias} = {teacher.name}, {teacher.precision}, weights sha256 {teacher.weights_sha256[:12]}..."])
+        rows.append(["teacher's top-1", f"{_percent(teacher.top1_clean)} clean, {_percent(statistics.top1_views)} on these views"])
+        if teacher.noise:
+            rows.append(["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"])
+    if policy:
+        rows.append(["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}..."])
+    rows.append(["made by", manifest.provenance.get("command")])
+    print_table(["", ""], rows)
+    print_table(
+        ["tau", "H^(p)", "H^(p-bar)"],
+        [[f"{s.tau:g}", f"{s.entropy_mean:.4f}", f"{s.entropy_rest_mean:.4f}"] for s in statistics.per_tau],
+        title=f"mean relative entropies over {statistics.rows} rows",
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f} %"
+
+
+def verify(
+    archive: ArchiveArgument,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    replay: Annotated[int, typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here).")] = 0,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    as_json: JsonOption = False,
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+) -> None:
+    """Check an archive against its manifest: sizes, sha256 of every file and of the decoded rows, views rendered again."""
+    from kdcache.archive import open_archive
+
+    opened = open_archive(archive)
+    with bars() as progress:
+        results = [opened.verify("quick" if quick else "full", progress)]
+        if replay:
+            from kdcache.dump import matching_teacher, replay_with_teacher
+            from kdcache.workspace import parse_dataset
+
+            spec = dataset or opened.manifest.provenance.get("dataset")
+            recorded = opened.manifest.canvas
+            if spec is None or recorded is None:
+                raise UsageError(
+                    f"archive {archive} cannot be replayed", why="it does not say where its images are", fix="name them: --dataset NAME"
+                )
+            place = workspace(home, data_dir)
+            canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
+            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place), progress))
+    if as_json:
+        print_json([{"level": r.level, "ok": r.ok, "checked": r.checked, "failures": list(map(str, r.failures)), "notes": r.notes} for r in results])
+    else:
+        for result in results:
+            print(f"{result.level}: {'ok' if result.ok else 'DAMAGED'}, {result.checked} checked")
+            for line in [*map(str, result.failures), *result.notes]:
+                print(f"  {line}")
+    for result in results:
+        result.raise_if_failed()
+
+
+def view(
+    archive: ArchiveArgument,
+    sample: Annotated[str, typer.Option("--sample", help="Sample numbers, such as 0-3,12.")] = "0-3",
+    views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP.")] = "0:8",
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    home: HomeOption = Path("."),
+    data_dir: DataDirOption = None,
+) -> None:
+    """Draw a contact sheet: what the teacher saw, the mixing partner and lambda, and the teacher's top-3."""
+    from kdcache.archive import open_archive
+    from kdcache.cli.options import integers
+    from kdcache.sheet import contact_sheet
+    from kdcache.workspace import parse_dataset
+
+    opened = open_archive(archive)
+    spec = dataset or opened.manifest.provenance.get("dataset")
+    samples = integers(sample, "--sample")
+    first, _, stop = views.partition(":")
+    try:
+        chosen = range(int(first or 0), min(int(stop or int(first) + 1), opened.num_views))
+    except ValueError:
+        raise UsageError(f"--views {views!r}", why="it takes a range of view numbers", fix="--views 0:8") from None
+    if not chosen or not all(0 <= number < opened.num_samples for number in samples):
+        raise UsageError(
+            f"--sample {sample} --views {views}",
+            why=f"the archive has samples 0 to {opened.num_samples - 1} and views 0 to {opened.num_views - 1}",
+            fix="choose within them",
+        )
+    recorded = opened.manifest.canvas
+    with bars() as progress:
+        canvas = workspace(home, data_dir).canvas(parse_dataset(str(spec)), "train", recorded.size if recorded else None, progress)
+    out.write_bytes(contact_sheet(opened, canvas, samples, chosen))
+    print(out)
+
+
+def ls(as_json: JsonOption = False, home: HomeOption = Path(".")) -> None:
+    """List the archives of the workspace."""
+    from kdcache.archive import open_archive
+
+    rows = []
+    for folder in workspace(home).archive_folders():
+        if not (folder / "kdcache.json").is_file():
+            rows.append({"archive": str(folder), "state": "unfinished"})
+            continue
+        manifest = open_archive(folder).manifest
+        rows.append(
+            {
+                "archive": str(folder),
+                "state": "complete",
+                "views": manifest.num_views,
+                "samples": manifest.num_samples,
+                "classes": manifest.num_classes,
+                "teacher": manifest.teacher.alias if manifest.teacher else None,
+                "digest": manifest.digest[:12],
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    columns = ["archive", "state", "views", "samples", "classes", "teacher", "digest"]
+    print_table(columns, [[row.get(column) for column in columns] for row in rows])
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="Only timm names that match, such as 'vit*'.")] = "", as_json: JsonOption = False
+) -> None:
+    """List the aliases of the papers' models, or timm's names."""
+    from kdcache.models import ALIASES
+
+    if pattern:
+        import timm
+
+        names = timm.list_models(pattern)
+        print_json(names) if as_json else print("\n".join(names))
+        return
+    if as_json:
+        print_json(ALIASES)
+        return
+    print_table(["alias", "timm name"], [[alias, name] for alias, name in ALIASES.items()])
+
+
+def datasets(as_json: JsonOption = False) -> None:
+    """List the datasets and what they suggest where the command line says nothing."""
+    from kdcache.datasets import dataset
+
+    rows = [[name, (dataset[name].__doc__ or "").split("\n")[0], getattr(dataset[name], "licence", None) or "unknown"] for name in dataset]
+    if as_json:
+        print_json([dict(zip(("name", "description", "licence"), row, strict=True)) for row in rows])
+        return
+    print_table(["dataset", "what it is", "licence"], rows)
+
+
+def methods(as_json: JsonOption = False) -> None:
+    """List the methods and controls with their options and defaults."""
+    from kdcache.methods import method
+    from kdcache.registry import Registry
+    from kdcache.targets import controls
+
+    registries: tuple[Registry[Any], ...] = (method, controls)
+    rows = [[r.kind, name, r.describe(name), (r[name].__doc__ or "").split("\n")[0]] for r in registries for name in r]
+    if as_json:
+        print_json([dict(zip(("kind", "name", "options", "description"), row, strict=True)) for row in rows])
+        return
+    print_table(["kind", "name", "options", "what it is"], rows)
+
+
+def bench(
+    which: Annotated[str, typer.Argument(help="startup, dump, distill, or all.")] = "all",
+    seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure kdcache against the bare model, as ratios within this run."""
+    from kdcache.bench import run_benchmarks
+
+    with bars() as progress:
+        results = run_benchmarks(which, seconds, progress)
+    if as_json:
+        print_json([vars(result) for result in results])
+        return
+    print_table(
+        ["benchmark", "measured", "against", "value", "bound", ""],
+        [[r.name, r.measured, r.against, f"{r.value:.3f}", f"{r.bound:g}", "ok" if r.value <= r.bound else "MISSED"] for r in results],
+    )

@@ -1,0 +1,334 @@
+"""The report's figures, through matplotlib's object interface: nothing global changes and no window system is needed."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import NDArray
+
+from kdcache.report.table import Cell, Row, Table, labels
+
+__all__ = ["Drawing", "control_dots", "entropy_histograms", "render", "tau_curves", "training_curves"]
+
+# Okabe and Ito's palette, told apart under the common colour blindnesses; its yellow is too faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 9.5,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "legend.title_fontsize": 9.5,
+    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
+    "text.parse_math": False,  # names come from the runs
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+}
+MOST_LINES = 8  # in one panel, where the rows can be spread over several
+MOST_PANELS = 8  # in one figure
+TOP1 = "test top-1, last epoch (%)"
+FIELDS = ("student", "method", "control", "setting")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure to be drawn: `size` in inches, `alt` for those who cannot see it."""
+
+    name: str
+    caption: str
+    alt: str
+    size: tuple[float, float]
+    draw: Callable[[Figure], None]
+
+
+def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
+    """The figure as SVG and as PNG; the same bytes for the same data. Different `salt`s give different ids in the SVG."""
+    svg, png = io.BytesIO(), io.BytesIO()
+    with style.context(["default", STYLE | {"svg.hashsalt": salt}]):
+        figure = Figure(figsize=drawing.size, layout="constrained")
+        drawing.draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out now: once for both formats
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    return svg.getvalue(), png.getvalue()
+
+
+def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
+    """Final test top-1 over tau, a line per student, method and control."""
+    rows = [row for row in rows if table.ranked(row)]
+    panels = _panels(rows, (("setting",), ("setting", "student"), ("setting", "student", "method")))
+
+    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+        shown = [row for panel in some.values() for row in panel]
+        names = _line_names(shown, some)
+
+        def draw(figure: Figure) -> None:
+            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=False):
+                _draw_tau_curves(axes, table, panel, names)
+                axes.set_title(title)
+            _legend(figure, names, lines=True)
+
+        caption = f"Final test top-1 over tau, {place}. Means over the seeds with their standard deviation; faint dots are single seeds."
+        return Drawing(f"tau {place}", caption, f"Test top-1 over tau, {place}. {_spoken(table, shown, names)}", _size(len(some)), draw)
+
+    return [page(some) for some in _pages(panels)]
+
+
+def control_dots(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
+    """Final test top-1 of each control beside that of none, at every tau."""
+    panels = _panels([row for row in rows if table.ranked(row)], (("student", "method", "setting"),))
+    panels = {title: panel for title, panel in panels.items() if len({row.control for row in panel}) > 1}
+
+    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+        shown = [row for panel in some.values() for row in panel]
+        names = {row: row.control for row in shown}
+
+        def draw(figure: Figure) -> None:
+            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=False):
+                _draw_controls(axes, table, panel, names)
+                axes.set_title(title)
+            _legend(figure, names, lines=False)
+
+        caption = (
+            f"Controls, {place}. Bars are means over the seeds with their standard deviation, dots single seeds. "
+            "The axis is zoomed to the data and does not start at 0."
+        )
+        alt = f"Test top-1 of each control at each tau, {place}. {_spoken(table, shown, _line_names(shown, some))}"
+        return Drawing(f"controls {place}", caption, alt, _size(len(some)), draw)
+
+    return [page(some) for some in _pages(panels)]
+
+
+def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entropy: Mapping[str, float]) -> list[Drawing]:
+    """Test top-1 and the student's entropy by epoch, control none, a line per tau.
+
+    `teacher_entropy` maps archive digests to the teacher's mean H^(p) at tau 1.
+    """
+    rows = [row for row in rows if row.control == "none" and table.ranked(row)]
+    panels = _panels(rows, (("student", "method", "setting"),))
+    taus = table.taus_of(rows)
+    # Taus are an order, not names: a sequential map that stays readable without hue.
+    colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
+
+    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+        def draw(figure: Figure) -> None:
+            grid = figure.subplots(len(some), 2, squeeze=False)
+            drawn: set[float] = set()
+            for (left, right), (title, (row,)) in zip(grid, some.items(), strict=True):
+                cells = {tau: cell for tau in taus if (cell := table.get(row, tau))}
+                for axes, column, ylabel in ((left, "test_top1", "test top-1 (%)"), (right, "student_entropy", "student's mean H(q), tau 1")):
+                    for tau, cell in cells.items():
+                        epoch, mean = _mean_curve(cell, column)
+                        axes.plot(epoch + 1, mean, color=colours[tau], marker="." if len(epoch) < 3 else None, linewidth=1.6)
+                    axes.set(xlabel="epoch", ylabel=ylabel)
+                    axes.xaxis.get_major_locator().set_params(integer=True)
+                digests = {run.args.archive_digest for cell in cells.values() for run in cell.runs}
+                for digest in digests & teacher_entropy.keys():
+                    right.axhline(teacher_entropy[digest], color="#555555", linestyle="--", linewidth=1.2)
+                left.set_title(title)
+                drawn |= cells.keys()
+            handles = [Line2D([], [], color=colours[tau], linewidth=2) for tau in sorted(drawn)]
+            names = [f"{tau:g}" for tau in sorted(drawn)]
+            if teacher_entropy:
+                handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1.2))
+                names.append("teacher")
+            figure.legend(handles, names, title="tau", loc="outside right upper")
+
+        caption = (
+            f"Training with control none, {place}: test top-1, and the mean relative entropy of the student's output on the "
+            "training views at tau 1 (dashed: the teacher's). Means over the seeds."
+        )
+        first = next(iter(some.values()))[0]
+        ends = ", ".join(
+            f"tau {tau:g} ends at {_mean_curve(cell, 'test_top1')[1][-1:].sum():.2f} %" for tau in taus if (cell := table.get(first, tau))
+        )
+        alt = f"Test top-1 and student entropy by epoch, {place}. {ends}."
+        return Drawing(f"training {place}", caption, alt, (9.2, 0.7 + 2.7 * len(some)), draw)
+
+    return [page(some) for some in _pages(panels)]
+
+
+def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], means: Mapping[str, float]) -> Drawing:
+    """Histograms of relative entropies in [0, 1]; the keys of `values` and `means` are `entropy` and `entropy_rest`."""
+    shown = {
+        "entropy": (r"$\hat{H}(p)$ at tau 1, all classes", COLOURS[0], 0.0),
+        "entropy_rest": (r"$\hat{H}(\bar{p})$ at tau 1, without the top class", COLOURS[1], None),
+    }
+
+    def draw(figure: Figure) -> None:
+        for axes, (key, (label, colour, low)) in zip(figure.subplots(1, 2), shown.items(), strict=True):
+            data = values[key]
+            start = low if low is not None else min(math.floor(20 * float(np.quantile(data, 0.002))) / 20, 0.95)
+            weights = np.full(len(data), 100 / len(data))
+            axes.hist(np.clip(data, start, 1), bins=50, range=(start, 1), weights=weights, color=colour, alpha=0.85)
+            axes.axvline(means[key], color="#000000", linestyle="--", linewidth=1.2)
+            right = means[key] > (start + 1) / 2
+            axes.annotate(
+                f"mean {means[key]:.3f}",
+                (means[key], 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(-5 if right else 5, -2),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                va="top",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
+            axes.set_xlabel(label, parse_math=True)
+            axes.set_ylabel("views (%)")
+            axes.set_xlim(start, 1)
+
+    caption = (
+        f"Relative entropy of the teacher's output, {place}: of the whole softmax, and of the classes below the top one. "
+        "0 is certainty, 1 is uniform. The second axis may start above 0."
+    )
+    alt = (
+        f"Two histograms of the teacher's relative entropy at tau 1, {place}. Mean over all classes {means['entropy']:.3f}, "
+        f"mean without the top class {means['entropy_rest']:.3f}."
+    )
+    return Drawing(f"entropy {place}", caption, alt, (9.2, 3.2), draw)
+
+
+def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], names: Mapping[Row, str]) -> None:
+    taus = table.taus_of(panel)
+    looks = _looks(names)
+    for number, row in enumerate(panel):
+        colour, marker, line = looks[names[row]]
+        nudge = 1.012 ** (number - (len(panel) - 1) / 2)  # so that error bars at the same tau do not hide each other
+        cells = [table.get(row, tau) for tau in taus]
+        x = np.array(taus) * nudge
+        mean = [cell.mean if cell else math.nan for cell in cells]  # a missing tau breaks the line
+        std = [cell.std if cell and cell.std is not None else 0.0 for cell in cells]
+        axes.errorbar(x, mean, std, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.5, capsize=2.5, elinewidth=1)
+        _seeds(axes, x, cells, colour)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(taus))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(taus, [f"{tau:g}" for tau in taus])
+    axes.set_xlim(taus[0] / 1.18, taus[-1] * 1.18)
+    axes.set(xlabel="tau (log scale)", ylabel=TOP1)
+
+
+def _draw_controls(axes: Axes, table: Table, panel: Sequence[Row], names: Mapping[Row, str]) -> None:
+    taus = table.taus_of(panel)
+    looks = _looks(names)
+    step = 0.78 / len(panel)
+    for number in range(1, len(taus), 2):
+        axes.axvspan(number - 0.5, number + 0.5, color="#f4f4f4", linewidth=0)
+    for number, row in enumerate(panel):
+        colour, _, _ = looks[names[row]]
+        cells = [table.get(row, tau) for tau in taus]
+        x = np.arange(len(taus)) + (number - (len(panel) - 1) / 2) * step
+        for where, cell in zip(x, cells, strict=True):
+            if cell:
+                axes.errorbar(where, cell.mean, cell.std, color=colour, capsize=3, elinewidth=1.2)
+                axes.plot([where - 0.36 * step, where + 0.36 * step], [cell.mean] * 2, color=colour, linewidth=3, solid_capstyle="butt")
+        _seeds(axes, x, cells, colour)
+    axes.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.5, len(taus) - 0.5)
+    axes.set(xlabel="tau", ylabel=TOP1)
+
+
+def _seeds(axes: Axes, x: NDArray[np.float64], cells: Sequence[Cell | None], colour: str) -> None:
+    points = [(where, value) for where, cell in zip(x, cells, strict=True) if cell for value in cell.values.values()]
+    axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=3.6, color=colour, alpha=0.35, markeredgewidth=0)
+
+
+def _mean_curve(cell: Cell, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Epochs at which every seed has a value of `column`, and its mean over the seeds."""
+    curves = [(run.curves["epoch"], run.curves.get(column, np.empty(0))) for run in cell.runs]
+    known = [epoch[: len(values)][np.isfinite(values)] for epoch, values in curves]
+    shared = reduce(np.intersect1d, known)
+    values = [values[np.isin(epoch[: len(values)], shared)] for epoch, values in curves]
+    return shared, np.mean(values, axis=0)
+
+
+def _panels(rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> dict[str, list[Row]]:
+    """Rows by panel title. The first of `choices` of fields to split by that leaves few enough lines in every panel counts."""
+    panels: dict[tuple[str, ...], list[Row]] = {}
+    for fields in choices:
+        panels = {}
+        for row in rows:
+            panels.setdefault(tuple(getattr(row, field) for field in fields), []).append(row)
+        if max(map(len, panels.values()), default=0) <= MOST_LINES:
+            break
+    titles = labels(rows, fields)
+    return {short(titles[panel[0]], 60): panel for panel in panels.values()}
+
+
+def _pages(panels: Mapping[str, Sequence[Row]]) -> list[dict[str, Sequence[Row]]]:
+    items = list(panels.items())
+    return [dict(items[start : start + MOST_PANELS]) for start in range(0, len(items), MOST_PANELS)]
+
+
+def _line_names(rows: Sequence[Row], panels: Mapping[str, Sequence[Row]]) -> dict[Row, str]:
+    """Names of lines in the legend: what differs within the panels."""
+    differ = [field for field in FIELDS if any(len({getattr(row, field) for row in panel}) > 1 for panel in panels.values())]
+    return {row: ", ".join(getattr(row, field) for field in differ or ["control"]) for row in rows}
+
+
+def _looks(names: Mapping[Row, str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of every name, in the order in which they come."""
+    looks = {}
+    for number, name in enumerate(dict.fromkeys(names.values())):
+        turn, line = number % len(COLOURS), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        looks[name] = COLOURS[turn], MARKERS[turn], line
+    return looks
+
+
+def _legend(figure: Figure, names: Mapping[Row, str], *, lines: bool) -> None:
+    handles, texts = [], []
+    for name, (colour, marker, line) in _looks(names).items():
+        look = {"marker": marker, "linestyle": line, "markersize": 5} if lines else {"linewidth": 3}
+        handles.append(Line2D([], [], color=colour, **look))
+        texts.append(short(name, 44))
+    figure.legend(handles, texts, loc="outside right upper")
+
+
+def _grid(figure: Figure, panels: int) -> list[Axes]:
+    columns = min(panels, 2)
+    grid = figure.subplots(math.ceil(panels / columns), columns, squeeze=False)
+    axes: list[Axes] = list(grid.flat)
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    return axes[:panels]
+
+
+def _size(panels: int) -> tuple[float, float]:
+    return (7.6, 3.9) if panels == 1 else (10.5, 0.3 + 3.3 * math.ceil(panels / 2))
+
+
+def _spoken(table: Table, rows: Sequence[Row], names: Mapping[Row, str]) -> str:
+    """The figure's numbers in words, for as many rows as one would listen to."""
+    spoken = [f"{names[row]}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in sorted(table.ranked(row), key=_tau)) for row in rows]
+    more = [f"{len(spoken) - 8} more lines are in the table of results"] if len(spoken) > 8 else []
+    return "; ".join(spoken[:8] + more) + "."
+
+
+def _tau(item: tuple[float, Cell]) -> float:
+    return item[0]
+
+
+def short(text: str, length: int) -> str:
+    """`text` as it can be drawn: printable and not too long."""
+    text = "".join(c for c in text if c.isprintable())
+    return text if len(text) <= length else text[: length - 1] + "…"
