@@ -19,7 +19,7 @@ from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, 
 from kdcache.canvas import Canvas
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
-from kdcache.models import Normalisation
+from kdcache.models import Normalisation, resolve
 from kdcache.progress import Progress, Silent
 from kdcache.stream import Rendered, render_batches, replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
@@ -28,7 +28,7 @@ from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import fingerprint
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, versions
 
-__all__ = ["DumpConfig", "DumpPlan", "dump_teacher", "matching_teacher", "plan_dump", "replay_with_teacher"]
+__all__ = ["DumpConfig", "DumpPlan", "Forward", "dump_teacher", "matching_teacher", "plan_dump", "replay_with_teacher", "write_shards"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 NOISE_VIEWS = 256
@@ -74,6 +74,7 @@ class DumpPlan:
 def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> DumpPlan:
     """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
     progress = progress or Silent()
+    resolve(config.teacher, "teacher")
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
     canvas = workspace.canvas(source, "train", config.canvas, progress)
@@ -134,7 +135,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     device = resolve_device(config.device)
     model, normalise = load_teacher(plan.teacher)
     model.to(device)
-    forward = _Forward(model, normalise, device, plan.precision)
+    forward = Forward(model, normalise, device, plan.precision)
     writer = ArchiveWriter(
         plan.path,
         num_views=plan.views,
@@ -169,7 +170,9 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             "versions": versions(),
         },
     )
-    _write_shards(writer, forward, plan, config, progress)
+    write_shards(
+        writer, forward, plan.canvas, batch_size=config.batch_size, start_view=config.start_view, workers=config.workers, progress=progress
+    )
     if writer.missing():
         raise IncompleteError(
             f"{plan.path}: this process is done, {len(writer.missing())} shards are still being written by others",
@@ -181,27 +184,39 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     return archive
 
 
-def _write_shards(writer: ArchiveWriter, forward: "_Forward", plan: DumpPlan, config: DumpConfig, progress: Progress) -> None:
-    """Render ahead through all missing shards, from `start_view` on and around; batches never cross a shard's border."""
+def write_shards(
+    writer: ArchiveWriter,
+    forward: "Forward",
+    canvas: Canvas,
+    *,
+    batch_size: int,
+    start_view: int = 0,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Write all missing shards, rendering ahead through them, from `start_view` on and around; batches never cross a shard's border."""
+    progress = progress or Silent()
+    policy = writer.plan.policy
+    assert policy is not None
     missing = writer.missing()
-    order = [s for s in missing if s[0] >= config.start_view] + [s for s in missing if s[0] < config.start_view]
-    items = [(view, rows) for view, block in order for rows in _batches(writer.positions(block), config.batch_size)]
-    rendered = render_batches(plan.canvas, plan.policy, items, workers=config.workers)
-    rows_each = writer.plan.num_views * writer.plan.num_samples
-    done = rows_each - sum(len(writer.positions(block)) for _, block in missing)
+    order = [s for s in missing if s[0] >= start_view] + [s for s in missing if s[0] < start_view]
+    items = [(view, rows) for view, block in order for rows in _batches(writer.positions(block), batch_size)]
+    rendered = render_batches(canvas, policy, items, workers=workers)
+    total = writer.plan.num_views * writer.plan.num_samples
+    done = total - sum(len(writer.positions(block)) for _, block in missing)
     started, at_start = time.monotonic(), done
     for view, block in order:
         size = len(writer.positions(block))
         with writer.claim(view, block) as mine:
             shard = _Shard()
-            for item in itertools.islice(rendered, -(-size // config.batch_size)):
+            for item in itertools.islice(rendered, -(-size // batch_size)):
                 if mine:
                     shard.add(item, forward(item.images))
             if mine:
                 writer.write(view, block, *shard.columns())
         done += size
         speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
-        progress.update("dump", done, rows_each, f"{speed:.0f} views/s")
+        progress.update("dump", done, total, f"{speed:.0f} views/s")
 
 
 class _Shard:
@@ -224,7 +239,7 @@ def _batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(start, min(start + batch_size, positions.stop))
 
 
-class _Forward:
+class Forward:
     """Uint8 views to float32 logits, on the device, in the wanted precision, with the classifier head in float32."""
 
     def __init__(self, model: nn.Module, normalise: Normalisation, device: torch.device, precision: Precision) -> None:
@@ -251,10 +266,10 @@ class _Forward:
         return array
 
 
-def _noise(forward: _Forward, plan: DumpPlan, batch_size: int) -> Noise:
+def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
     """How far the precision of the dump is from float32, over the first few hundred views."""
     count = min(NOISE_VIEWS, len(plan.canvas))
-    exact = _Forward(forward.model, forward.normalise, forward.device, "fp32")
+    exact = Forward(forward.model, forward.normalise, forward.device, "fp32")
     items = [(0, rows) for rows in _batches(range(count), batch_size)]
     pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items)]
     used, reference = (torch.from_numpy(np.concatenate(side)).double() for side in zip(*pairs, strict=True))
@@ -290,7 +305,7 @@ def replay_with_teacher(
     rows = min(archive.manifest.block_rows(0), -(-views // card.batch_size) * card.batch_size)
     model, normalise = load_teacher(teacher)
     target = resolve_device(device)
-    forward = _Forward(model.to(target), normalise, target, card.precision)
+    forward = Forward(model.to(target), normalise, target, card.precision)
     items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
     logits = np.concatenate([forward(item.images) for item in render_batches(canvas, policy, items)])
     allowed = codec.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3

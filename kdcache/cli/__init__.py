@@ -6,7 +6,9 @@ import sys
 
 from kdcache.errors import KdcacheError, RetryError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
+
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,28 +18,25 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
-    import click
+    import typer
 
     from kdcache.cli.app import app
 
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
-        result = app(args=arguments, prog_name="kdcache", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        status = app(args=arguments, prog_name="kdcache", standalone_mode=False)
+        if status == INTERRUPTED:  # typer's own handling of Ctrl-C
+            raise KeyboardInterrupt
+        return status if isinstance(status, int) else 0
     except KdcacheError as error:
         if debug:
             raise
         return _report(error, error.exit_code)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _report("interrupted; what was finished is kept, and the same command goes on from there", 130)
-    except click.ClickException as error:
+    except (typer.Abort, KeyboardInterrupt):
+        return _report("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+    except typer.TyperException as error:
         return _report(_usage(error), 2)
-    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if debug:
             raise
@@ -59,7 +58,7 @@ def _report(what: object, status: int) -> int:
 
 
 def _usage(error: object) -> str:
-    """A click error in kdcache's three lines; click's own text offers close matches for mistyped names."""
+    """An error of the command line in kdcache's three lines; typer's own text offers close matches for mistyped names."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "kdcache"
     text = " ".join(error.format_message().split())  # type: ignore[attr-defined]

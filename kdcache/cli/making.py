@@ -43,7 +43,7 @@ def quickstart(
     print_table(
         ["control", *(f"tau {tau:g}" for tau in table.taus)],
         [
-            [row.control, *(str(cell) if (cell := row.cells.get(tau)) else None for tau in table.taus)]
+            [row.control, *(str(cell) if (cell := table.get(row, tau)) else None for tau in table.taus)]
             for row in table.rows
         ],
         title=f"students' top-1 in % (teacher {result.teacher_top1:.2f}), mean ± std (seeds)",

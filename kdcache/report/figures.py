@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = ["Drawing", "control_dots", "entropy_histograms", "render", "tau_curve
 
 # Okabe and Ito's palette, told apart under the common colour blindnesses; its yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -74,45 +75,41 @@ def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
 
 def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
     """Final test top-1 over tau, a line per student, method and control."""
-    rows = [row for row in rows if table.ranked(row)]
-    panels = _panels(rows, (("setting",), ("setting", "student"), ("setting", "student", "method")))
+    panels = _panels(table, rows, (("setting",), ("setting", "student"), ("setting", "student", "method")))
+    lines = _Lines(list(panels.values()))
 
     def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
-        shown = [row for panel in some.values() for row in panel]
-        names = _line_names(shown, some)
-
         def draw(figure: Figure) -> None:
-            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=False):
-                _draw_tau_curves(axes, table, panel, names)
-                axes.set_title(title)
-            _legend(figure, names, lines=True)
+            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=True):
+                _draw_tau_curves(axes, table, panel, lines)
+                axes.set_title(short(title, 60))
+            lines.legend(figure, some.values(), markers=True)
 
         caption = f"Final test top-1 over tau, {place}. Means over the seeds with their standard deviation; faint dots are single seeds."
-        return Drawing(f"tau {place}", caption, f"Test top-1 over tau, {place}. {_spoken(table, shown, names)}", _size(len(some)), draw)
+        alt = f"Test top-1 over tau, {place}. {_spoken(table, some.values(), lines)}"
+        return Drawing(f"tau {place}", caption, alt, _size(len(some)), draw)
 
     return [page(some) for some in _pages(panels)]
 
 
 def control_dots(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
-    """Final test top-1 of each control beside that of none, at every tau."""
-    panels = _panels([row for row in rows if table.ranked(row)], (("student", "method", "setting"),))
-    panels = {title: panel for title, panel in panels.items() if len({row.control for row in panel}) > 1}
+    """Final test top-1 of each control beside that of none, at every tau; only where there is more than one control."""
+    panels = _panels(table, rows, (("student", "method", "setting"),))
+    panels = {title: panel for title, panel in panels.items() if len(panel) > 1}
+    lines = _Lines(list(panels.values()))
 
     def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
-        shown = [row for panel in some.values() for row in panel]
-        names = {row: row.control for row in shown}
-
         def draw(figure: Figure) -> None:
-            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=False):
-                _draw_controls(axes, table, panel, names)
-                axes.set_title(title)
-            _legend(figure, names, lines=False)
+            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=True):
+                _draw_controls(axes, table, panel, lines)
+                axes.set_title(short(title, 60))
+            lines.legend(figure, some.values(), markers=False)
 
         caption = (
             f"Controls, {place}. Bars are means over the seeds with their standard deviation, dots single seeds. "
             "The axis is zoomed to the data and does not start at 0."
         )
-        alt = f"Test top-1 of each control at each tau, {place}. {_spoken(table, shown, _line_names(shown, some))}"
+        alt = f"Test top-1 of each control at each tau, {place}. {_spoken(table, some.values(), lines)}"
         return Drawing(f"controls {place}", caption, alt, _size(len(some)), draw)
 
     return [page(some) for some in _pages(panels)]
@@ -123,8 +120,8 @@ def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entro
 
     `teacher_entropy` maps archive digests to the teacher's mean H^(p) at tau 1.
     """
-    rows = [row for row in rows if row.control == "none" and table.ranked(row)]
-    panels = _panels(rows, (("student", "method", "setting"),))
+    rows = [row for row in rows if row.control == "none"]
+    panels = _panels(table, rows, (("student", "method", "setting"),))
     taus = table.taus_of(rows)
     # Taus are an order, not names: a sequential map that stays readable without hue.
     colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
@@ -135,31 +132,41 @@ def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entro
             drawn: set[float] = set()
             for (left, right), (title, (row,)) in zip(grid, some.items(), strict=True):
                 cells = {tau: cell for tau in taus if (cell := table.get(row, tau))}
-                for axes, column, ylabel in ((left, "test_top1", "test top-1 (%)"), (right, "student_entropy", "student's mean H(q), tau 1")):
+                late: list[NDArray[np.float64]] = []
+                for axes, column, ylabel in (
+                    (left, "test_top1", "test top-1 (%)"),
+                    (right, "student_entropy", "student's mean H(q), tau 1"),
+                ):
                     for tau, cell in cells.items():
                         epoch, mean = _mean_curve(cell, column)
                         axes.plot(epoch + 1, mean, color=colours[tau], marker="." if len(epoch) < 3 else None, linewidth=1.6)
+                        if column == "test_top1":
+                            late.append(mean[len(mean) // 5 :])
                     axes.set(xlabel="epoch", ylabel=ylabel)
                     axes.xaxis.get_major_locator().set_params(integer=True)
                 digests = {run.args.archive_digest for cell in cells.values() for run in cell.runs}
                 for digest in digests & teacher_entropy.keys():
                     right.axhline(teacher_entropy[digest], color="#555555", linestyle="--", linewidth=1.2)
-                left.set_title(title)
+                low, high = np.min(np.concatenate(late), initial=100), np.max(np.concatenate(late), initial=0)
+                left.set_ylim(low - 0.04 * (high - low) - 0.05, high + 0.04 * (high - low) + 0.05)
+                left.set_title(short(title, 60))
                 drawn |= cells.keys()
             handles = [Line2D([], [], color=colours[tau], linewidth=2) for tau in sorted(drawn)]
             names = [f"{tau:g}" for tau in sorted(drawn)]
             if teacher_entropy:
                 handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1.2))
                 names.append("teacher")
-            figure.legend(handles, names, title="tau", loc="outside right upper")
+            figure.legend(handles, names, title="tau", loc="outside right upper", alignment="left")
 
         caption = (
-            f"Training with control none, {place}: test top-1, and the mean relative entropy of the student's output on the "
-            "training views at tau 1 (dashed: the teacher's). Means over the seeds."
+            f"Training with control none, {place}, means over the seeds. Left: test top-1, on an axis that leaves out the first fifth "
+            "of the epochs. Right: mean relative entropy of the student's output on the training views at tau 1; dashed, the teacher's."
         )
         first = next(iter(some.values()))[0]
         ends = ", ".join(
-            f"tau {tau:g} ends at {_mean_curve(cell, 'test_top1')[1][-1:].sum():.2f} %" for tau in taus if (cell := table.get(first, tau))
+            f"tau {tau:g} ends at {_mean_curve(cell, 'test_top1')[1][-1:].sum():.2f} %"
+            for tau in taus
+            if (cell := table.get(first, tau))
         )
         alt = f"Test top-1 and student entropy by epoch, {place}. {ends}."
         return Drawing(f"training {place}", caption, alt, (9.2, 0.7 + 2.7 * len(some)), draw)
@@ -207,17 +214,17 @@ def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], me
     return Drawing(f"entropy {place}", caption, alt, (9.2, 3.2), draw)
 
 
-def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], names: Mapping[Row, str]) -> None:
+def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "_Lines") -> None:
     taus = table.taus_of(panel)
-    looks = _looks(names)
     for number, row in enumerate(panel):
-        colour, marker, line = looks[names[row]]
+        colour, marker, dashes = lines.look(row)
         nudge = 1.012 ** (number - (len(panel) - 1) / 2)  # so that error bars at the same tau do not hide each other
         cells = [table.get(row, tau) for tau in taus]
-        x = np.array(taus) * nudge
+        x = np.array(taus, np.float64) * nudge
         mean = [cell.mean if cell else math.nan for cell in cells]  # a missing tau breaks the line
         std = [cell.std if cell and cell.std is not None else 0.0 for cell in cells]
-        axes.errorbar(x, mean, std, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.5, capsize=2.5, elinewidth=1)
+        bars = axes.errorbar(x, mean, std, color=colour, marker=marker, linestyle=dashes, markersize=5, capsize=2.5, elinewidth=1)
+        bars.lines[0].set_linewidth(1.5)
         _seeds(axes, x, cells, colour)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(taus))
@@ -227,21 +234,20 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], names: Mapp
     axes.set(xlabel="tau (log scale)", ylabel=TOP1)
 
 
-def _draw_controls(axes: Axes, table: Table, panel: Sequence[Row], names: Mapping[Row, str]) -> None:
+def _draw_controls(axes: Axes, table: Table, panel: Sequence[Row], lines: "_Lines") -> None:
     taus = table.taus_of(panel)
-    looks = _looks(names)
     step = 0.78 / len(panel)
     for number in range(1, len(taus), 2):
         axes.axvspan(number - 0.5, number + 0.5, color="#f4f4f4", linewidth=0)
     for number, row in enumerate(panel):
-        colour, _, _ = looks[names[row]]
+        colour, _, _ = lines.look(row)
         cells = [table.get(row, tau) for tau in taus]
-        x = np.arange(len(taus)) + (number - (len(panel) - 1) / 2) * step
+        x = np.arange(len(taus), dtype=np.float64) + (number - (len(panel) - 1) / 2) * step
         for where, cell in zip(x, cells, strict=True):
             if cell:
                 axes.errorbar(where, cell.mean, cell.std, color=colour, capsize=3, elinewidth=1.2)
-                axes.plot([where - 0.36 * step, where + 0.36 * step], [cell.mean] * 2, color=colour, linewidth=3, solid_capstyle="butt")
-        _seeds(axes, x, cells, colour)
+                axes.hlines(cell.mean, where - 0.36 * step, where + 0.36 * step, color=colour, linewidth=3)
+        _seeds(axes, x + 0.22 * step, cells, colour)
     axes.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.5, len(taus) - 0.5)
@@ -250,7 +256,7 @@ def _draw_controls(axes: Axes, table: Table, panel: Sequence[Row], names: Mappin
 
 def _seeds(axes: Axes, x: NDArray[np.float64], cells: Sequence[Cell | None], colour: str) -> None:
     points = [(where, value) for where, cell in zip(x, cells, strict=True) if cell for value in cell.values.values()]
-    axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=3.6, color=colour, alpha=0.35, markeredgewidth=0)
+    axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=3.6, color=colour, alpha=0.45, markeredgewidth=0)
 
 
 def _mean_curve(cell: Cell, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -262,8 +268,9 @@ def _mean_curve(cell: Cell, column: str) -> tuple[NDArray[np.float64], NDArray[n
     return shared, np.mean(values, axis=0)
 
 
-def _panels(rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> dict[str, list[Row]]:
-    """Rows by panel title. The first of `choices` of fields to split by that leaves few enough lines in every panel counts."""
+def _panels(table: Table, rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> dict[str, list[Row]]:
+    """Rows with results, by panel title: split by the first of `choices` that leaves few enough lines in every panel."""
+    rows = [row for row in rows if table.ranked(row)]
     panels: dict[tuple[str, ...], list[Row]] = {}
     for fields in choices:
         panels = {}
@@ -272,7 +279,7 @@ def _panels(rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> dict[str
         if max(map(len, panels.values()), default=0) <= MOST_LINES:
             break
     titles = labels(rows, fields)
-    return {short(titles[panel[0]], 60): panel for panel in panels.values()}
+    return {titles[panel[0]]: panel for panel in panels.values()}
 
 
 def _pages(panels: Mapping[str, Sequence[Row]]) -> list[dict[str, Sequence[Row]]]:
@@ -280,28 +287,32 @@ def _pages(panels: Mapping[str, Sequence[Row]]) -> list[dict[str, Sequence[Row]]
     return [dict(items[start : start + MOST_PANELS]) for start in range(0, len(items), MOST_PANELS)]
 
 
-def _line_names(rows: Sequence[Row], panels: Mapping[str, Sequence[Row]]) -> dict[Row, str]:
-    """Names of lines in the legend: what differs within the panels."""
-    differ = [field for field in FIELDS if any(len({getattr(row, field) for row in panel}) > 1 for panel in panels.values())]
-    return {row: ", ".join(getattr(row, field) for field in differ or ["control"]) for row in rows}
+class _Lines:
+    """Names and looks of the lines of some panels. A name says what differs within a panel, and has one look in all of them."""
 
+    def __init__(self, panels: Sequence[Sequence[Row]]) -> None:
+        fields = [f for f in FIELDS if any(len({getattr(row, f) for row in panel}) > 1 for panel in panels)] or ["control"]
+        self._title = ", ".join(fields)
+        self._names = {row: ", ".join(filter(None, (getattr(row, f) for f in fields))) for panel in panels for row in panel}
+        self._order = list(dict.fromkeys(self._names.values()))
 
-def _looks(names: Mapping[Row, str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of every name, in the order in which they come."""
-    looks = {}
-    for number, name in enumerate(dict.fromkeys(names.values())):
-        turn, line = number % len(COLOURS), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        looks[name] = COLOURS[turn], MARKERS[turn], line
-    return looks
+    def name(self, row: Row) -> str:
+        return self._names[row]
 
+    def look(self, row: Row) -> tuple[str, str, str]:
+        """Colour, marker and dashes."""
+        turn, which = divmod(self._order.index(self._names[row]), len(COLOURS))
+        return COLOURS[which], MARKERS[which], DASHES[turn % len(DASHES)]
 
-def _legend(figure: Figure, names: Mapping[Row, str], *, lines: bool) -> None:
-    handles, texts = [], []
-    for name, (colour, marker, line) in _looks(names).items():
-        look = {"marker": marker, "linestyle": line, "markersize": 5} if lines else {"linewidth": 3}
-        handles.append(Line2D([], [], color=colour, **look))
-        texts.append(short(name, 44))
-    figure.legend(handles, texts, loc="outside right upper")
+    def legend(self, figure: Figure, panels: Iterable[Sequence[Row]], *, markers: bool) -> None:
+        handles = {}
+        for row in (row for panel in panels for row in panel):
+            colour, marker, dashes = self.look(row)
+            look: dict[str, Any] = {"marker": marker, "linestyle": dashes, "markersize": 5} if markers else {"linewidth": 3}
+            handles[self.name(row)] = Line2D([], [], color=colour, **look)
+        names = sorted(handles, key=self._order.index)
+        shown = [short(name, 44) for name in names]
+        figure.legend([handles[name] for name in names], shown, title=self._title, loc="outside right upper", alignment="left")
 
 
 def _grid(figure: Figure, panels: int) -> list[Axes]:
@@ -317,15 +328,16 @@ def _size(panels: int) -> tuple[float, float]:
     return (7.6, 3.9) if panels == 1 else (10.5, 0.3 + 3.3 * math.ceil(panels / 2))
 
 
-def _spoken(table: Table, rows: Sequence[Row], names: Mapping[Row, str]) -> str:
+def _spoken(table: Table, panels: Iterable[Sequence[Row]], lines: _Lines) -> str:
     """The figure's numbers in words, for as many rows as one would listen to."""
-    spoken = [f"{names[row]}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in sorted(table.ranked(row), key=_tau)) for row in rows]
-    more = [f"{len(spoken) - 8} more lines are in the table of results"] if len(spoken) > 8 else []
-    return "; ".join(spoken[:8] + more) + "."
-
-
-def _tau(item: tuple[float, Cell]) -> float:
-    return item[0]
+    rows = [row for panel in panels for row in panel]
+    said = []
+    for row in rows[:8]:
+        cells = ((tau, table.get(row, tau)) for tau in table.taus)
+        said.append(f"{lines.name(row)}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in cells if cell))
+    if len(rows) > 8:
+        said.append(f"{len(rows) - 8} more lines are in the table of results")
+    return "; ".join(said) + "."
 
 
 def short(text: str, length: int) -> str:

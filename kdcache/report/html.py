@@ -5,6 +5,7 @@ import csv
 import hashlib
 import html
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from kdcache.errors import KdcacheError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.report.figures import Drawing, control_dots, entropy_histograms, render, tau_curves, training_curves
 from kdcache.report.records import RunRecord, collect
-from kdcache.report.table import ROW_FIELDS, Row, Table, answers, summarise
+from kdcache.report.table import ROW_FIELDS, Row, Table, answers, rows_of, summarise
 
 __all__ = ["Report", "write_report"]
 
@@ -69,14 +70,14 @@ def write_report(paths: Sequence[Path], out: Path, *, progress: Progress | None 
     drawings = _drawings(table, archives)
     every = [drawing for kind in drawings.values() for drawing in kind]
     names = _file_names(every)
-    shown: dict[int, Markup] = {}
+    shown: dict[Drawing, Markup] = {}
     with translated_os_errors(out):
         (out / "figures").mkdir(parents=True, exist_ok=True)
         for number, (drawing, name) in enumerate(zip(every, names, strict=True), 1):
             svg, png = render(drawing, name)
             (out / f"figures/{name}.svg").write_bytes(svg)
             (out / f"figures/{name}.png").write_bytes(png)
-            shown[id(drawing)] = _inline(svg.decode(), drawing.alt, f"f{number}-")
+            shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
             progress.update("drawing figures", number, len(every))
         (out / "results.csv").write_text(_csv(records), "utf-8", newline="")
         (out / "index.html").write_text(_page(records, table, archives, drawings, shown), "utf-8", newline="")
@@ -188,17 +189,17 @@ def _page(
     table: Table,
     archives: Sequence[_ArchivePart],
     drawings: dict[str, list[Drawing]],
-    shown: dict[int, Markup],
+    shown: dict[Drawing, Markup],
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script = (HERE / "page.js").read_text("utf-8")
     fields = [f for f in ROW_FIELDS if f == "control" or len({getattr(row, f) for row in table.rows}) > 1]
-    spelled = {
-        name: sorted({getattr(run.args, name) for run in records})
-        for name in ("dataset", "teacher", "student", "method_spec", "control_spec", "tau", "seed", "kdcache_version")
-    }
+    rows = rows_of(records)
+    records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
+    # Folders are shown below the one that all runs share.
+    base = Path(os.path.commonpath([run.folder.parent for run in records]))
     return environment.get_template("template.html.j2").render(
         version=kdcache.__version__,
         style=Markup((HERE / "page.css").read_text("utf-8")),
@@ -208,13 +209,14 @@ def _page(
         archives=archives,
         drawings=drawings,
         shown=shown,
+        base=base,
         fields=fields,
+        distinct=lambda values: list(dict.fromkeys(values)),
         table=table,
         lines=[_line(table, row, fields) for row in table.rows],
-        records=records,
-        outside=[run for run in records if run.status != "complete"],
+        runs=[(run, run.folder.relative_to(base), [getattr(rows[run], field) for field in fields]) for run in records],
         commands=list(dict.fromkeys(run.args.command for run in records if run.args.command)),
-        **spelled,
+        versions=sorted({run.args.kdcache_version for run in records} - {""}),
     )
 
 

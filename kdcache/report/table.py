@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcache.report.records import RunRecord
 
-__all__ = ["Answer", "Cell", "Comparison", "Row", "Table", "answers", "paired", "summarise"]
+__all__ = ["Answer", "Cell", "Comparison", "Row", "Table", "answers", "labels", "paired", "rows_of", "summarise"]
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
@@ -65,6 +65,10 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "") + f" ({self.n})"
+
+    @property
+    def spoken(self) -> str:
+        return f"{self.mean:.2f} %, one seed" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f} %, {self.n} seeds"
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Answer:
 
 def summarise(records: Sequence[RunRecord]) -> Table:
     """Mean, std and number of seeds of the final test top-1, per row and tau. Only complete runs count; nothing is filled in."""
-    rows = _rows(records)
+    rows = rows_of(records)
     cells: dict[tuple[Row, float], dict[int, RunRecord]] = defaultdict(dict)
     repeated = []
     for record in sorted(records, key=lambda r: (r.args.created, r.folder)):
@@ -140,7 +144,7 @@ def summarise(records: Sequence[RunRecord]) -> Table:
     )
 
 
-def _rows(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
+def rows_of(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
     """The row of each run.
 
     Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
@@ -213,10 +217,12 @@ def _answer(table: Table, row: Row, name: str) -> Answer:
         details.append("Only this tau has results, so there is nothing to compare it with.")
     else:
         second, cell = ranked[1]
-        details.append(f"Against the second best, tau {second:g} ({cell}): {paired(best, cell) or _UNPAIRED}.")
+        details.append(f"Against the second best, tau {second:g} ({cell.spoken}): {paired(best, cell) or _UNPAIRED}.")
     for other in table.rows:
         if other.control != "none" and (twin := table.get(other, tau)) and _twins(row, other):
-            details.append(f"Control {other.control} at tau {tau:g} ({twin}), minus none: {paired(twin, best) or _UNPAIRED}.")
+            details.append(
+                f"Control {other.control} at tau {tau:g} ({twin.spoken}), minus none: {paired(twin, best) or _UNPAIRED}."
+            )
     return Answer(f"{name}best tau is {tau:g}, with test top-1 {best.mean:.2f}{spread}.", tuple(details))
 
 

@@ -1,0 +1,179 @@
+"""Benchmarks: each measures kdcache and what it is compared with in one run, taking turns, and gives their ratio."""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.archive import ArchiveWriter, CanvasCard, write_archive
+from kdcache.canvas import Canvas
+from kdcache.datasets import dataset
+from kdcache.dump import Forward, write_shards
+from kdcache.errors import unknown_name
+from kdcache.methods import build
+from kdcache.metrics import agreement
+from kdcache.models import create_model
+from kdcache.progress import Progress
+from kdcache.stream import Batch, CachedTargets
+from kdcache.targets import Targets
+from kdcache.training import Learner, TrainConfig, seeded
+from kdcache.views.policy import ViewPolicy
+from kdcache.workspace import Workspace
+
+__all__ = ["Result", "run_benchmarks"]
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """`value` is seconds, or `measured` over `against` (medians of the turns); it should be at most `bound`."""
+
+    name: str
+    measured: str
+    against: str
+    value: float
+    bound: float
+
+
+def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
+    """Run one benchmark, or `all`, each for about `seconds`."""
+    known: dict[str, Callable[[float, Path, Progress], list[Result]]] = {"startup": _startup, "dump": _dump, "distill": _distill}
+    if which != "all" and which not in known:
+        raise unknown_name("benchmark", which, [*known, "all"])
+    results = []
+    for name, benchmark in known.items():
+        if which in {name, "all"}:
+            with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+                results += benchmark(seconds, Path(folder), progress)
+    return results
+
+
+def _startup(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    write_archive(folder / "archive", np.zeros((1, 8, 4), np.float32), list("abcd"))
+    help_cpu, info_wall = [], []
+    for turn in range(5):
+        help_cpu.append(_run("--help")[0])
+        info_wall.append(_run("info", str(folder / "archive"))[1])
+        progress.update("bench startup", turn + 1, 5)
+    return [
+        Result("--help", "CPU seconds", "-", float(np.median(help_cpu)), 0.5),
+        Result("info", "wall seconds", "-", float(np.median(info_wall)), 1.0),
+    ]
+
+
+def _run(*arguments: str) -> tuple[float, float]:
+    """CPU and wall seconds of one command in a process of its own."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-m", "kdcache", *arguments], check=True, stdout=subprocess.DEVNULL)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def _taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable[[], None]) -> list[float]:
+    """Median seconds of each side, after one unmeasured turn; at least three turns, until `seconds` are over."""
+    for side in sides:
+        side()
+    taken: list[list[float]] = [[] for _ in sides]
+    begin = time.monotonic()
+    while len(taken[0]) < 3 or time.monotonic() - begin < seconds:
+        for side, times in zip(sides, taken, strict=True):
+            started = time.perf_counter()
+            side()
+            times.append(time.perf_counter() - started)
+        progress.update(task, min(int(time.monotonic() - begin), int(seconds)), int(seconds))
+    return [float(np.median(times)) for times in taken]
+
+
+def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
+    return Workspace(folder).canvas(dataset.build("digits"), "test", size, progress)
+
+
+def _writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> ArchiveWriter:
+    return ArchiveWriter(
+        path,
+        num_views=views,
+        num_samples=len(canvas),
+        class_names=canvas.card.class_names,
+        labels=canvas.labels,
+        keys=canvas.keys,
+        policy=policy,
+        source=canvas.card,
+        canvas=CanvasCard(size=canvas.size, digest=canvas.digest),
+    )
+
+
+def _dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """resnet18 at 224 px on the CPU: render, run, fingerprint, write and finish, against the forward passes alone."""
+    canvas, policy = _canvas(folder, 256, progress), ViewPolicy.load("imagenet")
+    with seeded(0):
+        model, normalise = create_model("resnet18", 10, input_size=224)
+    forward = Forward(model.eval(), normalise, torch.device("cpu"), "fp32")
+    shapes = [min(BATCH, len(canvas) - start) for start in range(0, len(canvas), BATCH)]
+    batches = [torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8) for n in shapes]
+    count = iter(range(1 << 30))
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for views in batches:
+                model(normalise(views))
+
+    def dump() -> None:
+        writer = _writer(folder / f"archive-{next(count)}", canvas, policy, views=1)
+        write_shards(writer, forward, canvas, batch_size=BATCH)
+        writer.finalize()
+
+    ours, theirs = _taking_turns("bench dump", seconds, progress, dump, bare)
+    return [Result("dump resnet18/224 cpu", "dump of one view", "bare forward", ours / theirs, 1.25)]
+
+
+def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """resnet18 at 64 px on the CPU: read, render, check, make targets, train, against training on one fixed batch."""
+    canvas, policy = _canvas(folder, 72, progress), ViewPolicy.load("imagenet", size=64)
+    rng = np.random.default_rng(0)
+
+    class _Random(Forward):
+        def __call__(self, views: Tensor) -> np.ndarray:
+            return rng.normal(0, 3, (len(views), 10)).astype(np.float32)
+
+    with seeded(0):
+        models = [create_model("resnet18", 10, input_size=64) for _ in range(2)]
+    writer = _writer(folder / "archive", canvas, policy, views=2)
+    write_shards(writer, _Random(*models[0], torch.device("cpu"), "fp32"), canvas, batch_size=BATCH)
+    stream = CachedTargets(writer.finalize(), canvas, BATCH, seed=0)
+    method = build("kd")
+    config = TrainConfig(epochs=10**6, batch_size=BATCH, clip_grad=None)
+    (model, normalise), (other, _) = models
+    learner = Learner(folder / "run", model, normalise, config, steps_per_epoch=len(stream), seed=0, device=torch.device("cpu"))
+    bare_learner = Learner(folder / "bare", other, normalise, config, steps_per_epoch=len(stream), seed=0, device=torch.device("cpu"))
+    fixed = next(iter(stream))
+    assert fixed.logits is not None
+    fixed_targets = Targets(fixed.logits, 4.0)
+
+    def step(batch: Batch) -> None:
+        assert batch.logits is not None
+        targets, teacher = Targets(batch.logits, 4.0), batch.logits
+        learner.step(batch.images, lambda z: method(z, targets), lambda z: {"agreement": agreement(z, teacher)})
+
+    def distill() -> None:
+        for batch in stream:
+            step(batch)
+
+    def bare() -> None:
+        for _ in range(len(stream)):
+            loss = method(other(normalise(fixed.images)), fixed_targets)
+            bare_learner.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            bare_learner.optimizer.step()
+
+    ours, theirs = _taking_turns("bench distill", seconds, progress, distill, bare)
+    return [Result("distill resnet18/64 cpu", "step of the stream", "bare step, fixed batch", ours / theirs, 1.15)]
+
