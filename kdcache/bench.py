@@ -153,7 +153,9 @@ def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     config = TrainConfig(epochs=10**6, batch_size=BATCH, clip_grad=None)
     (model, normalise), (other, _) = models
     learner = Learner(folder / "run", model, normalise, config, steps_per_epoch=len(stream), seed=0, device=torch.device("cpu"))
-    bare_learner = Learner(folder / "bare", other, normalise, config, steps_per_epoch=len(stream), seed=0, device=torch.device("cpu"))
+    bare_learner = Learner(
+        folder / "bare", other, normalise, config, steps_per_epoch=len(stream), seed=0, device=torch.device("cpu")
+    )
     fixed = next(iter(stream))
     assert fixed.logits is not None
     fixed_targets = Targets(fixed.logits, 4.0)
@@ -171,9 +173,8 @@ def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         for _ in range(len(stream)):
             loss = method(other(normalise(fixed.images)), fixed_targets)
             bare_learner.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             bare_learner.optimizer.step()
 
     ours, theirs = _taking_turns("bench distill", seconds, progress, distill, bare)
     return [Result("distill resnet18/64 cpu", "step of the stream", "bare step, fixed batch", ours / theirs, 1.15)]
-

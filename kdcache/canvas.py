@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Canvas:
-    """`pixels` uint8 `[N, 3, R, R]` (memory map), `labels` int64 `[N]`, `keys`, original `sizes` int32 `[N, 2]` (width, height)."""
+    """`pixels` uint8 `[N, 3, R, R]` (memory map), `labels` int64 `[N]`, `keys`, original `sizes` int32 `[N, 2]` (w, h)."""
 
     path: Path
     pixels: NDArray[np.uint8]
@@ -109,7 +109,7 @@ def _build(source: Source, split: Split, size: int, path: Path, progress: Progre
         np.save(temporary / "sizes.npy", sizes)
         meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest.hexdigest()}
         (temporary / "canvas.json").write_text(json.dumps(meta))
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -70,10 +70,12 @@ class I16:
                 why="codec i16 stores logits within +-63.99, and never clips",
                 fix="dump with --codec f32",
             )
-        return codes.astype(self.dtype)
+        stored: NDArray = codes.astype(self.dtype)
+        return stored
 
     def decode(self, stored: NDArray) -> NDArray[np.float32]:
-        return np.multiply(stored, np.float32(I16_STEP), dtype=np.float32)
+        logits: NDArray[np.float32] = np.multiply(stored, np.float32(I16_STEP), dtype=np.float32)
+        return logits
 
     def max_error(self) -> float:
         return I16_STEP / 2
@@ -106,4 +108,3 @@ class F32:
 
     def kl_bound(self, tau: float) -> float:
         return 0.0
-

@@ -30,10 +30,10 @@ from kdcache.metrics import agreement
 from kdcache.models import create_model, resolve
 from kdcache.progress import Progress, Silent
 from kdcache.registry import Registry
+from kdcache.sheet import contact_sheet
 from kdcache.stream import Batch, CachedTargets
 from kdcache.targets import Control, Targets, controls, row_keys
 from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
-from kdcache.sheet import contact_sheet
 from kdcache.workspace import Workspace, dataset_label, parse_dataset
 
 __all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
@@ -96,7 +96,9 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     specs, settings = plan_students(config, archive, workspace)
     train, test = _canvases(config, archive, workspace, progress)
     if settings.epochs > archive.num_views:
-        progress.say(f"{settings.epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
+        progress.say(
+            f"{settings.epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order"
+        )
     fresh = [spec for spec in specs if not (spec.folder / "summary.json").is_file()]
     if len(fresh) < len(specs):
         progress.say(f"{len(specs) - len(fresh)} of {len(specs)} students are trained already")
@@ -110,7 +112,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
 
 
 def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
-    """The grid of students with the folder of each, and how they are trained. Raises UsageError for a grid that makes no sense."""
+    """The grid of students with the folder of each, and how they are trained. UsageError for a grid that makes no sense."""
     for tau in config.taus:
         if not (math.isfinite(tau) and tau > 0):
             raise UsageError(f"tau {tau}", why="a temperature is a positive number", fix="use for example --tau 1,4,20")
@@ -129,7 +131,8 @@ def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace)
         config.seeds, names.items(), _parse_all(method, config.methods), _parse_all(controls, config.controls), config.taus
     ):
         identity = json.dumps(
-            [archive.manifest.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()], sort_keys=True
+            [archive.manifest.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()],
+            sort_keys=True,
         )
         parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
         label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
@@ -196,9 +199,7 @@ class _Lockstep:
 
     def _steps(self) -> int:
         """Steps done, those that diverged students will never do included."""
-        return sum(
-            s.learner.total_steps if s.learner.status == "diverged" else s.learner.steps for s in self.students
-        )
+        return sum(s.learner.total_steps if s.learner.status == "diverged" else s.learner.steps for s in self.students)
 
 
 class _Student:
@@ -269,7 +270,8 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
     if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
         raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_classes} classes, {dataset_label(source)} has {len(train.card.class_names)}",
+            f"archive {archive.path} has {archive.num_classes} classes, "
+            f"{dataset_label(source)} has {len(train.card.class_names)}",
             why="the class names must be the same, in the same order",
             fix="name the dataset that was dumped with --dataset, or dump this one",
         )

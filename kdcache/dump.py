@@ -28,7 +28,16 @@ from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import fingerprint
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, versions
 
-__all__ = ["DumpConfig", "DumpPlan", "Forward", "dump_teacher", "matching_teacher", "plan_dump", "replay_with_teacher", "write_shards"]
+__all__ = [
+    "DumpConfig",
+    "DumpPlan",
+    "Forward",
+    "dump_teacher",
+    "matching_teacher",
+    "plan_dump",
+    "replay_with_teacher",
+    "write_shards",
+]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 NOISE_VIEWS = 256
@@ -36,7 +45,7 @@ NOISE_VIEWS = 256
 
 @dataclass(frozen=True)
 class DumpConfig:
-    """What to dump. Everything but `workers`, `start_view`, `device` and the number of `views` is part of the archive's identity."""
+    """What to dump. All but `workers`, `start_view`, `device` and the number of `views` is part of the archive's identity."""
 
     teacher: str
     dataset: str
@@ -79,6 +88,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
     canvas = workspace.canvas(source, "train", config.canvas, progress)
     label = dataset_label(source)
+    teacher: Teacher | None
     if config.teacher_folder is not None:
         teacher = _teacher_at(config.teacher_folder)
         if tuple(teacher.record["class_names"]) != canvas.card.class_names:
@@ -93,9 +103,16 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     precision = config.precision or ("fp16" if resolve_device(config.device).type == "cuda" else "fp32")
     recipe = json.dumps(
         [
-            canvas.card.digest, canvas.digest, policy.digest, teacher.record["weights_sha256"] if teacher else None,
-            precision, config.batch_size, config.codec, config.layout, config.shard_rows,
-        ]  # fmt: skip
+            canvas.card.digest,
+            canvas.digest,
+            policy.digest,
+            teacher.record["weights_sha256"] if teacher else None,
+            precision,
+            config.batch_size,
+            config.codec,
+            config.layout,
+            config.shard_rows,
+        ]
     )
     name = f"{label}--{config.teacher.replace('/', '_')}--{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     views = config.views or source.recipe.student_epochs
@@ -116,9 +133,15 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         progress.say(f"no teacher {config.teacher} trained on {config.dataset} at {plan.policy.size} px yet: training it first")
         train_teacher(
             TeacherConfig(
-                teacher=config.teacher, dataset=config.dataset, policy=config.policy, size=config.size, canvas=config.canvas,
-                device=config.device, workers=config.workers, command=config.command,
-            ),  # fmt: skip
+                teacher=config.teacher,
+                dataset=config.dataset,
+                policy=config.policy,
+                size=config.size,
+                canvas=config.canvas,
+                device=config.device,
+                workers=config.workers,
+                command=config.command,
+            ),
             workspace,
             progress,
         )
@@ -171,7 +194,13 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         },
     )
     write_shards(
-        writer, forward, plan.canvas, batch_size=config.batch_size, start_view=config.start_view, workers=config.workers, progress=progress
+        writer,
+        forward,
+        plan.canvas,
+        batch_size=config.batch_size,
+        start_view=config.start_view,
+        workers=config.workers,
+        progress=progress,
     )
     if writer.missing():
         raise IncompleteError(
@@ -194,7 +223,7 @@ def write_shards(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Write all missing shards, rendering ahead through them, from `start_view` on and around; batches never cross a shard's border."""
+    """Write all missing shards, from `start_view` on and around, rendering ahead; no batch crosses a shard's border."""
     progress = progress or Silent()
     policy = writer.plan.policy
     assert policy is not None
@@ -293,7 +322,13 @@ def _teacher_at(folder: Path) -> Teacher:
 
 
 def replay_with_teacher(
-    archive: Archive, canvas: Canvas, views: int, teacher: Teacher | None, progress: Progress | None = None, *, device: str = "cpu"
+    archive: Archive,
+    canvas: Canvas,
+    views: int,
+    teacher: Teacher | None,
+    progress: Progress | None = None,
+    *,
+    device: str = "cpu",
 ) -> Verification:
     """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec."""
     result = replay(archive, canvas, views, progress=progress)
@@ -308,10 +343,14 @@ def replay_with_teacher(
     forward = Forward(model.to(target), normalise, target, card.precision)
     items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
     logits = np.concatenate([forward(item.images) for item in render_batches(canvas, policy, items)])
-    allowed = codec.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
+    allowed = (
+        codec.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
+    )
     difference = float(np.abs(logits - archive.read(0, 0, rows).logits).max())
     if difference > allowed:
-        result.failures.append(Failure("view 0", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}"))
+        result.failures.append(
+            Failure("view 0", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}")
+        )
     result.notes.append(f"{rows} logit vectors recomputed: largest difference {difference:.2g}, allowed {allowed:.2g}")
     return result
 
@@ -323,4 +362,3 @@ def matching_teacher(archive: Archive, workspace: Workspace) -> Teacher | None:
         if card is not None and record["weights_sha256"] == card.weights_sha256:
             return Teacher(folder, record)
     return None
-

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, unknown_name
 
-__all__ = ["ALIASES", "Normalisation", "create_model", "load_weights", "resolve", "save_weights", "weights_digest"]
+__all__ = ["ALIASES", "Normalisation", "create_model", "list_models", "load_weights", "resolve", "save_weights", "weights_digest"]
 
 # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
 ALIASES: dict[str, str] = {
@@ -41,14 +41,19 @@ class Normalisation:
         return (views.float() - mean) / std
 
 
-def resolve(name: str, kind: str = "model") -> str:
-    """The exact timm name behind an alias or a timm name. Raises NotFoundError with close matches."""
+def list_models(pattern: str = "") -> list[str]:
+    """timm's model names that match a shell pattern, sorted."""
     import timm
 
+    return list(timm.list_models(pattern))
+
+
+def resolve(name: str, kind: str = "model") -> str:
+    """The exact timm name behind an alias or a timm name. Raises NotFoundError with close matches."""
     exact = ALIASES.get(name, name)
-    if exact.split(".")[0] not in timm.list_models():
+    if exact.split(".")[0] not in list_models():
         raise unknown_name(
-            kind, name, [*ALIASES, *timm.list_models()], error=NotFoundError, fix="list what there is with: kdcache models"
+            kind, name, [*ALIASES, *list_models()], error=NotFoundError, fix="list what there is with: kdcache models"
         )
     return exact
 
@@ -61,7 +66,7 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
     import timm
 
     config = timm.models.get_pretrained_cfg(name)
-    sized = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+    sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **sized)
     except (OSError, RuntimeError) as error:
@@ -76,7 +81,7 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
             why=(str(error).splitlines() or ["no connection"])[0][:200],
             fix="repeat when the Hub can be reached, or give the weights with --checkpoint FILE, or train --from-scratch",
         ) from error
-    data = timm.data.resolve_model_data_config(model)
+    data = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 

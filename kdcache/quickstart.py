@@ -31,15 +31,26 @@ def quickstart(
     """Train a small teacher, dump 8 views, train 24 students of it and write the report; what is there already is reused."""
     progress.say("1 of 4: a teacher, and its logits of 8 views of every training image")
     archive = dump_teacher(
-        DumpConfig(teacher=TEACHER, dataset=DATASET, views=VIEWS, device=device, workers=workers, command=command), workspace, progress
+        DumpConfig(teacher=TEACHER, dataset=DATASET, views=VIEWS, device=device, workers=workers, command=command),
+        workspace,
+        progress,
     )
     students = len(TAUS) * len(CONTROLS) * len(SEEDS)
-    progress.say(f"2 of 4: {students} students on {len(SEEDS)} streams: tau {', '.join(f'{t:g}' for t in TAUS)} x {', '.join(CONTROLS)}")
+    progress.say(
+        f"2 of 4: {students} students on {len(SEEDS)} streams: tau {', '.join(f'{t:g}' for t in TAUS)} x {', '.join(CONTROLS)}"
+    )
     results = distill(
         DistillConfig(
-            archive=str(archive.path), taus=TAUS, controls=CONTROLS, students=(STUDENT,), seeds=SEEDS, epochs=EPOCHS,
-            device=device, workers=workers, command=command,
-        ),  # fmt: skip
+            archive=str(archive.path),
+            taus=TAUS,
+            controls=CONTROLS,
+            students=(STUDENT,),
+            seeds=SEEDS,
+            epochs=EPOCHS,
+            device=device,
+            workers=workers,
+            command=command,
+        ),
         workspace,
         progress,
     )

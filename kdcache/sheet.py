@@ -23,7 +23,9 @@ def contact_sheet(archive: Archive, canvas: Canvas, samples: Sequence[int] | NDA
     policy = archive.manifest.policy
     if policy is None:
         raise IncompatibleError(
-            f"archive {archive.path} has no views to draw", why="it was written without a view policy", fix="use an archive of dump-teacher"
+            f"archive {archive.path} has no views to draw",
+            why="it was written without a view policy",
+            fix="use an archive of dump-teacher",
         )
     samples = np.asarray(samples, np.int64)
     figure = Figure(figsize=(1.35 * (len(views) + 1), 1.75 * len(samples)), dpi=110, layout="constrained")

@@ -28,7 +28,7 @@ BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64 `[B]`; `lam` float32 `[B]`; `logits` float32 `[B, C]`."""
+    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`."""
 
     images: Tensor
     sample: Tensor
@@ -40,7 +40,9 @@ class Batch:
     logits: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, NotFoundError
-
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
 from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
@@ -66,9 +65,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     exact = resolve(config.teacher, "teacher")
     recipe = source.recipe
     scratch = not recipe.pretrained if config.from_scratch is None else config.from_scratch
-    policy = ViewPolicy.load(config.policy or recipe.policy, size=config.size).model_copy(
-        update={"seed": VIEW_SEED, "mix": None}
-    )
+    policy = ViewPolicy.load(config.policy or recipe.policy, size=config.size).model_copy(update={"seed": VIEW_SEED, "mix": None})
     lr, weight_decay = _defaults(exact, scratch)
     settings = TrainConfig(
         epochs=config.epochs or recipe.teacher_epochs,
@@ -98,12 +95,12 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     if (folder / "teacher.json").is_file():
         progress.say(f"teacher: {folder} (already trained)")
         return Teacher(folder, json.loads((folder / "teacher.json").read_text()))
-    progress.say(f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset}")
+    progress.say(
+        f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset}"
+    )
 
     with seeded(config.seed):
-        model, normalise = create_model(
-            exact, len(train.card.class_names), input_size=policy.size, pretrained=start == "timm"
-        )
+        model, normalise = create_model(exact, len(train.card.class_names), input_size=policy.size, pretrained=start == "timm")
         if config.checkpoint:
             fresh = load_weights(model, config.checkpoint, replace_head=True)
             if fresh:
@@ -112,9 +109,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     stream = ViewStream(
         train, policy, batch_size=settings.batch_size, seed=config.seed, device=str(device), workers=config.workers
     )
-    learner = Learner(
-        folder, model, normalise, settings, steps_per_epoch=len(stream), seed=config.seed, device=device
-    )
+    learner = Learner(folder, model, normalise, settings, steps_per_epoch=len(stream), seed=config.seed, device=device)
     _fit(learner, stream, EvalSet(test, policy.size), config.smoothing, progress)
 
     if learner.status == "diverged":
@@ -181,7 +176,9 @@ def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
     record = teacher.record
     if not teacher.weights.is_file():
         raise NotFoundError(
-            f"teacher {teacher.folder} has no weights", why="model.safetensors is missing", fix="train it again: kdcache train-teacher"
+            f"teacher {teacher.folder} has no weights",
+            why="model.safetensors is missing",
+            fix="train it again: kdcache train-teacher",
         )
     model, _ = create_model(record["name"], len(record["class_names"]), input_size=record["input_size"])
     load_weights(model, teacher.weights)

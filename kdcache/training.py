@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +106,7 @@ def write_atomically(file: Path, data: bytes) -> None:
     with translated_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        os.replace(temporary, file)
+        temporary.replace(file)
 
 
 class Learner:
@@ -135,7 +134,7 @@ class Learner:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self.model = model.to(device)
         try:
-            self.optimizer = timm.optim.create_optimizer_v2(
+            self.optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
                 self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
             )
         except (ValueError, AssertionError, KeyError) as error:
@@ -178,7 +177,7 @@ class Learner:
             logits = self.model(self.normalise(views))
             loss = loss_of(logits)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_per_layer(self.parameters, self.config.clip_grad)
             self.optimizer.step()
         with torch.no_grad():

@@ -121,7 +121,7 @@ class ZarrLayout:
                 compressors=[Crc32cCodec()],
                 filters=None,
                 fill_value=0,
-                attributes=codec.from_dict(plan.codec).attributes if sharded else {},
+                attributes={**codec.from_dict(plan.codec).attributes} if sharded else {},
                 dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
                 config={"write_empty_chunks": True},
             )
@@ -191,7 +191,8 @@ class ZarrReader:
         )
 
     def labels(self) -> NDArray[np.int64] | None:
-        return self._per_sample("label")
+        labels: NDArray[np.int64] | None = self._per_sample("label")
+        return labels
 
     def keys(self) -> list[str] | None:
         values = self._per_sample("key")

@@ -133,7 +133,7 @@ class Plan(_Record):
 
 class Manifest(Plan):
     format: Literal["kdcache"] = "kdcache"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     readable_by: str = READABLE_BY
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     policy_digest: str | None

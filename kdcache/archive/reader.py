@@ -181,7 +181,7 @@ class Archive:
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
         """Rows of the given sample numbers in `view`, in their order."""
         samples = np.asarray(samples, np.int64)
-        if samples.size and not (0 <= samples.min() and samples.max() < self.num_samples):
+        if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
         return self.take(view, self._position_of(view)[samples])
 
@@ -237,7 +237,9 @@ class Archive:
             return result
         planned = {(v, b) for v in range(self.num_views) for b in range(self.manifest.num_blocks)}
         if {(s.view, s.block) for s in shards} != planned or len(shards) != len(planned):
-            result.failures.append(Failure(self.manifest.shards.path, f"{len(planned)} different shards", f"{len(shards)} shards"))
+            result.failures.append(
+                Failure(self.manifest.shards.path, f"{len(planned)} different shards", f"{len(shards)} shards")
+            )
         for record in self.manifest.files:
             self._verify_file(record, level, result)
         for number, shard in enumerate(shards):

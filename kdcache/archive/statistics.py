@@ -59,9 +59,7 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
     hits = 0
     for view in range(plan.num_views):
         blocks = [(b, slice(0, plan.block_rows(b))) for b in range(plan.num_blocks)]
-        argmax, sample = (
-            np.concatenate([reader.gather(name, view, *part) for part in blocks]) for name in ("argmax", "sample")
-        )
+        argmax, sample = (np.concatenate([reader.gather(name, view, *part) for part in blocks]) for name in ("argmax", "sample"))
         dominant = sample
         if plan.policy:
             table = plan.policy.parameters(view, plan.num_samples)

@@ -84,11 +84,11 @@ class LocalStore:
         with translated_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with open(temporary, "wb") as file:
+                with temporary.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, path)
+                temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise

@@ -87,7 +87,9 @@ class ArchiveWriter:
         for name, values in (("labels", labels), ("keys", keys)):
             if values is not None and len(values) != num_samples:
                 raise UsageError(
-                    f"{len(values)} {name} for {num_samples} samples", why=f"there is one of the {name} per sample", fix="pass them all"
+                    f"{len(values)} {name} for {num_samples} samples",
+                    why=f"there is one of the {name} per sample",
+                    fix="pass them all",
                 )
         coding = codecs.build(codec)
         row_bytes = coding.dtype.itemsize * len(class_names)

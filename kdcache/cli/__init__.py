@@ -20,12 +20,12 @@ def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
     import typer
 
-    from kdcache.cli.app import app
+    from kdcache.cli.app import command
 
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
-        status = app(args=arguments, prog_name="kdcache", standalone_mode=False)
+        status = command().main(args=arguments, prog_name="kdcache", standalone_mode=False)
         if status == INTERRUPTED:  # typer's own handling of Ctrl-C
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
@@ -47,9 +47,8 @@ def run(argv: list[str]) -> int:
                 fix="free some space (df -h shows where) and repeat the command",
             )
             return _report(full, full.exit_code)
-        return _report(
-            f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report the traceback", 1
-        )
+        bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
+        return _report(bug, 1)
 
 
 def _report(what: object, status: int) -> int:

@@ -1,13 +1,13 @@
 """All commands of `kdcache`, gathered."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import kdcache
 from kdcache.cli import making, reading
 
-__all__ = ["app"]
+__all__ = ["app", "command"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,7 @@ def _main(
     """Cache teacher logits once, distil students from them any number of times."""
 
 
-for command in (
+for function in (
     making.quickstart,
     making.train_teacher,
     making.dump_teacher,
@@ -48,4 +48,13 @@ for command in (
     reading.methods,
     reading.bench,
 ):
-    app.command()(command)
+    app.command()(function)
+
+
+def command() -> Any:
+    """The whole command line. Every option can be set as KDCACHE_COMMAND_OPTION, which its help does not repeat each time."""
+    group = typer.main.get_command(app)
+    for one in (group, *group.commands.values()):  # type: ignore[attr-defined]
+        for parameter in one.params:
+            parameter.show_envvar = parameter.envvar is not None
+    return group

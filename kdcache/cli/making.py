@@ -1,7 +1,7 @@
 """Commands that make something: teachers, archives, students, reports."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,12 +24,14 @@ from kdcache.cli.output import bars, print_table
 TeacherOption = Annotated[str, typer.Option("--teacher", help="Alias (vit_s, rn50, ...) or timm name.")]
 PolicyOption = Annotated[str | None, typer.Option("--policy", help="View policy: a preset or a YAML file [the dataset's].")]
 SizeOption = Annotated[int | None, typer.Option("--size", min=8, help="Side of a view in pixels [the policy's].")]
-CanvasOption = Annotated[int | None, typer.Option("--canvas", min=8, help="Side of the decoded images in pixels [the dataset's].")]
+CanvasOption = Annotated[
+    int | None, typer.Option("--canvas", min=8, help="Side of the decoded images in pixels [the dataset's].")
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per step.")]
 
 
 def quickstart(
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
@@ -42,10 +44,7 @@ def quickstart(
     table = result.table
     print_table(
         ["control", *(f"tau {tau:g}" for tau in table.taus)],
-        [
-            [row.control, *(str(cell) if (cell := table.get(row, tau)) else None for tau in table.taus)]
-            for row in table.rows
-        ],
+        [[row.control, *(str(cell) if (cell := table.get(row, tau)) else None for tau in table.taus)] for row in table.rows],
         title=f"students' top-1 in % (teacher {result.teacher_top1:.2f}), mean ± std (seeds)",
     )
     print(result.report)
@@ -65,12 +64,13 @@ def train_teacher(
     smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     from_scratch: Annotated[
-        bool | None, typer.Option("--from-scratch/--pretrained", help="Start at random or from timm's weights [as suits the dataset].")
+        bool | None,
+        typer.Option("--from-scratch/--pretrained", help="Start at random or from timm's weights [as suits the dataset]."),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors, .pth).")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -79,10 +79,24 @@ def train_teacher(
     from kdcache.teacher import train_teacher as train
 
     settings = TeacherConfig(
-        teacher=teacher, dataset=dataset, epochs=epochs, policy=policy, size=size, canvas=canvas, batch_size=batch_size, opt=opt,
-        lr=lr, weight_decay=weight_decay, smoothing=smoothing, seed=seed, from_scratch=from_scratch, checkpoint=checkpoint,
-        device=device, workers=workers, command=command_line(),
-    )  # fmt: skip
+        teacher=teacher,
+        dataset=dataset,
+        epochs=epochs,
+        policy=policy,
+        size=size,
+        canvas=canvas,
+        batch_size=batch_size,
+        opt=opt,
+        lr=lr,
+        weight_decay=weight_decay,
+        smoothing=smoothing,
+        seed=seed,
+        from_scratch=from_scratch,
+        checkpoint=checkpoint,
+        device=device,
+        workers=workers,
+        command=command_line(),
+    )
     with bars() as progress:
         trained = train(settings, workspace(home, data_dir), progress)
     print(trained.folder)
@@ -91,13 +105,17 @@ def train_teacher(
 def dump_teacher(
     teacher: TeacherOption,
     dataset: DatasetOption,
-    views: Annotated[int | None, typer.Option(min=1, help="Views of every sample; more than before appends [the dataset's recipe]")] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="Views of every sample; more than before appends [the dataset's recipe]")
+    ] = None,
     policy: PolicyOption = None,
     view_seed: Annotated[int | None, typer.Option(min=0, help="Seed of the views [0]")] = None,
     size: SizeOption = None,
     canvas: CanvasOption = None,
     batch_size: BatchOption = 64,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 on a CPU]")] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the teacher [fp16 on a GPU, fp32 on a CPU]")
+    ] = None,
     codec: Annotated[str, typer.Option(help="How logits are stored: i16 (2 bytes) or f32.")] = "i16",
     layout: Annotated[str, typer.Option(help="How files are laid out.")] = "zarr",
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a shard [64 MiB of logits]")] = None,
@@ -108,7 +126,7 @@ def dump_teacher(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     dry_run: DryRunOption = False,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -116,15 +134,28 @@ def dump_teacher(
     from kdcache.codecs import codec as codecs
     from kdcache.dump import DumpConfig, plan_dump
     from kdcache.dump import dump_teacher as dump
-    from kdcache.errors import unknown_name
 
-    if precision not in {None, "fp32", "fp16", "bf16"}:
-        raise unknown_name("precision", str(precision), ["fp32", "fp16", "bf16"])
     settings = DumpConfig(
-        teacher=teacher, dataset=dataset, views=views, policy=policy, view_seed=view_seed, size=size, canvas=canvas,
-        batch_size=batch_size, precision=precision, codec=codec, layout=layout, shard_rows=shard_rows, finetune=finetune,  # type: ignore[arg-type]
-        teacher_folder=teacher_folder, output=output, start_view=start_view, device=device, workers=workers, command=command_line(),
-    )  # fmt: skip
+        teacher=teacher,
+        dataset=dataset,
+        views=views,
+        policy=policy,
+        view_seed=view_seed,
+        size=size,
+        canvas=canvas,
+        batch_size=batch_size,
+        precision=precision,
+        codec=codec,
+        layout=layout,
+        shard_rows=shard_rows,
+        finetune=finetune,
+        teacher_folder=teacher_folder,
+        output=output,
+        start_view=start_view,
+        device=device,
+        workers=workers,
+        command=command_line(),
+    )
     with bars() as progress:
         place = workspace(home, data_dir)
         if dry_run:
@@ -169,7 +200,7 @@ def distill(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     dry_run: DryRunOption = False,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -178,11 +209,26 @@ def distill(
     from kdcache.distill import distill as run
 
     settings = DistillConfig(
-        archive=archive, taus=floats(tau, "--tau"), methods=specs(method), controls=specs(control), students=specs(student),
-        seeds=integers(seed, "--seed"), epochs=epochs, batch_size=batch_size, opt=opt, lr=lr, weight_decay=weight_decay,
-        clip_grad=clip_grad or None, dataset=dataset, strict=strict, allow_drift=allow_drift,
-        checkpoint_interval=checkpoint_interval, device=device, workers=workers, command=command_line(),
-    )  # fmt: skip
+        archive=archive,
+        taus=floats(tau, "--tau"),
+        methods=specs(method),
+        controls=specs(control),
+        students=specs(student),
+        seeds=integers(seed, "--seed"),
+        epochs=epochs,
+        batch_size=batch_size,
+        opt=opt,
+        lr=lr,
+        weight_decay=weight_decay,
+        clip_grad=clip_grad or None,
+        dataset=dataset,
+        strict=strict,
+        allow_drift=allow_drift,
+        checkpoint_interval=checkpoint_interval,
+        device=device,
+        workers=workers,
+        command=command_line(),
+    )
     place = workspace(home, data_dir)
     with bars() as progress:
         if dry_run:
@@ -198,13 +244,18 @@ def distill(
         ["student", "method", "control", "tau", "seed", "top-1", "best", "run"],
         [
             [
-                r.spec.student, _spec(r.spec.method), _control(r.spec.control), f"{r.spec.tau:g}", r.spec.seed,
+                r.spec.student,
+                _spec(r.spec.method),
+                _control(r.spec.control),
+                f"{r.spec.tau:g}",
+                r.spec.seed,
                 f"{r.summary['final_top1']:.2f}" if r.summary["status"] == "complete" else r.summary["status"],
-                f"{r.summary['best_top1']:.2f}", r.spec.folder,
+                f"{r.summary['best_top1']:.2f}",
+                r.spec.folder,
             ]
             for r in results
         ],
-    )  # fmt: skip
+    )
 
 
 def _spec(component: object) -> str:
@@ -222,7 +273,7 @@ def _control(component: object) -> str:
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders that hold some [HOME/runs]")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report [HOME/reports/latest]")] = None,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
 ) -> None:
     """Write an offline HTML report, figures and a CSV table from finished runs."""
     from kdcache.report import write_report

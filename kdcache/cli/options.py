@@ -35,11 +35,15 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
     try:
         values = yaml.safe_load(file.read_text())
     except FileNotFoundError:
-        raise NotFoundError(f"configuration {file} does not exist", why="--config names a YAML file", fix="correct the path") from None
+        raise NotFoundError(
+            f"configuration {file} does not exist", why="--config names a YAML file", fix="correct the path"
+        ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"configuration {file} is not YAML", why=" ".join(str(error).split()), fix="correct the file") from None
     if not isinstance(values, dict):
-        raise UsageError(f"configuration {file} holds no mapping", why="it maps options to values", fix="write for example: tau: [1, 4, 20]")
+        raise UsageError(
+            f"configuration {file} holds no mapping", why="it maps options to values", fix="write for example: tau: [1, 4, 20]"
+        )
     known = {param.name for param in context.command.params}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
@@ -52,21 +56,36 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
 
 
 HomeOption = Annotated[
-    Path, typer.Option("--home", envvar="KDCACHE_HOME", help="Workspace with archives/, teachers/, runs/ and data/.", rich_help_panel="Common")
+    Path,
+    typer.Option(
+        "--home", envvar="KDCACHE_HOME", help="Workspace with archives/, teachers/, runs/ and data/.", rich_help_panel="Common"
+    ),
 ]
 DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", envvar="KDCACHE_DATA_DIR", help="Where datasets and canvases lie [HOME/data].", rich_help_panel="Common")
+    Path | None,
+    typer.Option(
+        "--data-dir", envvar="KDCACHE_DATA_DIR", help="Where datasets and canvases lie [HOME/data].", rich_help_panel="Common"
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", callback=_load_config, is_eager=True, help="YAML file with option values; flags win.", rich_help_panel="Common"),
+    typer.Option(
+        "--config",
+        callback=_load_config,
+        is_eager=True,
+        help="YAML file with option values; flags win.",
+        rich_help_panel="Common",
+    ),
 ]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name, or folder:ROOT for your own images.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Common")]
 WorkersOption = Annotated[
-    int, typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common")
+    int,
+    typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common"),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

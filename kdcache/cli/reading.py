@@ -31,10 +31,16 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
     if source:
         rows.append(["data", f"{source.name}, {source.split} split, licence {source.licence or 'unknown'}"])
     if teacher:
-        rows.append(["teacher", f"{teacher.alias} = {teacher.name}, {teacher.precision}, weights sha256 {teacher.weights_sha256[:12]}..."])
-        rows.append(["teacher's top-1", f"{_percent(teacher.top1_clean)} clean, {_percent(statistics.top1_views)} on these views"])
+        rows.append(
+            ["teacher", f"{teacher.alias} = {teacher.name}, {teacher.precision}, weights sha256 {teacher.weights_sha256[:12]}..."]
+        )
+        rows.append(
+            ["teacher's top-1", f"{_percent(teacher.top1_clean)} clean, {_percent(statistics.top1_views)} on these views"]
+        )
         if teacher.noise:
-            rows.append(["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"])
+            rows.append(
+                ["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"]
+            )
     if policy:
         rows.append(["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}..."])
     rows.append(["made by", manifest.provenance.get("command")])
@@ -53,10 +59,13 @@ def _percent(value: float | None) -> str:
 def verify(
     archive: ArchiveArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
-    replay: Annotated[int, typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here).")] = 0,
+    replay: Annotated[
+        int,
+        typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here)."),
+    ] = 0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     as_json: JsonOption = False,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
     """Check an archive against its manifest: sizes, sha256 of every file and of the decoded rows, views rendered again."""
@@ -73,13 +82,20 @@ def verify(
             recorded = opened.manifest.canvas
             if spec is None or recorded is None:
                 raise UsageError(
-                    f"archive {archive} cannot be replayed", why="it does not say where its images are", fix="name them: --dataset NAME"
+                    f"archive {archive} cannot be replayed",
+                    why="it does not say where its images are",
+                    fix="name them: --dataset NAME",
                 )
             place = workspace(home, data_dir)
             canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
             results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place), progress))
     if as_json:
-        print_json([{"level": r.level, "ok": r.ok, "checked": r.checked, "failures": list(map(str, r.failures)), "notes": r.notes} for r in results])
+        print_json(
+            [
+                {"level": r.level, "ok": r.ok, "checked": r.checked, "failures": list(map(str, r.failures)), "notes": r.notes}
+                for r in results
+            ]
+        )
     else:
         for result in results:
             print(f"{result.level}: {'ok' if result.ok else 'DAMAGED'}, {result.checked} checked")
@@ -95,7 +111,7 @@ def view(
     views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP.")] = "0:8",
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
-    home: HomeOption = Path("."),
+    home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
     """Draw a contact sheet: what the teacher saw, the mixing partner and lambda, and the teacher's top-3."""
@@ -120,16 +136,18 @@ def view(
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
-        canvas = workspace(home, data_dir).canvas(parse_dataset(str(spec)), "train", recorded.size if recorded else None, progress)
+        canvas = workspace(home, data_dir).canvas(
+            parse_dataset(str(spec)), "train", recorded.size if recorded else None, progress
+        )
     out.write_bytes(contact_sheet(opened, canvas, samples, chosen))
     print(out)
 
 
-def ls(as_json: JsonOption = False, home: HomeOption = Path(".")) -> None:
+def ls(as_json: JsonOption = False, home: HomeOption = Path()) -> None:
     """List the archives of the workspace."""
     from kdcache.archive import open_archive
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in workspace(home).archive_folders():
         if not (folder / "kdcache.json").is_file():
             rows.append({"archive": str(folder), "state": "unfinished"})
@@ -157,13 +175,14 @@ def models(
     pattern: Annotated[str, typer.Argument(help="Only timm names that match, such as 'vit*'.")] = "", as_json: JsonOption = False
 ) -> None:
     """List the aliases of the papers' models, or timm's names."""
-    from kdcache.models import ALIASES
+    from kdcache.models import ALIASES, list_models
 
     if pattern:
-        import timm
-
-        names = timm.list_models(pattern)
-        print_json(names) if as_json else print("\n".join(names))
+        names = list_models(pattern)
+        if as_json:
+            print_json(names)
+        else:
+            print("\n".join(names))
         return
     if as_json:
         print_json(ALIASES)
@@ -175,7 +194,10 @@ def datasets(as_json: JsonOption = False) -> None:
     """List the datasets and what they suggest where the command line says nothing."""
     from kdcache.datasets import dataset
 
-    rows = [[name, (dataset[name].__doc__ or "").split("\n")[0], getattr(dataset[name], "licence", None) or "unknown"] for name in dataset]
+    rows = [
+        [name, (dataset[name].__doc__ or "").split("\n")[0], getattr(dataset[name], "licence", None) or "unknown"]
+        for name in dataset
+    ]
     if as_json:
         print_json([dict(zip(("name", "description", "licence"), row, strict=True)) for row in rows])
         return
@@ -211,5 +233,8 @@ def bench(
         return
     print_table(
         ["benchmark", "measured", "against", "value", "bound", ""],
-        [[r.name, r.measured, r.against, f"{r.value:.3f}", f"{r.bound:g}", "ok" if r.value <= r.bound else "MISSED"] for r in results],
+        [
+            [r.name, r.measured, r.against, f"{r.value:.3f}", f"{r.bound:g}", "ok" if r.value <= r.bound else "MISSED"]
+            for r in results
+        ],
     )

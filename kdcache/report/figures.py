@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from kdcache.report.table import Cell, Row, Table, labels
@@ -43,10 +43,12 @@ STYLE: dict[str, Any] = {
     "xtick.color": "#333333",
     "ytick.color": "#333333",
 }
+TEACHER: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.2}
 MOST_LINES = 8  # in one panel, where the rows can be spread over several
 MOST_PANELS = 8  # in one figure
 TOP1 = "test top-1, last epoch (%)"
 FIELDS = ("student", "method", "control", "setting")
+Panel = tuple[str, list[Row]]  # title, rows
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,17 @@ def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
 
 def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
     """Final test top-1 over tau, a line per student, method and control."""
-    panels = _panels(table, rows, (("setting",), ("setting", "student"), ("setting", "student", "method")))
-    lines = _Lines(list(panels.values()))
+    panels = _panels(table, rows, (("setting",), ("student", "setting"), ("student", "control", "setting")))
+    lines = _Lines(panels)
 
-    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+    def page(some: list[Panel]) -> Drawing:
         def draw(figure: Figure) -> None:
-            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=True):
+            for axes, panel in _grid(figure, some):
                 _draw_tau_curves(axes, table, panel, lines)
-                axes.set_title(short(title, 60))
-            lines.legend(figure, some.values(), markers=True)
+            lines.legend(figure, some, markers=True)
 
-        caption = f"Final test top-1 over tau, {place}. Means over the seeds with their standard deviation; faint dots are single seeds."
-        alt = f"Test top-1 over tau, {place}. {_spoken(table, some.values(), lines)}"
+        caption = f"Final test top-1 over tau, {place}: means over the seeds with their standard deviation, and single seeds."
+        alt = f"Test top-1 over tau, {place}. {_spoken(table, some, lines)}"
         return Drawing(f"tau {place}", caption, alt, _size(len(some)), draw)
 
     return [page(some) for some in _pages(panels)]
@@ -95,21 +96,20 @@ def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
 def control_dots(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
     """Final test top-1 of each control beside that of none, at every tau; only where there is more than one control."""
     panels = _panels(table, rows, (("student", "method", "setting"),))
-    panels = {title: panel for title, panel in panels.items() if len(panel) > 1}
-    lines = _Lines(list(panels.values()))
+    panels = [panel for panel in panels if len(panel[1]) > 1]
+    lines = _Lines(panels)
 
-    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+    def page(some: list[Panel]) -> Drawing:
         def draw(figure: Figure) -> None:
-            for axes, (title, panel) in zip(_grid(figure, len(some)), some.items(), strict=True):
+            for axes, panel in _grid(figure, some):
                 _draw_controls(axes, table, panel, lines)
-                axes.set_title(short(title, 60))
-            lines.legend(figure, some.values(), markers=False)
+            lines.legend(figure, some, markers=False)
 
         caption = (
             f"Controls, {place}. Bars are means over the seeds with their standard deviation, dots single seeds. "
             "The axis is zoomed to the data and does not start at 0."
         )
-        alt = f"Test top-1 of each control at each tau, {place}. {_spoken(table, some.values(), lines)}"
+        alt = f"Test top-1 of each control at each tau, {place}. {_spoken(table, some, lines)}"
         return Drawing(f"controls {place}", caption, alt, _size(len(some)), draw)
 
     return [page(some) for some in _pages(panels)]
@@ -122,53 +122,27 @@ def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entro
     """
     rows = [row for row in rows if row.control == "none"]
     panels = _panels(table, rows, (("student", "method", "setting"),))
+    lines = _Lines(panels)
     taus = table.taus_of(rows)
     # Taus are an order, not names: a sequential map that stays readable without hue.
     colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
 
-    def page(some: Mapping[str, Sequence[Row]]) -> Drawing:
+    def page(some: list[Panel]) -> Drawing:
         def draw(figure: Figure) -> None:
-            grid = figure.subplots(len(some), 2, squeeze=False)
-            drawn: set[float] = set()
-            for (left, right), (title, (row,)) in zip(grid, some.items(), strict=True):
-                cells = {tau: cell for tau in taus if (cell := table.get(row, tau))}
-                late: list[NDArray[np.float64]] = []
-                for axes, column, ylabel in (
-                    (left, "test_top1", "test top-1 (%)"),
-                    (right, "student_entropy", "student's mean H(q), tau 1"),
-                ):
-                    for tau, cell in cells.items():
-                        epoch, mean = _mean_curve(cell, column)
-                        axes.plot(epoch + 1, mean, color=colours[tau], marker="." if len(epoch) < 3 else None, linewidth=1.6)
-                        if column == "test_top1":
-                            late.append(mean[len(mean) // 5 :])
-                    axes.set(xlabel="epoch", ylabel=ylabel)
-                    axes.xaxis.get_major_locator().set_params(integer=True)
-                digests = {run.args.archive_digest for cell in cells.values() for run in cell.runs}
-                for digest in digests & teacher_entropy.keys():
-                    right.axhline(teacher_entropy[digest], color="#555555", linestyle="--", linewidth=1.2)
-                low, high = np.min(np.concatenate(late), initial=100), np.max(np.concatenate(late), initial=0)
-                left.set_ylim(low - 0.04 * (high - low) - 0.05, high + 0.04 * (high - low) + 0.05)
+            for (left, right), (title, (row,)) in zip(figure.subplots(len(some), 2, squeeze=False), some, strict=True):
                 left.set_title(short(title, 60))
-                drawn |= cells.keys()
-            handles = [Line2D([], [], color=colours[tau], linewidth=2) for tau in sorted(drawn)]
-            names = [f"{tau:g}" for tau in sorted(drawn)]
+                _draw_training(left, right, table, row, colours, teacher_entropy)
+            handles = {f"{tau:g}": Line2D([], [], color=colours[tau], linewidth=2) for tau in taus}
             if teacher_entropy:
-                handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1.2))
-                names.append("teacher")
-            figure.legend(handles, names, title="tau", loc="outside right upper", alignment="left")
+                handles["teacher"] = Line2D([], [], **TEACHER)
+            figure.legend(handles.values(), handles.keys(), title="tau", loc="outside right upper", alignment="left")
 
         caption = (
-            f"Training with control none, {place}, means over the seeds. Left: test top-1, on an axis that leaves out the first fifth "
-            "of the epochs. Right: mean relative entropy of the student's output on the training views at tau 1; dashed, the teacher's."
+            f"Training with control none, {place}, means over the seeds. Left: test top-1, on an axis zoomed to what comes "
+            "after the first fifth of the epochs. Right: mean relative entropy of the student's output on the training views at tau 1"
+            + ("; dashed, the teacher's." if teacher_entropy else ".")
         )
-        first = next(iter(some.values()))[0]
-        ends = ", ".join(
-            f"tau {tau:g} ends at {_mean_curve(cell, 'test_top1')[1][-1:].sum():.2f} %"
-            for tau in taus
-            if (cell := table.get(first, tau))
-        )
-        alt = f"Test top-1 and student entropy by epoch, {place}. {ends}."
+        alt = f"Test top-1 and student entropy by epoch, {place}. At the end, {_spoken(table, some, lines)}"
         return Drawing(f"training {place}", caption, alt, (9.2, 0.7 + 2.7 * len(some)), draw)
 
     return [page(some) for some in _pages(panels)]
@@ -222,7 +196,7 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "_Li
         cells = [table.get(row, tau) for tau in taus]
         x = np.array(taus, np.float64) * nudge
         mean = [cell.mean if cell else math.nan for cell in cells]  # a missing tau breaks the line
-        std = [cell.std if cell and cell.std is not None else 0.0 for cell in cells]
+        std = [cell.std if cell and cell.std is not None else math.nan for cell in cells]
         bars = axes.errorbar(x, mean, std, color=colour, marker=marker, linestyle=dashes, markersize=5, capsize=2.5, elinewidth=1)
         bars.lines[0].set_linewidth(1.5)
         _seeds(axes, x, cells, colour)
@@ -254,6 +228,29 @@ def _draw_controls(axes: Axes, table: Table, panel: Sequence[Row], lines: "_Line
     axes.set(xlabel="tau", ylabel=TOP1)
 
 
+def _draw_training(
+    left: Axes, right: Axes, table: Table, row: Row, colours: Mapping[float, Any], teacher_entropy: Mapping[str, float]
+) -> None:
+    late: list[float] = []
+    digests: set[str] = set()
+    for tau, colour in colours.items():
+        if cell := table.get(row, tau):
+            for axes, column in ((left, "test_top1"), (right, "student_entropy")):
+                epoch, mean = _mean_curve(cell, column)
+                axes.plot(epoch + 1, mean, color=colour, linewidth=1.6, marker="." if len(epoch) < 3 else None)
+                late += list(mean[len(mean) // 5 :]) if axes is left else []
+            digests |= {run.args.archive_digest for run in cell.runs}
+    for digest in sorted(digests & teacher_entropy.keys()):
+        right.axhline(teacher_entropy[digest], **TEACHER)
+    if late:
+        margin = 0.05 + 0.04 * (max(late) - min(late))
+        left.set_ylim(min(late) - margin, max(late) + margin)
+    left.set(xlabel="epoch", ylabel="test top-1 (%)")
+    right.set(xlabel="epoch", ylabel="student's mean H(q), tau 1")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
 def _seeds(axes: Axes, x: NDArray[np.float64], cells: Sequence[Cell | None], colour: str) -> None:
     points = [(where, value) for where, cell in zip(x, cells, strict=True) if cell for value in cell.values.values()]
     axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=3.6, color=colour, alpha=0.45, markeredgewidth=0)
@@ -268,8 +265,8 @@ def _mean_curve(cell: Cell, column: str) -> tuple[NDArray[np.float64], NDArray[n
     return shared, np.mean(values, axis=0)
 
 
-def _panels(table: Table, rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> dict[str, list[Row]]:
-    """Rows with results, by panel title: split by the first of `choices` that leaves few enough lines in every panel."""
+def _panels(table: Table, rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> list[Panel]:
+    """Rows with results: split by the first of `choices` that leaves few enough lines in every panel."""
     rows = [row for row in rows if table.ranked(row)]
     panels: dict[tuple[str, ...], list[Row]] = {}
     for fields in choices:
@@ -279,21 +276,20 @@ def _panels(table: Table, rows: Sequence[Row], choices: Sequence[tuple[str, ...]
         if max(map(len, panels.values()), default=0) <= MOST_LINES:
             break
     titles = labels(rows, fields)
-    return {titles[panel[0]]: panel for panel in panels.values()}
+    return [(titles[panel[0]], panel) for panel in panels.values()]
 
 
-def _pages(panels: Mapping[str, Sequence[Row]]) -> list[dict[str, Sequence[Row]]]:
-    items = list(panels.items())
-    return [dict(items[start : start + MOST_PANELS]) for start in range(0, len(items), MOST_PANELS)]
+def _pages(panels: list[Panel]) -> list[list[Panel]]:
+    return [panels[start : start + MOST_PANELS] for start in range(0, len(panels), MOST_PANELS)]
 
 
 class _Lines:
     """Names and looks of the lines of some panels. A name says what differs within a panel, and has one look in all of them."""
 
-    def __init__(self, panels: Sequence[Sequence[Row]]) -> None:
-        fields = [f for f in FIELDS if any(len({getattr(row, f) for row in panel}) > 1 for panel in panels)] or ["control"]
+    def __init__(self, panels: Sequence[Panel]) -> None:
+        fields = [f for f in FIELDS if any(len({getattr(row, f) for row in rows}) > 1 for _, rows in panels)] or ["control"]
         self._title = ", ".join(fields)
-        self._names = {row: ", ".join(filter(None, (getattr(row, f) for f in fields))) for panel in panels for row in panel}
+        self._names = {row: ", ".join(filter(None, (getattr(row, f) for f in fields))) for _, rows in panels for row in rows}
         self._order = list(dict.fromkeys(self._names.values()))
 
     def name(self, row: Row) -> str:
@@ -304,9 +300,9 @@ class _Lines:
         turn, which = divmod(self._order.index(self._names[row]), len(COLOURS))
         return COLOURS[which], MARKERS[which], DASHES[turn % len(DASHES)]
 
-    def legend(self, figure: Figure, panels: Iterable[Sequence[Row]], *, markers: bool) -> None:
+    def legend(self, figure: Figure, panels: Sequence[Panel], *, markers: bool) -> None:
         handles = {}
-        for row in (row for panel in panels for row in panel):
+        for row in (row for _, rows in panels for row in rows):
             colour, marker, dashes = self.look(row)
             look: dict[str, Any] = {"marker": marker, "linestyle": dashes, "markersize": 5} if markers else {"linewidth": 3}
             handles[self.name(row)] = Line2D([], [], color=colour, **look)
@@ -315,22 +311,23 @@ class _Lines:
         figure.legend([handles[name] for name in names], shown, title=self._title, loc="outside right upper", alignment="left")
 
 
-def _grid(figure: Figure, panels: int) -> list[Axes]:
-    columns = min(panels, 2)
-    grid = figure.subplots(math.ceil(panels / columns), columns, squeeze=False)
-    axes: list[Axes] = list(grid.flat)
-    for unused in axes[panels:]:
-        unused.set_visible(False)
-    return axes[:panels]
+def _grid(figure: Figure, panels: Sequence[Panel]) -> Iterator[tuple[Axes, Sequence[Row]]]:
+    """Titled axes for the panels, two beside each other."""
+    columns = min(len(panels), 2)
+    for number, (title, panel) in enumerate(panels):
+        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, number + 1, title=short(title, 60))
+        yield axes, panel
+        if number % columns:
+            axes.set_ylabel("")
 
 
 def _size(panels: int) -> tuple[float, float]:
     return (7.6, 3.9) if panels == 1 else (10.5, 0.3 + 3.3 * math.ceil(panels / 2))
 
 
-def _spoken(table: Table, panels: Iterable[Sequence[Row]], lines: _Lines) -> str:
+def _spoken(table: Table, panels: Sequence[Panel], lines: _Lines) -> str:
     """The figure's numbers in words, for as many rows as one would listen to."""
-    rows = [row for panel in panels for row in panel]
+    rows = [row for _, panel in panels for row in panel]
     said = []
     for row in rows[:8]:
         cells = ((tau, table.get(row, tau)) for tau in table.taus)

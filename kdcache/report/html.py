@@ -22,7 +22,7 @@ from kdcache.errors import KdcacheError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.report.figures import Drawing, control_dots, entropy_histograms, render, tau_curves, training_curves
 from kdcache.report.records import RunRecord, collect
-from kdcache.report.table import ROW_FIELDS, Row, Table, answers, rows_of, summarise
+from kdcache.report.table import ROW_FIELDS, UNPAIRED, Row, Table, answers, contrasts, rows_of, signed, summarise
 
 __all__ = ["Report", "write_report"]
 
@@ -198,14 +198,17 @@ def _page(
     fields = [f for f in ROW_FIELDS if f == "control" or len({getattr(row, f) for row in table.rows}) > 1]
     rows = rows_of(records)
     records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
-    # Folders are shown below the one that all runs share.
-    base = Path(os.path.commonpath([run.folder.parent for run in records]))
+    folders = {run: run.folder.absolute() for run in records}
+    base = Path(os.path.commonpath([folder.parent for folder in folders.values()]))  # folders are shown below it
     return environment.get_template("template.html.j2").render(
         version=kdcache.__version__,
         style=Markup((HERE / "page.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         answers=answers(table),
+        contrasts=contrasts(table),
+        signed=signed,
+        unpaired=UNPAIRED,
         archives=archives,
         drawings=drawings,
         shown=shown,
@@ -213,8 +216,9 @@ def _page(
         fields=fields,
         distinct=lambda values: list(dict.fromkeys(values)),
         table=table,
+        repeated=[(run, folders[run].relative_to(base)) for run in table.repeated],
         lines=[_line(table, row, fields) for row in table.rows],
-        runs=[(run, run.folder.relative_to(base), [getattr(rows[run], field) for field in fields]) for run in records],
+        runs=[(run, folders[run].relative_to(base), [getattr(rows[run], field) for field in fields]) for run in records],
         commands=list(dict.fromkeys(run.args.command for run in records if run.args.command)),
         versions=sorted({run.args.kdcache_version for run in records} - {""}),
     )

@@ -1,6 +1,7 @@
 """Run folders, as `kdcache distill` leaves them, read back and checked."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,13 @@ __all__ = ["RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY = "args.yaml", "metrics.jsonl", "summary.json"
 _Text = Annotated[str, BeforeValidator(str)]  # YAML reads a bare date as one
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class RunArgs(BaseModel):
@@ -56,16 +64,16 @@ class Summary(BaseModel):
 
     status: Literal["complete", "diverged"]
     epochs: int
-    final_top1: float | None = None
-    best_top1: float | None = None
+    final_top1: _Number = None
+    best_top1: _Number = None
     best_epoch: int | None = None
-    final_loss: float | None = None
-    seconds: float | None = None
+    final_loss: _Number = None
+    seconds: _Number = None
     reason: str = ""
 
     @model_validator(mode="after")
     def _has_result(self) -> "Summary":
-        if self.status == "complete" and (self.final_top1 is None or not np.isfinite(self.final_top1)):
+        if self.status == "complete" and self.final_top1 is None:
             raise ValueError("a complete run needs final_top1")
         return self
 

@@ -1,5 +1,6 @@
 """Results over seeds: the table, and which differences in it are more than seed noise."""
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -11,7 +12,20 @@ import numpy as np
 
 from kdcache.report.records import RunRecord
 
-__all__ = ["Answer", "Cell", "Comparison", "Row", "Table", "answers", "labels", "paired", "rows_of", "summarise"]
+__all__ = [
+    "Answer",
+    "Cell",
+    "Comparison",
+    "Contrast",
+    "Row",
+    "Table",
+    "answers",
+    "contrasts",
+    "labels",
+    "paired",
+    "rows_of",
+    "summarise",
+]
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
@@ -19,6 +33,7 @@ RECIPE = ("archive_digest", "epochs", "batch_size", "opt", "lr", "weight_decay")
 _SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # in this order; others after them
 CONFIDENCE = 0.95
+UNPAIRED = "the two share no seed, so they cannot be paired"
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class Cell:
 
     @property
     def spoken(self) -> str:
-        return f"{self.mean:.2f} %, one seed" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f} %, {self.n} seeds"
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "") + f" %, n = {self.n}"
 
 
 @dataclass(frozen=True)
@@ -107,22 +122,39 @@ class Comparison:
     def significant(self) -> bool:
         return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
+    @property
+    def verdict(self) -> str:
+        if self.low is None:
+            return "one seed: no spread can be given"
+        return "more than seed noise" if self.significant else "no significant difference"
+
+    @property
+    def interval(self) -> str:
+        return f"{signed(self.low)} to {signed(self.high)}" if self.low is not None and self.high is not None else ""
+
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{signed(self.mean)} points, one seed: no spread can be given"
-        verdict = "more than seed noise" if self.significant else "no significant difference"
-        return (
-            f"{signed(self.mean)} points, 95 % t interval {signed(self.low)} to {signed(self.high)} "
-            f"over {self.n} paired seeds: {verdict}"
-        )
+        interval = f"95 % t interval {self.interval} over {self.n} paired seeds: " if self.interval else ""
+        return f"{signed(self.mean)} points, {interval}{self.verdict}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the runs of one student and method say: the best tau, and what stands beside it."""
+    """The best tau of one row of control none, in words; `name` tells it from the other answers."""
 
+    name: str
     headline: str
-    details: tuple[str, ...]
+    detail: str
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A control beside none, at the best tau of none."""
+
+    name: str
+    control: str
+    tau: float
+    cell: Cell
+    minus_none: Comparison | None  # None: no seed in common
 
 
 def summarise(records: Sequence[RunRecord]) -> Table:
@@ -184,7 +216,7 @@ def _place(record: RunRecord, name: str) -> tuple[object, ...]:
 
 def paired(first: Cell, second: Cell) -> Comparison | None:
     """`first` minus `second` over the seeds that both have; None if they share none."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     seeds = sorted(first.values.keys() & second.values.keys())
     if not seeds:
@@ -198,40 +230,40 @@ def paired(first: Cell, second: Cell) -> Comparison | None:
 
 
 def answers(table: Table) -> list[Answer]:
-    """One answer for each row of control none: its best tau, the runner-up, and the controls at the best tau."""
-    rows = [row for row in table.rows if row.control == "none"]
-    names = labels(rows, tuple(field for field in ROW_FIELDS if field != "control"))
-    return [_answer(table, row, f"{names[row]}: " if len(rows) > 1 else "") for row in rows]
+    """For each row of control none: its best tau, and whether the second best is any worse."""
+    found = []
+    for row, name in _without_control(table).items():
+        ranked = table.ranked(row)
+        if not ranked:
+            found.append(Answer(name, "no run has finished, so there is no best tau yet.", ""))
+            continue
+        tau, best = ranked[0]
+        spread = " % (one seed: no spread can be given)"
+        if best.std is not None:
+            spread = f" ± {best.std:.2f} % (mean ± std, n = {best.n} seeds)"
+        detail = "Only this tau has results, so there is nothing to compare it with."
+        if len(ranked) > 1:
+            second, cell = ranked[1]
+            detail = f"Difference to the second best, tau {second:g} ({cell.spoken}): {paired(best, cell) or UNPAIRED}."
+        found.append(Answer(name, f"best tau is {tau:g}, with test top-1 {best.mean:.2f}{spread}.", detail))
+    return found
 
 
-def _answer(table: Table, row: Row, name: str) -> Answer:
-    ranked = table.ranked(row)
-    if not ranked:
-        return Answer(f"{name}no run has finished, so there is no best tau yet.", ())
-    tau, best = ranked[0]
-    spread = " % (one seed: no spread can be given)"
-    if best.std is not None:
-        spread = f" ± {best.std:.2f} % (mean ± std over {best.n} seeds)"
-    details = []
-    if len(ranked) == 1:
-        details.append("Only this tau has results, so there is nothing to compare it with.")
-    else:
-        second, cell = ranked[1]
-        details.append(f"Against the second best, tau {second:g} ({cell.spoken}): {paired(best, cell) or _UNPAIRED}.")
-    for other in table.rows:
-        if other.control != "none" and (twin := table.get(other, tau)) and _twins(row, other):
-            details.append(
-                f"Control {other.control} at tau {tau:g} ({twin.spoken}), minus none: {paired(twin, best) or _UNPAIRED}."
-            )
-    return Answer(f"{name}best tau is {tau:g}, with test top-1 {best.mean:.2f}{spread}.", tuple(details))
+def contrasts(table: Table) -> list[Contrast]:
+    """Every control beside none, at the best tau of none."""
+    found = []
+    for row, name in _without_control(table).items():
+        for tau, best in table.ranked(row)[:1]:
+            for other in table.rows:
+                cell = table.get(other, tau)
+                if cell and other != row and dataclasses.replace(other, control="none") == row:
+                    found.append(Contrast(name, other.control, tau, cell, paired(cell, best)))
+    return found
 
 
-_UNPAIRED = "the two share no seed, so they cannot be paired"
-
-
-def _twins(row: Row, other: Row) -> bool:
-    """Whether two rows differ in their control only."""
-    return all(getattr(row, field) == getattr(other, field) for field in ROW_FIELDS if field != "control")
+def _without_control(table: Table) -> dict[Row, str]:
+    """Rows of control none, and what tells them apart."""
+    return labels([row for row in table.rows if row.control == "none"], ROW_FIELDS)
 
 
 def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:
@@ -246,4 +278,4 @@ def natural(text: str) -> tuple[tuple[float, str], ...]:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")

@@ -38,7 +38,7 @@ def render(images: Tensor, rows: ViewTable) -> Tensor:
 
 
 def render_positions(pixels: NDArray[np.uint8], table: ViewTable, positions: NDArray[np.int64]) -> Tensor:
-    """Views at `positions` (any, in any order) of a whole view's `table`, from canvas `pixels [N, 3, R, R]`: uint8 `[B, 3, S, S]`."""
+    """Views at `positions` (any, in any order) of a view's whole `table`, uint8 `[B, 3, S, S]`, from `pixels [N, 3, R, R]`."""
     positions = np.asarray(positions)
     alone = table.partner[positions] < 0
     wanted = np.unique(np.concatenate([positions, (positions ^ 1)[~alone]]))
@@ -52,8 +52,8 @@ def render_positions(pixels: NDArray[np.uint8], table: ViewTable, positions: NDA
 def _render_one(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> NDArray[np.uint8]:
     side, size, randaugment = len(pixels), rows.policy.size, rows.policy.randaugment
     # Pillow keeps the box as float32; so does this, so that what is passed is what is used.
-    box = tuple(float(np.float32(edge * side / UNIT)) for edge in rows.box[i])
-    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    left, top, right, bottom = (float(np.float32(edge * side / UNIT)) for edge in rows.box[i])
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     if rows.flip[i]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     dx, dy = (int(shift) for shift in rows.shift[i])

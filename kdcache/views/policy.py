@@ -170,9 +170,7 @@ class ViewPolicy(BaseModel):
         partner = np.full(num_samples, -1, np.int64)
         paired = num_samples - num_samples % 2
         partner[:paired] = order[np.arange(paired) ^ 1]
-        table = ViewTable(
-            view=view, policy=self, sample=order, partner=partner, **{k: v[order] for k, v in by_sample.items()}
-        )
+        table = ViewTable(view=view, policy=self, sample=order, partner=partner, **{k: v[order] for k, v in by_sample.items()})
         table.mix[partner < 0] = MIX_NONE
         unmixed = table.mix == MIX_NONE
         table.lam_units[unmixed] = UNIT
@@ -182,7 +180,7 @@ class ViewPolicy(BaseModel):
 
     def _draw(self, raw: NDArray[np.uint64]) -> dict[str, NDArray]:
         """Turn raw columns `[n, COLUMNS]` into the columns of a `ViewTable`, still in sample order."""
-        u = (raw >> np.uint64(11)) * 2.0**-53
+        u: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
         n = len(u)
         columns: dict[str, NDArray] = {
             "box": _crop_boxes(self.crop, u),
@@ -220,8 +218,8 @@ def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float6
     n = len(u)
     if isinstance(crop, CenterCrop):
         side = max(1, round(crop.fraction * UNIT))
-        left = (UNIT - side) // 2
-        return np.tile(np.array([left, left, left + side, left + side], np.int32), (n, 1))
+        edge = (UNIT - side) // 2
+        return np.tile(np.array([edge, edge, edge + side, edge + side], np.int32), (n, 1))
     if isinstance(crop, PadCrop):
         return np.tile(np.array([0, 0, UNIT, UNIT], np.int32), (n, 1))
     area = crop.scale[0] + u[:, _AREA] * (crop.scale[1] - crop.scale[0])
@@ -230,13 +228,12 @@ def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float6
     width = np.rint(np.sqrt(area * ratio) * UNIT).astype(np.int64)
     height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
     fits = (width <= UNIT) & (height <= UNIT)
-    first = fits.argmax(axis=1)
-    rows = np.arange(n)
+    first = np.arange(n), fits.argmax(axis=1)
     # No attempt fitted: the largest central box whose ratio is allowed, as torchvision does.
     nearest = min(max(1.0, crop.ratio[0]), crop.ratio[1])
     found = fits.any(axis=1)
-    w = np.where(found, width[rows, first], round(min(1.0, nearest) * UNIT))
-    h = np.where(found, height[rows, first], round(min(1.0, 1 / nearest) * UNIT))
+    w: NDArray[np.int64] = np.where(found, width[first], round(min(1.0, nearest) * UNIT))
+    h: NDArray[np.int64] = np.where(found, height[first], round(min(1.0, 1 / nearest) * UNIT))
     left = np.where(found, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
     top = np.where(found, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
     return np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)

@@ -3,6 +3,7 @@
 Both are exact integer reductions, so every device computes the same numbers.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,8 +43,8 @@ def fingerprint(views: Tensor) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     edges = [side * i // GRID for i in range(GRID + 1)]
     planes = views.sum(dim=1, dtype=torch.int32)
     cells = []
-    for top, bottom in zip(edges, edges[1:], strict=False):
-        for left, right in zip(edges, edges[1:], strict=False):
+    for top, bottom in itertools.pairwise(edges):
+        for left, right in itertools.pairwise(edges):
             area = max((bottom - top) * (right - left), 1)
             cells.append(planes[:, top:bottom, left:right].sum(dim=(1, 2)) // (area * channels))
     grid = torch.stack(cells, dim=1).to(torch.uint8).cpu().numpy()
