@@ -61,7 +61,8 @@ class I16:
 
     def encode(self, logits: NDArray[np.float32]) -> NDArray:
         logits = _finite(logits)
-        codes = np.rint(logits * np.float32(1 / I16_STEP))
+        with np.errstate(over="ignore"):  # infinity is out of range as well, and is reported below
+            codes = np.rint(logits * np.float32(1 / I16_STEP))
         bad = np.abs(codes) > 32767
         if bad.any():
             row, column = np.argwhere(bad)[0]

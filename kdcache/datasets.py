@@ -95,7 +95,7 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits (UCI Optdigits test set, 8 x 8 grey); every fifth one is for testing."""
 
     licence = "CC-BY-4.0"
-    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=60, student="test_resnet", student_epochs=20, pretrained=False)
+    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=40, student="test_resnet", student_epochs=20, pretrained=False)
 
     def class_names(self) -> Sequence[str]:
         return [str(digit) for digit in range(10)]

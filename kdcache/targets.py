@@ -149,21 +149,24 @@ class BottomShuffled:
             raise UsageError(f"control bottom:{self.k}", why="at least the top class is kept", fix="use k >= 1, such as bottom:5")
 
     def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "BottomShuffled":
-        classes = next(iter(blocks)).shape[1]
+        self._check(next(iter(blocks)).shape[1])
+        return self
+
+    def _check(self, classes: int) -> None:
         if self.k >= classes - 1:
             raise UsageError(
                 f"control bottom:{self.k} with {classes} classes",
                 why=f"only {max(classes - self.k, 0)} class(es) would be left to permute, so nothing would change",
-                fix=f"use k <= {classes - 2}",
+                fix=f"use k <= {classes - 2}" if classes > 2 else "use another control",
             )
-        return self
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         logits = targets.logits
+        self._check(logits.shape[1])
         # A stable sort: ties at rank k are broken by class number.
         bottom = logits.argsort(dim=1, descending=True, stable=True)[:, self.k :]
         draws = _mix64(
-            _mix64(rng_key + self.seed * _GOLDEN)[:, None] + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
+            _mix64(rng_key + _signed(self.seed * _GOLDEN))[:, None] + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
         )
         source = bottom.gather(1, draws.argsort(dim=1, stable=True))
         return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))
@@ -201,6 +204,8 @@ def _smoothed(targets: Targets, d: Tensor) -> Targets:
 
 
 def _signed(value: int) -> int:
+    """`value` modulo 2^64, as an int64."""
+    value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
 
 

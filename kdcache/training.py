@@ -58,6 +58,9 @@ class EvalSet:
         return torch.cat([model(normalise(views.to(device))).float().cpu() for views in self.batches])
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
+        """Figures of `logits [N, C]` on the test split; all NaN where the model is broken."""
+        if not torch.isfinite(logits).all():
+            return dict.fromkeys(("test_top1", "test_top5", "test_loss", "test_ece"), math.nan)
         return {
             "test_top1": top_k(logits, self.labels, 1),
             "test_top5": top_k(logits, self.labels, 5),
@@ -199,9 +202,9 @@ class Learner:
         self.rows.append(row)
         self.epoch += 1
         self._start_epoch()
-        if not all(math.isfinite(value) for value in means.values()):
+        if not all(math.isfinite(value) for value in row.values()):
             # The weights are of no use any more: what the last checkpoint holds stays.
-            self._finish("diverged", reason=f"loss {means['train_loss']} in epoch {self.epoch - 1}")
+            self._finish("diverged", reason=f"training loss {means['train_loss']}, test loss {row['test_loss']}")
             return
         if row["test_top1"] > self._best_top1:
             self._best_top1 = row["test_top1"]
@@ -266,14 +269,14 @@ class Learner:
 
     def _finish(self, status: Literal["complete", "diverged"], **extra: str) -> None:
         self.status = status
-        best = max(self.rows, key=lambda row: row["test_top1"])
+        best = max(self.rows, key=lambda row: -1.0 if math.isnan(row["test_top1"]) else row["test_top1"])
         summary = {
             "status": status,
             **extra,
             "epochs": self.epoch,
-            "final_top1": self.last["test_top1"],
+            "final_top1": _finite(self.last["test_top1"]),
             "final_loss": _finite(self.last["test_loss"]),
-            "best_top1": best["test_top1"],
+            "best_top1": _finite(best["test_top1"]),
             "best_epoch": best["epoch"],
             "seconds": sum(row["seconds"] for row in self.rows),
         }

@@ -242,6 +242,14 @@ class ArchiveWriter:
 
     def finalize(self, progress: Progress | None = None) -> Archive:
         """Write the manifest and return the archive. Raises IncompleteError while shards are missing."""
+        # Processes that share a dump may all come here last; one of them does it, the others find it done.
+        lock = self.store.path(".finalize.lock")
+        with filelock.FileLock(lock):
+            archive = self._finalize(progress or Silent())
+            lock.unlink(missing_ok=True)
+        return archive
+
+    def _finalize(self, progress: Progress) -> Archive:
         missing = self.missing()
         if missing:
             shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
@@ -261,7 +269,7 @@ class ArchiveWriter:
         closing = self._layout.closing_files(self.plan, labels, samples["keys"])
         for name, data in closing.items():
             self.store.write(name, data)
-        statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress or Silent())
+        statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress)
         digest = archive_digest(self.plan, shards)
         # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
         table_name = f"shards-{digest[:8]}.jsonl"

@@ -250,7 +250,7 @@ def distill(
                 f"{r.spec.tau:g}",
                 r.spec.seed,
                 f"{r.summary['final_top1']:.2f}" if r.summary["status"] == "complete" else r.summary["status"],
-                f"{r.summary['best_top1']:.2f}",
+                f"{r.summary['best_top1']:.2f}" if r.summary["best_top1"] is not None else None,
                 r.spec.folder,
             ]
             for r in results

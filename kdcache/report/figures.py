@@ -124,6 +124,8 @@ def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entro
     panels = _panels(table, rows, (("student", "method", "setting"),))
     lines = _Lines(panels)
     taus = table.taus_of(rows)
+    digests = {run.args.archive_digest for row in rows for _, cell in table.ranked(row) for run in cell.runs}
+    teacher_entropy = {digest: value for digest, value in teacher_entropy.items() if digest in digests}
     # Taus are an order, not names: a sequential map that stays readable without hue.
     colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
 
@@ -139,7 +141,7 @@ def training_curves(table: Table, rows: Sequence[Row], place: str, teacher_entro
 
         caption = (
             f"Training with control none, {place}, means over the seeds. Left: test top-1, on an axis zoomed to what comes "
-            "after the first fifth of the epochs. Right: mean relative entropy of the student's output on the training views at tau 1"
+            "after the first fifth of the epochs. Right: mean relative entropy of the student's output on training views, tau 1"
             + ("; dashed, the teacher's." if teacher_entropy else ".")
         )
         alt = f"Test top-1 and student entropy by epoch, {place}. At the end, {_spoken(table, some, lines)}"
@@ -245,8 +247,8 @@ def _draw_training(
     if late:
         margin = 0.05 + 0.04 * (max(late) - min(late))
         left.set_ylim(min(late) - margin, max(late) + margin)
-    left.set(xlabel="epoch", ylabel="test top-1 (%)")
-    right.set(xlabel="epoch", ylabel="student's mean H(q), tau 1")
+    left.set(xlabel="epochs trained", ylabel="test top-1 (%)")
+    right.set(xlabel="epochs trained", ylabel="student's mean H(q), tau 1")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 

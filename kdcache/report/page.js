@@ -1,5 +1,6 @@
 "use strict";
-// A click on a header sorts its table by that column; a second click turns the order round. Missing values stay last.
+// A click on a header sorts its table by that column, best numbers or first names on top; a second click turns the order
+// round. Missing values stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   const key = (row, column) => {
@@ -8,9 +9,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
   };
   headers.forEach((header, column) => {
     header.querySelector("button").addEventListener("click", () => {
-      const sign = header.getAttribute("aria-sort") === "descending" ? 1 : -1;
       const rows = [...table.tBodies[0].rows];
       const numeric = rows.every((row) => key(row, column) === "" || !isNaN(key(row, column)));
+      const sorted = header.getAttribute("aria-sort");
+      const sign = sorted ? (sorted === "descending" ? 1 : -1) : numeric ? -1 : 1;
       rows.sort((a, b) => {
         const [x, y] = [key(a, column), key(b, column)];
         if (x === "" || y === "") return (x === "") - (y === "");

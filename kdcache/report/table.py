@@ -30,6 +30,8 @@ __all__ = [
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
 RECIPE = ("archive_digest", "epochs", "batch_size", "opt", "lr", "weight_decay")
+# Keys of newer versions that would not change a result.
+HARMLESS = frozenset({"workers", "threads", "home", "data_dir", "out", "output", "run", "run_name", "host", "hostname"})
 _SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # in this order; others after them
 CONFIDENCE = 0.95
@@ -38,7 +40,7 @@ UNPAIRED = "the two share no seed, so they cannot be paired"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `setting` says what else differs between the runs of this dataset, teacher and student."""
+    """One line of the table. `setting` says what else differs between the runs of this dataset and teacher."""
 
     dataset: str
     teacher: str
@@ -201,22 +203,23 @@ def _facts(record: RunRecord) -> dict[str, str]:
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
-        if isinstance(value, str | int | float)
+        if isinstance(value, str | int | float) and name not in HARMLESS
     }
 
 
 def _place(record: RunRecord, name: str) -> tuple[object, ...]:
     """Among which runs a key must vary to count."""
     args = record.args
-    shared = (name, args.dataset, args.teacher, args.student)
+    study = (name, args.dataset, args.teacher)
     if name in RECIPE:
-        return shared
-    return *shared, args.method_spec, args.control_spec, args.tau, args.seed, *(getattr(args, key) for key in RECIPE)
+        return study
+    recipe = (getattr(args, key) for key in RECIPE)
+    return *study, args.student, args.method_spec, args.control_spec, args.tau, args.seed, *recipe
 
 
 def paired(first: Cell, second: Cell) -> Comparison | None:
     """`first` minus `second` over the seeds that both have; None if they share none."""
-    from scipy.special import stdtrit
+    from scipy.special import stdtrit  # Student's t, as in scipy.stats, which takes a second to import
 
     seeds = sorted(first.values.keys() & second.values.keys())
     if not seeds:

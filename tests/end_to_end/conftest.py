@@ -1,0 +1,76 @@
+"""A workspace with a small trained teacher and a finished archive, made once by the real commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kdcache.cli import run
+
+DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kdcache(capfd):
+    """Run one command line in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = run([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Start one command line as a process of its own."""
+    command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A workspace with a teacher and one archive of 3 views; copy it (`home`) before changing it."""
+    home = tmp_path_factory.mktemp("home")
+    teacher = ["train-teacher", "--teacher", "test_vit", "--dataset", "digits", "--epochs", "2", "--home", str(home)]
+    assert run(teacher) == 0
+    assert run([*DUMP, "--views", "3", "--home", str(home)]) == 0
+    return home
+
+
+@pytest.fixture
+def home(trained, tmp_path) -> Path:
+    """A workspace of one's own, to do harm to."""
+    copy = tmp_path / "home"
+    shutil.copytree(trained, copy)
+    return copy
+
+
+@pytest.fixture
+def archive(home) -> Path:
+    return next((home / "archives").iterdir())
+
+
+def data_files(folder: Path) -> dict[str, bytes]:
+    """Every file of an archive that holds data, by name (the manifest and the card also say who made it and when)."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in {"kdcache.json", "README.md"}
+    }
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, **changes}

@@ -1,0 +1,190 @@
+"""distill: paired students, exact resume, and refusal of views that are not the teacher's."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.end_to_end.conftest import start
+
+STUDENT = ["--student", "test_resnet", "--epochs", "2", "--batch-size", "128"]
+
+
+def only(folder, pattern):
+    found = list(folder.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_students_in_lockstep_equal_students_alone(home, archive, kdcache, tmp_path):
+    together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3,ls-global", *STUDENT, "--home", home)
+    assert together.status == 0, together.err
+    alone = tmp_path / "alone"
+    result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *STUDENT, "--archive", archive, "--home", alone)
+    assert result.status == 0, result.err
+    pattern = "runs/*/test_resnet--kd--tau20--bottom-3--seed0--*"
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (only(home, pattern) / name).read_bytes() == (only(alone, pattern) / name).read_bytes()
+    runs = list(home.glob("runs/*/*/last.safetensors"))
+    assert len({run.read_bytes() for run in runs}) == len(runs) == 6  # every combination became something else
+
+
+def test_run_folders_say_everything(home, archive, kdcache):
+    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
+    folder = only(home, "runs/*/test_resnet--*")
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert (args["tau"], args["control_spec"], args["seed"], args["student"]) == (4.0, "none", 0, "test_resnet")
+    assert args["archive_digest"] == json.loads((archive / "kdcache.json").read_text())["digest"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert summary["final_top1"] == rows[-1]["test_top1"]
+    assert len((folder / "summary.csv").read_text().splitlines()) == 3
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, kdcache, tmp_path):
+    arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "6", "--archive", archive, "--checkpoint-interval", "0"]
+    whole = tmp_path / "whole"
+    assert kdcache("distill", *arguments, "--home", whole).status == 0
+    process = start("distill", *arguments, "--home", home)
+    deadline = time.monotonic() + 120
+    while not list(home.glob("runs/*/*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    pattern = "runs/*/test_resnet--*"
+    assert not (only(home, pattern) / "summary.json").exists(), "killed too late to test anything"
+    assert kdcache("distill", *arguments, "--home", home).status == 0
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (only(home, pattern) / name).read_bytes() == (only(whole, pattern) / name).read_bytes()
+    logs = [[json.loads(line) for line in (only(h, pattern) / "metrics.jsonl").open()] for h in (home, whole)]
+    for row in logs[0] + logs[1]:
+        del row["seconds"]
+    assert logs[0] == logs[1]
+
+
+def test_trained_students_are_not_trained_again(home, kdcache):
+    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
+    weights = only(home, "runs/*/test_resnet--*/last.safetensors")
+    written = weights.stat().st_mtime_ns
+    result = kdcache("distill", "--tau", "4,7", *STUDENT, "--home", home)
+    assert result.status == 0
+    assert "1 of 2 students are trained already" in result.err
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_one_changed_pixel_stops_training_and_names_the_view(home, archive, kdcache):
+    pixels = only(home, "data/digits-train-32px-*/pixels.npy")
+    image = np.load(pixels, mmap_mode="r+")
+    image[700, 1, 16, 16] ^= 1
+    image.flush()
+    result = kdcache("distill", "--tau", "4", *STUDENT, "--home", home)
+    assert result.status == 5
+    assert "is not what the teacher saw" in result.err
+    assert "digits/" in result.err
+    assert [line.split(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
+    replayed = kdcache("verify", archive, "--replay", 1438 * 3, "--home", home)
+    assert replayed.status == 4
+    assert "replay 4314: DAMAGED" in replayed.out
+
+
+def test_a_flipped_byte_in_a_shard_stops_training(home, archive, kdcache):
+    shard = archive / "logits/c/1/0/0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[1000] ^= 16
+    shard.write_bytes(damaged)
+    for command in (["distill", "--tau", "4", "--control", "ls-global", *STUDENT, "--home", home], ["verify", archive]):
+        result = kdcache(*command)
+        assert result.status == 4
+        assert "logits/c/1/0/0" in result.err
+
+
+def test_a_diverging_student_is_stopped_and_reported(home, kdcache):
+    result = kdcache("distill", "--tau", "1", "--opt", "sgd", "--lr", "1e30", "--clip-grad", "0", *STUDENT, "--home", home)
+    assert result.status == 0
+    assert "diverged" in result.out
+    summary = json.loads(only(home, "runs/*/*/summary.json").read_text())
+    assert summary["status"] == "diverged"
+    assert "loss" in summary["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--method", "kdd"], 2, "close to it: kd"),
+        (["--control", "ls-gobal"], 2, "ls-global"),
+        (["--control", "bottom:9"], 2, "10 classes"),
+        (["--control", "bottom"], 2, "give it its options: k"),
+        (["--control", "bottom:x"], 2, "'x'"),
+        (["--student", "test_resnt"], 3, "test_resnet"),
+        (["--tau", "0"], 2, "tau 0"),
+        (["--tau", "warm"], 2, "warm"),
+        (["--opt", "adamx"], 2, "adamx"),
+        (["--dataset", "digts"], 3, "digits"),
+        (["--batch-size", "2000"], 2, "1438 samples"),
+        (["--archive", "nowhere"], 3, "nowhere"),
+        (["--device", "cuda:99"], 2, "cuda:99"),
+        (["--canvas", "3"], 2, "--canvas"),
+    ],
+)
+def test_bad_input_is_three_lines_and_leaves_no_run(home, kdcache, arguments, status, words):
+    result = kdcache("distill", *STUDENT, "--home", home, *arguments)
+    assert result.status == status
+    lines = result.err.splitlines()[-3:]
+    assert [line.split(":")[0] for line in lines] == ["error", "why", "fix"]
+    assert words in " ".join(lines)
+    assert "Traceback" not in result.err
+    assert not list(home.glob("runs/*/*/args.yaml"))
+
+
+def test_no_archive_at_all_tells_how_to_make_one(tmp_path, kdcache):
+    result = kdcache("distill", "--tau", "20", "--home", tmp_path)
+    assert result.status == 3
+    assert "fix: make one first, for example: kdcache dump-teacher" in result.err
+
+
+def test_several_archives_take_the_newest_with_a_note_and_strict_refuses(home, archive, kdcache):
+    import shutil
+
+    shutil.copytree(archive, archive.with_name("older"))
+    os.utime(archive.with_name("older") / "kdcache.json", (1, 1))
+    result = kdcache("distill", "--dry-run", "--home", home)
+    assert result.status == 0
+    assert f"{archive} (the newest of 2" in result.err
+    assert kdcache("distill", "--strict", "--home", home).status == 2
+
+
+def test_a_newer_format_is_refused_with_the_version_that_reads_it(home, archive, kdcache):
+    file = archive / "kdcache.json"
+    manifest = json.loads(file.read_text()) | {"format_version": 2, "readable_by": "3.1.4"}
+    file.write_text(json.dumps(manifest))
+    result = kdcache("distill", "--tau", "4", *STUDENT, "--home", home)
+    assert result.status == 5
+    assert "kdcache>=3.1.4" in result.err
+
+
+def test_options_come_from_flag_then_environment_then_config(home, kdcache, tmp_path, monkeypatch):
+    config = tmp_path / "study.yaml"
+    config.write_text("tau: [1, 4]\nseed: 0-1\nstudent: test_resnet\n")
+    titles = kdcache("distill", "--config", config, "--dry-run", "--home", home).out
+    assert all(f"test_resnet kd tau {tau} none seed {seed}" in titles for tau in (1, 4) for seed in (0, 1))
+    monkeypatch.setenv("KDCACHE_DISTILL_TAU", "7")
+    titles = kdcache("distill", "--config", config, "--dry-run", "--home", home).out
+    assert "tau 7 none seed 1" in titles
+    assert "tau 4" not in titles
+    titles = kdcache("distill", "--config", config, "--dry-run", "--tau", "10", "--home", home).out
+    assert "tau 10 none seed 0" in titles
+    assert "tau 7" not in titles
+    config.write_text("taus: [1, 4]\n")
+    refused = kdcache("distill", "--config", config, "--home", home)
+    assert refused.status == 2
+    assert "tau" in refused.err

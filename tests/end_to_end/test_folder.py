@@ -1,0 +1,114 @@
+"""Dataset `folder`: people's own images, from files to students, and files that are not images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ("bright", "dark", "striped")
+
+
+def write_images(root, split, count, seed):
+    rng = np.random.default_rng(seed)
+    for number, name in enumerate(CLASSES):
+        folder = root / split / name if split else root / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (40, 52, 3)) + (180 if number == 0 else 0)
+            if number == 2:
+                pixels[:, ::4] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}-{i:02d}.jpg", quality=95)
+
+
+SMALL = ["--size", "32", "--canvas", "40", "--epochs", "3", "--batch-size", "16"]
+
+
+def test_own_images_from_files_to_students(tmp_path, kdcache):
+    images, home = tmp_path / "blöcke", tmp_path / "home"
+    write_images(images, "train", 20, 0)
+    write_images(images, "val", 6, 1)
+    dataset = f"folder:{images}"
+    trained = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", dataset, "--from-scratch", *SMALL, "--home", home)
+    assert trained.status == 0, trained.err
+    dump = ["dump-teacher", "--teacher", "test_vit", "--dataset", dataset, "--size", 32, "--canvas", 40, "--views", 2]
+    dumped = kdcache(*dump, "--home", home)
+    assert dumped.status == 0, dumped.err
+    result = kdcache("distill", "--tau", 4, "--student", "test_resnet", "--epochs", 4, "--batch-size", 16, "--home", home)
+    assert result.status == 0, result.err
+    sheet = tmp_path / "sheet.png"
+    assert kdcache("view", dumped.out.strip(), "--out", sheet, "--home", home).status == 0
+    with Image.open(sheet) as drawn:
+        assert min(drawn.size) > 300
+
+    # A changed image is noticed: the file is new, the canvas is built again, and the stored views no longer match.
+    victim = next((images / "train/dark").iterdir())
+    Image.new("RGB", (40, 52), (200, 10, 10)).save(victim)
+    changed = kdcache("distill", "--tau", 7, "--student", "test_resnet", "--epochs", 4, "--batch-size", 16, "--home", home)
+    assert changed.status == 5
+    assert "canvas" in changed.err
+
+    # Other classes are refused before anything is trained.
+    (images / "train/dark").rename(images / "train/gloomy")
+    (images / "val/dark").rename(images / "val/gloomy")
+    other = kdcache("distill", "--tau", 7, "--home", home)
+    assert other.status == 5
+    assert "class" in other.err
+
+
+def test_one_folder_splits_by_name(tmp_path):
+    from kdcache.datasets import dataset
+
+    write_images(tmp_path, "", 30, 0)
+    source = dataset.build("folder", root=str(tmp_path), split_fraction=0.3)
+    train, test = ({sample.key for sample in source.samples(split)} for split in ("train", "test"))
+    assert not train & test
+    assert len(train | test) == 90
+    assert 10 < len(test) < 45
+    (tmp_path / "dark/new.jpg").write_bytes((tmp_path / "dark/dark-00.jpg").read_bytes())
+    assert {sample.key for sample in source.samples("test")} - {"dark/new.jpg"} == test  # nobody changed sides
+
+
+def test_files_that_are_no_images_are_all_named_at_once(tmp_path, kdcache):
+    images = tmp_path / "images"
+    write_images(images, "train", 4, 0)
+    write_images(images, "test", 2, 1)
+    (images / "train/dark/dark-01.jpg").write_bytes(b"not an image")
+    whole = (images / "train/bright/bright-02.jpg").read_bytes()
+    (images / "train/bright/bright-02.jpg").write_bytes(whole[: len(whole) // 2])
+    result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", *SMALL, "--home", tmp_path / "home")
+    assert result.status == 4
+    assert "dark/dark-01.jpg" in result.err
+    assert "bright/bright-02.jpg" in result.err
+    assert not list((tmp_path / "home/data").glob("folder-train*px-????????"))
+
+
+@pytest.mark.parametrize(
+    ("make", "status", "words"),
+    [
+        (lambda root: None, 3, "does not exist"),
+        (lambda root: [(root / folder).mkdir(parents=True) for folder in ("train/a", "test/a")], 2, "class folders"),
+        (lambda root: [(root / folder).mkdir(parents=True) for folder in ("train/a", "train/b", "test/a")], 3, "no images"),
+    ],
+)
+def test_a_folder_without_images_says_what_is_missing(tmp_path, kdcache, make, status, words):
+    make(tmp_path / "images")
+    spec = f"folder:{tmp_path / 'images'}"
+    result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", spec, *SMALL, "--home", tmp_path)
+    assert result.status == status
+    assert words in result.err
+
+
+def test_a_checkpoint_of_other_classes_starts_a_new_head(tmp_path, kdcache, trained):
+    images = tmp_path / "images"
+    write_images(images, "train", 8, 0)
+    write_images(images, "test", 2, 1)
+    weights = next((trained / "teachers").glob("*/model.safetensors"))
+    command = ["train-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", "--checkpoint", weights]
+    result = kdcache(*command, *SMALL, "--home", tmp_path / "home")
+    assert result.status == 0, result.err
+    assert "start at random" in result.err
+    dumped = kdcache(
+        "dump-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", "--canvas", 40, "--size", 32,
+        "--teacher-folder", weights.parent, "--home", tmp_path / "home",
+    )  # fmt: skip
+    assert dumped.status == 5
+    assert "10 classes" in dumped.err

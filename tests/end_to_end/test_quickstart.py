@@ -1,0 +1,25 @@
+"""The README's first command: it works, ends in a table and a report, and a second run reuses everything."""
+
+import pytest
+
+
+@pytest.mark.slow
+def test_quickstart_ends_in_a_table_and_a_report(tmp_path, kdcache):
+    first = kdcache("quickstart", "--home", tmp_path)
+    assert first.status == 0, first.err
+    assert all(name in first.out for name in ("none", "ls-global", "ls-instance", "bottom:3", "tau 1", "tau 4", "tau 20"))
+    report = tmp_path / "reports/quickstart/index.html"
+    assert first.out.splitlines()[-1] == str(report)
+    assert report.stat().st_size > 50_000
+    summaries = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/summary.json")}
+    assert len(summaries) == 24
+
+    second = kdcache("quickstart", "--home", tmp_path)
+    assert second.status == 0
+    assert second.out == first.out
+    assert "nothing to do" in second.err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/summary.json")} == summaries
+
+    literal = kdcache("distill", "--tau", "20", "--dry-run", "--home", tmp_path)
+    assert literal.status == 0
+    assert "test_resnet kd tau 20 none seed 0" in literal.out
