@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import filelock
@@ -47,6 +48,11 @@ class Canvas:
     def size(self) -> int:
         """Side of the canvas in pixels."""
         return int(self.pixels.shape[-1])
+
+    @cached_property
+    def intact(self) -> bool:
+        """Whether pixels, labels and keys are still those of `digest`; reads all of them."""
+        return _digest(self.pixels, self.labels, self.keys) == self.digest
 
 
 def load_canvas(source: Source, split: Split, size: int, home: Path, progress: Progress | None = None) -> Canvas:
@@ -100,19 +106,23 @@ def _build(source: Source, split: Split, size: int, path: Path, progress: Progre
         _decode_all(samples, size, pixels, sizes, f"canvas {card.name}/{split}", progress)
         labels = np.array([sample.label for sample in samples], np.int64)
         keys = [sample.key for sample in samples]
-        digest = hashlib.sha256(json.dumps(keys).encode())
-        digest.update(labels.astype("<i8").tobytes())
-        for start in range(0, len(samples), _CHUNK):
-            digest.update(pixels[start : start + _CHUNK].tobytes())
         pixels.flush()
         np.save(temporary / "labels.npy", labels)
         np.save(temporary / "sizes.npy", sizes)
-        meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest.hexdigest()}
+        meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": _digest(pixels, labels, keys)}
         (temporary / "canvas.json").write_text(json.dumps(meta))
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _digest(pixels: NDArray[np.uint8], labels: NDArray[np.int64], keys: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(list(keys)).encode())
+    digest.update(labels.astype("<i8").tobytes())
+    for start in range(0, len(labels), _CHUNK):
+        digest.update(pixels[start : start + _CHUNK].tobytes())
+    return digest.hexdigest()
 
 
 def _decode_all(

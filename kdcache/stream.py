@@ -218,14 +218,14 @@ def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: i
     drift = _drift(item, archive, canvas)
     if drift is None:
         return 0
-    if 0 < drift.levels <= allow_drift and not drift.blame.startswith("order"):
+    if 0 < allow_drift >= drift.levels and not drift.blame.startswith("order"):
         return len(drift.positions)
     keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[np.isin(item.positions, drift.positions)][:4])
     raise IncompatibleError(
         f"view {item.rows.view} of {keys}{', ...' if len(drift.positions) > 4 else ''} is not what the teacher saw ({drift})",
         why=drift.blame,
         fix="restore the images of the dump, or dump again"
-        + (f"; --allow-drift {drift.levels} would accept this batch" if drift.levels else ""),
+        + ("" if drift.blame.startswith("order") else f"; --allow-drift {max(1, drift.levels)} would accept this batch"),
     )
 
 
@@ -241,7 +241,7 @@ def _drift(item: Rendered, archive: Archive, canvas: Canvas) -> Any:
         stored_sample=item.stored.sample,
         stored_digest=item.stored.digest,
         stored_grid=item.stored.probe,
-        canvas_changed=recorded is not None and recorded.digest != canvas.digest,
+        canvas_changed=lambda: recorded is not None and (recorded.digest != canvas.digest or not canvas.intact),
     )
 
 
@@ -287,4 +287,12 @@ def _check_same_samples(archive: Archive, canvas: Canvas) -> None:
             f"the canvas is {canvas.size} px, the archive's was {recorded.size} px",
             why="views are cut from the canvas, so its size is part of them",
             fix=f"use --canvas {recorded.size}",
+        )
+    labels = archive.labels()
+    if labels is not None and (labels != canvas.labels).any():
+        changed = np.flatnonzero(labels != canvas.labels)
+        raise IncompatibleError(
+            f"{len(changed)} samples have another label than in archive {archive.path}, the first is {canvas.keys[changed[0]]}",
+            why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
+            fix=f"delete the canvas, and it is built again: rm -r {canvas.path}",
         )

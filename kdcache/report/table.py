@@ -122,12 +122,19 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
+        return self.low is not None and self.high is not None and not self._no_spread and not self.low <= 0.0 <= self.high
+
+    @property
+    def _no_spread(self) -> bool:
+        """The same difference in every seed: accuracies come in steps of one test image, so a few seeds may well agree."""
+        return self.low is not None and self.high is not None and self.high - self.low < 1e-9
 
     @property
     def verdict(self) -> str:
         if self.low is None:
             return "one seed: no spread can be given"
+        if self._no_spread:
+            return "the same in every seed: no spread to judge it by"
         return "more than seed noise" if self.significant else "no significant difference"
 
     @property

@@ -4,6 +4,7 @@ Both are exact integer reductions, so every device computes the same numbers.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,9 +74,12 @@ def diagnose(
     stored_sample: NDArray[np.int64],
     stored_digest: NDArray[np.uint32],
     stored_grid: NDArray[np.uint8],
-    canvas_changed: bool,
+    canvas_changed: Callable[[], bool],
 ) -> Drift | None:
-    """Compare what was rendered with what was stored, `[B]` rows each; None where all digests agree."""
+    """Compare what was rendered with what was stored, `[B]` rows each; None where all digests agree.
+
+    `canvas_changed` may be slow; it is only asked where something differs.
+    """
     moved = rows.sample != stored_sample
     differs = (digest != stored_digest) | moved
     if not differs.any():
@@ -84,8 +88,8 @@ def diagnose(
     unmixed = rows.mix == MIX_NONE
     if moved.any():
         blame = "order: other samples sit at these positions than when the archive was written"
-    elif canvas_changed:
-        blame = "canvas: the decoded images are not those of the dump (files replaced, or decoded by another library)"
+    elif canvas_changed():
+        blame = "canvas: its images are not those of the dump (files replaced or damaged, or decoded by another library)"
     elif unmixed.any() and not (differs & unmixed).any():
         blame = "mixing: only mixed views differ"
     else:
