@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from torch import Tensor
 
 import kdcache
@@ -216,7 +215,7 @@ class _Student:
         device: torch.device,
     ) -> None:
         self.spec = spec
-        self.control = spec.control.fit(_logit_blocks(archive), spec.tau)
+        self.control = spec.control.fit(archive.spread_logits(), spec.tau)
         with seeded(spec.seed):
             model, normalise = create_model(spec.name, archive.num_classes, input_size=int(evaluation.batches[0].shape[-1]))
         self.learner = Learner(
@@ -243,13 +242,6 @@ class _Student:
             lambda logits: self.spec.method(logits, targets),
             lambda logits: {"agreement": agreement(logits, teacher)},
         )
-
-
-def _logit_blocks(archive: Archive) -> Iterator[NDArray[np.float32]]:
-    """All logits of the archive, a few thousand rows at a time."""
-    for view in range(archive.num_views):
-        for start in range(0, archive.num_samples, 8192):
-            yield archive.read(view, start, min(start + 8192, archive.num_samples)).logits
 
 
 def _source(config: DistillConfig, archive: Archive) -> Any:

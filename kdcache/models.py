@@ -79,7 +79,7 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
         raise RetryError(
             f"the pretrained weights of {name!r} could not be fetched",
             why=(str(error).splitlines() or ["no connection"])[0][:200],
-            fix="repeat when the Hub can be reached, or give the weights with --checkpoint FILE, or train --from-scratch",
+            fix="repeat when the Hub can be reached, or use kdcache train-teacher with --checkpoint FILE or --from-scratch",
         ) from error
     data = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))

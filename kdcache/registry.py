@@ -107,7 +107,12 @@ class Registry(Generic[T]):
 
     def from_dict(self, stored: Mapping[str, Any]) -> T:
         options = dict(stored)
-        return self.build(options.pop("name"), **options)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise UsageError(
+                f"{self.kind} {stored!r} has no name", why="a stored component is its name and its options", fix="give it a name"
+            )
+        return self.build(name, **options)
 
     def name_of(self, component: T) -> str:
         for name, known in self._types.items():

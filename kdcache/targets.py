@@ -166,7 +166,8 @@ class BottomShuffled:
         # A stable sort: ties at rank k are broken by class number.
         bottom = logits.argsort(dim=1, descending=True, stable=True)[:, self.k :]
         draws = _mix64(
-            _mix64(rng_key + _signed(self.seed * _GOLDEN))[:, None] + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
+            _mix64(rng_key + _signed(self.seed * _GOLDEN))[:, None]
+            + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
         )
         source = bottom.gather(1, draws.argsort(dim=1, stable=True))
         return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))

@@ -96,7 +96,8 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         progress.say(f"teacher: {folder} (already trained)")
         return Teacher(folder, json.loads((folder / "teacher.json").read_text()))
     progress.say(
-        f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset}"
+        f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset} "
+        f"({settings.epochs * (len(train) // settings.batch_size)} steps)"
     )
 
     with seeded(config.seed):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.layouts import FIELDS, layout, row_fields, rows_sha256
 from kdcache.archive.manifest import MANIFEST_NAME, FileRecord, Manifest, ShardRecord, load_manifest
+from kdcache.archive.statistics import spread_logits
 from kdcache.archive.store import LocalStore, sha256
 from kdcache.codecs import codec
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
@@ -184,6 +185,10 @@ class Archive:
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
         return self.take(view, self._position_of(view)[samples])
+
+    def spread_logits(self) -> Iterator[NDArray[np.float32]]:
+        """Logits of at most 65,536 evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
+        return spread_logits(self.manifest, self._reader)
 
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""

@@ -1,5 +1,7 @@
 """What a finished archive says about its teacher, computed once when it is finished."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,20 +11,23 @@ from kdcache.codecs import codec
 from kdcache.progress import Progress
 from kdcache.stats import relative_entropy, sorted_mean_softmax
 
-__all__ = ["PAPER_TAUS", "compute_statistics"]
+__all__ = ["PAPER_TAUS", "compute_statistics", "spread_logits"]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
+BLOCK = 1 << 12
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress) -> Statistics:
     """Entropies per temperature over at most 65,536 evenly spaced rows, and top-1 over all views."""
-    logits = _sample_logits(plan, reader)
+    blocks = list(spread_logits(plan, reader))
+    rows = sum(len(block) for block in blocks)
     per_tau = []
     for number, tau in enumerate(PAPER_TAUS):
-        h, rest = relative_entropy(logits, tau)
-        mean = sorted_mean_softmax(logits, tau)
+        pairs = [relative_entropy(block, tau) for block in blocks]
+        h, rest = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        mean = np.sum([sorted_mean_softmax(block, tau) * len(block) for block in blocks], axis=0) / rows
         positive = mean[mean > 0]
         per_tau.append(
             TauStatistics(
@@ -35,21 +40,23 @@ def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64
             )
         )
         progress.update("statistics", number + 1, len(PAPER_TAUS))
-    return Statistics(rows=len(logits), per_tau=tuple(per_tau), top1_views=_top1(plan, reader, labels))
+    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=_top1(plan, reader, labels))
 
 
-def _sample_logits(plan: Plan, reader: ShardReader) -> NDArray[np.float32]:
+def spread_logits(plan: Plan, reader: ShardReader) -> Iterator[NDArray[np.float32]]:
+    """Logits float32 of at most 65,536 rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]`."""
     total = plan.num_views * plan.num_samples
-    rows = np.arange(total) if total <= MAX_ROWS else np.arange(MAX_ROWS) * total // MAX_ROWS
-    view, position = np.divmod(rows, plan.num_samples)
-    block, inside = np.divmod(position, plan.shard_rows)
-    shard = view * plan.num_blocks + block
-    starts = np.flatnonzero(np.diff(shard, prepend=-1))
-    parts = [
-        reader.gather("logits", int(view[i]), int(block[i]), inside[i:j])
-        for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)
-    ]
-    return codec.from_dict(plan.codec).decode(np.concatenate(parts))
+    count = min(total, MAX_ROWS)
+    for first in range(0, count, BLOCK):
+        rows = np.arange(first, min(first + BLOCK, count)) * total // count
+        view, position = np.divmod(rows, plan.num_samples)
+        block, inside = np.divmod(position, plan.shard_rows)
+        starts = np.flatnonzero(np.diff(view * plan.num_blocks + block, prepend=-1))
+        parts = [
+            reader.gather("logits", int(view[i]), int(block[i]), inside[i:j])
+            for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)
+        ]
+        yield codec.from_dict(plan.codec).decode(np.concatenate(parts))
 
 
 def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
