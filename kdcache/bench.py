@@ -97,7 +97,7 @@ def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
     return Workspace(folder).canvas(dataset.build("digits"), "test", size, progress)
 
 
-def _writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> ArchiveWriter:
+def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> ArchiveWriter:
     return ArchiveWriter(
         path,
         num_views=views,
@@ -127,7 +127,7 @@ def _dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
                 model(normalise(views))
 
     def dump() -> None:
-        writer = _writer(folder / f"archive-{next(count)}", canvas, policy, views=1)
+        writer = open_writer(folder / f"archive-{next(count)}", canvas, policy, views=1)
         write_shards(writer, forward, canvas, batch_size=BATCH)
         writer.finalize()
 
@@ -146,7 +146,7 @@ def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
     with seeded(0):
         models = [create_model("resnet18", 10, input_size=64) for _ in range(2)]
-    writer = _writer(folder / "archive", canvas, policy, views=2)
+    writer = open_writer(folder / "archive", canvas, policy, views=2)
     write_shards(writer, _Random(*models[0], torch.device("cpu"), "fp32"), canvas, batch_size=BATCH)
     stream = CachedTargets(writer.finalize(), canvas, BATCH, seed=0)
     method = build("kd")

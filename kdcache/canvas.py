@@ -83,7 +83,7 @@ def _open(path: Path) -> Canvas:
         keys = tuple(meta["keys"])
         if not len(pixels) == len(labels) == len(sizes) == len(keys) == card.num_samples:
             raise ValueError("its parts have different lengths")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"canvas {path} cannot be read",
             why=str(error).splitlines()[0],

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kdcache.archive.manifest import Plan
 from kdcache.archive.store import LocalStore
 from kdcache.codecs import codec
-from kdcache.errors import IntegrityError
+from kdcache.errors import IntegrityError, UsageError
 from kdcache.registry import Registry
 
 __all__ = ["FIELDS", "Layout", "ShardReader", "layout", "row_fields", "rows_sha256"]
@@ -90,6 +90,14 @@ class ZarrLayout:
 
     inner_rows: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner_rows, int) or self.inner_rows < 1:
+            raise UsageError(
+                f"layout zarr with inner_rows {self.inner_rows!r}",
+                why="a chunk holds a whole number of rows, and at least one",
+                fix="use inner_rows >= 1",
+            )
+
     @classmethod
     def fit(cls, row_bytes: int, num_samples: int) -> "ZarrLayout":
         """Inner chunks of the power of two of rows that takes at most 128 kB, or of a whole view if that is less."""
@@ -136,9 +144,16 @@ class ZarrLayout:
 
     def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, bytes]:
         import zarr
+        from zarr.codecs import Crc32cCodec
 
         memory, group, _ = self._group(plan)
-        options: dict[str, Any] = {"shape": (plan.num_samples,), "chunks": (plan.num_samples,), "dimension_names": ("sample",)}
+        options: dict[str, Any] = {
+            "shape": (plan.num_samples,),
+            "chunks": (plan.num_samples,),
+            "dimension_names": ("sample",),
+            "compressors": [Crc32cCodec()],
+            "config": {"write_empty_chunks": True},
+        }
         if labels is not None:
             group.create_array("label", dtype="<i8", fill_value=0, **options)[:] = labels
         if keys is not None:
@@ -158,10 +173,6 @@ class ZarrLayout:
         return ZarrReader(plan, store, self.inner_rows)
 
 
-def _contents(memory: Any) -> dict[str, bytes]:
-    return {name: buffer.to_bytes() for name, buffer in memory._store_dict.items()}
-
-
 class ZarrReader:
     """Reads raw shards through memory maps, without zarr; each inner chunk's crc32c is checked when it is first touched."""
 
@@ -171,6 +182,12 @@ class ZarrReader:
         self._inner_rows = inner_rows
         self._fields = row_fields(plan)
         self._mapped = lru_cache(maxsize=1024)(self._map)
+        if plan.shard_rows % inner_rows:
+            raise IntegrityError(
+                f"shards of {plan.shard_rows} rows in chunks of {inner_rows}",
+                why="a shard is made of whole chunks; the manifest is damaged",
+                fix="restore kdcache.json from a copy of the archive",
+            )
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         return self._mapped(field, view, block).gather(rows)
@@ -203,7 +220,15 @@ class ZarrReader:
             return None
         import zarr
 
-        return zarr.open_array(self._store.root / name, mode="r")[:]
+        chunk = f"{name}/c/0"
+        array = zarr.open_array(self._store.root / name, mode="r")
+        # Labels take 8 bytes each and keys at least 4: what is on disk bounds what is read into memory.
+        if array.shape != (self._plan.num_samples,) or self._store.size(chunk) < 4 * self._plan.num_samples:
+            raise _damaged(chunk, f"does not hold {self._plan.num_samples:,} values")
+        try:
+            return array[:]
+        except ValueError as error:
+            raise _damaged(chunk, str(error)) from None
 
 
 class _MappedShard:
@@ -265,11 +290,15 @@ class _MappedShard:
             self._checked[chunk] = True
 
     def _damaged(self, what: str) -> IntegrityError:
-        return IntegrityError(
-            f"{self.name}: {what}",
-            why="the file's bytes are not those that were written",
-            fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
-        )
+        return _damaged(self.name, what)
+
+
+def _damaged(name: str, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"{name}: {what}",
+        why="the file's bytes are not those that were written",
+        fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
+    )
 
 
 def _inner_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

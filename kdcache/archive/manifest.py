@@ -30,6 +30,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "kdcache.json"
 CARD_NAME = "README.md"
+INT32 = 2**31 - 1
 READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
 
 
@@ -101,12 +102,12 @@ class Statistics(_Record):
 class Plan(_Record):
     """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
 
-    num_views: int = Field(ge=1)
-    num_samples: int = Field(ge=1)
+    num_views: int = Field(ge=1, le=INT32)
+    num_samples: int = Field(ge=1, le=INT32)  # sample numbers are stored as int32
     class_names: tuple[str, ...] = Field(min_length=2)
     codec: dict[str, Any]
     layout: dict[str, Any]
-    shard_rows: int = Field(ge=1)
+    shard_rows: int = Field(ge=1, le=INT32)
     source: SourceCard | None = None
     canvas: CanvasCard | None = None
     policy: ViewPolicy | None = None
@@ -127,8 +128,8 @@ class Plan(_Record):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it."""
-        return self.model_dump(mode="json", exclude={"num_views", "provenance"})
+        """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it where."""
+        return self.model_dump(mode="json", exclude={"num_views": True, "provenance": True, "teacher": {"noise"}})
 
 
 class Manifest(Plan):

@@ -10,13 +10,22 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from kdcache.archive.layouts import FIELDS, layout, row_fields, rows_sha256
-from kdcache.archive.manifest import MANIFEST_NAME, FileRecord, Manifest, ShardRecord, load_manifest
+from kdcache.archive.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    archive_digest,
+    load_manifest,
+)
 from kdcache.archive.statistics import spread_logits
 from kdcache.archive.store import LocalStore, sha256
 from kdcache.codecs import codec
-from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
 
 __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
@@ -111,11 +120,23 @@ class Archive:
         self.store = store
         self.manifest = manifest
         self._codec = codec.from_dict(manifest.codec)
-        self._reader = layout.from_dict(manifest.layout).open(manifest, store)
+        try:
+            arrangement = layout.from_dict(manifest.layout)
+        except KdcacheError as error:
+            raise IncompatibleError(
+                f"{store.root}: {error.what}",
+                why="this installation does not know it",
+                fix="upgrade kdcache, or install the plugin",
+            ) from None
+        self._reader = arrangement.open(manifest, store)
         self._types = row_fields(manifest)
+        self._files_checked = False
 
     def __repr__(self) -> str:
         return f"<Archive {self.path} V={self.num_views} N={self.num_samples} C={self.num_classes} {self.manifest.digest[:8]}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open_archive, (self.path,)  # another process maps the files itself
 
     @property
     def path(self) -> Path:
@@ -139,10 +160,12 @@ class Archive:
 
     def labels(self) -> NDArray[np.int64] | None:
         """Label of every sample, int64 `[N]`; None if the archive was written without."""
+        self._check_files()
         return self._reader.labels()
 
     def keys(self) -> list[str] | None:
         """Key of every sample, `[N]`; None if the archive was written without."""
+        self._check_files()
         return self._reader.keys()
 
     def shards(self) -> Iterator[ShardRecord]:
@@ -155,17 +178,28 @@ class Archive:
                 why="the table of shards was changed after the archive was finished",
                 fix="restore it from a copy of the archive",
             )
-        return (ShardRecord.model_validate_json(line) for line in data.splitlines())
+        try:
+            return iter([ShardRecord.model_validate_json(line) for line in data.splitlines()])
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{table.path}: {error.errors()[0]['msg']}",
+                why="the table of shards was not written by kdcache",
+                fix="do not use this archive; get it again from whoever made it",
+            ) from None
 
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`."""
         self._check_range(view, start, stop)
+        if start == stop:
+            return self.take(view, np.arange(0))
         size = self.manifest.shard_rows
-        parts = [
-            (block, slice(max(start - block * size, 0), min(stop - block * size, self.manifest.block_rows(block))))
-            for block in range(start // size, -(-stop // size))
-        ]
-        return self._rows({name: np.concatenate([self._gather(name, view, *part) for part in parts]) for name in FIELDS})
+
+        def parts(name: str) -> Iterator[NDArray]:
+            for block in range(start // size, -(-stop // size)):
+                rows = slice(max(start - block * size, 0), min(stop - block * size, self.manifest.block_rows(block)))
+                yield self._gather(name, view, block, rows)
+
+        return self._rows({name: np.concatenate(list(parts(name))) for name in FIELDS})
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions` of `view`, in their order."""
@@ -195,6 +229,16 @@ class Archive:
         self._check_range(view, 0, self.num_samples)
         blocks = range(self.manifest.num_blocks)
         return np.concatenate([self._gather(name, view, b, slice(0, self.manifest.block_rows(b))) for b in blocks])
+
+    def _check_files(self) -> None:
+        """Compare the files that belong to no shard with the manifest, once; the card is for people, who may edit it."""
+        if not self._files_checked:
+            result = Verification("full")
+            for record in self.manifest.files:
+                if record.path != CARD_NAME:
+                    self._verify_file(record, "full", result)
+            result.raise_if_failed()
+            self._files_checked = True
 
     def _gather(self, name: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         return self._reader.gather(name, view, block, rows)
@@ -240,18 +284,22 @@ class Archive:
         except KdcacheError as error:
             result.failures.append(Failure(self.manifest.shards.path, "the recorded table of shards", error.what))
             return result
-        planned = {(v, b) for v in range(self.num_views) for b in range(self.manifest.num_blocks)}
-        if {(s.view, s.block) for s in shards} != planned or len(shards) != len(planned):
-            result.failures.append(
-                Failure(self.manifest.shards.path, f"{len(planned)} different shards", f"{len(shards)} shards")
-            )
+        planned = self.num_views * self.manifest.num_blocks
+        present = {(s.view, s.block) for s in shards if s.view < self.num_views and s.block < self.manifest.num_blocks}
+        if not len(shards) == len(present) == planned:
+            found = f"{len(present)} of them in {len(shards)} records"
+            result.failures.append(Failure(self.manifest.shards.path, f"{planned} shards", found))
+        actual = archive_digest(self.manifest, shards)
+        if actual != self.manifest.digest:
+            where = f"{MANIFEST_NAME}: digest"
+            result.failures.append(Failure(where, f"{self.manifest.digest[:12]}...", f"the contents have {actual[:12]}..."))
         for record in self.manifest.files:
             self._verify_file(record, level, result)
         for number, shard in enumerate(shards):
             found = len(result.failures)
             for record in shard.files:
                 self._verify_file(record, level, result)
-            if level == "full" and len(result.failures) == found and (shard.view, shard.block) in planned:
+            if level == "full" and len(result.failures) == found and (shard.view, shard.block) in present:
                 self._verify_rows(shard, result)
             progress.update(f"verify {level}", number + 1, len(shards))
         return result

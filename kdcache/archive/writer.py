@@ -139,9 +139,15 @@ class ArchiveWriter:
             earlier = Plan.model_validate_json(store.read(f"{WORK}/plan.json"))
         if earlier is not None:
             _require_same(store, earlier, plan)
+            if samples is not None:
+                _require_same_samples(store, samples)
             # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
             plan = plan.model_copy(
-                update={"num_views": max(plan.num_views, earlier.num_views), "provenance": dict(earlier.provenance)}
+                update={
+                    "num_views": max(plan.num_views, earlier.num_views),
+                    "teacher": earlier.teacher,
+                    "provenance": dict(earlier.provenance),
+                }
             )
         self.plan = plan
         self._codec = codecs.from_dict(plan.codec)
@@ -157,6 +163,10 @@ class ArchiveWriter:
             view, block = (int(part) for part in name.rpartition("/")[2].removesuffix(".json").split("-"))
             if (view, block) not in self._done:
                 self._done[view, block] = ShardRecord.model_validate_json(self.store.read(name))
+        if self.store.exists(MANIFEST_NAME) and any(shard not in self._done for shard in self.shards()):
+            # Another process has finished the archive meanwhile, and the sidecars are gone.
+            for record in open_archive(self.store.root).shards():
+                self._done.setdefault((record.view, record.block), record)
 
     def shards(self) -> Iterator[tuple[int, int]]:
         """All (view, block) of the plan."""
@@ -185,7 +195,9 @@ class ArchiveWriter:
             yield False
             return
         try:
-            yield not self.store.exists(_sidecar(view, block))
+            if self.store.exists(MANIFEST_NAME):
+                self._collect()
+            yield (view, block) not in self._done and not self.store.exists(_sidecar(view, block))
         finally:
             lock.release()
 
@@ -206,13 +218,20 @@ class ArchiveWriter:
         rows = self.positions(block)
         expected = (len(rows), self.plan.num_classes)
         logits = np.asarray(logits, dtype=np.float32)
-        if logits.shape != expected or not 0 <= view < self.plan.num_views:
+        if logits.shape != expected or not 0 <= view < self.plan.num_views or not 0 <= block < self.plan.num_blocks:
             raise UsageError(
                 f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
                 why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
                 fix="write whole shards: one row per position of writer.positions(block)",
             )
         sample = np.arange(rows.start, rows.stop) if sample is None else np.asarray(sample)
+        fitting = sample.shape == expected[:1] and np.isin(sample, np.arange(self.plan.num_samples)).all()
+        if not fitting or len(np.unique(sample)) != len(rows):
+            raise UsageError(
+                f"shard (view {view}, block {block}) was given sample numbers {np.array2string(sample, threshold=6)}",
+                why=f"each of its {len(rows)} rows belongs to another sample, numbered 0 to {self.plan.num_samples - 1}",
+                fix="pass which sample sits at each position",
+            )
         try:
             codes = self._codec.encode(logits)
         except UsageError as error:
@@ -354,3 +373,19 @@ def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
             why=f"it has {json.dumps(was[key])[:160]}, this dump has {json.dumps(now[key])[:160]}",
             fix="write to another folder, or delete that one",
         )
+
+
+def _require_same_samples(store: LocalStore, samples: dict[str, Any]) -> None:
+    if store.exists(f"{WORK}/samples.json"):
+        earlier = json.loads(store.read(f"{WORK}/samples.json"))
+    else:
+        finished = open_archive(store.root)
+        labels = finished.labels()
+        earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
+    for name, values in samples.items():
+        if values != earlier[name]:
+            raise IncompatibleError(
+                f"{store.root} holds a dump with other {name}",
+                why=f"the {name} of its samples are not those of this dump",
+                fix="write to another folder, or delete that one",
+            )

@@ -74,7 +74,9 @@ def test_files_that_are_no_images_are_all_named_at_once(tmp_path, kdcache):
     (images / "train/dark/dark-01.jpg").write_bytes(b"not an image")
     whole = (images / "train/bright/bright-02.jpg").read_bytes()
     (images / "train/bright/bright-02.jpg").write_bytes(whole[: len(whole) // 2])
-    result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", *SMALL, "--home", tmp_path / "home")
+    result = kdcache(
+        "train-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", *SMALL, "--home", tmp_path / "home"
+    )
     assert result.status == 4
     assert "dark/dark-01.jpg" in result.err
     assert "bright/bright-02.jpg" in result.err

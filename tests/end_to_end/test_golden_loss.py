@@ -1,0 +1,57 @@
+"""Five steps of distillation give the losses they always gave: a change of distill, targets or views that moves them shows here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.bench import open_writer
+from kdcache.datasets import dataset
+from kdcache.distill import DistillConfig, distill
+from kdcache.dump import Forward, write_shards
+from kdcache.models import create_model
+from kdcache.views.policy import ViewPolicy
+from kdcache.workspace import Workspace
+
+# Mean training loss of five steps of test_resnet (torch 2.15, timm 1.0.31), by tau and control.
+LOSSES: dict[tuple[float, str], float] = {
+    (1.0, "none"): 0.62619,
+    (20.0, "none"): 0.98361,
+    (1.0, "ls-global"): 0.55142,
+    (20.0, "ls-global"): 0.84811,
+    (1.0, "ls-instance"): 0.64883,
+    (20.0, "ls-instance"): 1.03522,
+    (1.0, "bottom-3"): 0.63685,
+    (20.0, "bottom-3"): 1.01863,
+}
+
+
+class _Brightness(Forward):
+    """A teacher whose logits are a fixed function of the view: how bright each of ten horizontal bands is."""
+
+    def __call__(self, views):
+        bands = np.linspace(0, views.shape[2], 11).astype(int)
+        grey = views.double().mean(dim=1).numpy()
+        return np.stack([grey[:, a:b].mean(axis=(1, 2)) / 16 for a, b in zip(bands, bands[1:], strict=False)], axis=1).astype(
+            "f4"
+        )
+
+
+def test_five_steps_give_the_golden_losses(tmp_path):
+    place = Workspace(tmp_path)
+    canvas = place.canvas(dataset.build("digits"), "train", 32)
+    writer = open_writer(tmp_path / "archive", canvas, ViewPolicy.load("digits"), views=1)
+    teacher = _Brightness(*create_model("test_resnet", 10, input_size=32), torch.device("cpu"), "fp32")
+    write_shards(writer, teacher, canvas, batch_size=64)
+    writer.finalize()
+    config = DistillConfig(
+        archive=str(tmp_path / "archive"), taus=(1.0, 20.0), controls=("none", "ls-global", "ls-instance", "bottom:3"),
+        students=("test_resnet",), epochs=1, batch_size=256, dataset="digits",
+    )  # fmt: skip
+    results = distill(config, place)
+    found = {
+        (r.spec.tau, r.spec.folder.name.split("--")[3]): json.loads((r.spec.folder / "metrics.jsonl").read_text())["train_loss"]
+        for r in results
+    }
+    assert found == pytest.approx(LOSSES, rel=1e-3), json.dumps({str(key): value for key, value in found.items()})
