@@ -95,8 +95,8 @@ def _open(path: Path) -> Canvas:
 def _build(source: Source, split: Split, size: int, path: Path, progress: Progress) -> None:
     samples = source.samples(split)
     card = source_card(source, split, samples)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed: whoever holds the lock is alone here
     temporary.mkdir()
     try:
         pixels = np.lib.format.open_memmap(

@@ -33,7 +33,7 @@ from kdcache.sheet import contact_sheet
 from kdcache.stream import Batch, CachedTargets
 from kdcache.targets import Control, Targets, controls, row_keys
 from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
-from kdcache.workspace import Workspace, dataset_label, parse_dataset
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record
 
 __all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
 
@@ -107,7 +107,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
         _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png")
         for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
             _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
-    return [StudentResult(spec, json.loads((spec.folder / "summary.json").read_text())) for spec in specs]
+    return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
 
 def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
@@ -189,8 +189,12 @@ class _Lockstep:
                 self.progress.update(
                     f"distill seed {self.seed}", done, total, f"epoch {epoch + 1}/{self.settings.epochs}, {left:.0f} s left"
                 )
-            for student in active:
-                student.learner.end_epoch(self.evaluation, view=self.stream.view(epoch))
+            tested = self.evaluation.logits([student.learner for student in active])
+            figures: dict[str, float] = {"view": self.stream.view(epoch)}
+            if self.stream.allow_drift:
+                figures["drifted_views"] = self.stream.drifted
+            for student, logits in zip(active, tested, strict=True):
+                student.learner.end_epoch(self.evaluation.metrics(logits), **figures)
                 if student.learner.status == "diverged":
                     self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
         if self.stream.drifted:
@@ -217,7 +221,7 @@ class _Student:
         self.spec = spec
         self.control = spec.control.fit(archive.spread_logits(), spec.tau)
         with seeded(spec.seed):
-            model, normalise = create_model(spec.name, archive.num_classes, input_size=int(evaluation.batches[0].shape[-1]))
+            model, normalise = create_model(spec.name, archive.num_classes, input_size=evaluation.size)
         self.learner = Learner(
             spec.folder,
             model,

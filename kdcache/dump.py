@@ -26,7 +26,7 @@ from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, 
 from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import fingerprint
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, versions
 
 __all__ = [
     "DumpConfig",
@@ -318,7 +318,7 @@ def _teacher_at(folder: Path) -> Teacher:
         raise NotFoundError(
             f"no teacher at {folder}", why="there is no teacher.json in it", fix="train one: kdcache train-teacher --teacher ..."
         )
-    return Teacher(folder, json.loads(file.read_text()))
+    return Teacher(folder, read_record(file))
 
 
 def replay_with_teacher(

@@ -16,7 +16,7 @@ from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
 from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, versions
 
 __all__ = ["Teacher", "TeacherConfig", "find_teacher", "load_teacher", "train_teacher"]
 
@@ -94,7 +94,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     folder = workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if (folder / "teacher.json").is_file():
         progress.say(f"teacher: {folder} (already trained)")
-        return Teacher(folder, json.loads((folder / "teacher.json").read_text()))
+        return Teacher(folder, read_record(folder / "teacher.json"))
     progress.say(
         f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset} "
         f"({settings.epochs * (len(train) // settings.batch_size)} steps)"
@@ -152,7 +152,8 @@ def _fit(learner: Learner, stream: ViewStream, evaluation: EvalSet, smoothing: f
             done = learner.epoch + (number + 1) / len(stream)
             left = (time.monotonic() - started) * (learner.config.epochs - done) / max(done - first, 1e-9)
             progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
-        learner.end_epoch(evaluation, view=learner.epoch)
+        (logits,) = evaluation.logits([learner])
+        learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
 
 
 def _defaults(exact: str, scratch: bool) -> tuple[float, float]:

@@ -28,6 +28,9 @@ from kdcache.views.policy import ViewPolicy
 __all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_device", "seeded", "write_atomically"]
 
 
+EVAL_KEPT_BYTES = 2 << 30
+
+
 class TrainConfig(BaseModel):
     """How a model is trained. The defaults are the temperature study's for students (its section 3.1)."""
 
@@ -42,20 +45,29 @@ class TrainConfig(BaseModel):
 
 
 class EvalSet:
-    """The test split as clean views of `size` pixels, rendered once and kept."""
+    """The test split as clean views of `size` pixels: rendered once and kept, or each time anew if that takes over 2 GiB."""
 
     def __init__(self, canvas: Canvas, size: int, *, batch_size: int = 256, workers: int = 0) -> None:
+        self.size = size
+        self.labels = torch.from_numpy(canvas.labels)
         policy = ViewPolicy.load("none", size=size)
         order = np.argsort(policy.parameters(0, len(canvas)).sample)
         items = [(0, order[start : start + batch_size]) for start in range(0, len(canvas), batch_size)]
-        self.batches: list[Tensor] = [item.images for item in render_batches(canvas, policy, items, workers=workers)]
-        self.labels = torch.from_numpy(canvas.labels)
+
+        def render() -> Iterator[Tensor]:
+            return (item.images for item in render_batches(canvas, policy, items, workers=workers))
+
+        self._render = render
+        self._kept = list(render()) if len(canvas) * 3 * size**2 <= EVAL_KEPT_BYTES else None
 
     @torch.no_grad()
-    def logits(self, model: nn.Module, normalise: Normalisation, device: torch.device) -> Tensor:
-        """Logits float32 `[N, C]` of the test split, in the canvas's order, on the CPU."""
-        model.eval()
-        return torch.cat([model(normalise(views.to(device))).float().cpu() for views in self.batches])
+    def logits(self, learners: "Sequence[Learner]") -> list[Tensor]:
+        """Logits float32 `[N, C]` of each learner's model on the test split, in the canvas's order, on the CPU."""
+        parts: list[list[Tensor]] = [[] for _ in learners]
+        for views in self._kept or self._render():
+            for learner, part in zip(learners, parts, strict=True):
+                part.append(learner.predict(views))
+        return [torch.cat(part) for part in parts]
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
         """Figures of `logits [N, C]` on the test split; all NaN where the model is broken."""
@@ -192,13 +204,19 @@ class Learner:
         self.steps += 1
         self._seconds += time.perf_counter() - started
 
-    def end_epoch(self, evaluation: EvalSet, **figures: float) -> None:
-        """Evaluate, log, and write a checkpoint if the last one is old or this was the last epoch."""
-        started = time.perf_counter()
+    @torch.no_grad()
+    def predict(self, views: Tensor) -> Tensor:
+        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU."""
+        self.model.eval()
+        logits: Tensor = self.model(self.normalise(views.to(self.device)))
+        return logits.float().cpu()
+
+    def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
+        """Log the epoch with its test figures, and write a checkpoint if the last one is old or this was the last epoch."""
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
-        row |= evaluation.metrics(evaluation.logits(self.model, self.normalise, self.device))
-        row["seconds"] = self._seconds + time.perf_counter() - started
+        row |= tested
+        row["seconds"] = self._seconds
         self.rows.append(row)
         self.epoch += 1
         self._start_epoch()

@@ -11,10 +11,10 @@ from typing import Any
 from kdcache.archive import Archive, open_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Source, Split, dataset
-from kdcache.errors import NotFoundError, UsageError, unknown_name
+from kdcache.errors import IntegrityError, NotFoundError, UsageError, unknown_name
 from kdcache.progress import Progress
 
-__all__ = ["Workspace", "dataset_label", "parse_dataset", "versions"]
+__all__ = ["Workspace", "dataset_label", "parse_dataset", "read_record", "versions"]
 
 
 def parse_dataset(spec: str) -> Source:
@@ -23,6 +23,19 @@ def parse_dataset(spec: str) -> Source:
     if name not in dataset:
         raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
     return dataset.parse(spec)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A JSON record that kdcache wrote. Raises IntegrityError if it is not one any more."""
+    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no mapping")
+        return record
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{file} cannot be read", why=str(error).splitlines()[0], fix=f"restore it, or make it anew: rm -r {file.parent}"
+        ) from None
 
 
 def dataset_label(source: Source) -> str:
@@ -115,4 +128,4 @@ class Workspace:
         if not self.teachers.is_dir():
             return []
         files = sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-        return [(file.parent, json.loads(file.read_text())) for file in files]
+        return [(file.parent, read_record(file)) for file in files]

@@ -287,8 +287,8 @@ class Archive:
         planned = self.num_views * self.manifest.num_blocks
         present = {(s.view, s.block) for s in shards if s.view < self.num_views and s.block < self.manifest.num_blocks}
         if not len(shards) == len(present) == planned:
-            found = f"{len(present)} of them in {len(shards)} records"
-            result.failures.append(Failure(self.manifest.shards.path, f"{planned} shards", found))
+            got = f"{len(present)} of them in {len(shards)} records"
+            result.failures.append(Failure(self.manifest.shards.path, f"{planned} shards", got))
         actual = archive_digest(self.manifest, shards)
         if actual != self.manifest.digest:
             where = f"{MANIFEST_NAME}: digest"
