@@ -156,5 +156,12 @@ def _decode(sample: Sample, size: int) -> tuple[NDArray[np.uint8], tuple[int, in
         image = ImageOps.exif_transpose(image)
         original = image.size
         # Pillow's reducing decoder for JPEG is not used: its output depends on the library's version.
-        square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        square = _as_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(square).transpose(2, 0, 1), original
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Three 8-bit channels. Alpha is dropped, as torchvision's loaders do; 16 bits are scaled, where Pillow would clip them."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -183,6 +183,12 @@ class Folder:
         found = []
         for path in _image_files(base):
             key = path.relative_to(base).as_posix()
+            if not key.isprintable():  # also what Python makes of bytes that are not UTF-8
+                raise UsageError(
+                    f"image {ascii(key)} has an unprintable name",
+                    why="names are the samples' keys, and those are UTF-8 text",
+                    fix="rename the file",
+                )
             name = key.partition("/")[0]
             if name not in classes:
                 raise UsageError(

@@ -114,3 +114,34 @@ def test_a_checkpoint_of_other_classes_starts_a_new_head(tmp_path, kdcache, trai
     )  # fmt: skip
     assert dumped.status == 5
     assert "10 classes" in dumped.err
+
+
+def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
+    from kdcache.canvas import load_canvas
+    from kdcache.datasets import dataset
+
+    folder = tmp_path / "images/train/einfärbig"
+    folder.mkdir(parents=True)
+    (tmp_path / "images/train/zwei").mkdir()
+    (tmp_path / "images/test").mkdir()
+    shape = (30, 40)
+    grey = np.full(shape, 100, np.uint8)
+    colour = np.stack([grey, grey, grey], axis=2)
+    Image.fromarray(colour).save(folder / "a-rgb.png")
+    Image.fromarray(grey).save(folder / "b-grey.png")
+    Image.fromarray(np.dstack([colour, np.full(shape, 30, np.uint8)])).save(folder / "c-rgba.png")
+    Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "d-palette.png")
+    Image.fromarray(colour).convert("CMYK").save(folder / "e-cmyk.tiff")
+    Image.fromarray(np.full(shape, 100 * 257, np.uint16)).save(folder / "f-16-bit.png")
+    Image.fromarray(grey[:, :1]).save(folder / "g-one-pixel-wide.png")
+    Image.fromarray(colour).save(folder / "h-日本.JPEG", quality=100)
+    Image.fromarray(grey).save(folder / ".hidden.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.fromarray(colour).save(folder / "i-rotated.jpg", exif=exif, quality=100)
+    (folder / "notes.txt").write_text("not an image, and not one by its name")
+    canvas = load_canvas(dataset.build("folder", root=str(tmp_path / "images")), "train", 16, tmp_path / "data")
+    assert [key.split("/")[1][0] for key in canvas.keys] == list("abcdefghi")
+    for key, pixels in zip(canvas.keys, canvas.pixels, strict=True):
+        assert np.abs(pixels.astype(int) - 100).max() <= 2, key
+    assert canvas.sizes[8].tolist() == [30, 40]  # width and height after the rotation
