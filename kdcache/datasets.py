@@ -185,7 +185,7 @@ class Folder:
             key = path.relative_to(base).as_posix()
             if not key.isprintable():  # also what Python makes of bytes that are not UTF-8
                 raise UsageError(
-                    f"image {ascii(key)} has an unprintable name",
+                    f"image {key!a} has an unprintable name",
                     why="names are the samples' keys, and those are UTF-8 text",
                     fix="rename the file",
                 )

@@ -1,5 +1,6 @@
-"""Five steps of distillation give the losses they always gave: a change of distill, targets or views that moves them shows here."""
+"""Five steps of distillation give the losses they always gave: a change of targets, views or training shows here."""
 
+import itertools
 import json
 
 import numpy as np
@@ -33,9 +34,7 @@ class _Brightness(Forward):
     def __call__(self, views):
         bands = np.linspace(0, views.shape[2], 11).astype(int)
         grey = views.double().mean(dim=1).numpy()
-        return np.stack([grey[:, a:b].mean(axis=(1, 2)) / 16 for a, b in zip(bands, bands[1:], strict=False)], axis=1).astype(
-            "f4"
-        )
+        return np.stack([grey[:, a:b].mean(axis=(1, 2)) / 16 for a, b in itertools.pairwise(bands)], axis=1).astype("f4")
 
 
 def test_five_steps_give_the_golden_losses(tmp_path):

@@ -1,0 +1,128 @@
+"""Shared fixtures: small real images, canvases and archives on disk; and one quick, repeatable hypothesis profile."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard
+from kdcache.canvas import Canvas, load_canvas
+from kdcache.datasets import Folder
+from kdcache.views.policy import ViewPolicy
+
+settings.register_profile(
+    "kdcache", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("kdcache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_disk() -> Iterator[None]:
+    """Waiting for the disk takes most of the time and only matters when the power fails; processes that tests start do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run source text in a fresh interpreter of this environment."""
+
+    def run(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos() -> NDArray[np.uint8]:
+    """Twelve colour images `[12, 3, 40, 40]` with gradients, edges and noise: nothing in them is symmetric."""
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[0:40, 0:40]
+    images = []
+    for i in range(12):
+        planes = np.stack([x * (i + 2) + y, 6 * y - x * i, (x - 20) ** 2 // (i + 1) + 5 * y]) + rng.integers(0, 60, (3, 40, 40))
+        planes[:, 5 : 12 + i, 8:19] = rng.integers(0, 256, (3, 1, 1))
+        images.append(planes % 256)
+    return np.array(images, np.uint8)
+
+
+def save_folder(root: Path, images: NDArray[np.uint8], classes: int = 3) -> None:
+    """Write `images [N, 3, R, R]` as PNG files, class after class, with every one in train/ and test/."""
+    for split in ("train", "test"):
+        for i, image in enumerate(images):
+            folder = root / split / f"class_{i % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 small pictures (an odd number, so that one has no mixing partner) in three classes."""
+    root = tmp_path_factory.mktemp("images")
+    save_folder(root, np.random.default_rng(11).integers(0, 256, (23, 3, 20, 20), dtype=np.uint8))
+    return root
+
+
+@pytest.fixture(scope="session")
+def canvas(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Canvas:
+    return load_canvas(Folder(str(image_folder)), "train", 20, tmp_path_factory.mktemp("canvases"))
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A finished archive, with what was put into it."""
+
+    archive: Archive
+    canvas: Canvas
+    logits: NDArray[np.float32]  # [V, N, C], what the codec keeps of them
+
+
+@pytest.fixture(scope="session")
+def make_dump() -> Callable[..., Dump]:
+    """Write the archive of `canvas` as a dump does: every view rendered, its fingerprint stored beside made-up logits."""
+    from kdcache.views import fingerprint, render_positions
+
+    def make(path: Path, canvas: Canvas, *, policy: ViewPolicy, drawn_by: ViewPolicy | None = None, views: int = 3) -> Dump:
+        """`drawn_by` draws the views instead of `policy`, which is what the manifest claims."""
+        count, classes = len(canvas), len(canvas.card.class_names)
+        logits = (np.random.default_rng(3).integers(-4000, 4000, (views, count, classes)) / 512).astype(np.float32)
+        writer = ArchiveWriter(
+            path,
+            num_views=views,
+            num_samples=count,
+            class_names=canvas.card.class_names,
+            labels=canvas.labels,
+            keys=canvas.keys,
+            shard_rows=8,
+            policy=policy,
+            source=canvas.card,
+            canvas=CanvasCard(size=canvas.size, digest=canvas.digest),
+        )
+        for view in range(views):
+            table = (drawn_by or policy).parameters(view, count)
+            digest, probe = fingerprint(render_positions(canvas.pixels, table, np.arange(count)))
+            for _, block in (shard for shard in writer.missing() if shard[0] == view):
+                rows = np.array(writer.positions(block))
+                writer.write(view, block, logits[view, rows], sample=table.sample[rows], digest=digest[rows], probe=probe[rows])
+        return Dump(writer.finalize(), canvas, logits)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dump(tmp_path_factory: pytest.TempPathFactory, canvas: Canvas, make_dump: Callable[..., Dump]) -> Dump:
+    """Three views of the 23 pictures under the paper's policy. Shared: do not change its files."""
+    return make_dump(tmp_path_factory.mktemp("archive") / "a", canvas, policy=ViewPolicy.load("pets", size=16))

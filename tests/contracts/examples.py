@@ -1,0 +1,43 @@
+"""Example options for the contract tests. A component whose options all have defaults needs no entry here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.archive import layout
+from kdcache.codecs import codec
+from kdcache.datasets import dataset
+from kdcache.methods import method
+from kdcache.registry import Registry
+from kdcache.targets import controls
+
+REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (codec, layout, controls, method, dataset)}
+
+IMAGES = "IMAGES"  # stands for a folder with train/CLASS/*.png and test/CLASS/*.png
+
+# kind -> name -> one or more sets of options. Without an entry a component is made without options.
+EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
+    "layout": {"zarr": ({"inner_rows": 16},)},
+    "control": {
+        "bottom": ({"k": 1}, {"k": 3, "seed": 5}),
+        "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),
+    },
+    "method": {"kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1})},
+    "dataset": {"folder": ({"root": IMAGES}, {"root": f"{IMAGES}/train", "split_fraction": 0.4})},
+}
+
+
+def examples(kind: str) -> list[Any]:
+    """Parameters `(name, options)` for every registered component of `kind`, for `pytest.mark.parametrize`."""
+    return [
+        pytest.param(name, options, id=f"{name}-{number}" if number else name)
+        for name in REGISTRIES[kind]
+        for number, options in enumerate(EXAMPLES.get(kind, {}).get(name, ({},)))
+    ]
+
+
+def with_images(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`options` with the place of the images filled in."""
+    return {key: value.replace(IMAGES, str(folder)) if isinstance(value, str) else value for key, value in options.items()}

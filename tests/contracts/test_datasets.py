@@ -1,0 +1,261 @@
+"""Every source of images: the same samples, keys and labels every time, decoded once into a canvas that says when it is stale."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.canvas import load_canvas
+from kdcache.datasets import Folder, Source, Split, dataset, source_card
+from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.views import PRESETS
+from tests.contracts.examples import examples, with_images
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, image_folder: Path) -> Source:
+    name, options = request.param
+    made: Source = dataset.build(name, **with_images(options, image_folder))
+    return made
+
+
+every_source = pytest.mark.parametrize(
+    "source", [pytest.param(example.values, id=example.id) for example in examples("dataset")], indirect=True
+)
+
+
+@every_source
+@pytest.mark.parametrize("split", SPLITS)
+def test_samples_have_unique_keys_and_labels_within_the_classes(source: Source, split: Split) -> None:
+    names, samples = list(source.class_names()), source.samples(split)
+    assert len(set(names)) == len(names) >= 2
+    keys = [sample.key for sample in samples]
+    assert len(set(keys)) == len(keys) > 0
+    assert {sample.label for sample in samples} <= set(range(len(names)))
+
+
+@every_source
+def test_listing_twice_gives_the_same_samples_in_the_same_order(source: Source) -> None:
+    for split in SPLITS:
+        first, again = source.samples(split), source.samples(split)
+        assert [(s.key, s.label) for s in first] == [(s.key, s.label) for s in again]
+        cards = [source_card(source, split, samples) for samples in (first, again, list(first)[::-1])]
+        assert cards[0] == cards[1]
+        assert cards[0].digest != cards[2].digest  # the order is part of what a sample number means
+        assert cards[0].num_samples == len(first)
+        assert cards[0].class_names == tuple(source.class_names())
+    assert source_card(source, "train", first).digest != source_card(source, "test", first).digest
+    assert source.fingerprint() == source.fingerprint()
+
+
+@every_source
+def test_a_card_tells_no_local_path(source: Source, image_folder: Path) -> None:
+    card = source_card(source, "test", source.samples("test"))
+    assert str(image_folder) not in card.model_dump_json()
+    assert json.loads(card.model_dump_json())["licence"] == source.licence
+
+
+@every_source
+def test_the_recipe_can_be_followed(source: Source) -> None:
+    recipe = source.recipe
+    assert recipe.policy in PRESETS
+    assert min(recipe.canvas, recipe.teacher_epochs, recipe.student_epochs) > 0
+    assert recipe.student
+
+
+@every_source
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_canvas_holds_pillows_pixels_in_the_order_of_the_samples(source: Source, split: Split, tmp_path: Path) -> None:
+    canvas = load_canvas(source, split, 8, tmp_path)
+    samples = source.samples(split)
+    assert canvas.pixels.shape == (len(samples), 3, 8, 8)
+    assert canvas.size == 8
+    assert canvas.keys == tuple(sample.key for sample in samples)
+    assert canvas.labels.tolist() == [sample.label for sample in samples]
+    assert canvas.card == source_card(source, split, samples)
+    assert canvas.intact
+    for i in {0, 1, len(samples) // 2, len(samples) - 1}:
+        with samples[i].load() as image:
+            expected = image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
+            assert tuple(canvas.sizes[i]) == image.size
+        np.testing.assert_array_equal(canvas.pixels[i], np.asarray(expected).transpose(2, 0, 1))
+
+
+@every_source
+def test_a_canvas_is_built_once_and_equal_wherever_it_is_built(source: Source, tmp_path: Path) -> None:
+    first = load_canvas(source, "test", 8, tmp_path / "a")
+    written = (first.path / "pixels.npy").stat().st_mtime_ns
+    again = load_canvas(source, "test", 8, tmp_path / "a")
+    assert again.path == first.path
+    assert (again.path / "pixels.npy").stat().st_mtime_ns == written
+    elsewhere = load_canvas(source, "test", 8, tmp_path / "b")
+    assert elsewhere.digest == first.digest
+    assert load_canvas(source, "test", 9, tmp_path / "a").digest != first.digest
+    assert not [path for path in (tmp_path / "a").iterdir() if path.name.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def root(tmp_path: Path, image_folder: Path) -> Path:
+    """A copy of the image folder that a test may change."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    return tmp_path / "images"
+
+
+def test_labels_are_the_class_folders_in_the_order_of_their_names(root: Path) -> None:
+    (root / "train" / "class_1").rename(root / "train" / "zebra")
+    (root / "test" / "class_1").rename(root / "test" / "zebra")
+    source = Folder(str(root))
+    assert source.class_names() == ["class_0", "class_2", "zebra"]
+    assert {sample.key.partition("/")[0]: sample.label for sample in source.samples("test")} == {
+        "class_0": 0,
+        "class_2": 1,
+        "zebra": 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_the_test_split_may_have_either_name(root: Path, name: str) -> None:
+    (root / "test").rename(root / name)
+    assert len(Folder(str(root)).samples("test")) == 23
+
+
+def test_hidden_and_other_files_are_no_samples_and_folders_may_be_nested(root: Path) -> None:
+    train = root / "train"
+    before = [sample.key for sample in Folder(str(root)).samples("train")]
+    (train / "class_0" / ".hidden.png").write_bytes(b"")
+    (train / "class_0" / "notes.txt").write_text("no picture")
+    (train / ".cache").mkdir()
+    (train / "loose.png").write_bytes(b"")
+    (train / "class_0" / "deep").mkdir()
+    Image.new("RGB", (4, 4)).save(train / "class_0" / "deep" / "x.PNG")
+    after = [sample.key for sample in Folder(str(root)).samples("train")]
+    assert after == sorted([*before, "class_0/deep/x.PNG"])
+
+
+def test_a_fraction_splits_each_picture_by_its_name_alone(root: Path) -> None:
+    source = Folder(str(root / "train"), split_fraction=0.4)
+    before = {split: [sample.key for sample in source.samples(split)] for split in SPLITS}
+    assert not set(before["train"]) & set(before["test"])
+    assert len(before["train"]) + len(before["test"]) == 23
+    for i in range(30):
+        Image.new("RGB", (4, 4)).save(root / "train" / "class_0" / f"new{i}.png")
+    for split in SPLITS:
+        assert set(before[split]) <= {sample.key for sample in source.samples(split)}
+
+
+def test_a_changed_or_added_file_makes_another_canvas(root: Path, tmp_path: Path) -> None:
+    source = Folder(str(root))
+    first = load_canvas(source, "train", 8, tmp_path / "c")
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(root / "train" / "class_0" / "00.png")
+    second = load_canvas(source, "train", 8, tmp_path / "c")
+    assert second.digest != first.digest
+    assert second.card.digest == first.card.digest  # the same names and labels
+    Image.new("RGB", (20, 20)).save(root / "train" / "class_0" / "zz.png")
+    assert load_canvas(source, "train", 8, tmp_path / "c").card.digest != first.card.digest
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "I;16", "CMYK"])
+def test_pictures_of_any_mode_become_rgb(root: Path, tmp_path: Path, mode: str) -> None:
+    suffix = "tif" if mode == "CMYK" else "png"
+    Image.new(mode, (6, 9), 1 if mode in {"P", "1"} else None).save(root / "train" / "class_0" / f"aa.{suffix}")
+    canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    at = canvas.keys.index(f"class_0/aa.{suffix}")
+    assert canvas.pixels[at].shape == (3, 8, 8)
+    assert tuple(canvas.sizes[at]) == (6, 9)
+
+
+def test_a_picture_is_turned_as_its_exif_says(root: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (16, 8))
+    picture.paste((255, 255, 255), (0, 0, 8, 8))  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: the left becomes the top
+    picture.save(root / "train" / "class_0" / "aa.png", exif=exif)
+    canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    at = canvas.keys.index("class_0/aa.png")
+    assert canvas.pixels[at, :, 0].min() > 200
+    assert canvas.pixels[at, :, -1].max() < 50
+    assert tuple(canvas.sizes[at]) == (8, 16)
+
+
+def test_every_picture_that_cannot_be_decoded_is_named_and_no_canvas_is_left(root: Path, tmp_path: Path) -> None:
+    whole = (root / "train" / "class_1" / "01.png").read_bytes()
+    (root / "train" / "class_1" / "01.png").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "class_2" / "02.png").write_bytes(b"not a picture")
+    with pytest.raises(IntegrityError) as caught:
+        load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    assert "2 of 23" in caught.value.what
+    assert "class_1/01.png" in caught.value.what
+    assert "class_2/02.png" in caught.value.what
+    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("pixels.npy", b""),
+        ("labels.npy", b"x"),
+        ("canvas.json", b"{}"),
+        ("canvas.json", b"[]"),
+        ("canvas.json", b"\xff"),
+        ("sizes.npy", None),
+    ],
+)
+def test_a_damaged_canvas_says_how_to_build_it_again(root: Path, tmp_path: Path, name: str, damage: bytes | None) -> None:
+    canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    if damage is None:
+        (canvas.path / name).unlink()
+    else:
+        (canvas.path / name).write_bytes(damage)
+    with pytest.raises(IntegrityError) as caught:
+        load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    assert f"rm -r {canvas.path}" in caught.value.fix
+
+
+def test_pickled_arrays_in_a_canvas_are_not_loaded(root: Path, tmp_path: Path) -> None:
+    canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    np.save(canvas.path / "labels.npy", np.array([os.getcwd] * 23, dtype=object), allow_pickle=True)
+    with pytest.raises(IntegrityError):
+        load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda root: shutil.rmtree(root), NotFoundError),
+        (lambda root: shutil.rmtree(root / "test"), NotFoundError),
+        (lambda root: [shutil.rmtree(root / "train" / f"class_{i}") for i in (1, 2)], UsageError),
+        (lambda root: (root / "test" / "class_2").rename(root / "test" / "stranger"), UsageError),
+        (lambda root: [path.unlink() for path in (root / "test").rglob("*.png")], NotFoundError),
+    ],
+    ids=["no-root", "no-test", "one-class", "unknown-class", "no-images"],
+)
+def test_a_folder_of_another_layout_is_refused_with_advice(root: Path, change: Any, error: type[KdcacheError]) -> None:
+    change(root)
+    with pytest.raises(error) as caught:
+        Folder(str(root)).samples("test")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("options", [{}, {"root": "x", "split_fraction": 0.0}, {"root": "x", "split_fraction": 1.5}])
+def test_impossible_options_of_a_folder_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        dataset.build("folder", **options)
+
+
+def test_digits_are_scikit_learns_and_every_fifth_is_for_testing() -> None:
+    source = dataset.build("digits")
+    train, test = source.samples("train"), source.samples("test")
+    assert (len(train), len(test)) == (1438, 359)
+    assert not {sample.key for sample in train} & {sample.key for sample in test}
+    assert [sample.label for sample in test][:5] == [4, 9, 4, 9, 4]
+    assert test[0].key == "digits/0004"

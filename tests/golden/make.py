@@ -1,0 +1,170 @@
+"""Makes the golden files from fixed numbers. They say what version 1 of format and policy means: never replace them lightly.
+
+    python -m tests.golden.make archive     data/golden/v1, a tiny archive of format version 1
+    python -m tests.golden.make views       tests/golden/views.json, digests of rendered views and written-out draws
+
+Nothing is overwritten: to replace a golden file on purpose, delete it first, and say in the changelog why old archives or
+old seeds no longer mean what they meant.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
+from kdcache.datasets import SourceCard
+from kdcache.views.policy import PRESETS, ViewPolicy
+
+ARCHIVE = Path(__file__).parents[2] / "data" / "golden" / "v1"
+VIEWS = Path(__file__).parent / "views.json"
+NUM_VIEWS, NUM_SAMPLES, NUM_CLASSES = 2, 11, 5
+SIZES = {"digits": 16, "pets": 24, "cifar": 32, "crd": 32, "none": 20}
+DRAWN_VIEWS = (0, 3)
+
+
+def logits(view: int) -> NDArray[np.float32]:
+    """Multiples of 2^-9 between -19.6 and 19.6, from whole numbers only: float32 `[N, C]`."""
+    position, label = np.arange(NUM_SAMPLES)[:, None], np.arange(NUM_CLASSES)
+    return (((view * 7919 + position * 104_729 + label * 1_299_709) % 20_011 - 10_005) / 512).astype(np.float32)
+
+
+def fingerprints(view: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Stand-ins for the digests and grids of the views."""
+    position = np.arange(NUM_SAMPLES)
+    digest = (position * 2_654_435_761 + view) % 2**32
+    return digest.astype(np.uint32), ((position[:, None] * 31 + np.arange(16) * 7 + view) % 256).astype(np.uint8)
+
+
+def write_golden_archive(path: Path) -> Archive:
+    policy = ViewPolicy.load("digits", size=16, seed=1)
+    names = tuple(f"class {i}" for i in range(NUM_CLASSES))
+    writer = ArchiveWriter(
+        path,
+        num_views=NUM_VIEWS,
+        num_samples=NUM_SAMPLES,
+        class_names=names,
+        labels=np.arange(NUM_SAMPLES) * 3 % NUM_CLASSES,
+        keys=[f"picture/{i:02d}" for i in range(NUM_SAMPLES)],
+        shard_rows=4,
+        policy=policy,
+        source=SourceCard(
+            name="golden", split="train", num_samples=NUM_SAMPLES, class_names=names, licence="CC0-1.0", digest="1" * 64
+        ),
+        canvas=CanvasCard(size=16, digest="2" * 64),
+        teacher=TeacherCard(
+            alias="golden",
+            name="none",
+            weights_sha256="3" * 64,
+            input_size=16,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            precision="fp32",
+            batch_size=4,
+            top1_clean=87.5,
+        ),
+        provenance={"command": "python -m tests.golden.make archive"},
+    )
+    for view, block in writer.missing():
+        rows = np.array(writer.positions(block))
+        digest, probe = (column[rows] for column in fingerprints(view))
+        writer.write(view, block, logits(view)[rows], policy.parameters(view, NUM_SAMPLES).sample[rows], digest, probe)
+    return writer.finalize()
+
+
+def digit_images() -> NDArray[np.uint8]:
+    """The first five training digits on their canvas."""
+    from kdcache.canvas import load_canvas
+    from kdcache.datasets import Digits
+
+    with tempfile.TemporaryDirectory() as folder:
+        return np.array(load_canvas(Digits(), "train", 32, Path(folder)).pixels[:5])
+
+
+def gradient_images() -> NDArray[np.uint8]:
+    """Five colour gradients of 48 x 48 pixels, from whole numbers only."""
+    y, x = np.mgrid[0:48, 0:48]
+    planes = [[x * 5 + i * 40, y * 5 + x * i, (x * y) // (4 + i) + 30 * i] for i in range(5)]
+    return (np.array(planes) % 256).astype(np.uint8)
+
+
+def rendered(images: NDArray[np.uint8], policy: ViewPolicy) -> dict[str, Any]:
+    """Digests of the views of `images` under `policy`."""
+    from kdcache.views import fingerprint, render_positions
+
+    found: dict[str, Any] = {}
+    for view in DRAWN_VIEWS:
+        pixels = render_positions(images, policy.parameters(view, len(images)), np.arange(len(images)))
+        digest, grid = fingerprint(pixels)
+        found[f"view {view}"] = {
+            "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+            "fingerprint": digest.tolist(),
+            "grid of position 0": grid[0].tolist(),
+        }
+    return found
+
+
+def drawn_parameters() -> dict[str, Any]:
+    """The table of draws of five samples, as whole numbers."""
+    policy = ViewPolicy.load("pets", size=32)
+    found: dict[str, Any] = {}
+    for view in DRAWN_VIEWS:
+        table = policy.parameters(view, 5)
+        columns = ("sample", "partner", "box", "flip", "operations", "signs", "mix", "lam_units", "cut")
+        found[f"view {view}"] = {name: getattr(table, name).astype(int).tolist() for name in columns}
+    return found
+
+
+def orders() -> dict[str, Any]:
+    """What a seed means to the stream and to the shuffling control."""
+    import torch
+
+    from kdcache.stream import epoch_positions, epoch_view
+    from kdcache.targets import Targets, control, row_keys
+
+    keys = row_keys("5" * 64, 3, torch.arange(4))
+    shuffled = control("bottom", k=2, seed=7)(Targets(torch.arange(10).float().repeat(4, 1), 1.0), keys).logits
+    return {
+        "positions of epoch 2, 13 samples, seed 5": epoch_positions(13, 5, 2).tolist(),
+        "views of epochs 0 to 11, 6 views, seed 5": [epoch_view(6, 5, epoch) for epoch in range(12)],
+        "row keys": keys.tolist(),
+        "bottom:k=2,seed=7 of 0 to 9": shuffled.int().tolist(),
+    }
+
+
+def views() -> dict[str, Any]:
+    """Everything that views.json holds, as this installation computes it."""
+    pictures = {"digits": digit_images(), "gradient": gradient_images()}
+    return {
+        "policies": {name: policy.digest for name, policy in PRESETS.items()},
+        "images": {name: hashlib.sha256(images.tobytes()).hexdigest() for name, images in pictures.items()},
+        "views": {
+            preset: {name: rendered(images, ViewPolicy.load(preset, size=size)) for name, images in pictures.items()}
+            for preset, size in SIZES.items()
+        },
+        "parameters": drawn_parameters(),
+        "orders": orders(),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    if arguments not in (["archive"], ["views"]):
+        sys.exit(__doc__)
+    target = ARCHIVE if arguments == ["archive"] else VIEWS
+    if target.exists():
+        sys.exit(f"{target} is there already, and golden files are not overwritten")
+    if target is ARCHIVE:
+        write_golden_archive(target)
+    else:
+        text = json.dumps(views(), indent=1)
+        target.write_text(text + "\n")
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

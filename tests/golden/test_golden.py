@@ -1,0 +1,138 @@
+"""Protects what was already made: archives of format version 1, and views and orders that seeds of version 1 stand for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdcache.archive import open_archive
+from kdcache.codecs import codec
+from kdcache.stats import relative_entropy
+from tests.golden import make
+
+DIGEST = "2d4ccd29"  # of data/golden/v1, its beginning; the whole of it is checked by verify
+HOW = (
+    "The golden file {} is missing. Get it back from git; golden files are never made anew by a test "
+    "(tests/golden/make.py says how they were made)."
+)
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    assert (make.ARCHIVE / "kdcache.json").is_file(), HOW.format(make.ARCHIVE)
+    return make.ARCHIVE
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    assert make.VIEWS.is_file(), HOW.format(make.VIEWS)
+    return dict(json.loads(make.VIEWS.read_text()))
+
+
+@pytest.fixture(scope="module")
+def now() -> dict[str, Any]:
+    """What this installation computes, as JSON would hold it."""
+    return dict(json.loads(json.dumps(make.views())))
+
+
+# ---------------------------------------------------------------- the archive
+
+
+def test_the_golden_archive_is_whole(path: Path) -> None:
+    archive = open_archive(path)
+    for level in ("quick", "full"):
+        assert archive.verify(level).failures == []  # type: ignore[arg-type]
+    assert archive.manifest.digest.startswith(DIGEST)
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 60_000
+
+
+def test_the_golden_archive_reads_as_the_numbers_it_was_made_from(path: Path) -> None:
+    archive = open_archive(path)
+    assert (archive.num_views, archive.num_samples, archive.num_classes) == (2, 11, 5)
+    assert archive.class_names == tuple(f"class {i}" for i in range(5))
+    np.testing.assert_array_equal(archive.labels(), np.arange(11) * 3 % 5)
+    assert archive.keys() == [f"picture/{i:02d}" for i in range(11)]
+    policy = archive.manifest.policy
+    assert policy is not None
+    for view in (0, 1):
+        rows = archive.read(view, 0, 11)
+        np.testing.assert_array_equal(rows.logits, make.logits(view))
+        np.testing.assert_array_equal(rows.argmax, make.logits(view).argmax(axis=1))
+        np.testing.assert_array_equal(rows.sample, policy.parameters(view, 11).sample)
+        for stored, computed in zip((rows.entropy, rows.entropy_rest), relative_entropy(make.logits(view)), strict=True):
+            np.testing.assert_allclose(stored, computed, rtol=1e-6, atol=1e-9)
+        for stored, made in zip((rows.digest, rows.probe), make.fingerprints(view), strict=True):
+            np.testing.assert_array_equal(stored, made)
+        np.testing.assert_array_equal(archive.find(view, rows.sample[3:6]).logits, make.logits(view)[3:6])
+
+
+def test_the_golden_archive_is_read_by_zarr_alone(path: Path) -> None:
+    import zarr
+
+    array = zarr.open_group(path, mode="r")["logits"]
+    for view in (0, 1):
+        np.testing.assert_array_equal(array[view] * array.attrs["scale_factor"], make.logits(view))
+
+
+def test_the_same_numbers_are_still_written_as_the_same_rows_and_bytes(path: Path, tmp_path: Path) -> None:
+    """Then dumps that are resumed, appended to or compared across versions of kdcache still fit together."""
+    old, new = open_archive(path), make.write_golden_archive(tmp_path / "a")
+    assert new.manifest.digest == old.manifest.digest
+    assert list(new.shards()) == list(old.shards())
+
+
+def test_an_old_archive_can_be_appended_to(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(path, tmp_path / "a")
+    monkeypatch.setattr(make, "NUM_VIEWS", 3)
+    grown = make.write_golden_archive(tmp_path / "a")
+    assert grown.num_views == 3
+    assert grown.verify("full").ok
+    assert list(grown.shards())[:6] == list(open_archive(path).shards())
+    coding = codec.from_dict(grown.manifest.codec)
+    np.testing.assert_array_equal(grown.read(2, 0, 11).logits, coding.decode(coding.encode(make.logits(2))))
+
+
+# ---------------------------------------------------------------- views and orders
+
+
+def test_presets_still_mean_the_same_policies(golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert now["policies"] == golden["policies"], "another digest makes every archive of this preset another dump"
+
+
+def test_draws_are_still_the_same_whole_numbers(golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert now["parameters"] == golden["parameters"], "other draws need another policy version"
+
+
+@pytest.mark.parametrize("picture", ["digits", "gradient"])
+def test_bundled_pictures_are_still_the_same(picture: str, golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert now["images"][picture] == golden["images"][picture], "the pictures changed, so the views below say nothing"
+
+
+@pytest.mark.parametrize("picture", ["digits", "gradient"])
+@pytest.mark.parametrize("preset", make.SIZES)
+def test_views_still_have_the_same_pixels(preset: str, picture: str, golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert now["views"][preset][picture] == golden["views"][preset][picture], (
+        "the pixels of views changed: kdcache draws differently (then it needs another policy version), or Pillow or "
+        "torchvision does (then its version must be excluded, since no archive made before can be replayed with it)"
+    )
+
+
+def test_seeds_still_mean_the_same_orders_and_shuffles(golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert now["orders"] == golden["orders"], "runs of an earlier version can no longer be repeated"
+
+
+def test_golden_files_hold_nothing_that_is_no_longer_checked(golden: dict[str, Any], now: dict[str, Any]) -> None:
+    assert golden.keys() == now.keys()
+    assert golden["views"].keys() == now["views"].keys()
+
+
+@pytest.mark.parametrize("what", ["archive", "views"])
+def test_making_golden_files_never_overwrites_them(what: str) -> None:
+    target = make.ARCHIVE / "kdcache.json" if what == "archive" else make.VIEWS
+    before = target.read_bytes()
+    with pytest.raises(SystemExit, match="not overwritten"):
+        make.main([what])
+    assert target.read_bytes() == before

@@ -1,0 +1,123 @@
+"""Protects the entropies and power sums that archives publish and controls match: against SciPy, and at the edges of float64."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from scipy import special
+from scipy import stats as statistics
+
+from kdcache.stats import entropy, logit_moments, power_sum, relative_entropy, softmax, sorted_mean_softmax
+
+TAUS = st.sampled_from([0.5, 1.0, 3.0, 4.0, 20.0, 40.0])
+
+
+def rows(largest: float = 60.0, min_classes: int = 3) -> st.SearchStrategy[NDArray[np.float64]]:
+    shape = st.tuples(st.integers(1, 4), st.integers(min_classes, 40))
+    return shape.flatmap(lambda s: hnp.arrays(np.float64, s, elements=st.floats(-largest, largest)))
+
+
+@given(logits=rows(), tau=TAUS)
+def test_softmax_and_entropy_agree_with_scipy(logits: NDArray[np.float64], tau: float) -> None:
+    probs = special.softmax(logits / tau, axis=1)
+    np.testing.assert_allclose(softmax(logits, tau), probs, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(entropy(logits, tau), statistics.entropy(probs, axis=1), rtol=1e-10, atol=1e-13)
+
+
+@given(logits=rows(), tau=TAUS)
+def test_relative_entropies_agree_with_scipy_on_the_softmax_with_and_without_the_top_class(
+    logits: NDArray[np.float64], tau: float
+) -> None:
+    h, rest = relative_entropy(logits, tau)
+    classes = logits.shape[1]
+    for i, z in enumerate(logits):
+        others = np.delete(z, z.argmax())
+        whole = statistics.entropy(special.softmax(z / tau)) / math.log(classes)
+        assert h[i] == pytest.approx(whole, rel=1e-10, abs=1e-13)
+        without = statistics.entropy(special.softmax(others / tau)) / math.log(classes - 1)
+        assert rest[i] == pytest.approx(without, rel=1e-10, abs=1e-13)
+
+
+@given(logits=rows(largest=30), shift=st.floats(-1000, 1000), tau=TAUS)
+def test_adding_a_constant_to_a_row_changes_nothing(logits: NDArray[np.float64], shift: float, tau: float) -> None:
+    for one, other in zip(relative_entropy(logits, tau), relative_entropy(logits + shift, tau), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(power_sum(logits, tau), power_sum(logits + shift, tau), rtol=1e-9)
+
+
+@given(logits=rows(largest=20), lift=st.floats(0, 1e4), tau=TAUS)
+def test_h_rest_ignores_how_far_the_top_class_stands_out(logits: NDArray[np.float64], lift: float, tau: float) -> None:
+    raised = logits.copy()
+    raised[np.arange(len(logits)), logits.argmax(axis=1)] += lift
+    np.testing.assert_allclose(relative_entropy(raised, tau)[1], relative_entropy(logits, tau)[1], rtol=1e-9, atol=1e-11)
+
+
+@given(logits=rows(), seed=st.integers(0, 100), tau=TAUS)
+def test_the_order_of_the_classes_does_not_matter(logits: NDArray[np.float64], seed: int, tau: float) -> None:
+    shuffled = logits[:, np.random.default_rng(seed).permutation(logits.shape[1])]
+    for one, other in zip(relative_entropy(logits, tau), relative_entropy(shuffled, tau), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(sorted_mean_softmax(logits, tau), sorted_mean_softmax(shuffled, tau), rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("value", [0.0, -63.5, 1e4])
+def test_a_uniform_row_has_relative_entropies_of_one_and_never_more(classes: int, value: float) -> None:
+    for h in relative_entropy(np.full((2, classes), value)):
+        np.testing.assert_allclose(h, 1.0, rtol=1e-12)
+        assert (h <= 1).all()
+
+
+@pytest.mark.parametrize("tau", [1.0, 40.0])
+@pytest.mark.parametrize("gap", [1e4, 1e6])
+def test_huge_gaps_stay_finite_and_between_zero_and_one(tau: float, gap: float) -> None:
+    logits = np.array([[gap, 0, 0, 0], [0, -gap, gap, gap], [gap, gap / 2, 0, -gap]])
+    for values in relative_entropy(logits, tau):
+        assert np.isfinite(values).all()
+        assert ((values >= 0) & (values <= 1)).all()
+    assert relative_entropy(logits[:1], tau)[1] == pytest.approx(1.0)  # the rest of row 0 is uniform
+    assert relative_entropy(logits[1:2], tau)[0] == pytest.approx(math.log(2) / math.log(4))
+    u = power_sum(logits, tau)
+    assert np.isfinite(u).all()
+    assert (u >= 1 - 1e-12).all()
+
+
+@given(logits=rows(largest=15), tau=TAUS)
+def test_power_sum_is_the_sum_of_powers_of_the_softmax(logits: NDArray[np.float64], tau: float) -> None:
+    expected = (special.softmax(logits, axis=1) ** (1 / tau)).sum(axis=1)
+    np.testing.assert_allclose(power_sum(logits, tau), expected, rtol=1e-10)
+
+
+def test_float32_rows_and_more_axes_are_taken_in_float64() -> None:
+    logits = np.random.default_rng(0).normal(0, 5, (3, 4, 7)).astype(np.float32)
+    h, rest = relative_entropy(logits, 4)
+    assert h.shape == rest.shape == (3, 4)
+    assert h.dtype == np.float64
+    np.testing.assert_array_equal(h.reshape(-1), relative_entropy(logits.reshape(-1, 7).astype(np.float64), 4)[0])
+    np.testing.assert_array_equal(logits, np.random.default_rng(0).normal(0, 5, (3, 4, 7)).astype(np.float32))  # not overwritten
+
+
+def test_two_classes_leave_one_whose_relative_entropy_is_one_and_one_class_is_refused() -> None:
+    h, rest = relative_entropy([[0.0, 3.0]])
+    assert rest.tolist() == [1.0]
+    assert h[0] == pytest.approx(statistics.entropy(special.softmax([0.0, 3.0])) / math.log(2))
+    with pytest.raises(ValueError, match="2 classes"):
+        relative_entropy([[1.0]])
+
+
+@given(logits=rows(), tau=TAUS)
+def test_sorted_mean_softmax_descends_and_sums_to_one(logits: NDArray[np.float64], tau: float) -> None:
+    mean = sorted_mean_softmax(logits, tau)
+    assert mean.sum() == pytest.approx(1)
+    assert (np.diff(mean) <= 1e-15).all()
+    assert mean[0] == pytest.approx(special.softmax(logits / tau, axis=1).max(axis=1).mean())
+
+
+def test_logit_moments_are_the_population_mean_and_deviation() -> None:
+    mean, deviation = logit_moments(np.array([[1, 2, 6], [4, 4, 4]], np.float32))
+    np.testing.assert_allclose(mean, [3, 4])
+    np.testing.assert_allclose(deviation, [math.sqrt(14 / 3), 0])

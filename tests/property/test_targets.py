@@ -1,0 +1,210 @@
+"""Protects the controls: equal entropies where they promise them, and shuffles that depend on nothing but their key."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from scipy import special
+from scipy import stats as statistics
+
+from kdcache.errors import UsageError
+from kdcache.targets import Targets, control, match_entropy, row_keys
+
+TAUS = st.sampled_from([1.0, 2.0, 4.0, 7.0, 20.0, 40.0])
+AVERAGES = ("sorted-mean", "mean-entropy", "plain-mean")
+
+
+def rows(largest: float = 15.0, min_classes: int = 3) -> st.SearchStrategy[NDArray[np.float32]]:
+    shape = st.tuples(st.integers(1, 6), st.integers(min_classes, 50))
+    return shape.flatmap(lambda s: hnp.arrays(np.float32, s, elements=st.floats(-largest, largest, width=32)))
+
+
+def entropy(logits: NDArray | torch.Tensor, tau: float) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = statistics.entropy(special.softmax(np.asarray(logits, np.float64) / tau, axis=1), axis=1)
+    return result
+
+
+def keys(count: int, view: int = 0) -> torch.Tensor:
+    return row_keys("ab" * 32, view, torch.arange(count))
+
+
+# ---------------------------------------------------------------- label smoothing
+
+
+@given(logits=rows(largest=60), tau=TAUS)
+def test_match_entropy_finds_the_label_smoothing_of_the_same_entropy(logits: NDArray[np.float32], tau: float) -> None:
+    classes = logits.shape[1]
+    log_p = special.log_softmax(logits.astype(np.float64) / tau, axis=1)
+    deficit = (np.exp(log_p) * (log_p + math.log(classes))).sum(axis=1)
+    d = match_entropy(torch.from_numpy(deficit), classes).numpy()
+    assert ((d >= 0) & (d <= 1)).all()
+    smoothed = np.repeat((1 - d)[:, None] / classes, classes, axis=1)
+    smoothed[:, 0] += d
+    np.testing.assert_allclose(statistics.entropy(smoothed, axis=1), entropy(logits, tau), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_match_entropy_is_right_at_both_ends_and_increases_in_between(classes: int) -> None:
+    deficits = torch.linspace(0, math.log(classes), 500, dtype=torch.float64)
+    d = match_entropy(deficits, classes)
+    assert d[0] == 0
+    assert d[-1] == pytest.approx(1)
+    assert (d.diff() > 0).all()
+    beyond = match_entropy(torch.tensor([-1e-9, math.log(classes) + 1e-9]), classes)  # rounding may lead out of the range
+    assert beyond.tolist() == pytest.approx([0, 1])
+
+
+@given(logits=rows(), tau=TAUS)
+def test_ls_instance_has_each_samples_own_entropy_and_top_class(logits: NDArray[np.float32], tau: float) -> None:
+    smoothed = control("ls-instance")(Targets(torch.from_numpy(logits), tau), keys(len(logits))).logits
+    assert smoothed.dtype == torch.float32
+    np.testing.assert_allclose(entropy(smoothed, tau), entropy(logits, tau), rtol=2e-6)
+    for z, s in zip(logits, smoothed.numpy(), strict=True):
+        others = np.delete(s, z.argmax())
+        assert (others == others[0]).all()
+        assert s[z.argmax()] >= others[0]
+        assert s[z.argmax()] > others[0] or np.ptp(z) < 1e-6
+
+
+def test_ls_instance_of_extreme_rows_is_finite() -> None:
+    logits = torch.tensor([[0.0, 0, 0, 0], [120.0, 0, 0, 0], [-60.0, 60, 60, 60], [63.9, -63.9, -63.9, -63.9]])
+    for tau in (1.0, 4.0, 40.0):
+        smoothed = control("ls-instance")(Targets(logits, tau), keys(4)).logits
+        assert torch.isfinite(smoothed).all()
+        np.testing.assert_allclose(entropy(smoothed, tau), entropy(logits, tau), atol=1e-9, rtol=2e-6)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@given(logits=rows(), tau=TAUS, cut=st.integers(0, 6))
+def test_ls_global_has_the_entropy_of_the_average_whatever_the_blocks(
+    average: str, logits: NDArray[np.float32], tau: float, cut: int
+) -> None:
+    classes = logits.shape[1]
+    probs = special.softmax(logits.astype(np.float64) / tau, axis=1)
+    expected = {
+        "sorted-mean": statistics.entropy(np.sort(probs, axis=1).mean(axis=0)),
+        "mean-entropy": statistics.entropy(probs, axis=1).mean(),
+        "plain-mean": statistics.entropy(probs.mean(axis=0)),
+    }[average]
+    blocks = [block for block in (logits[:cut], logits[cut:]) if len(block)]
+    fitted = control("ls-global", average=average).fit(iter(blocks), tau)
+    batch = np.random.default_rng(0).normal(0, 3, (5, classes)).astype(np.float32)
+    smoothed = fitted(Targets(torch.from_numpy(batch), tau), keys(5)).logits
+    np.testing.assert_allclose(entropy(smoothed, tau), expected, rtol=2e-6, atol=1e-9)
+    if np.ptp(probs, axis=1).max() > 1e-3 and average != "plain-mean":
+        np.testing.assert_array_equal(smoothed.argmax(dim=1), batch.argmax(axis=1))
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_ls_global_says_that_it_must_be_fitted_first(average: str) -> None:
+    with pytest.raises(ValueError, match="fitted"):
+        control("ls-global", average=average)(Targets(torch.zeros(2, 3), 1.0), keys(2))
+    with pytest.raises(ValueError, match="at least one row"):
+        control("ls-global", average=average).fit([], 1.0)
+
+
+# ---------------------------------------------------------------- bottom N-k
+
+
+@given(logits=rows(), data=st.data())
+def test_bottom_keeps_the_top_k_in_place_and_permutes_the_rest(logits: NDArray[np.float32], data: st.DataObject) -> None:
+    classes = logits.shape[1]
+    k = data.draw(st.integers(1, max(1, classes - 2)))
+    seed = data.draw(st.integers(0, 2**31))
+    made = control("bottom", k=k, seed=seed)(Targets(torch.from_numpy(logits), 4.0), keys(len(logits))).logits.numpy()
+    for before, after in zip(logits, made, strict=True):
+        top = np.argsort(-before, kind="stable")[:k]  # ties at rank k: the smaller class number is kept
+        np.testing.assert_array_equal(after[top], before[top])
+        np.testing.assert_array_equal(np.sort(after), np.sort(before))
+    for tau in (1.0, 40.0):
+        np.testing.assert_allclose(entropy(made, tau), entropy(logits, tau), rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_bottom_moves_every_class_everywhere_equally_often(k: int) -> None:
+    rest = 4
+    logits = torch.arange(k + rest, 0, -1).float().repeat(24_000, 1)
+    made = control("bottom", k=k)(Targets(logits, 1.0), keys(24_000)).logits[:, k:].long()
+    code = (made * torch.tensor([125, 25, 5, 1])).sum(dim=1)
+    orders, counts = torch.unique(code, return_counts=True)
+    assert len(orders) == math.factorial(rest)
+    assert statistics.chisquare(counts.numpy()).pvalue > 1e-4
+
+
+@given(seed=st.integers(0, 2**63 - 1), view=st.integers(0, 1000), data=st.data())
+def test_bottom_depends_on_the_rows_key_and_not_on_its_batch_or_tau(seed: int, view: int, data: st.DataObject) -> None:
+    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 3, (9, 30)).astype(np.float32))
+    samples = torch.arange(100, 109)
+    shuffle = control("bottom", k=3, seed=seed)
+    whole = shuffle(Targets(logits, 1.0), row_keys("cd" * 32, view, samples)).logits
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, 8), min_size=1, max_size=12)))
+    part = shuffle(Targets(logits[chosen], 40.0), row_keys("cd" * 32, view, samples[chosen])).logits
+    assert torch.equal(part, whole[chosen])
+
+
+@given(seed=st.integers(0, 2**32 - 2), view=st.integers(0, 10**6), sample=st.integers(0, 10**7))
+def test_another_seed_view_sample_or_archive_is_another_shuffle(seed: int, view: int, sample: int) -> None:
+    row = torch.arange(40).float()[None]
+
+    def shuffled(seed: int = seed, view: int = view, sample: int = sample, archive: str = "ef" * 32) -> torch.Tensor:
+        key = row_keys(archive, view, torch.tensor([sample]))
+        made: torch.Tensor = control("bottom", k=1, seed=seed)(Targets(row, 1.0), key).logits
+        return made
+
+    first = shuffled()
+    assert torch.equal(first, shuffled())
+    for other in (shuffled(seed=seed + 1), shuffled(view=view + 1), shuffled(sample=sample + 1), shuffled(archive="fe" * 32)):
+        assert (first == other).sum() < 12  # of 40 fixed points, one is expected
+
+
+def test_shuffles_of_one_sample_in_different_views_have_nothing_in_common() -> None:
+    made = [
+        control("bottom", k=1)(Targets(torch.arange(50).float()[None], 1.0), row_keys("0" * 64, view, torch.tensor([7]))).logits
+        for view in range(40)
+    ]
+    agreement = torch.stack([(a == b).float()[0, :-1].mean() for i, a in enumerate(made) for b in made[:i]])
+    assert float(agreement.mean()) < 0.03  # 1/49 by chance
+
+
+def test_seeds_of_the_shuffle_are_not_traded_for_sample_numbers() -> None:
+    row = torch.arange(60).float().repeat(20, 1)
+    made = [control("bottom", k=1, seed=seed)(Targets(row, 1.0), keys(20)).logits for seed in range(10)]
+    every = {tuple(line.tolist()) for block in made for line in block}
+    assert len(every) == 200
+
+
+@pytest.mark.parametrize(("k", "classes"), [(9, 10), (10, 10), (12, 10), (1, 2)])
+def test_bottom_refuses_a_k_that_leaves_nothing_to_permute(k: int, classes: int) -> None:
+    made = control("bottom", k=k)
+    logits = np.zeros((3, classes), np.float32)
+    with pytest.raises(UsageError, match=f"bottom:{k}"):
+        made.fit([logits], 1.0)
+    with pytest.raises(UsageError, match=f"bottom:{k}"):
+        made(Targets(torch.from_numpy(logits), 1.0), keys(3))
+
+
+def test_bottom_refuses_to_keep_nothing() -> None:
+    with pytest.raises(UsageError, match="bottom:0"):
+        control("bottom", k=0)
+
+
+# ---------------------------------------------------------------- targets themselves
+
+
+@given(logits=rows(), tau=TAUS)
+def test_probabilities_of_targets_are_the_tempered_softmax(logits: NDArray[np.float32], tau: float) -> None:
+    expected = special.softmax(logits.astype(np.float64) / tau, axis=1)
+    np.testing.assert_allclose(Targets(torch.from_numpy(logits), tau).probs.numpy(), expected, rtol=1e-5, atol=1e-12)
+
+
+def test_targets_of_another_shape_or_temperature_are_refused() -> None:
+    with pytest.raises(ValueError, match="logits"):
+        Targets(torch.zeros(3), 1.0)
+    for tau in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="tau"):
+            Targets(torch.zeros(2, 3), tau)

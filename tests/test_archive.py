@@ -1,0 +1,821 @@
+"""Protects the archive as evidence: it resumes after anything, mixes with nothing else, and never passes damage in silence."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kdcache.archive import Archive, ArchiveWriter, Noise, TeacherCard, manifest_schema, open_archive, write_archive
+from kdcache.archive import store as store_module
+from kdcache.archive.store import LocalStore
+from kdcache.errors import (
+    IncompatibleError,
+    IncompleteError,
+    IntegrityError,
+    KdcacheError,
+    NotFoundError,
+    RetryError,
+    UsageError,
+)
+from kdcache.views import ViewPolicy
+
+SAMPLES, CLASSES, SHARD_ROWS = 21, 4, 8  # three shards a view
+NAMES = [f"class {i}" for i in range(CLASSES)]
+LABELS = np.arange(SAMPLES) % CLASSES
+KEYS = [f"k/{i}" for i in range(SAMPLES)]
+TEACHER = TeacherCard(
+    alias="t",
+    name="timm_t",
+    weights_sha256="ab" * 32,
+    input_size=16,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    precision="fp32",
+    batch_size=4,
+    noise=Noise(views=4, kl_mean=1e-7, kl_max=1e-6, max_logit_difference=0.01),
+)
+CHANGES: dict[str, Any] = {
+    "class_names": [*NAMES[:-1], "another"],
+    "codec": "f32",
+    "num_samples": SAMPLES + 1,
+    "shard_rows": 16,
+    "policy": ViewPolicy(size=8),
+    "teacher": TEACHER.model_copy(update={"weights_sha256": "cd" * 32}),
+    "labels": LABELS[::-1].copy(),
+    "keys": KEYS[::-1],
+}
+
+
+def logits(view: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(view)
+    return (rng.integers(-10_000, 10_000, (SAMPLES, CLASSES)) / 512).astype(np.float32)
+
+
+def writer(path: Path, num_views: int = 2, **changes: Any) -> ArchiveWriter:
+    options: dict[str, Any] = {
+        "num_samples": SAMPLES,
+        "class_names": NAMES,
+        "labels": LABELS,
+        "keys": KEYS,
+        "shard_rows": SHARD_ROWS,
+        "policy": ViewPolicy(size=16),
+        "teacher": TEACHER,
+        "provenance": {"command": "kdcache dump-teacher --teacher t"},
+    } | changes
+    if len(options["labels"] if options["labels"] is not None else []) != options["num_samples"]:
+        options |= {"labels": None, "keys": None}
+    return ArchiveWriter(path, num_views=num_views, **options)
+
+
+def write_shard(to: ArchiveWriter, view: int, block: int) -> None:
+    rows = np.array(to.positions(block))
+    to.write(view, block, logits(view)[rows])
+
+
+def finish(to: ArchiveWriter) -> Archive:
+    for view, block in to.missing():
+        write_shard(to, view, block)
+    return to.finalize()
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def shard_files(archive: Archive) -> dict[str, bytes]:
+    names = [file.path for shard in archive.shards() for file in shard.files]
+    return {name: (archive.path / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished archive. Shared: copy it before changing it."""
+    return finish(writer(tmp_path_factory.mktemp("finished") / "a")).path
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ---------------------------------------------------------------- writing, stopping and going on
+
+
+def test_an_interrupted_dump_goes_on_and_ends_as_if_never_interrupted(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "a"
+    every = [(view, block) for view in range(2) for block in range(3)]
+    for done, (view, block) in enumerate(every):
+        session = writer(path)  # a new process each time
+        assert session.missing() == every[done:]
+        write_shard(session, view, block)
+        assert session.missing() == every[done + 1 :]
+    writer(path).finalize()
+    assert files(path) == files(finished)
+
+
+def test_a_dump_is_resumed_from_what_its_folder_says(tmp_path: Path, finished: Path) -> None:
+    write_shard(writer(tmp_path / "a"), 1, 2)
+    resumed = ArchiveWriter.resume(tmp_path / "a")
+    assert (1, 2) not in resumed.missing()
+    assert len(resumed.missing()) == 5
+    finish(resumed)
+    assert files(tmp_path / "a") == files(finished)
+
+
+def test_there_is_nothing_to_resume_in_a_finished_or_empty_folder(tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(NotFoundError, match="no unfinished dump"):
+        ArchiveWriter.resume(tmp_path)
+    with pytest.raises(NotFoundError, match="no unfinished dump") as caught:
+        ArchiveWriter.resume(finished)
+    assert "finished" in caught.value.why
+
+
+def test_who_resumes_leaves_no_trace(tmp_path: Path, finished: Path) -> None:
+    """The command and the noise measured anew are those of whoever began, so the archive is the same, byte for byte."""
+    path = tmp_path / "a"
+    write_shard(writer(path), 0, 0)
+    assert TEACHER.noise is not None
+    noise = TEACHER.noise.model_copy(update={"kl_max": 9e-6})
+    finish(writer(path, teacher=TEACHER.model_copy(update={"noise": noise}), provenance={"command": "another"}))
+    assert files(path) == files(finished)
+
+
+def test_an_unfinished_archive_cannot_be_finalized_or_opened(tmp_path: Path) -> None:
+    session = writer(tmp_path / "a")
+    write_shard(session, 0, 1)
+    with pytest.raises(IncompleteError) as caught:
+        session.finalize()
+    assert caught.value.exit_code == 6
+    assert "5 of 6 shards" in caught.value.what
+    assert "view 0 block 0" in caught.value.what
+    assert caught.value.fix == "kdcache dump-teacher --teacher t"
+    with pytest.raises(IncompleteError) as caught:
+        open_archive(tmp_path / "a")
+    assert caught.value.exit_code == 6
+    assert "kdcache dump-teacher --teacher t" in caught.value.fix
+
+
+def test_a_shard_is_finished_by_its_record_not_by_its_files(tmp_path: Path) -> None:
+    session = writer(tmp_path / "a")
+    write_shard(session, 0, 0)
+    for record in (tmp_path / "a" / ".dump" / "shards").iterdir():
+        record.unlink()  # as if killed between the last data file and the record
+    assert len(writer(tmp_path / "a").missing()) == 6
+
+
+def test_shards_of_several_writers_add_up(tmp_path: Path, finished: Path) -> None:
+    one, other = writer(tmp_path / "a"), writer(tmp_path / "a")
+    for view, block in one.missing():
+        write_shard(one if (view + block) % 2 else other, view, block)
+    assert one.missing() == other.missing() == []
+    one.finalize()
+    assert other.finalize().manifest.digest == open_archive(finished).manifest.digest
+    assert files(tmp_path / "a") == files(finished)
+
+
+def test_a_writer_that_comes_late_finds_everything_done(tmp_path: Path, finished: Path) -> None:
+    late = writer(tmp_path / "a")
+    finish(writer(tmp_path / "a"))
+    with late.claim(1, 1) as mine:
+        assert not mine
+    assert late.missing() == []
+    late.finalize()
+    assert files(tmp_path / "a") == files(finished)
+
+
+def test_finalizing_twice_changes_nothing(tmp_path: Path, finished: Path) -> None:
+    finish(writer(tmp_path / "a"))
+    assert writer(tmp_path / "a").finalize().num_views == 2
+    assert files(tmp_path / "a") == files(finished)
+
+
+@pytest.mark.parametrize("stage", ["unfinished", "finished"])
+@pytest.mark.parametrize("changed", CHANGES)
+def test_another_dump_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path, stage: str, changed: str) -> None:
+    path = tmp_path / "a"
+    if stage == "finished":
+        finish(writer(path))
+    else:
+        write_shard(writer(path), 0, 0)
+    before = files(path)
+    with pytest.raises(IncompatibleError) as caught:
+        writer(path, num_views=3, **{changed: CHANGES[changed]})
+    named = "layout" if changed == "shard_rows" else changed.removeprefix("num_")  # a chunk is no longer than its shard
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 5
+    assert files(path) == before
+
+
+def test_appended_views_leave_every_earlier_shard_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    first = finish(writer(path))
+    before = shard_files(first)
+    more = writer(path, num_views=4)
+    assert more.missing() == [(view, block) for view in (2, 3) for block in range(3)]
+    write_shard(more, 2, 1)
+    meanwhile = open_archive(path)  # the archive stays what it was until the new views are whole
+    assert meanwhile.num_views == 2
+    assert meanwhile.verify("full").ok
+    grown = finish(writer(path, num_views=4))
+    assert grown.num_views == 4
+    assert {name: data for name, data in shard_files(grown).items() if name in before} == before
+    for view in range(4):
+        np.testing.assert_array_equal(open_archive(path).read(view, 0, SAMPLES).logits, logits(view))
+    assert grown.verify("full").ok
+    assert grown.manifest.digest != first.manifest.digest
+    at_once = finish(writer(tmp_path / "b", num_views=4))
+    assert files(path) == files(at_once.path)
+
+
+def test_fewer_views_than_there_are_is_no_smaller_archive(tmp_path: Path) -> None:
+    finish(writer(tmp_path / "a", num_views=3))
+    again = writer(tmp_path / "a", num_views=1)
+    assert again.missing() == []
+    assert again.finalize().num_views == 3
+
+
+@pytest.mark.parametrize(
+    ("view", "block", "rows", "classes"),
+    [(2, 0, 8, 4), (-1, 0, 8, 4), (0, 3, 8, 4), (0, -1, 8, 4), (0, 2, 8, 4), (0, 0, 7, 4), (0, 0, 8, 5)],
+)
+def test_rows_that_are_no_whole_shard_are_refused(tmp_path: Path, view: int, block: int, rows: int, classes: int) -> None:
+    session = writer(tmp_path / "a")
+    with pytest.raises(UsageError, match="shard"):
+        session.write(view, block, np.zeros((rows, classes), np.float32))
+    assert len(session.missing()) == 6
+
+
+@pytest.mark.parametrize("sample", [np.arange(7), np.zeros(8, int), np.arange(14, 22), np.arange(-1, 7), 3])
+def test_impossible_sample_numbers_are_refused(tmp_path: Path, sample: Any) -> None:
+    session = writer(tmp_path / "a")
+    with pytest.raises(UsageError, match="sample"):
+        session.write(0, 0, np.zeros((8, CLASSES), np.float32), sample=sample)
+    assert len(session.missing()) == 6
+
+
+def test_logits_that_the_codec_cannot_hold_leave_the_shard_missing(tmp_path: Path) -> None:
+    session = writer(tmp_path / "a")
+    values = logits(0)[8:16]
+    values[2, 3] = 70
+    with pytest.raises(UsageError) as caught:
+        session.write(0, 1, values)
+    for part in ("view 0", "positions from 8", "row 2, class 3", "70"):
+        assert part in caught.value.what
+    assert (0, 1) in writer(tmp_path / "a").missing()
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [(np.zeros((3, 4)), 4), (np.zeros((1, 3, 4)), 5), (np.zeros((1, 3, 1)), 1), (np.full((1, 3, 4), np.nan), 4)],
+    ids=["no-view-axis", "names-differ", "one-class", "nan"],
+)
+def test_write_archive_refuses_what_is_no_table_of_logits(tmp_path: Path, values: NDArray, names: int) -> None:
+    with pytest.raises(UsageError):
+        write_archive(tmp_path / "a", values, [str(i) for i in range(names)])
+
+
+def test_labels_and_keys_must_be_one_per_sample(tmp_path: Path) -> None:
+    for wrong in ({"labels": [1, 2]}, {"keys": ["a"]}):
+        with pytest.raises(UsageError, match="3 samples"):
+            write_archive(tmp_path / "a", np.zeros((1, 3, 4)), NAMES, **wrong)
+
+
+def test_find_refuses_an_archive_whose_samples_are_no_permutation(tmp_path: Path) -> None:
+    session = ArchiveWriter(tmp_path / "a", num_views=1, num_samples=4, class_names=NAMES, shard_rows=2)
+    for block in (0, 1):
+        session.write(0, block, np.zeros((2, CLASSES), np.float32), sample=np.array([0, 1]))  # each shard alone is fine
+    with pytest.raises(IntegrityError, match="every sample once"):
+        session.finalize().find(0, np.array([1]))
+
+
+# ---------------------------------------------------------------- processes, kills and full disks
+
+
+def hold_claim(path: Path, started: Any) -> None:
+    with writer(path).claim(1, 2) as mine:
+        started.send(mine)
+        time.sleep(120)
+
+
+def test_a_shard_claimed_by_another_process_is_left_to_it_until_that_ends(tmp_path: Path) -> None:
+    session = writer(tmp_path / "a")
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    other = context.Process(target=hold_claim, args=(tmp_path / "a", there))
+    other.start()
+    try:
+        assert here.poll(60)
+        assert here.recv() is True
+        with session.claim(1, 2) as mine:
+            assert mine is False
+        with session.claim(1, 1) as mine:  # other shards are free
+            assert mine is True
+        other.kill()  # however it ends, its claim ends with it
+        other.join(60)
+        with session.claim(1, 2) as mine:
+            assert mine is True
+            write_shard(session, 1, 2)
+        with session.claim(1, 2) as mine:  # finished
+            assert mine is False
+    finally:
+        other.kill()
+        other.join(60)
+
+
+DUMP = """
+import sys
+from pathlib import Path
+from tests.test_archive import finish, write_shard, writer
+from kdcache.errors import KdcacheError
+path, command = Path(sys.argv[1]), sys.argv[2]
+try:
+    if command.startswith("limit="):
+        import resource
+        session = writer(path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(command[6:]), int(command[6:])))
+        finish(session)
+    elif command == "dump":
+        finish(writer(path))
+    elif command == "slowly":
+        session = writer(path)
+        for view, block in session.missing():
+            write_shard(session, view, block)
+            print(view, block, flush=True)
+        session.finalize()
+except KdcacheError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def start(path: Path, command: str, **options: Any) -> subprocess.Popen[str]:
+    root = Path(__file__).parent.parent
+    return subprocess.Popen([sys.executable, "-c", DUMP, str(path), command], text=True, cwd=root, **options)
+
+
+@pytest.mark.parametrize("limit", [40, 1500])  # too small for any array of a shard, or for the metadata at the end
+def test_a_full_disk_is_a_retry_and_what_was_finished_is_kept(tmp_path: Path, finished: Path, limit: int) -> None:
+    path = tmp_path / "a"
+    process = start(path, f"limit={limit}", stderr=subprocess.PIPE)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == RetryError.exit_code == 75, message
+    assert "no room to write" in message
+    assert "df -h" in message
+    assert not list(path.rglob("*.tmp"))
+    with pytest.raises(IncompleteError):
+        open_archive(path)
+    assert len(writer(path).missing()) == (6 if limit == 40 else 0)
+    process = start(path, "dump")
+    assert process.wait(timeout=120) == 0
+    assert files(path) == files(finished)
+
+
+def test_a_kill_at_any_moment_loses_nothing_that_was_finished(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "a"
+    rng = np.random.default_rng(0)
+    kept = 0
+    for lines in (1, 2, 1):
+        process = start(path, "slowly", stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        for _ in range(lines):
+            assert process.stdout.readline()
+        time.sleep(float(rng.uniform(0, 0.02)))
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        process.stdout.close()
+        if (path / "kdcache.json").is_file():
+            break  # it was quicker than the kill
+        left = len(writer(path).missing())
+        assert 6 - left >= kept + lines
+        kept = 6 - left
+    finish(writer(path))
+    leftovers = {name for name in files(path) if name.endswith(".tmp")}
+    assert {name: data for name, data in files(path).items() if name not in leftovers} == files(finished)
+    assert open_archive(path).verify("full").ok
+
+
+def test_files_are_on_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    replace = os.replace
+
+    def fsync(handle: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    def rename(source: Any, target: Any) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    LocalStore(tmp_path).write("deep/name", b"data")
+    assert events == ["file", "rename", "folder"]
+    assert (tmp_path / "deep" / "name").read_bytes() == b"data"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.write("name", b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RetryError, match="no room"):
+        store.write("name", b"new")
+    assert files(tmp_path) == {"name": b"old"}
+
+
+def test_stale_temporary_files_are_ignored(tmp_path: Path, finished: Path) -> None:
+    session = writer(tmp_path / "a")
+    write_shard(session, 0, 0)
+    shard = next(path for path in (tmp_path / "a" / "logits").rglob("0") if path.is_file())
+    rubbish = [shard.with_name(f".{shard.name}.99-abcd.tmp"), tmp_path / "a" / ".dump" / "shards" / ".0-1.json.99-abcd.tmp"]
+    for path in rubbish:
+        path.write_bytes(b"half a file")
+    assert len(writer(tmp_path / "a").missing()) == 5
+    archive = finish(writer(tmp_path / "a"))
+    assert archive.verify("full").ok
+    rubbish[0].unlink()
+    assert files(tmp_path / "a") == files(finished)
+
+
+def test_an_archive_can_be_sent_to_another_process(finished: Path) -> None:
+    archive = open_archive(finished)
+    archive.read(0, 0, 3)
+    again = pickle.loads(pickle.dumps(archive))
+    np.testing.assert_array_equal(again.read(1, 5, 20).logits, logits(1)[5:20])
+
+
+# ---------------------------------------------------------------- damage
+
+
+def names_of(path: Path) -> list[str]:
+    return [name for name in files(path) if name != "kdcache.json"]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_flipped_bit_in_any_file_is_reported_with_the_files_name(finished: Path, copy: Path, where: str) -> None:
+    names = names_of(finished)
+    assert len(names) > 40
+    for name in names:
+        size = (copy / name).stat().st_size
+        flip(copy / name, {"first": 0, "middle": size // 2, "last": size - 1}[where])
+        verification = open_archive(copy).verify("full")
+        assert not verification.ok, name
+        assert name in {failure.where for failure in verification.failures}
+        with pytest.raises(IntegrityError) as caught:
+            verification.raise_if_failed()
+        assert caught.value.exit_code == 4
+        shutil.copy2(finished / name, copy / name)
+    assert open_archive(copy).verify("full").ok
+
+
+def test_reading_damaged_rows_is_an_error_and_the_others_stay_readable(finished: Path, copy: Path) -> None:
+    expected = open_archive(finished)
+    for shard in expected.shards():
+        first = shard.block * SHARD_ROWS
+        for record in shard.files:
+            flip(copy / record.path, record.bytes // 2)
+            archive = open_archive(copy)
+            with pytest.raises(IntegrityError) as caught:
+                archive.read(shard.view, first, first + shard.rows)
+            assert record.path in caught.value.what
+            other = (shard.block + 1) % 3
+            rows = archive.read(shard.view, other * SHARD_ROWS, other * SHARD_ROWS + 5)
+            np.testing.assert_array_equal(rows.logits, logits(shard.view)[other * SHARD_ROWS : other * SHARD_ROWS + 5])
+            shutil.copy2(finished / record.path, copy / record.path)
+
+
+def test_damaged_labels_or_keys_are_never_handed_out(finished: Path, copy: Path) -> None:
+    for record in open_archive(finished).manifest.files:
+        if record.path == "README.md":
+            continue
+        for at in (record.bytes // 3, record.bytes // 2):
+            flip(copy / record.path, at)
+            archive = open_archive(copy)
+            for read in (archive.labels, archive.keys):
+                with pytest.raises(KdcacheError):
+                    read()
+            shutil.copy2(finished / record.path, copy / record.path)
+    assert open_archive(copy).keys() == KEYS
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_truncated_grown_and_deleted_files_are_reported_by_name(finished: Path, copy: Path, level: Any) -> None:
+    for name in names_of(finished):
+        data = (finished / name).read_bytes()
+        for damaged in (data[:-1], data + b"\0", b"", None):
+            if damaged is None:
+                (copy / name).unlink()
+            else:
+                (copy / name).write_bytes(damaged)
+            verification = open_archive(copy).verify(level)
+            failures = {failure.where: failure for failure in verification.failures}
+            assert name in failures, (name, None if damaged is None else len(damaged))
+            if damaged is None:
+                assert "does not exist" in failures[name].got
+        (copy / name).write_bytes(data)
+    assert open_archive(copy).verify(level).ok
+
+
+def test_shards_that_changed_places_are_noticed(finished: Path, copy: Path) -> None:
+    shards = {(shard.view, shard.block): shard.files for shard in open_archive(finished).shards()}
+    for one, other in zip(shards[0, 0], shards[1, 0], strict=True):
+        shutil.copy2(finished / one.path, copy / other.path)
+        shutil.copy2(finished / other.path, copy / one.path)
+    failures = {failure.where for failure in open_archive(copy).verify("full").failures}
+    differing = {one.path for one, other in zip(shards[0, 0], shards[1, 0], strict=True) if one.sha256 != other.sha256}
+    assert differing
+    assert differing <= failures
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((path / "kdcache.json").read_text())
+    change(manifest)
+    (path / "kdcache.json").write_text(json.dumps(manifest))
+
+
+def edit_shards(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Change the table of shards and make the manifest agree with it, as a forger would."""
+    table = path / json.loads((path / "kdcache.json").read_text())["shards"]["path"]
+    records = [json.loads(line) for line in table.read_text().splitlines()]
+    change(records)
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    table.write_bytes(data)
+    edit(path, lambda m: m["shards"].update(bytes=len(data), sha256=store_module.sha256(data)))
+
+
+MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "digest": lambda m: m.update(digest=m["digest"][::-1]),
+    "digest-length": lambda m: m.update(digest=m["digest"][:-1]),
+    "table-sha256": lambda m: m["shards"].update(sha256="0" * 64),
+    "table-bytes": lambda m: m["shards"].update(bytes=m["shards"]["bytes"] - 1),
+    "table-path": lambda m: m["shards"].update(path="README.md"),
+    "file-sha256": lambda m: m["files"][0].update(sha256="0" * 64),
+    "fewer-views": lambda m: m.update(num_views=1),
+    "more-views": lambda m: m.update(num_views=3),
+    "no-views": lambda m: m.update(num_views=0),
+    "fewer-samples": lambda m: m.update(num_samples=SAMPLES - 1),
+    "more-samples": lambda m: m.update(num_samples=SAMPLES + 1),
+    "shard-rows": lambda m: m.update(shard_rows=16),
+    "odd-shard-rows": lambda m: m.update(shard_rows=7),
+    "class-name": lambda m: m["class_names"].__setitem__(1, "cat"),
+    "class-order": lambda m: m["class_names"].reverse(),
+    "a-class-less": lambda m: m["class_names"].pop(),
+    "codec": lambda m: m.update(codec={"name": "f32"}),
+    "unknown-codec": lambda m: m.update(codec={"name": "top10"}),
+    "nameless-codec": lambda m: m.update(codec={}),
+    "codec-option": lambda m: m["codec"].update(step=1),
+    "layout": lambda m: m.update(layout={"name": "paper"}),
+    "layout-option": lambda m: m["layout"].update(inner_rows=4),
+    "no-rows": lambda m: m["layout"].update(inner_rows=0),
+    "words-for-rows": lambda m: m["layout"].update(inner_rows="many"),
+    "fractional-rows": lambda m: m["layout"].update(inner_rows=8.5),
+    "policy": lambda m: m["policy"].update(seed=1),
+    "policy-and-digest": lambda m: (m["policy"].update(seed=1), m.update(policy_digest=ViewPolicy(size=16, seed=1).digest)),
+    "no-policy": lambda m: m.update(policy=None, policy_digest=None),
+    "weights": lambda m: m["teacher"].update(weights_sha256="00" * 32),
+    "format": lambda m: m.update(format="zip"),
+    "version-zero": lambda m: m.update(format_version=0),
+    "unknown-key": lambda m: m.update(colour="red"),
+    "unknown-inner-key": lambda m: m["teacher"].update(colour="red"),
+    "missing-key": lambda m: m.pop("shards"),
+    "huge-samples": lambda m: m.update(num_samples=10**15),
+    "many-samples": lambda m: m.update(num_samples=2 * 10**9),
+    "many-views": lambda m: m.update(num_views=2 * 10**9),
+    "huge-number": lambda m: m.update(num_samples=10**400),
+    "negative": lambda m: m.update(num_samples=-5),
+    "many-in-one-shard": lambda m: m.update(num_samples=2 * 10**9, shard_rows=2 * 10**9),
+}
+
+
+@pytest.mark.parametrize("name", MANIFEST_CHANGES)
+def test_a_changed_manifest_is_never_believed(copy: Path, name: str) -> None:
+    edit(copy, MANIFEST_CHANGES[name])
+    try:
+        archive = open_archive(copy)
+    except KdcacheError:
+        return
+    assert archive.verify("full").failures
+    for read in (
+        lambda: archive.read(0, 0, archive.num_samples),
+        lambda: archive.find(0, np.array([0])),
+        archive.labels,
+        archive.keys,
+    ):
+        try:
+            read()
+        except KdcacheError:
+            continue
+
+
+TABLE_CHANGES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "lost": lambda t: t.pop(),
+    "twice": lambda t: t.append(t[0]),
+    "replaced": lambda t: t.__setitem__(0, t[1]),
+    "rows": lambda t: t[0].update(rows=7),
+    "rows-sha256": lambda t: t[0].update(rows_sha256="0" * 64),
+    "view": lambda t: t[0].update(view=9),
+    "file-sha256": lambda t: t[0]["files"][0].update(sha256="0" * 64),
+    "absolute": lambda t: t[0]["files"][0].update(path="/etc/hostname"),
+    "upwards": lambda t: t[0]["files"][0].update(path="../secret"),
+    "garbage": lambda t: t[0].update(view="x"),
+    "empty": lambda t: t.clear(),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_CHANGES)
+def test_a_forged_table_of_shards_is_never_believed(copy: Path, name: str) -> None:
+    edit_shards(copy, TABLE_CHANGES[name])
+    assert open_archive(copy).verify("full").failures
+
+
+@pytest.mark.parametrize("outside", ["../secret", "/SECRET", "a/../../secret", "..\\secret", "logits/../../secret"])
+def test_paths_that_lead_out_of_the_archive_are_refused_and_not_read(
+    copy: Path, outside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = copy.parent / "secret"
+    secret.write_text("private")
+    name = outside.replace("/SECRET", str(secret))
+    record = {"path": name, "bytes": 7, "sha256": store_module.sha256(b"private")}
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def watched(path: Path) -> bytes:
+        opened.append(str(path.resolve()))
+        return read_bytes(path)
+
+    edit(copy, lambda m: m["files"].append(record))
+    edit_shards(copy, lambda t: t[0]["files"].append(record))
+    monkeypatch.setattr(Path, "read_bytes", watched)
+    archive = open_archive(copy)
+    for level in ("quick", "full"):
+        failures = [failure for failure in archive.verify(level).failures if failure.where == name]  # type: ignore[arg-type]
+        assert len(failures) == 2
+        assert "leads out" in failures[0].got
+    with pytest.raises(IntegrityError):
+        archive.labels()
+    assert all(path.startswith(str(copy.resolve())) for path in opened)
+    edit(copy, lambda m: m["shards"].update(record))
+    assert not open_archive(copy).verify("full").ok
+    with pytest.raises(IntegrityError, match="leads out"):
+        open_archive(copy).shards()
+    assert all(path.startswith(str(copy.resolve())) for path in opened)
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "..", "a/../b", "a\\b", "a\0b"])
+def test_a_store_gives_out_no_path_outside_its_folder(tmp_path: Path, name: str) -> None:
+    for act in (LocalStore(tmp_path).path, LocalStore(tmp_path).read, LocalStore(tmp_path).exists, LocalStore(tmp_path).size):
+        with pytest.raises(IntegrityError):
+            act(name)
+
+
+def test_a_newer_format_names_the_version_that_reads_it(copy: Path) -> None:
+    edit(copy, lambda m: m.update(format_version=2, readable_by="0.7.0", something_new={"a": 1}))
+    with pytest.raises(IncompatibleError) as caught:
+        open_archive(copy)
+    assert caught.value.exit_code == 5
+    assert "format version 2" in caught.value.what
+    assert "0.7.0" in caught.value.why
+    assert "kdcache>=0.7.0" in caught.value.fix
+
+
+def test_an_unknown_key_is_refused_and_an_optional_one_is_accepted(copy: Path) -> None:
+    edit(copy, lambda m: m.update(optional={"colour": {"of": ["the", "cover"]}}))
+    archive = open_archive(copy)
+    assert archive.manifest.optional == {"colour": {"of": ["the", "cover"]}}
+    assert archive.verify("full").ok
+    edit(copy, lambda m: m.update(colour="red"))
+    with pytest.raises(IntegrityError, match="colour"):
+        open_archive(copy)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": "kdcache"}',
+        b'{"format": "kdcache", "format_version": "x"}',
+    ],
+)
+def test_a_manifest_that_is_none_is_an_integrity_error(copy: Path, text: bytes) -> None:
+    (copy / "kdcache.json").write_bytes(text)
+    with pytest.raises(IntegrityError, match=r"kdcache\.json"):
+        open_archive(copy)
+
+
+def test_a_manifest_beyond_all_measure_is_refused_before_it_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (copy / "kdcache.json").open("ab") as file:
+        file.truncate(1 << 36)  # sparse: takes no room
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(IntegrityError, match="bytes"):
+        open_archive(copy)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """At most 4 GB more address space than now: an absurd allocation fails at once instead of filling the machine."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("samples", [10**9, 2**31 - 1, 10**12])
+def test_an_absurd_number_of_samples_is_an_error_and_no_allocation(copy: Path, samples: int) -> None:
+    def forge(path: Path) -> None:
+        """The manifest and the label array both claim `samples` labels, and all checksums agree."""
+        meta = json.loads((path / "label" / "zarr.json").read_text())
+        meta["shape"] = meta["chunk_grid"]["configuration"]["chunk_shape"] = [samples]
+        data = json.dumps(meta).encode()
+        (path / "label" / "zarr.json").write_bytes(data)
+
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["num_samples"] = samples
+            for record in manifest["files"]:
+                if record["path"] == "label/zarr.json":
+                    record.update(bytes=len(data), sha256=store_module.sha256(data))
+
+        edit(path, change)
+
+    forge(copy)
+    try:
+        archive = open_archive(copy)
+    except IntegrityError:
+        assert samples > 2**31 - 1
+        return
+    for act in (
+        lambda: archive.read(0, 0, samples),
+        lambda: archive.find(0, np.array([samples - 1])),
+        lambda: archive.column("entropy", 0),
+        archive.labels,
+        lambda: archive.verify("full").raise_if_failed(),
+    ):
+        with pytest.raises(IntegrityError):
+            act()
+
+
+def test_what_is_no_archive_is_not_found(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(NotFoundError) as caught:
+            open_archive(path)
+        assert caught.value.exit_code == 3
+    with pytest.raises(UsageError, match="not a local folder"):
+        open_archive("s3://bucket/archive")
+
+
+def test_the_manifest_fits_its_published_schema(finished: Path) -> None:
+    schema = manifest_schema()
+    stored = json.loads((finished / "kdcache.json").read_text())
+    assert set(stored) == set(schema["properties"])
+    assert set(schema["required"]) <= set(stored)
+    assert schema["additionalProperties"] is False
+
+
+def test_the_statistics_in_the_manifest_are_those_of_the_logits(finished: Path) -> None:
+    from scipy import special
+    from scipy import stats as statistics
+
+    manifest = open_archive(finished).manifest
+    rows = np.concatenate([logits(0), logits(1)]).astype(np.float64)
+    assert manifest.statistics.rows == len(rows)
+    for found in manifest.statistics.per_tau:
+        probs = special.softmax(rows / found.tau, axis=1)
+        h = statistics.entropy(probs, axis=1) / np.log(CLASSES)
+        assert found.entropy_mean == pytest.approx(h.mean(), rel=1e-9)
+        np.testing.assert_allclose(found.entropy_quantiles, np.quantile(h, [0.05, 0.25, 0.5, 0.75, 0.95]), rtol=1e-9)
+        sorted_mean = np.sort(probs, axis=1).mean(axis=0)
+        assert found.sorted_mean_entropy == pytest.approx(statistics.entropy(sorted_mean) / np.log(CLASSES), rel=1e-9)
+    assert [found.tau for found in manifest.statistics.per_tau] == [1, 2, 3, 4, 5, 7, 10, 20, 40]
+    # Written without sample numbers, so row j is sample j; and a policy without mixing has no partner to count.
+    table = [manifest.policy.parameters(view, SAMPLES) for view in (0, 1)] if manifest.policy else []
+    hits = [LABELS[t.sample] == logits(view).argmax(axis=1) for view, t in enumerate(table)]
+    assert manifest.statistics.top1_views == pytest.approx(100 * np.mean(hits))
