@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from kdcache.archive import translated_os_errors
 from kdcache.canvas import Canvas
-from kdcache.errors import IntegrityError, UsageError
+from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
 from kdcache.models import Normalisation
 from kdcache.stream import render_batches
@@ -29,6 +30,7 @@ __all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_devic
 
 
 EVAL_KEPT_BYTES = 2 << 30
+LOCK = ".lock"
 
 
 class TrainConfig(BaseModel):
@@ -169,6 +171,7 @@ class Learner:
         with seeded(seed):
             self._rng = _rng_states(device)
         self._start_epoch()
+        self._lock = _own(folder)
         self._restore()
 
     @property
@@ -301,6 +304,8 @@ class Learner:
         self._write_log()
         write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
+        self._lock.release()
+        (self.folder / LOCK).unlink(missing_ok=True)
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
@@ -312,6 +317,22 @@ class Learner:
         finally:
             self._rng = _rng_states(self.device)
             _set_rng_states(others, self.device)
+
+
+def _own(folder: Path) -> filelock.BaseFileLock:
+    """Take the folder for this process; the lock is the operating system's and ends with the process."""
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RetryError(
+                f"{folder} is being trained by another process",
+                why="two processes in one folder would overwrite each other's checkpoints",
+                fix="repeat the command when the other one has ended; it goes on from there",
+            ) from None
+    return lock
 
 
 def _finite(value: float) -> float | None:

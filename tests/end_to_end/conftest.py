@@ -1,6 +1,5 @@
 """A workspace with a small trained teacher and a finished archive, made once by the real commands."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -71,6 +70,3 @@ def data_files(folder: Path) -> dict[str, bytes]:
         if path.is_file() and path.name not in {"kdcache.json", "README.md"}
     }
 
-
-def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, **changes}

@@ -188,3 +188,15 @@ def test_options_come_from_flag_then_environment_then_config(home, kdcache, tmp_
     refused = kdcache("distill", "--config", config, "--home", home)
     assert refused.status == 2
     assert "tau" in refused.err
+
+
+def test_a_run_that_another_process_trains_is_left_alone(home, archive, kdcache):
+    import filelock
+
+    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
+    folder = only(home, "runs/*/test_resnet--*")
+    (folder / "summary.json").unlink()
+    with filelock.FileLock(folder / ".lock"):
+        result = kdcache("distill", "--tau", "4", *STUDENT, "--home", home)
+    assert result.status == 75
+    assert "is being trained by another process" in result.err

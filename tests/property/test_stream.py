@@ -16,7 +16,7 @@ from kdcache.archive import ArchiveWriter, write_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
 from kdcache.errors import IncompatibleError, UsageError
-from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view, replay
+from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view, render_batches, replay
 from kdcache.views import ViewPolicy, render_positions
 from tests.conftest import Dump
 
@@ -83,6 +83,22 @@ def test_batches_hold_the_archives_logits_of_their_samples_and_the_views_of_the_
         mixed = table.partner[batch.positions] >= 0
         np.testing.assert_array_equal(batch.label_b.numpy()[mixed], dump.canvas.labels[table.partner[batch.positions][mixed]])
         assert torch.equal(batch.images, render_positions(dump.canvas.pixels, table, batch.positions))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_several_views_can_be_rendered_in_any_order(dump: Dump, workers: int) -> None:
+    policy = dump.archive.manifest.policy
+    items = [
+        (view, np.array(positions)) for view, positions in ((2, [4, 5]), (0, [1]), (2, [0, 22]), (1, [7, 6, 5]), (0, [3, 2]))
+    ]
+    for item, (view, positions) in zip(
+        render_batches(dump.canvas, policy, items, workers=workers, archive=dump.archive), items, strict=True
+    ):
+        table = policy.parameters(view, len(dump.canvas))
+        assert item.rows.view == view
+        np.testing.assert_array_equal(item.rows.sample, table.sample[positions])
+        assert torch.equal(item.images, render_positions(dump.canvas.pixels, table, positions))
+        np.testing.assert_array_equal(item.stored.logits, dump.logits[view, positions])
 
 
 def test_worker_processes_change_nothing(dump: Dump) -> None:

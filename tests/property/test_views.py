@@ -352,21 +352,28 @@ def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8]) 
 
 
 @pytest.mark.parametrize(
-    ("bins", "interpolation", "fill"), [(31, "nearest", 0), (31, "bilinear", 0), (11, "nearest", 128), (5, "nearest", 0)]
+    ("bins", "interpolation", "fill", "size", "step"),
+    [
+        (31, "nearest", 0, 40, 1),
+        (31, "nearest", 0, 331, 4),  # at 331 pixels shifts are whole before they are cut off, so the last bit decides
+        (31, "bilinear", 0, 40, 5),
+        (11, "nearest", 128, 40, 1),
+        (5, "nearest", 0, 40, 1),
+    ],
 )
 def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
-    photos: NDArray[np.uint8], bins: int, interpolation: str, fill: int
+    photos: NDArray[np.uint8], bins: int, interpolation: str, fill: int, size: int, step: int
 ) -> None:
     reference = TorchvisionRandAugment(
         num_magnitude_bins=bins, interpolation=InterpolationMode(interpolation), fill=[float(fill)] * 3
     )
-    space = reference._augmentation_space(bins, (40, 40))
+    space = reference._augmentation_space(bins, (size, size))
     names = list(space)
     cases = [(operation, sign) for operation in range(len(names)) for sign in (-1, 1)]
-    picture = photos[4]
-    for m in range(bins) if interpolation == "nearest" else (0, 7, bins - 1):
+    picture = np.tile(photos[4], (1, 9, 9))[:, :size, :size]
+    for m in range(0, bins, step):
         options = RandAugment(n=1, m=m, bins=bins, interpolation=interpolation, fill=fill)
-        policy = ViewPolicy(size=40, hflip=0.0, randaugment=options)
+        policy = ViewPolicy(size=size, hflip=0.0, randaugment=options)
         table = still(
             policy.parameters(0, len(cases)),
             operations=np.array([[operation] for operation, _ in cases], np.uint8),
