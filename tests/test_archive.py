@@ -391,16 +391,14 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_finished(tmp_path: Path, fi
     for lines in (1, 2, 1):
         process = start(path, "slowly", stdout=subprocess.PIPE)
         assert process.stdout is not None
-        for _ in range(lines):
-            assert process.stdout.readline()
+        seen = sum(bool(process.stdout.readline()) for _ in range(lines))  # fewer where nothing was left to write
+        assert seen or kept == 6
         time.sleep(float(rng.uniform(0, 0.02)))
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         process.stdout.close()
-        if (path / "kdcache.json").is_file():
-            break  # it was quicker than the kill
         left = len(writer(path).missing())
-        assert 6 - left >= kept + lines
+        assert 6 - left >= kept + seen
         kept = 6 - left
     finish(writer(path))
     leftovers = {name for name in files(path) if name.endswith(".tmp")}

@@ -310,6 +310,8 @@ class ArchiveWriter:
         for old in self.store.root.glob("shards-*.jsonl"):
             if old.name != table_name:
                 old.unlink()
+        for left in self.store.root.rglob(".*.tmp"):  # of writers that were killed
+            left.unlink(missing_ok=True)
         shutil.rmtree(self.store.path(WORK), ignore_errors=True)
         return open_archive(self.store.root)
 

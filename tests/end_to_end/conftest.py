@@ -69,4 +69,3 @@ def data_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in {"kdcache.json", "README.md"}
     }
-
