@@ -12,7 +12,7 @@ from kdcache.workspace import Workspace
 __all__ = ["QuickstartResult", "quickstart"]
 
 TEACHER, DATASET, VIEWS = "test_vit", "digits", 8
-STUDENT, EPOCHS = "test_resnet", 5
+STUDENT, EPOCHS = "test_resnet", 4
 TAUS, CONTROLS, SEEDS = (1.0, 4.0, 20.0), ("none", "ls-global", "ls-instance", "bottom:3"), (0, 1)
 
 
