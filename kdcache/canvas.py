@@ -23,7 +23,7 @@ from kdcache.datasets import Sample, Source, SourceCard, Split, dataset, source_
 from kdcache.errors import IntegrityError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["Canvas", "load_canvas"]
+__all__ = ["Canvas", "load_canvas", "require_intact"]
 
 _CHUNK = 256  # samples decoded between two progress reports
 FORMAT = 1
@@ -73,6 +73,16 @@ def load_canvas(source: Source, split: Split, size: int, home: Path, progress: P
     return _open(path)
 
 
+def require_intact(canvas: Canvas) -> None:
+    """Raises IntegrityError if the pixels, labels or keys are not those that were decoded."""
+    if not canvas.intact:
+        raise IntegrityError(
+            f"canvas {canvas.path} was changed after it was built",
+            why="the sha256 of its pixels, labels and keys is not the recorded one",
+            fix=f"delete it, and it is built again: rm -r {canvas.path}",
+        )
+
+
 def _open(path: Path) -> Canvas:
     try:
         meta = json.loads((path / "canvas.json").read_text())
@@ -102,6 +112,9 @@ def _build(source: Source, split: Split, size: int, path: Path, progress: Progre
         pixels = np.lib.format.open_memmap(
             temporary / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(samples), 3, size, size)
         )
+        # Room is taken before pixels are written: on a full disk a memory map would end the process without a word.
+        with (temporary / "pixels.npy").open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, (temporary / "pixels.npy").stat().st_size)
         sizes = np.zeros((len(samples), 2), np.int32)
         _decode_all(samples, size, pixels, sizes, f"canvas {card.name}/{split}", progress)
         labels = np.array([sample.label for sample in samples], np.int64)

@@ -7,6 +7,7 @@ group `kdcache.datasets`.
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,7 @@ class Folder:
         found = []
         for path in _image_files(base):
             key = path.relative_to(base).as_posix()
-            if not key.isprintable():  # also what Python makes of bytes that are not UTF-8
+            if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: what Python makes of bytes that are not UTF-8
                 raise UsageError(
                     f"image {key!a} has an unprintable name",
                     why="names are the samples' keys, and those are UTF-8 text",

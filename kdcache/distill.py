@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kdcache
 from kdcache.archive import Archive
-from kdcache.canvas import Canvas
+from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.methods import Method, method
 from kdcache.metrics import agreement
@@ -112,6 +112,10 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
 
 def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
     """The grid of students with the folder of each, and how they are trained. UsageError for a grid that makes no sense."""
+    lists = {"--tau": config.taus, "--method": config.methods, "--control": config.controls, "--seed": config.seeds}
+    for option, values in lists.items():
+        if not values:
+            raise UsageError(f"{option} names nothing", why="the grid of students would be empty", fix=f"give {option} a value")
     for tau in config.taus:
         if not (math.isfinite(tau) and tau > 0):
             raise UsageError(f"tau {tau}", why="a temperature is a positive number", fix="use for example --tau 1,4,20")
@@ -264,6 +268,7 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
     recorded = archive.manifest.canvas
     size = recorded.size if recorded else None
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
+    require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
     if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
         raise IncompatibleError(
             f"archive {archive.path} has {archive.num_classes} classes, "
@@ -287,7 +292,7 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         "archive_name": archive.path.name,
         "archive_digest": archive.manifest.digest,
         "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
-        "teacher": teacher.alias if teacher else None,
+        "teacher": teacher.alias if teacher else "unknown",
         "student": spec.name,
         "method": method.to_dict(spec.method),
         "method_spec": method.spec(spec.method),

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, TeacherCard, Verification, open_archive
-from kdcache.canvas import Canvas
-from kdcache.codecs import codec
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, TeacherCard, Verification, layout, open_archive
+from kdcache.canvas import Canvas, require_intact
+from kdcache.codecs import codec as codecs
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
 from kdcache.models import Normalisation, resolve
 from kdcache.progress import Progress, Silent
@@ -84,6 +84,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
     progress = progress or Silent()
     resolve(config.teacher, "teacher")
+    _ = codecs[config.codec], layout[config.layout]  # an unknown name is better told before anything is trained
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
     canvas = workspace.canvas(source, "train", config.canvas, progress)
@@ -147,11 +148,12 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         )
         plan = plan_dump(config, workspace, progress)
     assert plan.teacher is not None
-    if (plan.path / "kdcache.json").is_file():
+    if config.output is None and (plan.path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
         archive = open_archive(plan.path)
         if archive.num_views >= plan.views:
             progress.say(f"{plan.path} is complete with {archive.num_views} views: nothing to do")
             return archive
+    require_intact(plan.canvas)
     record = plan.teacher.record
     progress.say(f"teacher: {config.teacher} = {record['name']} from {plan.teacher.folder}, {plan.precision}")
 
@@ -344,7 +346,7 @@ def replay_with_teacher(
     items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
     logits = np.concatenate([forward(item.images) for item in render_batches(canvas, policy, items)])
     allowed = (
-        codec.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
+        codecs.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
     )
     difference = float(np.abs(logits - archive.read(0, 0, rows).logits).max())
     if difference > allowed:

@@ -62,6 +62,6 @@ def _mixing(table: ViewTable, position: int, canvas: Canvas, archive: Archive) -
 
 def _show(axis: object, image: NDArray[np.uint8], caption: str) -> None:
     axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")  # type: ignore[attr-defined]
-    axis.set_xlabel(caption, fontsize=6)  # type: ignore[attr-defined]
+    axis.set_xlabel(caption, fontsize=6, parse_math=False)  # type: ignore[attr-defined]
     axis.set_xticks([])  # type: ignore[attr-defined]
     axis.set_yticks([])  # type: ignore[attr-defined]

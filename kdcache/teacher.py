@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcache.canvas import require_intact
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
 from kdcache.progress import Progress, Silent
@@ -76,6 +77,8 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     )
     train = workspace.canvas(source, "train", config.canvas, progress)
     test = workspace.canvas(source, "test", config.canvas, progress)
+    for canvas in (train, test):
+        require_intact(canvas)
     start = "checkpoint" if config.checkpoint else "random" if scratch else "timm"
     training = {
         **settings.model_dump(),

@@ -262,7 +262,7 @@ class Learner:
         lines = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in self.rows)
         write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(self.rows[0]))
+        writer = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)))
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "summary.csv", table.getvalue().encode())

@@ -63,6 +63,11 @@ class Workspace:
     home: Path
     data_dir: Path | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "home", Path(self.home))
+        if self.data_dir is not None:
+            object.__setattr__(self, "data_dir", Path(self.data_dir))
+
     @property
     def archives(self) -> Path:
         return self.home / "archives"

@@ -335,6 +335,12 @@ def write_archive(
             why="they must be [V, N, C] with one name per class",
             fix="add the view axis with logits[None], or correct the names",
         )
+    if LocalStore(path).exists(MANIFEST_NAME) or LocalStore(path).exists(f"{WORK}/plan.json"):
+        raise UsageError(
+            f"{path} already holds an archive",
+            why="these logits cannot be compared with those that made it",
+            fix="write to another folder, or delete that one",
+        )
     writer = ArchiveWriter(
         path,
         num_views=logits.shape[0],

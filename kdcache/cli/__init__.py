@@ -1,10 +1,9 @@
 """The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
 
-import errno
 import os
 import sys
 
-from kdcache.errors import KdcacheError, RetryError
+from kdcache.errors import KdcacheError, RetryError, UsageError
 
 __all__ = ["main", "run"]
 
@@ -19,9 +18,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
     import typer
+    from pydantic import ValidationError
 
     from kdcache.cli.app import command
 
+    # Threads that wait for each other sleep instead of spinning: a second job on the same cores would slow both down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
@@ -40,13 +42,18 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            full = RetryError(
-                f"the disk is full ({error.filename or 'while writing'})",
-                why="what was finished before is kept",
-                fix="free some space (df -h shows where) and repeat the command",
+        if isinstance(error, OSError) and error.errno is not None:
+            system = RetryError(
+                f"{os.strerror(error.errno).lower()}: {error.filename or 'while reading or writing'}",
+                why="the system refused it; what was finished before is kept",
+                fix="make room (df -h), correct the path or its permissions, and repeat the command",
             )
-            return _report(full, full.exit_code)
+            return _report(system, system.exit_code)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or error.title
+            wrong = UsageError(f"{where} = {first['input']!r}", why=first["msg"], fix="correct that value")
+            return _report(wrong, wrong.exit_code)
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
         return _report(bug, 1)
 
