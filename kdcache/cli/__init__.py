@@ -22,8 +22,6 @@ def run(argv: list[str]) -> int:
 
     from kdcache.cli.app import command
 
-    # Threads that wait for each other sleep instead of spinning: a second job on the same cores would slow both down many times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
