@@ -200,6 +200,13 @@ class Folder:
             if self.split_fraction is not None and (_unit_hash(key) < self.split_fraction) != (split == "test"):
                 continue
             found.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
+        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in found})
+        if found and empty and split == "train":
+            raise UsageError(
+                f"class folder {base / empty[0]} holds no training images ({len(empty)} such class(es))",
+                why="a teacher cannot learn a class without samples",
+                fix="add images to it, or remove the folder",
+            )
         if not found:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
@@ -219,10 +226,15 @@ class Folder:
 
 
 def _image_files(base: Path) -> list[Path]:
-    """Image files below the class folders of `base`, in the order of their names."""
+    """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
     found, suffixes = [], Image.registered_extensions()
-    for folder, folders, files in os.walk(base):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def unreadable(error: OSError) -> None:
+        raise error  # os.walk would leave the folder's images out without a word
+
+    for folder, folders, files in os.walk(base, followlinks=True, onerror=unreadable):
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         if Path(folder) != base:
             found += [Path(folder) / f for f in files if Path(f).suffix.lower() in suffixes and not f.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(base).as_posix())

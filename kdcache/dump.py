@@ -100,7 +100,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
                 fix=f"train one on this dataset: kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset}",
             )
     else:
-        teacher = find_teacher(config.teacher, label, canvas.card.class_names, policy.size, workspace)
+        teacher = find_teacher(config.teacher, canvas, policy.size, workspace)
     precision = config.precision or ("fp16" if resolve_device(config.device).type == "cuda" else "fp32")
     recipe = json.dumps(
         [

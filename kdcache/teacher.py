@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcache.canvas import require_intact
+from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
 from kdcache.progress import Progress, Silent
@@ -167,11 +167,11 @@ def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
     return (5e-5, 0.1) if is_vit else (5e-4, 0.05)
 
 
-def find_teacher(alias: str, label: str, class_names: tuple[str, ...], size: int, workspace: Workspace) -> Teacher | None:
-    """The newest teacher of that alias trained on that dataset for views of `size` pixels."""
+def find_teacher(alias: str, canvas: Canvas, size: int, workspace: Workspace) -> Teacher | None:
+    """The newest teacher of that alias trained on these very images for views of `size` pixels."""
     for folder, record in workspace.teacher_records():
-        same = record["alias"] == alias and record["dataset_label"] == label and record["input_size"] == size
-        if same and tuple(record["class_names"]) == class_names:
+        same = record["alias"] == alias and record["training"]["canvas_digest"] == canvas.digest
+        if same and record["input_size"] == size:
             return Teacher(folder, record)
     return None
 

@@ -123,6 +123,7 @@ def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
     folder = tmp_path / "images/train/einfärbig"
     folder.mkdir(parents=True)
     (tmp_path / "images/train/zwei").mkdir()
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(tmp_path / "images/train/zwei/j.png")
     (tmp_path / "images/test").mkdir()
     shape = (30, 40)
     grey = np.full(shape, 100, np.uint8)
@@ -141,7 +142,25 @@ def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
     Image.fromarray(colour).save(folder / "i-rotated.jpg", exif=exif, quality=100)
     (folder / "notes.txt").write_text("not an image, and not one by its name")
     canvas = load_canvas(dataset.build("folder", root=str(tmp_path / "images")), "train", 16, tmp_path / "data")
-    assert [key.split("/")[1][0] for key in canvas.keys] == list("abcdefghi")
+    assert [key.split("/")[1][0] for key in canvas.keys] == list("abcdefghij")
     for key, pixels in zip(canvas.keys, canvas.pixels, strict=True):
         assert np.abs(pixels.astype(int) - 100).max() <= 2, key
     assert canvas.sizes[8].tolist() == [30, 40]  # width and height after the rotation
+
+
+def test_linked_class_folders_count_and_empty_ones_are_refused(tmp_path):
+    from kdcache.datasets import dataset
+    from kdcache.errors import UsageError
+
+    write_images(tmp_path / "real", "", 3, 0)
+    train = tmp_path / "images/train"
+    train.mkdir(parents=True)
+    (tmp_path / "images/test").mkdir()
+    for name in CLASSES:
+        (train / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real/dark/loop").symlink_to(tmp_path / "real/dark")
+    source = dataset.build("folder", root=str(tmp_path / "images"))
+    assert len(source.samples("train")) == 9
+    (train / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty"):
+        source.samples("train")
