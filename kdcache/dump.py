@@ -20,8 +20,9 @@ from kdcache.canvas import Canvas, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
 from kdcache.models import Normalisation, resolve
+from kdcache.prefetch import Rendered, render_batches
 from kdcache.progress import Progress, Silent
-from kdcache.stream import Rendered, render_batches, replay
+from kdcache.stream import replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
 from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy

@@ -10,8 +10,8 @@ from kdcache.archive import Archive
 from kdcache.canvas import Canvas
 from kdcache.errors import IncompatibleError
 from kdcache.stats import softmax
-from kdcache.views.pixels import render_positions
 from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
+from kdcache.views.rendering import render_positions
 
 __all__ = ["contact_sheet"]
 

@@ -3,7 +3,7 @@
 What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from kdcache.archive import Archive, Failure, Rows, Verification
+from kdcache.archive import Archive, Failure, Verification
 from kdcache.canvas import Canvas
-from kdcache.errors import IncompatibleError, KdcacheError, UsageError
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
-from kdcache.views.pixels import render_positions
-from kdcache.views.policy import ViewPolicy, ViewTable
-from kdcache.views.probe import diagnose, fingerprint
+from kdcache.views.diagnosis import Cause, Drift, diagnose
+from kdcache.views.policy import ViewPolicy
+from kdcache.views.probe import grids
 
-__all__ = ["Batch", "CachedTargets", "Rendered", "ViewStream", "render_batches", "replay"]
+__all__ = ["Batch", "CachedTargets", "ViewStream", "check_same_samples", "epoch_positions", "epoch_view", "replay"]
 
 BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of what a seed means
 
@@ -44,61 +44,6 @@ class Batch:
             key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A batch before it gets targets: uint8 `images [B, 3, S, S]`, its draws, and the archive's rows."""
-
-    images: Tensor
-    rows: ViewTable
-    stored: Rows | None
-    positions: NDArray[np.int64]
-
-
-class _Renderings(Dataset[Rendered | KdcacheError]):
-    """Item `i` is the rendered batch `items[i]`, a view and positions in it; this is what worker processes run."""
-
-    def __init__(
-        self,
-        canvas: Canvas,
-        policy: ViewPolicy,
-        items: Sequence[tuple[int, NDArray[np.int64]]],
-        archive: Archive | None,
-    ) -> None:
-        self._canvas, self._policy, self._items, self._archive = canvas, policy, items, archive
-        self._table: ViewTable | None = None
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Rendered | KdcacheError:
-        view, positions = self._items[index]
-        try:
-            if self._table is None or self._table.view != view:
-                self._table = self._policy.parameters(view, len(self._canvas))
-            stored = self._archive.take(view, positions) if self._archive else None
-            images = render_positions(self._canvas.pixels, self._table, positions)
-        except KdcacheError as error:
-            # Returned, not raised: the loader would raise it as something else on the other side.
-            return error
-        return Rendered(images, self._table[positions], stored, positions)
-
-
-def render_batches(
-    canvas: Canvas,
-    policy: ViewPolicy,
-    items: Sequence[tuple[int, NDArray[np.int64]]],
-    *,
-    workers: int = 0,
-    archive: Archive | None = None,
-) -> Iterator[Rendered]:
-    """Render batches of (view, positions) in order, `workers` processes ahead, with the archive's rows if one is given."""
-    renderings = _Renderings(canvas, policy, items, archive)
-    for item in DataLoader(renderings, batch_size=None, num_workers=workers, shuffle=False):
-        if isinstance(item, KdcacheError):
-            raise item
-        yield item
 
 
 def epoch_view(num_views: int, seed: int, epoch: int) -> int:
@@ -130,12 +75,21 @@ class ViewStream:
     archive: Archive | None = None
 
     def __init__(
-        self, canvas: Canvas, policy: ViewPolicy, *, batch_size: int, seed: int, device: str = "cpu", workers: int = 0
+        self,
+        canvas: Canvas,
+        policy: ViewPolicy,
+        *,
+        batch_size: int,
+        seed: int,
+        device: str = "cpu",
+        workers: int = 0,
+        renderer: RendererChoice = "auto",
     ) -> None:
         _check_batch_size(batch_size, len(canvas))
         self.canvas, self.policy = canvas, policy
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.device = torch.device(device)
+        self.renderer = renderer
 
     def __len__(self) -> int:
         """Batches of an epoch; the last, smaller one is left out."""
@@ -148,7 +102,15 @@ class ViewStream:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
         items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(len(self))]
-        for item in render_batches(self.canvas, self.policy, items, workers=self.workers, archive=self.archive):
+        for item in render_batches(
+            self.canvas,
+            self.policy,
+            items,
+            workers=self.workers,
+            archive=self.archive,
+            renderer=self.renderer,
+            device=self.device,
+        ):
             yield self._batch(item).to(self.device)
 
     def _batch(self, item: Rendered) -> Batch:
@@ -171,7 +133,8 @@ class CachedTargets(ViewStream):
 
     Iterating yields epoch after epoch's batches (`for batch in stream` is one epoch; `epoch(e)` is any). Raises
     IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
-    views whose 4 x 4 grid means are within that many grey levels; `drifted` counts them.
+    views of a canvas that was decoded otherwise, if their 4 x 4 grid means are within that many grey levels; `drifted`
+    counts them.
     """
 
     archive: Archive
@@ -185,6 +148,7 @@ class CachedTargets(ViewStream):
         device: str = "cpu",
         *,
         workers: int = 0,
+        renderer: RendererChoice = "auto",
         allow_drift: int = 0,
     ) -> None:
         policy = archive.manifest.policy
@@ -194,8 +158,8 @@ class CachedTargets(ViewStream):
                 why="it was written without a view policy, so nobody knows which views its logits belong to",
                 fix="make one with: kdcache dump-teacher",
             )
-        _check_same_samples(archive, canvas)
-        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers)
+        check_same_samples(archive, canvas)
+        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers, renderer=renderer)
         self.archive = archive
         self.allow_drift = allow_drift
         self.drifted = 0
@@ -215,34 +179,64 @@ class CachedTargets(ViewStream):
 
 def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: int) -> int:
     """Compare rendered views with the archive's fingerprints; returns how many were accepted as drifted."""
-    drift = _drift(item, archive, canvas)
-    if drift is None:
-        return 0
-    if 0 < allow_drift >= drift.levels and not drift.blame.startswith("order"):
-        return len(drift.positions)
-    keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[np.isin(item.positions, drift.positions)][:4])
-    raise IncompatibleError(
-        f"view {item.rows.view} of {keys}{', ...' if len(drift.positions) > 4 else ''} is not what the teacher saw ({drift})",
-        why=drift.blame,
-        fix="restore the images of the dump, or dump again"
-        + ("" if drift.blame.startswith("order") else f"; --allow-drift {max(1, drift.levels)} would accept this batch"),
-    )
-
-
-def _drift(item: Rendered, archive: Archive, canvas: Canvas) -> Any:
     assert item.stored is not None
-    digest, grid = fingerprint(item.images)
-    recorded = archive.manifest.canvas
-    return diagnose(
-        item.rows,
-        item.positions,
-        digest=digest,
-        grid=grid,
-        stored_sample=item.stored.sample,
-        stored_digest=item.stored.digest,
-        stored_grid=item.stored.probe,
-        canvas_changed=lambda: recorded is not None and (recorded.digest != canvas.digest or not canvas.intact),
+    differs = (item.digest != item.stored.digest) | (item.rows.sample != item.stored.sample)
+    if not differs.any():
+        return 0
+    same_samples = bool((item.rows.sample == item.stored.sample).all())
+    if allow_drift and same_samples and _decoded_otherwise(archive, canvas) and _levels(item, differs) <= allow_drift:
+        return int(differs.sum())
+    drift = _drift(item, archive, canvas, differs)
+    keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
+    raise IncompatibleError(
+        f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw ({drift})",
+        why=drift.blame,
+        fix=_fix(drift, archive, canvas),
     )
+
+
+def _fix(drift: Drift, archive: Archive, canvas: Canvas) -> str:
+    if drift.cause == "canvas" and _decoded_otherwise(archive, canvas):
+        accepting = f"--allow-drift {max(1, drift.levels)} would accept this batch"
+        return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
+    return {
+        "canvas": f"delete the canvas, and it is built again: rm -r {canvas.path}",
+        "order": "restore the dataset as it was at the dump, or dump again",
+        "mixing": "use the version of kdcache that wrote the archive, or dump again",
+        "policy": "use the version of kdcache that wrote the archive, or dump again",
+        "renderer": "use --renderer reference, and please report this",
+        "rendering": "install the library versions that the manifest names (kdcache info ARCHIVE --json), or dump again",
+    }[drift.cause]
+
+
+def _decoded_otherwise(archive: Archive, canvas: Canvas) -> bool:
+    recorded = archive.manifest.canvas
+    return recorded is not None and recorded.digest != canvas.digest
+
+
+def _levels(item: Rendered, differs: NDArray[np.bool_]) -> int:
+    """Largest difference between rendered and stored grid means, grey levels."""
+    assert item.stored is not None
+    return int(np.abs(grids(item.images).astype(int) - item.stored.probe.astype(int))[differs].max())
+
+
+def _drift(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray[np.bool_]) -> Drift:
+    """What is wrong with a batch of which some views differ from the stored ones."""
+    assert item.stored is not None
+
+    def canvas_changed() -> str | None:
+        if _decoded_otherwise(archive, canvas):
+            return "its images are not those of the dump (other files, or decoded by another library)"
+        return None if canvas.intact else "its pixels were changed after it was built"
+
+    moved = item.rows.sample != item.stored.sample
+    cause: Cause
+    if moved.any():
+        cause, why = "order", f"other samples sit at {moved.sum()} of these positions than when the archive was written"
+    else:
+        table = item.rows.policy.parameters(item.rows.view, len(canvas))
+        cause, why = diagnose(canvas.pixels, table, item.positions[differs], item.stored.digest[differs], canvas_changed)
+    return Drift(item.positions[differs], _levels(item, differs), cause, why)
 
 
 def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress: Progress | None = None) -> Verification:
@@ -256,8 +250,10 @@ def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress
         positions = np.sort(chosen[chosen // archive.num_samples == view] % archive.num_samples)
         items = [(int(view), positions[i : i + 64]) for i in range(0, len(positions), 64)]
         for item in render_batches(canvas, stream.policy, items, archive=archive):
-            drift = _drift(item, archive, canvas)
-            if drift is not None:
+            assert item.stored is not None
+            differs = (item.digest != item.stored.digest) | (item.rows.sample != item.stored.sample)
+            if differs.any():
+                drift = _drift(item, archive, canvas, differs)
                 result.failures.append(Failure(f"view {view}", "the stored fingerprints", f"{drift}; {drift.blame}"))
             result.checked += len(item.positions)
             progress.update("replay", result.checked, len(chosen))
@@ -273,7 +269,7 @@ def _check_batch_size(batch_size: int, num_samples: int) -> None:
         )
 
 
-def _check_same_samples(archive: Archive, canvas: Canvas) -> None:
+def check_same_samples(archive: Archive, canvas: Canvas) -> None:
     source = archive.manifest.source
     if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
         raise IncompatibleError(

@@ -23,7 +23,7 @@ from kdcache.canvas import Canvas
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
 from kdcache.models import Normalisation
-from kdcache.stream import render_batches
+from kdcache.prefetch import render_batches
 from kdcache.views.policy import ViewPolicy
 
 __all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_device", "seeded", "write_atomically"]

@@ -7,16 +7,16 @@ from typing import Any
 
 from kdcache.views.policy import PRESETS, ViewPolicy, ViewTable
 
-__all__ = ["PRESETS", "ViewPolicy", "ViewTable", "diagnose", "fingerprint", "render", "render_positions"]
+__all__ = ["PRESETS", "ViewPolicy", "ViewTable", "fingerprint", "render", "render_positions"]
 
 
 def __getattr__(name: str) -> Any:
     if name in {"render", "render_positions"}:
-        from kdcache.views import pixels
+        from kdcache.views import rendering
 
-        return getattr(pixels, name)
-    if name in {"fingerprint", "diagnose"}:
+        return getattr(rendering, name)
+    if name == "fingerprint":
         from kdcache.views import probe
 
-        return getattr(probe, name)
+        return probe.fingerprint
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

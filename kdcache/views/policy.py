@@ -9,6 +9,8 @@ turn into other pixels.
 import dataclasses
 import hashlib
 import json
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,17 +21,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 
-__all__ = ["COLUMNS", "MIX_CUTMIX", "MIX_MIXUP", "MIX_NONE", "PRESETS", "UNIT", "ViewPolicy", "ViewTable"]
+__all__ = [
+    "COLUMNS",
+    "JITTER_NONE",
+    "MIX_CUTMIX",
+    "MIX_MIXUP",
+    "MIX_NONE",
+    "PRESETS",
+    "UNIT",
+    "CenterCrop",
+    "ColorJitter",
+    "InceptionCrop",
+    "Mix",
+    "PadCrop",
+    "RandAugment",
+    "RandomErasing",
+    "ViewPolicy",
+    "ViewTable",
+]
 
 COLUMNS = 64  # draws per sample, fixed by policy version 1
-UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda in 1/UNIT
+UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda and factors in 1/UNIT
 MIX_NONE, MIX_MIXUP, MIX_CUTMIX = 0, 1, 2
+JITTER_NONE = 4  # in the place of brightness 0, contrast 1, saturation 2, hue 3
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-MAX_OPERATIONS = 4
+ERASE_ATTEMPTS = 7  # torchvision's RandomErasing makes ten; all of seven fail once in a million
 RANDAUGMENT_OPERATIONS = 14
+MAX_OPERATIONS = 4
 
-# Column numbers of policy version 1. Those from 37 on are spare: later pieces of a policy take theirs there,
-# which leaves every present draw where it is.
+# Column numbers of policy version 1. The last one is spare: a later piece of a policy takes its draws there, which leaves
+# every present draw where it is.
 _ORDER = 0
 _AREA = slice(1, 11)
 _RATIO = slice(11, 21)
@@ -37,6 +58,17 @@ _LEFT, _TOP, _FLIP = 21, 22, 23
 _OPERATION = slice(24, 28)
 _SIGN = slice(28, 32)
 _MIX, _KIND, _LAMBDA, _CUT_X, _CUT_Y = 32, 33, 34, 35, 36
+_FACTOR = slice(37, 40)
+_HUE = 40
+_JITTER_ORDER = slice(41, 45)
+_JITTER, _ERASE, _ERASE_LEFT, _ERASE_TOP = 45, 46, 47, 48
+_ERASE_AREA = slice(49, 56)
+_ERASE_RATIO = slice(56, 63)
+Filter = Literal["bilinear", "bicubic"]
+
+
+def _absent(value: object) -> bool:
+    return value is None
 
 
 class _Piece(BaseModel):
@@ -59,8 +91,7 @@ class InceptionCrop(_Piece):
 
     @model_validator(mode="after")
     def _ordered(self) -> "InceptionCrop":
-        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
-            raise ValueError("scale must lie in (0, 1] and ratio above 0, each in ascending order")
+        _check_ranges(self.scale, self.ratio)
         return self
 
 
@@ -87,18 +118,51 @@ class RandAugment(_Piece):
         return self
 
 
+class ColorJitter(_Piece):
+    """Brightness, contrast, saturation (factors of 1 +- the number) and hue (turned by up to that share of the circle).
+
+    In a random order, as torchvision's ColorJitter; a strength of 0 leaves its operation out.
+    """
+
+    brightness: float = Field(0.0, ge=0, le=10)
+    contrast: float = Field(0.0, ge=0, le=10)
+    saturation: float = Field(0.0, ge=0, le=10)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    probability: float = Field(1.0, ge=0, le=1)
+
+
+class RandomErasing(_Piece):
+    """A box of random area and aspect ratio (both relative to the view), painted over (Zhong et al. 2020), before mixing."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    fill: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field((124, 116, 104), min_length=3, max_length=3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RandomErasing":
+        _check_ranges(self.scale, self.ratio)
+        return self
+
+
+def _check_ranges(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+        raise ValueError("scale must lie in (0, 1] and ratio above 0, each in ascending order")
+
+
 class Mix(_Piece):
-    """MixUp or CutMix with the neighbouring position; lambda is uniform on (0, 1)."""
+    """MixUp or CutMix with the neighbouring position; lambda is uniform on (0, 1), or Beta(`beta`, `beta`)."""
 
     probability: float = Field(1.0, ge=0, le=1)
     cutmix: float = Field(0.5, ge=0, le=1)  # share of CutMix among the mixed views
+    beta: float | None = Field(None, gt=0, le=1000, exclude_if=_absent)
 
 
 Crop = Annotated[CenterCrop | InceptionCrop | PadCrop, Field(discriminator="kind")]
 
 
 class ViewPolicy(BaseModel):
-    """What is done to a sample in each of its views; frozen, JSON-able, identified by `digest`."""
+    """What is done to a sample in each of its views, in the order of the fields; frozen, JSON-able, identified by `digest`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -106,8 +170,12 @@ class ViewPolicy(BaseModel):
     seed: int = Field(0, ge=0, lt=1 << 64)
     size: int = Field(224, ge=1, le=4096)  # side of a view in pixels
     crop: Crop = CenterCrop()
+    # Pieces that came later are left out of the JSON where they are absent, so that older policies keep their digests.
+    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # of the resize, antialiased
     hflip: float = Field(0.5, ge=0, le=1)
     randaugment: RandAugment | None = None
+    jitter: ColorJitter | None = Field(None, exclude_if=_absent)
+    erase: RandomErasing | None = Field(None, exclude_if=_absent)
     mix: Mix | None = None
 
     @property
@@ -117,39 +185,30 @@ class ViewPolicy(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
-    def load(cls, name_or_file: str, **overrides: Any) -> "ViewPolicy":
-        """A preset by name, or a YAML file that holds a policy; `overrides` replace single fields."""
-        if name_or_file in PRESETS:
-            fields = PRESETS[name_or_file].model_dump()
-        elif Path(name_or_file).suffix in {".yaml", ".yml", ".json"}:
-            try:
-                fields = yaml.safe_load(Path(name_or_file).read_text())
-            except FileNotFoundError:
-                raise NotFoundError(
-                    f"policy file {name_or_file!r} does not exist",
-                    why="a name that ends in .yaml or .json is read as a file",
-                    fix=f"create it, or use a preset: {', '.join(PRESETS)}",
-                ) from None
-            except yaml.YAMLError as error:
+    def load(cls, spec: str, **overrides: Any) -> "ViewPolicy":
+        """A preset, or a YAML file that holds a policy, with single fields replaced: `pets:hflip=0,randaugment.m=9,mix=none`.
+
+        `overrides` replace whole fields after that, those that are not None. Raises UsageError that names the wrong field.
+        """
+        base, _, changes = spec.partition(":")
+        fields = PRESETS[base].model_dump() if base in PRESETS else _read(base)
+        for change in re.split(r",(?![^\[]*\])", changes) if changes else []:
+            path, equals, text = change.strip().partition("=")
+            if not equals:
                 raise UsageError(
-                    f"policy file {name_or_file!r} is not YAML", why=str(error).replace("\n", " "), fix="correct the file"
-                ) from None
-        else:
-            raise unknown_name("view policy", name_or_file, PRESETS)
-        if not isinstance(fields, dict):
-            raise UsageError(
-                f"policy file {name_or_file!r} does not hold a mapping",
-                why="a policy is a mapping of fields such as size, crop, hflip",
-                fix="see the presets' fields with: kdcache info ARCHIVE --json",
-            )
+                    f"view policy {spec!r} has the part {change!r}",
+                    why="after the colon come fields with their values",
+                    fix=f"write for example: {base}:hflip=0,randaugment.m=9,crop.scale=[0.2,1]",
+                )
+            _assign(fields, path.split("."), yaml.safe_load(text))
         try:
             return cls(**fields | {key: value for key, value in overrides.items() if value is not None})
         except ValidationError as error:
             first = error.errors()[0]
             raise UsageError(
-                f"view policy {name_or_file!r}: {'.'.join(map(str, first['loc']))} = {first['input']!r}",
+                f"view policy {spec!r}: {'.'.join(map(str, first['loc']))} = {first['input']!r}",
                 why=first["msg"],
-                fix="correct that field",
+                fix="correct that field; kdcache policy pets shows all of them",
             ) from None
 
     def parameters(self, view: int, num_samples: int) -> "ViewTable":
@@ -188,6 +247,9 @@ class ViewPolicy(BaseModel):
             "flip": u[:, _FLIP] < self.hflip,
             "operations": np.zeros((n, 0), np.uint8),
             "signs": np.zeros((n, 0), np.int8),
+            "jitter": np.zeros((n, 0), np.uint8),
+            "factors": np.zeros((n, 0), np.int32),
+            "erase": np.zeros((n, 0), np.int32),
             "mix": np.zeros(n, np.uint8),
             "lam_units": np.full(n, UNIT, np.int32),
             "cut": np.zeros((n, 4), np.int32),
@@ -199,11 +261,15 @@ class ViewPolicy(BaseModel):
             count = self.randaugment.n
             columns["operations"] = np.floor(u[:, _OPERATION][:, :count] * RANDAUGMENT_OPERATIONS).astype(np.uint8)
             columns["signs"] = np.where(u[:, _SIGN][:, :count] < 0.5, -1, 1).astype(np.int8)
+        if self.jitter:
+            columns["jitter"], columns["factors"] = _jitter(self.jitter, u)
+        if self.erase:
+            columns["erase"] = _erase_boxes(self.erase, self.size, u)
         if self.mix:
             mixed = u[:, _MIX] < self.mix.probability
             kind = np.where(u[:, _KIND] < self.mix.cutmix, MIX_CUTMIX, MIX_MIXUP)
             columns["mix"] = np.where(mixed, kind, MIX_NONE).astype(np.uint8)
-            columns["lam_units"] = np.floor(u[:, _LAMBDA] * UNIT).astype(np.int32)
+            columns["lam_units"] = _lambda_units(u[:, _LAMBDA], self.mix.beta)
             # CutMix (Yun et al. 2019): a box of side sqrt(1 - lambda) around a uniform centre, clipped at the borders.
             half = np.floor(self.size * np.sqrt(1 - columns["lam_units"] / UNIT)).astype(np.int32) // 2
             centre = np.floor(u[:, [_CUT_X, _CUT_Y]] * self.size).astype(np.int32)
@@ -211,6 +277,40 @@ class ViewPolicy(BaseModel):
                 np.concatenate([centre - half[:, None], centre + half[:, None]], axis=1), 0, self.size
             ).astype(np.int32)
         return columns
+
+
+def _read(file: str) -> dict[str, Any]:
+    """The fields of a policy file."""
+    if Path(file).suffix not in {".yaml", ".yml", ".json"}:
+        raise unknown_name("view policy", file, PRESETS)
+    try:
+        fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"policy file {file!r} does not exist",
+            why="a name that ends in .yaml or .json is read as a file",
+            fix=f"create it (kdcache policy pets > {file}), or use a preset: {', '.join(PRESETS)}",
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"policy file {file!r} is not YAML", why=str(error).replace("\n", " "), fix="correct the file") from None
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        raise UsageError(
+            f"policy file {file!r} does not hold a mapping",
+            why="a policy is a mapping of fields such as size, crop, hflip",
+            fix=f"begin with a preset: kdcache policy pets > {file}",
+        )
+    return fields
+
+
+def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `fields[a][b]...`; `none` (as text) takes a piece away, and another kind of crop starts from its own defaults."""
+    for key in path[:-1]:
+        inner = fields.get(key)
+        fields[key] = dict(inner) if isinstance(inner, dict) else {}
+        fields = fields[key]
+    if path[-1] == "kind" and fields.get("kind") != value:
+        fields.clear()
+    fields[path[-1]] = None if value == "none" else value
 
 
 def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -239,6 +339,51 @@ def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float6
     return np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)
 
 
+def _lambda_units(u: NDArray[np.float64], beta: float | None) -> NDArray[np.int32]:
+    """Lambda in whole 1/UNIT, rounded down: uniform, or by the inverse of Beta(beta, beta)'s distribution function."""
+    if beta is None:
+        return np.floor(u * UNIT).astype(np.int32)
+    return np.searchsorted(_beta_thresholds(beta), u, side="right").astype(np.int32)
+
+
+@lru_cache(maxsize=4)
+def _beta_thresholds(beta: float) -> NDArray[np.float64]:
+    """Distribution function of Beta(beta, beta) at 1/UNIT, ..., (UNIT - 1)/UNIT.
+
+    Draws are compared with it rather than put through an inverse, so that another SciPy's last bit moves nothing.
+    """
+    from scipy.special import betainc
+
+    thresholds: NDArray[np.float64] = betainc(beta, beta, np.arange(1, UNIT) / UNIT)
+    return thresholds
+
+
+def _jitter(jitter: ColorJitter, u: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Colour operations in their order `[n, 4]`, and their factors `[n, 4]`, ranges as torchvision's ColorJitter."""
+    strengths = np.array([jitter.brightness, jitter.contrast, jitter.saturation])
+    low, high = np.maximum(0, 1 - strengths), 1 + strengths
+    factors = np.floor((low + u[:, _FACTOR] * (high - low)) * UNIT)
+    hue = np.trunc((2 * u[:, [_HUE]] - 1) * jitter.hue * 255)
+    order = np.argsort(u[:, _JITTER_ORDER], axis=1, kind="stable").astype(np.uint8)
+    used = np.append(strengths > 0, jitter.hue > 0)[order] & (u[:, [_JITTER]] < jitter.probability)
+    return np.where(used, order, JITTER_NONE).astype(np.uint8), np.concatenate([factors, hue], axis=1).astype(np.int32)
+
+
+def _erase_boxes(erase: RandomErasing, size: int, u: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Erased boxes `[n, 4]` (left, top, right, bottom) in view pixels, as torchvision's RandomErasing draws them."""
+    area = size * size * (erase.scale[0] + u[:, _ERASE_AREA] * (erase.scale[1] - erase.scale[0]))
+    log_ratio = np.log(erase.ratio)
+    ratio = np.exp(log_ratio[0] + u[:, _ERASE_RATIO] * (log_ratio[1] - log_ratio[0]))
+    height, width = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (width < size) & (height < size)
+    first = np.arange(len(u)), fits.argmax(axis=1)
+    w, h = width[first], height[first]
+    left, top = np.floor(u[:, _ERASE_LEFT] * (size - w + 1)), np.floor(u[:, _ERASE_TOP] * (size - h + 1))
+    box = np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)
+    box[~fits.any(axis=1) | (u[:, _ERASE] >= erase.probability)] = 0
+    return box
+
+
 @dataclasses.dataclass(frozen=True)
 class ViewTable:
     """Draws of one view, one row per position; index it with a slice or an integer array to get fewer rows."""
@@ -252,6 +397,9 @@ class ViewTable:
     flip: NDArray[np.bool_]  # [n]
     operations: NDArray[np.uint8]  # [n, k] RandAugment operations, in order
     signs: NDArray[np.int8]  # [n, k] -1 or 1
+    jitter: NDArray[np.uint8]  # [n, 4] colour operations in order, JITTER_NONE where there is none; [n, 0] without jitter
+    factors: NDArray[np.int32]  # [n, 4] brightness, contrast, saturation in 1/UNIT, and hue in 1/255 of the circle
+    erase: NDArray[np.int32]  # [n, 4] erased box in view pixels, empty where nothing is; [n, 0] without erasing
     mix: NDArray[np.uint8]  # [n] MIX_NONE, MIX_MIXUP or MIX_CUTMIX
     lam_units: NDArray[np.int32]  # [n] drawn lambda in 1/UNIT (not yet corrected for the clipped box)
     cut: NDArray[np.int32]  # [n, 4] CutMix box in view pixels
@@ -278,8 +426,9 @@ class ViewTable:
 _PAPER_MIX = Mix()
 _PAPER_RANDAUGMENT = RandAugment()
 PRESETS: dict[str, ViewPolicy] = {
-    # Evaluation: nothing random.
+    # Nothing random, the whole canvas; and what evaluation code of ImageNet models does.
     "none": ViewPolicy(hflip=0.0),
+    "eval": ViewPolicy(crop=CenterCrop(fraction=0.875), hflip=0.0),
     # Temperature study, section 3.1: inception crop (Pets only), RandAugment(2, 14), flip, MixUp or CutMix.
     "pets": ViewPolicy(crop=InceptionCrop(), randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     "cifar": ViewPolicy(size=32, randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),

@@ -1,0 +1,178 @@
+"""Rendering ahead of the model: in worker processes on the CPU, or on a side stream of the GPU."""
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.archive import Archive, Rows
+from kdcache.canvas import Canvas
+from kdcache.errors import KdcacheError, unknown_name
+from kdcache.views.policy import ViewPolicy, ViewTable
+from kdcache.views.probe import digest_sums, fold
+from kdcache.views.rendering import Renderer, render_positions
+
+__all__ = ["Item", "Rendered", "RendererChoice", "choose_renderer", "render_batches"]
+
+RendererChoice = Literal["auto", "reference", "device"]
+Item = tuple[int, NDArray[np.int64]]  # a view, and positions in it
+
+_AHEAD = 2  # batches that a GPU renders before they are asked for
+_RESIDENT = 0.5  # share of a GPU's free memory that a canvas may take
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A batch before it gets targets: uint8 `images [B, 3, S, S]`, their digests uint32 `[B]`, draws, and the archive's rows."""
+
+    images: Tensor
+    digest: NDArray[np.uint32]
+    rows: ViewTable
+    stored: Rows | None
+    positions: NDArray[np.int64]
+
+
+def render_batches(
+    canvas: Canvas,
+    policy: ViewPolicy,
+    items: Sequence[Item],
+    *,
+    workers: int = 0,
+    archive: Archive | None = None,
+    renderer: RendererChoice = "auto",
+    device: torch.device | str = "cpu",
+) -> Iterator[Rendered]:
+    """Render batches of (view, positions) in order, with the archive's rows if one is given.
+
+    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does.
+    """
+    device, items = torch.device(device), list(items)
+    if not items:
+        return
+    batch = max(len(positions) for _, positions in items)
+    chosen = choose_renderer(renderer, policy, canvas.size, batch, device)
+    if device.type == "cuda" and chosen == "device":
+        yield from _on_gpu(canvas, policy, items, archive, device)
+        return
+    for item in DataLoader(_Renderings(canvas, policy, items, archive, chosen), batch_size=None, num_workers=workers):
+        if isinstance(item, KdcacheError):
+            raise item
+        yield item
+
+
+class _Tables:
+    """Tables of draws; the last one is kept, since batches of one view follow each other."""
+
+    def __init__(self, policy: ViewPolicy, num_samples: int) -> None:
+        self._policy, self._num_samples = policy, num_samples
+        self._last: ViewTable | None = None
+
+    def __getitem__(self, view: int) -> ViewTable:
+        if self._last is None or self._last.view != view:
+            self._last = self._policy.parameters(view, self._num_samples)
+        return self._last
+
+
+class _Renderings(Dataset[Rendered | KdcacheError]):
+    """Item `i` is the rendered batch `items[i]`; this is what worker processes run."""
+
+    def __init__(
+        self, canvas: Canvas, policy: ViewPolicy, items: Sequence[Item], archive: Archive | None, renderer: Renderer
+    ) -> None:
+        self._canvas, self._items, self._archive, self._renderer = canvas, items, archive, renderer
+        self._tables = _Tables(policy, len(canvas))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Rendered | KdcacheError:
+        view, positions = self._items[index]
+        try:
+            table = self._tables[view]
+            stored = self._archive.take(view, positions) if self._archive else None
+            images = render_positions(self._canvas.pixels, table, positions, self._renderer)
+        except KdcacheError as error:
+            # Returned, not raised: the loader would raise it as something else on the other side.
+            return error
+        return Rendered(images, fold(digest_sums(images)), table[positions], stored, positions)
+
+
+def _on_gpu(
+    canvas: Canvas, policy: ViewPolicy, items: Sequence[Item], archive: Archive | None, device: torch.device
+) -> Iterator[Rendered]:
+    """The device renderer on a side stream, some batches ahead; the model's stream waits for each batch, the host does not."""
+    tables = _Tables(policy, len(canvas))
+    pixels: Tensor | NDArray[np.uint8] = canvas.pixels
+    used = sum(len(positions) for _, positions in items)
+    if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0] and used > len(canvas) // 2:
+        pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()
+
+    def start(view: int, positions: NDArray[np.int64]) -> None:
+        table = tables[view]
+        with torch.cuda.stream(side):
+            images = render_positions(pixels, table, positions, "device", device)
+            sums = digest_sums(images)
+            on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+            started.append((images, on_host, table[positions], positions, side.record_event()))
+
+    for number, (view, positions) in enumerate(items):
+        while len(started) + number < min(number + 1 + _AHEAD, len(items)):
+            start(*items[number + len(started)])
+        images, sums, rows, positions, done = started.popleft()
+        stored = archive.take(view, positions) if archive else None
+        current = torch.cuda.current_stream(device)
+        current.wait_event(done)
+        images.record_stream(current)
+        done.synchronize()  # for the digests; rendered long ago, unless rendering is slower than the model
+        yield Rendered(images, fold(sums), rows, stored, positions)
+
+
+def choose_renderer(
+    wanted: RendererChoice, policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device
+) -> Renderer:
+    """The renderer to use: `auto` is the faster of the two on this machine, for batches of that size.
+
+    Both give the same bytes, and this is checked here on a few views; if they do not (on a processor of another kind),
+    `auto` is the reference, with a warning. An unknown name is a UsageError.
+    """
+    if wanted not in get_args(RendererChoice):
+        raise unknown_name("renderer", wanted, get_args(RendererChoice))
+    if wanted != "auto":
+        return wanted
+    return _fastest(policy, canvas_size, min(batch_size, 64 if policy.size <= 64 else 16), device)
+
+
+@lru_cache(maxsize=64)
+def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device) -> Renderer:
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, canvas_size, canvas_size), dtype=np.uint8)
+    table, positions = policy.parameters(0, batch_size), np.arange(batch_size)
+
+    def draw(renderer: Renderer) -> tuple[float, Tensor]:
+        seconds = []
+        for _ in range(2):  # the first turn compiles and imports
+            started = time.perf_counter()
+            views = render_positions(pixels, table, positions, renderer, device).cpu()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds), views
+
+    (reference_seconds, expected), (device_seconds, views) = draw("reference"), draw("device")
+    if not torch.equal(expected, views):
+        warnings.warn(
+            f"the device renderer differs from the reference on this {device.type}; the reference is used. Please report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return "reference"
+    return "device" if device.type == "cuda" or device_seconds < reference_seconds else "reference"

@@ -1,0 +1,301 @@
+"""The device renderer: views of a whole batch as tensors, on a CPU or a GPU, byte for byte those of the reference renderer.
+
+All of Pillow's 8-bit image operations are whole numbers in disguise: gathers, lookup tables, and a float32 blend of one
+multiplication and one addition, which must stay two (a fused one rounds differently). There is no loop over samples.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from kdcache.views import reference
+from kdcache.views.policy import JITTER_NONE, RANDAUGMENT_OPERATIONS, UNIT, RandAugment, ViewTable
+from kdcache.views.resample import crop_and_resize
+
+__all__ = ["draw"]
+
+
+def draw(images: Tensor, rows: ViewTable) -> Tensor:
+    """Views before mixing: uint8 `[B, 3, R, R]` to uint8 `[B, 3, S, S]`, on the device of `images`."""
+    policy = rows.policy
+    batch = _Batch(crop_and_resize(images, rows.box, rows.flip, rows.shift, policy.size, policy.filter))
+    if policy.randaugment:
+        for step in range(policy.randaugment.n):
+            _randaugment(batch, rows.operations[:, step], rows.signs[:, step], policy.randaugment)
+    for step in range(rows.jitter.shape[1]):
+        _jitter(batch, rows.jitter[:, step], rows.factors)
+    views = batch.views()
+    return _erased(views, rows.erase, policy.erase.fill) if policy.erase else views
+
+
+class _Batch:
+    """Views that are moved about, so that those which get the same operation lie side by side."""
+
+    def __init__(self, views: Tensor) -> None:
+        self._views = views
+        self._rows = np.arange(len(views))  # which row of the batch lies at each place
+
+    def grouped(self, codes: NDArray) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
+        """For each code that occurs, the rows that have it and their views, to be changed in place."""
+        self._move(np.argsort(codes, kind="stable"))
+        values, starts = np.unique(codes[self._rows], return_index=True)
+        for value, start, stop in zip(values.tolist(), starts, [*starts[1:], len(codes)], strict=True):
+            yield value, self._rows[start:stop], self._views[start:stop]
+
+    def views(self) -> Tensor:
+        """All views in the order of the rows."""
+        self._move(np.arange(len(self._rows)))
+        return self._views
+
+    def _move(self, rows: NDArray[np.int64]) -> None:
+        if not np.array_equal(rows, self._rows):
+            place = np.empty_like(rows)
+            place[self._rows] = np.arange(len(rows))
+            self._views = self._views.index_select(0, _on(self._views, place[rows]))
+            self._rows = rows
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A divisor. A plain number will not do: a GPU would multiply by its reciprocal, and that rounds differently."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def _on(views: Tensor, array: NDArray) -> Tensor:
+    return torch.from_numpy(array).to(views.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------- RandAugment
+
+
+def _randaugment(batch: _Batch, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
+    """One RandAugment operation on each view; those of one kind are done together."""
+    for code, _, views in batch.grouped(operations.astype(np.int64) * 2 + (signs > 0)):
+        operation, sign = code // 2, 2 * (code % 2) - 1
+        if operation:
+            views.copy_(_OPERATIONS[operation](views, operation, sign, options))
+
+
+def _geometric(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    if options.interpolation == "bilinear":
+        return _warp_bilinear(x, reference.inverse_matrix(operation, sign, options, x.shape[-1]), options.fill)
+    source, outside = (_on(x, array) for array in _nearest_map(operation, sign, options, x.shape[-1]))
+    flat = x.flatten(2)
+    moved = flat.gather(2, source.expand(flat.shape))
+    return moved.masked_fill_(outside, options.fill).view_as(x)
+
+
+@lru_cache(maxsize=64)
+def _nearest_map(operation: int, sign: int, options: RandAugment, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each pixel of a view comes from, and which come from outside: what the reference makes of an image of numbers."""
+    numbers = Image.fromarray(np.arange(size * size, dtype=np.int32).reshape(size, size))
+    moved = np.asarray(reference.augment(numbers, operation, sign, options.model_copy(update={"fill": -1}))).reshape(-1)
+    return np.maximum(moved, 0).astype(np.int64), moved < 0
+
+
+def _warp_bilinear(x: Tensor, matrix: tuple[float, ...], fill: int) -> Tensor:
+    """Pillow's affine transform with bilinear interpolation: float64 coordinates and sums, cut off to whole numbers."""
+    size = x.shape[-1]
+    steps = torch.arange(size, dtype=torch.float64, device=x.device) + 0.5
+    a, b, c, d, e, f = matrix
+    xs = (a * steps)[None, :] + (b * steps)[:, None] + c
+    ys = (d * steps)[None, :] + (e * steps)[:, None] + f
+    outside = (xs < 0) | (xs >= size) | (ys < 0) | (ys >= size)
+    xs, ys = xs - 0.5, ys - 0.5
+    left, top = xs.floor(), ys.floor()
+    right_share, bottom_share = (xs - left).view(-1), (ys - top).view(-1)
+    columns = [(left + i).clamp(0, size - 1).long() for i in (0, 1)]
+    rows = [(top + i).clamp(0, size - 1).long() for i in (0, 1)]
+    flat = x.flatten(2)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:
+        return flat[:, :, (row * size + column).view(-1)].double()
+
+    upper, lower = ((one := at(row, columns[0])) + (at(row, columns[1]) - one) * right_share for row in rows)
+    mixed = upper + (lower - upper) * bottom_share
+    return mixed.to(torch.uint8).masked_fill_(outside.view(-1), fill).view_as(x)
+
+
+def _strength(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int, int, RandAugment], Tensor]:
+    """A blend of `operation` with a factor, as an operation of RandAugment."""
+
+    def apply(x: Tensor, _: int, sign: int, options: RandAugment) -> Tensor:
+        factor = np.float32(reference.magnitudes(sign, options, x.shape[-1]).strength)
+        return operation(x, torch.full((len(x), 1, 1, 1), float(factor), device=x.device))
+
+    return apply
+
+
+def _posterize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    return x & (0xFF & ~((1 << (8 - reference.magnitudes(sign, options, x.shape[-1]).bits)) - 1))
+
+
+def _solarize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    threshold = math.ceil(reference.magnitudes(sign, options, x.shape[-1]).threshold)
+    return x ^ (x >= threshold).to(torch.uint8).mul_(255)
+
+
+def _autocontrast(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    """Each channel stretched to 0 to 255 by Pillow's float64 line."""
+    low, high = x.amin(dim=(2, 3)).double()[..., None], x.amax(dim=(2, 3)).double()[..., None]
+    scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value only
+    values = torch.arange(256, dtype=torch.float64, device=x.device)
+    stretched = (values * scale + -low * scale).trunc().clamp(0, 255)
+    return _look_up(x.long(), torch.where(high > low, stretched, values).to(torch.uint8))
+
+
+def _equalize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    """Each channel's histogram made flat, by the whole-number steps of Pillow's ImageOps.equalize."""
+    index = x.long().contiguous()
+    channels = x.shape[0] * x.shape[1]
+    flat = index.view(channels, -1)
+    counts = torch.zeros(channels, 256, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, flat, torch.ones((), dtype=torch.int64, device=x.device).expand(flat.shape))
+    values = torch.arange(256, device=x.device)
+    last = torch.where(counts > 0, values, 0).amax(dim=1, keepdim=True)
+    step = (flat.shape[1] - counts.gather(1, last)) // 255
+    divisor = step.clamp(min=1)
+    flattened = ((divisor // 2 + counts.cumsum(dim=1) - counts) // divisor).clamp(max=255)
+    return _look_up(index, torch.where(step > 0, flattened, values).to(torch.uint8).view(*x.shape[:2], 256))
+
+
+def _look_up(index: Tensor, table: Tensor) -> Tensor:
+    """`table [B, 3, 256]` at `index` int64 `[B, 3, S, S]`."""
+    return table.gather(2, index.flatten(2)).view(index.shape)
+
+
+# ---------------------------------------------------------------- blends
+
+
+def _blend(degenerate: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's Image.blend of float32 images, `degenerate + factor * (x - degenerate)`, clipped and cut off to uint8."""
+    return (x - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Pillow's grey of RGB, whole numbers as int32 `[B, 1, S, S]`."""
+    red, green, blue = x.int().chunk(3, dim=1)
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(0, x.float(), factor)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    total = _luma(x).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.int64).double()
+    mean = total / _number(x.shape[-1] * x.shape[-2], total)
+    return _blend((mean + 0.5).floor().float(), x.float(), factor)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(_luma(x).float(), x.float(), factor)
+
+
+def _sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with Pillow's SMOOTH, 3 x 3 ones with a five in the middle over 13; the border keeps its pixels."""
+    if x.shape[-1] < 3:
+        return x
+    pixels = x.float()
+    middle = pixels[:, :, 1:-1, 1:-1]
+    rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
+    smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(middle, alpha=4)
+    smooth.add_(6).div_(_number(13, smooth)).floor_()  # rounded: a whole number over 13 never lies half-way
+    out = x.clone()
+    out[:, :, 1:-1, 1:-1] = _blend(smooth, middle, factor)
+    return out
+
+
+def _identity(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
+    return x
+
+
+_OPERATIONS: tuple[Callable[[Tensor, int, int, RandAugment], Tensor], ...] = (
+    _identity,
+    *[_geometric] * 5,
+    _strength(_brightness),
+    _strength(_saturation),
+    _strength(_contrast),
+    _strength(_sharpness),
+    _posterize,
+    _solarize,
+    _autocontrast,
+    _equalize,
+)
+assert len(_OPERATIONS) == RANDAUGMENT_OPERATIONS
+
+
+# ---------------------------------------------------------------- colour jitter, erasing
+
+
+def _jitter(batch: _Batch, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
+    """One operation of the colour jitter on each view."""
+    for operation, rows, views in batch.grouped(operations):
+        if operation != JITTER_NONE:
+            amount = _on(views, factors[rows, operation]).view(-1, 1, 1, 1)
+            views.copy_(_hue(views, amount) if operation == 3 else _COLOURS[operation](views, amount / UNIT))
+
+
+_COLOURS = (_brightness, _contrast, _saturation)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """The hue of Pillow's 8-bit HSV turned by `shift` 255ths of the circle, with the rounding of its float arithmetic."""
+    hue, saturation, value = _to_hsv(x)
+    return _to_rgb((hue + shift) & 0xFF, saturation, value)
+
+
+def _to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pillow's rgb2hsv: uint8 `[B, 3, S, S]` to three int32 `[B, 1, S, S]`; float32, with float64 where C promotes."""
+    value, lowest = x.amax(dim=1, keepdim=True).int(), x.amin(dim=1, keepdim=True).int()
+    spread = (value - lowest).float()
+    red, green, blue = ((value - channel) / spread for channel in x.int().chunk(3, dim=1))
+    is_red, is_green = (x[:, i : i + 1].int() == value for i in (0, 1))
+    from_green, from_blue = (2.0 + red.double() - blue.double()).float(), (4.0 + green.double() - red.double()).float()
+    sector = torch.where(is_red, blue - green, torch.where(is_green, from_green, from_blue))
+    turned = (sector.double() / _number(6, sector.double()) + 1.0).fmod(1.0).float()
+    grey = value == lowest
+    hue = torch.where(grey, 0, (turned.double() * 255.0).clamp(0, 255)).int()
+    saturation = torch.where(grey, 0, ((spread / value.float()).double() * 255.0).clamp(0, 255)).int()
+    return hue, saturation, value
+
+
+def _to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Pillow's hsv2rgb: three int32 `[B, 1, S, S]` to uint8 `[B, 3, S, S]`."""
+    angle = hue.double() * 6.0 / _number(255, hue.double())
+    sector = angle.floor()
+    part = (angle - sector).float().double()
+    share = (saturation.float() / _number(255, saturation.float())).double()
+    level = value.double()
+
+    def rounded(x: Tensor) -> Tensor:
+        return (x + 0.5).floor().clamp(0, 255).int()  # C's round, for numbers above zero
+
+    low, falling, rising = (rounded(level * (1.0 - s)) for s in (share, share * part, share * (1.0 - part)))
+    sector = sector.int() % 6
+    channels = []
+    for choice in (
+        (value, falling, low, low, rising, value),
+        (rising, value, value, falling, low, low),
+        (low, low, rising, value, value, falling),
+    ):
+        channels.append(torch.stack(choice).gather(0, sector.long()[None])[0])
+    return torch.where(saturation == 0, value, torch.cat(channels, dim=1)).to(torch.uint8)
+
+
+def _erased(views: Tensor, boxes: NDArray[np.int32], fill: tuple[int, ...]) -> Tensor:
+    """Views with the boxes `[B, 4]` painted over."""
+    colour = torch.tensor(fill, dtype=torch.uint8, device=views.device).view(1, 3, 1, 1)
+    return torch.where(inside_boxes(_on(views, boxes), views.shape[-1]), colour, views)
+
+
+def inside_boxes(boxes: Tensor, size: int) -> Tensor:
+    """Which pixels lie in the boxes `[B, 4]` (left, top, right, bottom): bool `[B, 1, size, size]`."""
+    steps = torch.arange(size, device=boxes.device)
+    across, down = ((steps >= boxes[:, i, None]) & (steps < boxes[:, i + 2, None]) for i in (0, 1))
+    return (across[:, None, :] & down[:, :, None])[:, None]

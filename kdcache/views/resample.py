@@ -1,0 +1,200 @@
+"""Pillow's antialiased resize of a crop box, on whole batches of tensors, to the last bit.
+
+Pillow filters 8-bit images with 22-bit integer weights, first along x, then along y, and rounds to uint8 after each.
+Here each weight is split in two, `high * 256 + low`, and each half is applied by an embedding bag (a sum of weighted
+rows of a table: the lines of the image), whose float32 sums are exact because they stay below 2^24.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.views.policy import UNIT
+
+__all__ = ["crop_and_resize"]
+
+_BITS = 22  # of Pillow's weights
+_LOW_BITS = 8  # of a weight's lower half; this many leave room for 128 taps
+_MAX_TAPS = 128
+_CACHE = 1 << 20  # bytes of sums that a CPU works on at a time
+_WIDTHS = 32  # sums are compiled for each width of a line when it is first met, so only multiples of this many pixels occur
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return torch.where(x < 1, 1 - x, 0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    a = -0.5
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+_FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.0, _triangle), "bicubic": (2.0, _cubic)}
+
+
+def crop_and_resize(
+    images: Tensor, box: NDArray[np.int32], flip: NDArray[np.bool_], shift: NDArray[np.int32], size: int, filter: str
+) -> Tensor:
+    """Boxes of `images`, uint8 `[B, 3, R, R]`, resized, mirrored and shifted: uint8 `[B, 3, size, size]`.
+
+    `box` `[B, 4]` holds left, top, right and bottom in 1/UNIT of R, `shift` `[B, 2]` view pixels (x, y); what comes in is
+    black. `filter` is `bilinear` or `bicubic`. ValueError if a line of a view needs more than 128 lines of the image.
+    """
+    side, device = images.shape[-1], images.device
+    if side == size and (box == [0, 0, UNIT, UNIT]).all():
+        return _moved(images, flip, shift)  # what the weights below would do, only slower
+    across, down = (
+        _taps(box[:, axis::2], shift[:, axis], flip if axis == 0 else np.zeros_like(flip), side, size, filter, device)
+        for axis in (0, 1)
+    )
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
+    step = max(1, _CACHE // (12 * side * size)) if device.type == "cpu" else len(images)
+    tables = _Tables(device)
+    for start in range(0, len(images), step):
+        chunk = slice(start, start + step)
+        x_taps, columns = across.window(chunk, side)
+        y_taps, rows = down.window(chunk, side)
+        lines = images[chunk, :, rows, columns].permute(0, 3, 1, 2)  # [B, R (x), 3, R (y)]
+        lines = tables.sums(lines, x_taps).permute(0, 3, 2, 1)  # [B, R (y), 3, size (x)]
+        out[chunk] = tables.sums(lines, y_taps).permute(0, 2, 1, 3)
+    return out
+
+
+def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) -> Tensor:
+    """Images mirrored and shifted; what comes in is black."""
+    mirrored = torch.where(torch.from_numpy(flip).to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+    reach, side = int(np.abs(shift).max()), images.shape[-1]
+    if not reach:
+        return mirrored
+    windows = F.pad(mirrored, [reach] * 4).unfold(2, side, 1).unfold(3, side, 1)  # [B, 3, shifts, shifts, side, side]
+    x, y = torch.from_numpy(shift.T.astype(np.int64)).to(images.device) + reach
+    return windows[torch.arange(len(images), device=images.device), :, y, x]
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Along one axis, for each of `S` output lines: the first input line, and the halves of the weights from there on.
+
+    Weight 0 belongs to no line but to a constant, by which each half's sum is moved to where float32 rounds as wanted:
+    the upper half's lies between 2^23 and 2^24, where there are whole numbers only, and the lower half's is 1/2 (less half
+    a step) too small. Adding the two then rounds the lower half down, and the mantissa is the sum looked for.
+    """
+
+    first: Tensor  # int32 [B, S]
+    high: Tensor  # float32 [B, S, 1 + taps]
+    low: Tensor
+    used: NDArray[np.int64]  # [B] how many of the taps are not zero
+    below: int  # what was added to make room for sums below zero, in units of the upper half
+
+    def window(self, chunk: slice, side: int) -> tuple["_Taps", slice]:
+        """Part of the batch, with the lines (of `side` ones) that it uses; its taps are counted from the first of them."""
+        first, high, low, used = self.first[chunk], self.high[chunk], self.low[chunk], self.used[chunk]
+        if first.device.type != "cpu":  # looking at the numbers would make the host wait
+            return _Taps(first, high, low, used, self.below), slice(0, side)
+        taps, begin = max(1, int(used.max())), int(first.min())
+        count = min(-(-(int(first.max()) + taps - begin) // _WIDTHS) * _WIDTHS, side)
+        begin = min(begin, side - count)
+        return _Taps(first - begin, high[..., : 1 + taps], low[..., : 1 + taps], used, self.below), slice(begin, begin + count)
+
+
+def _taps(
+    edges: NDArray[np.int32],
+    shift: NDArray[np.int32],
+    flip: NDArray[np.bool_],
+    side: int,
+    size: int,
+    filter: str,
+    device: torch.device,
+) -> _Taps:
+    """The weights that Pillow computes for boxes with these `edges [B, 2]`, in the order of the shifted, mirrored lines.
+
+    The order of every float64 operation is Pillow's (precompute_coeffs in its Resample.c), so that each rounds alike.
+    """
+    radius, weight = _FILTERS[filter]
+    widest = max(1.0, int((edges[:, 1] - edges[:, 0]).max()) / UNIT * side / size)
+    taps = math.ceil(2 * radius * widest) + 1
+    if taps > _MAX_TAPS:
+        raise ValueError(f"a crop box of {widest * size:.0f} pixels needs {taps} lines for one of a view of {size} pixels")
+    low_edge, high_edge = (torch.from_numpy(edges).to(device).double() * side / UNIT).float().unbind(1)  # float32, as in Pillow
+    # The divisor is a tensor, since a GPU would multiply by the reciprocal of a plain number, and that rounds differently.
+    scale = ((high_edge - low_edge).double() / torch.full((), size, dtype=torch.float64, device=device))[:, None]
+    stretch = scale.clamp(min=1.0)
+    support = radius * stretch
+    line = torch.arange(size, device=device) + torch.from_numpy(shift).to(device)[:, None]
+    inside = (line >= 0) & (line < size)
+    line = torch.where(torch.from_numpy(flip).to(device)[:, None], size - 1 - line, line)
+    center = low_edge.double()[:, None] + (line + 0.5) * scale
+    first = (center - support + 0.5).trunc().clamp(min=0)
+    last = (center + support + 0.5).trunc().clamp(max=side)
+    position = torch.arange(taps, dtype=torch.float64, device=device) + first[..., None]
+    weights = weight(((position - center[..., None] + 0.5) * (1.0 / stretch)[..., None]).abs())
+    weights = torch.where(position < last[..., None], weights, 0)
+    total = torch.zeros_like(first)
+    for tap in range(taps):  # one after the other: the rounding of a float64 sum depends on its order
+        total += weights[..., tap]
+    scaled = weights / torch.where(total == 0, 1, total)[..., None] * (1 << _BITS)
+    whole = ((scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc() * inside[..., None]).int()
+
+    below = 0 if filter == "bilinear" else 1 << 21
+    half = 1 << (_BITS - _LOW_BITS - 1)
+    step = 1 / (1 << _LOW_BITS)
+    if device.type == "cpu":
+        used = ((whole != 0).any(dim=1) * torch.arange(1, taps + 1)).amax(dim=1).numpy()
+    else:
+        used = np.full(len(edges), taps)
+    return _Taps(
+        first.clamp(max=side - 1).int(),
+        F.pad((whole >> _LOW_BITS).float(), (1, 0), value=(1 << 23) + below + half),
+        F.pad((whole & (1 << _LOW_BITS) - 1).float() * step, (1, 0), value=(step - 1) / 2),
+        used,
+        below,
+    )
+
+
+class _Tables:
+    """Weighted sums of lines. On a CPU, the tables of lines are kept from chunk to chunk."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def sums(self, lines: Tensor, taps: _Taps) -> Tensor:
+        """Sums of lines, uint8 `[B, L, 3, D]`, divided by 2^22 and rounded half up: uint8 `[B, S, 3, D]`."""
+        batch, length = lines.shape[:2]
+        size, count = taps.high.shape[1:]
+        rows = torch.arange(1, 1 + batch * length, length, device=self._device, dtype=torch.int32)[:, None] + taps.first
+        index = rows[..., None] + torch.arange(-1, count - 1, device=self._device, dtype=torch.int32)
+        index.clamp_(max=batch * length)  # beyond the last line all weights are zero
+        index[..., 0] = 0  # the row of ones
+        total, fraction = self._bags(lines, index, taps.high, taps.low)
+        pixels = total.add_(fraction).view(torch.int32).bitwise_right_shift_(_BITS - _LOW_BITS)
+        if taps.below:
+            pixels.bitwise_and_(0x1FF).sub_(taps.below >> (_BITS - _LOW_BITS)).clamp_(0, 255)
+        return pixels.to(torch.uint8).view(batch, size, *lines.shape[2:])  # the low eight bits
+
+    def _bags(self, lines: Tensor, index: Tensor, *weights: Tensor) -> list[Tensor]:
+        """For each of `weights`, sums of table rows `index [B, S, 1 + taps]`: float32 `[B * S, 3 * D]`."""
+        rows, columns, bag_size = lines.shape[0] * lines.shape[1], lines.shape[2] * lines.shape[3], index.shape[-1]
+        if self._device.type != "cpu":
+            table = torch.ones(1 + rows, columns, device=self._device)
+            table[1:].view(lines.shape).copy_(lines)
+            index = index.view(-1, bag_size)
+            return [F.embedding_bag(index, table, mode="sum", per_sample_weights=w.view(index.shape)) for w in weights]
+        # The byte table of quantised embeddings, whose rows end with a float32 scale and a float32 offset.
+        if (rows, columns) not in self._kept:
+            table = torch.zeros(1 + rows, columns + 8, dtype=torch.uint8)
+            table[0, columns:] = torch.tensor([0.0, 1.0]).view(torch.uint8)
+            table[1:, columns:] = torch.tensor([1.0, 0.0]).view(torch.uint8)
+            self._kept[rows, columns] = table
+        table = self._kept[rows, columns]
+        table[1:, :columns].view(lines.shape).copy_(lines)
+        offsets = torch.arange(0, index.numel() + 1, bag_size, dtype=torch.int32)
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        return [bag(table, index.view(-1), offsets, False, 0, False, w.reshape(-1), None, True) for w in weights]
