@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import ViewPolicy, ViewTable
 
 settings.register_profile(
     "kdcache", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -95,7 +96,14 @@ def make_dump() -> Callable[..., Dump]:
     """Write the archive of `canvas` as a dump does: every view rendered, its fingerprint stored beside made-up logits."""
     from kdcache.views import fingerprint, render_positions
 
-    def make(path: Path, canvas: Canvas, *, policy: ViewPolicy, drawn_by: ViewPolicy | None = None, views: int = 3) -> Dump:
+    def make(
+        path: Path,
+        canvas: Canvas,
+        *,
+        policy: ViewPolicy,
+        drawn_by: ViewPolicy | Callable[[NDArray[np.uint8], ViewTable], Tensor] | None = None,
+        views: int = 3,
+    ) -> Dump:
         """`drawn_by` draws the views instead of `policy`, which is what the manifest claims."""
         count, classes = len(canvas), len(canvas.card.class_names)
         logits = (np.random.default_rng(3).integers(-4000, 4000, (views, count, classes)) / 512).astype(np.float32)
@@ -112,8 +120,12 @@ def make_dump() -> Callable[..., Dump]:
             canvas=CanvasCard(size=canvas.size, digest=canvas.digest),
         )
         for view in range(views):
-            table = (drawn_by or policy).parameters(view, count)
-            digest, probe = fingerprint(render_positions(canvas.pixels, table, np.arange(count)))
+            table = (drawn_by if isinstance(drawn_by, ViewPolicy) else policy).parameters(view, count)
+            if callable(drawn_by):
+                images = drawn_by(canvas.pixels, table)
+            else:
+                images = render_positions(canvas.pixels, table, np.arange(count))
+            digest, probe = fingerprint(images)
             for _, block in (shard for shard in writer.missing() if shard[0] == view):
                 rows = np.array(writer.positions(block))
                 writer.write(view, block, logits[view, rows], sample=table.sample[rows], digest=digest[rows], probe=probe[rows])

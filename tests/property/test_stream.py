@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from kdcache.archive import ArchiveWriter, write_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
 from kdcache.errors import IncompatibleError, UsageError
-from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view, render_batches, replay
+from kdcache.prefetch import render_batches
+from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
 from kdcache.views import ViewPolicy, render_positions
 from tests.conftest import Dump
 
@@ -139,136 +138,7 @@ def test_a_batch_size_that_fills_no_batch_is_refused(dump: Dump, size: int) -> N
         CachedTargets(dump.archive, dump.canvas, size)
 
 
-# ---------------------------------------------------------------- staleness
-
-
-def until_error(batches: Iterator[Batch]) -> tuple[int, IncompatibleError]:
-    """How many batches came before the error, and the error."""
-    count = 0
-    try:
-        for _ in batches:
-            count += 1
-    except IncompatibleError as error:
-        return count, error
-    raise AssertionError("nothing was noticed")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_changed_pixel_is_noticed_at_the_first_batch_that_shows_it(dump: Dump, workers: int) -> None:
-    pixels = dump.canvas.pixels.copy()
-    pixels[5] = 255 - pixels[5]
-    stale = dataclasses.replace(dump.canvas, pixels=pixels)
-    good = list(CachedTargets(dump.archive, dump.canvas, 4, seed=3).epoch(0))
-    view = good[0].view
-    table = dump.archive.manifest.policy.parameters(view, 23)
-    shows = [
-        any(5 in (table.sample[j], table.partner[j]) for j in batch.positions) for batch in good
-    ]  # in its own view, and mixed into its partner's
-    count, error = until_error(CachedTargets(dump.archive, stale, 4, seed=3, workers=workers).epoch(0))
-    assert count == shows.index(True)
-    shown = good[count].sample.tolist()
-    assert f"view {view}" in error.what
-    assert any(dump.canvas.keys[sample] in error.what for sample in shown)
-    assert error.why.startswith("canvas")
-
-
-def test_one_changed_byte_of_one_channel_is_enough(dump: Dump) -> None:
-    table = dump.archive.manifest.policy.parameters(0, 23)
-    at = int(np.flatnonzero(table.partner < 0)[0])  # the odd one out: nothing hides it
-    left, top, right, bottom = (table.box[at] * 20 // 65536).tolist()
-    pixels = dump.canvas.pixels.copy()
-    pixels[table.sample[at], 1, (top + bottom) // 2, (left + right) // 2] ^= 128
-    stale = dataclasses.replace(dump.canvas, pixels=pixels)
-    verification = replay(dump.archive, stale, views=10**6)
-    named = [failure for failure in verification.failures if failure.where.startswith("view 0")]
-    assert not verification.ok
-    assert len(named) == 1
-    assert "(1 in all)" in named[0].got
-
-
-def test_replay_of_every_view_of_a_sound_archive_finds_nothing(dump: Dump) -> None:
-    verification = replay(dump.archive, dump.canvas, views=10**6)
-    assert verification.ok
-    assert verification.checked == 3 * 23
-    assert replay(dump.archive, dump.canvas, views=7).checked == 7
-
-
-def test_a_picture_replaced_on_disk_is_blamed_on_the_canvas(
-    tmp_path: Path, image_folder: Path, make_dump: Callable[..., Dump]
-) -> None:
-    root = tmp_path / "images"
-    shutil.copytree(image_folder, root)
-    before = make_dump(
-        tmp_path / "a", load_canvas(Folder(str(root)), "train", 20, tmp_path), policy=ViewPolicy.load("pets", size=16), views=1
-    )
-    victim = root / "train" / before.canvas.keys[3]
-    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(victim)
-    after = load_canvas(Folder(str(root)), "train", 20, tmp_path)
-    assert after.digest != before.canvas.digest
-    _, error = until_error(CachedTargets(before.archive, after, 1).epoch(0))
-    assert error.why.startswith("canvas")
-    assert "view 0 of" in error.what
-    accepted = CachedTargets(before.archive, after, 1, allow_drift=255)
-    assert len(list(accepted.epoch(0))) == 23
-    assert 1 <= accepted.drifted <= 2
-
-
-def test_drift_that_moves_no_grid_mean_is_within_any_allowance(
-    tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]
-) -> None:
-    sound = make_dump(tmp_path / "a", canvas, policy=ViewPolicy(size=20, hflip=0.0), views=1)
-    pixels = canvas.pixels.copy()
-    pixels[4, 0, 0, :2] += np.array([1, -1]).astype(np.uint8)  # same sum: another digest, the same grid
-    nearly = dataclasses.replace(canvas, pixels=pixels, digest="0" * 64)
-    _, error = until_error(CachedTargets(sound.archive, nearly, 1).epoch(0))
-    assert canvas.keys[4] in error.what
-    assert "up to 0 grey levels" in error.what
-    assert "--allow-drift 1" in error.fix
-    stream = CachedTargets(sound.archive, nearly, 1, allow_drift=1)
-    assert len(list(stream.epoch(0))) == 23
-    assert stream.drifted == 1
-
-
-def test_drift_beyond_the_allowance_is_still_an_error(dump: Dump) -> None:
-    stale = dataclasses.replace(dump.canvas, pixels=255 - dump.canvas.pixels)
-    _, error = until_error(CachedTargets(dump.archive, stale, 4, allow_drift=3).epoch(0))
-    assert "grey levels" in error.what
-
-
-def test_views_drawn_by_another_policy_are_noticed_and_not_blamed_on_the_canvas(
-    tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]
-) -> None:
-    policy = ViewPolicy.load("pets", size=16)
-    other = policy.model_copy(update={"hflip": 0.0})  # the same order, other pixels
-    stale = make_dump(tmp_path / "a", canvas, policy=policy, drawn_by=other, views=1)
-    count, error = until_error(CachedTargets(stale.archive, canvas, 23).epoch(0))
-    assert count == 0
-    assert error.why.startswith("policy")
-    assert "no horizontal flip" in error.why
-    assert "view 0 of" in error.what
-    assert any(key in error.what for key in canvas.keys)
-
-
-def test_views_mixed_by_another_policy_are_blamed_on_the_mixing(
-    tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]
-) -> None:
-    policy = ViewPolicy.load("pets", size=16)
-    other = policy.model_copy(update={"mix": policy.mix.model_copy(update={"cutmix": 0.0})})
-    stale = make_dump(tmp_path / "a", canvas, policy=policy, drawn_by=other, views=1)
-    _, error = until_error(CachedTargets(stale.archive, canvas, 23).epoch(0))
-    assert error.why.startswith("mixing")
-
-
-def test_rows_in_another_order_are_blamed_on_the_order_and_never_accepted(
-    tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]
-) -> None:
-    policy = ViewPolicy.load("pets", size=16)
-    stale = make_dump(tmp_path / "a", canvas, policy=policy, drawn_by=policy.model_copy(update={"seed": 1}), views=1)
-    for allowed in (0, 255):
-        count, error = until_error(CachedTargets(stale.archive, canvas, 4, allow_drift=allowed).epoch(0))
-        assert count == 0
-        assert error.why.startswith("order")
-        assert "allow-drift" not in error.fix
+# ---------------------------------------------------------------- what is refused at once
 
 
 def test_samples_in_another_order_are_refused_before_training(dump: Dump, tmp_path: Path, image_folder: Path) -> None:
