@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from kdcache.archive import ArchiveWriter, CanvasCard, write_archive
@@ -21,11 +23,14 @@ from kdcache.errors import unknown_name
 from kdcache.methods import build
 from kdcache.metrics import agreement
 from kdcache.models import create_model
+from kdcache.prefetch import choose_renderer, render_batches
 from kdcache.progress import Progress
 from kdcache.stream import Batch, CachedTargets
 from kdcache.targets import Targets
 from kdcache.training import Learner, TrainConfig, seeded
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import InceptionCrop, Mix, PadCrop, RandAugment, ViewPolicy, ViewTable
+from kdcache.views.probe import digest_sums, digests
+from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace
 
 __all__ = ["Result", "run_benchmarks"]
@@ -46,7 +51,12 @@ class Result:
 
 def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
     """Run one benchmark, or `all`, each for about `seconds`."""
-    known: dict[str, Callable[[float, Path, Progress], list[Result]]] = {"startup": _startup, "dump": _dump, "distill": _distill}
+    known: dict[str, Callable[[float, Path, Progress], list[Result]]] = {
+        "startup": _startup,
+        "views": _views,
+        "dump": _dump,
+        "distill": _distill,
+    }
     if which != "all" and which not in known:
         raise unknown_name("benchmark", which, [*known, "all"])
     results = []
@@ -78,7 +88,7 @@ def _run(*arguments: str) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def _taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable[[], None]) -> list[float]:
+def _taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable[[], object]) -> list[float]:
     """Median seconds of each side, after one unmeasured turn; at least three turns, until `seconds` are over."""
     for side in sides:
         side()
@@ -95,6 +105,92 @@ def _taking_turns(task: str, seconds: float, progress: Progress, *sides: Callabl
 
 def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
     return Workspace(folder).canvas(dataset.build("digits"), "test", size, progress)
+
+
+def _views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """Rendering on one thread against torchvision's own pipeline on PIL images; the table of draws; the probe. And on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = _views_cpu(seconds / 3, 224, 336, 64, 1 / 1.2, folder, progress)
+        results += _views_cpu(seconds / 3, 32, 32, 256, 1 / 5, folder, progress)
+    finally:
+        torch.set_num_threads(threads)
+    policy = ViewPolicy.load("pets")
+    [table] = _taking_turns("bench views: table", seconds / 3, progress, lambda: policy.parameters(0, 1_280_000))
+    results.append(Result("table of 1.28 million samples", "wall seconds", "-", table, 3.0))
+    if torch.cuda.is_available():
+        results += _views_gpu(seconds, folder, progress)
+    else:
+        progress.say("no GPU here: the GPU's benchmarks of rendering are left out")
+    return results
+
+
+def _views_cpu(
+    seconds: float, size: int, canvas_size: int, batch: int, bound: float, folder: Path, progress: Progress
+) -> list[Result]:
+    from torchvision.transforms import v2
+
+    canvas = _canvas(folder, canvas_size, progress)
+    policy = ViewPolicy(size=size, crop=InceptionCrop() if size == 224 else PadCrop(), randaugment=RandAugment())
+    table, positions = policy.parameters(0, len(canvas)), np.arange(batch)
+    cpu = torch.device("cpu")
+    renderer = choose_renderer("auto", policy, canvas.size, batch, cpu)
+    samples = [canvas.pixels[sample].transpose(1, 2, 0) for sample in table.sample[positions]]
+    pictures = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in samples]
+    crop = v2.RandomResizedCrop(size) if size == 224 else v2.RandomCrop(size, padding=4)
+    pipeline = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(2, 14), v2.PILToTensor()])
+
+    def theirs() -> None:
+        torch.stack([pipeline(picture) for picture in pictures])
+
+    def ours() -> Tensor:
+        return render_positions(canvas.pixels, table, positions, renderer)
+
+    views = ours()
+    rendering, peer, probing = _taking_turns(f"bench views {size} px", seconds, progress, ours, theirs, lambda: digests(views))
+    progress.say(f"{size} px: {renderer} renderer {batch / rendering:.0f} views/s, torchvision {batch / peer:.0f} views/s")
+    return [
+        Result(f"views {canvas_size} to {size} px, one thread", renderer, "torchvision v2 on PIL", rendering / peer, bound),
+        Result(f"probe {size} px", "digests", "rendering", probing / rendering, 0.02),
+    ]
+
+
+def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """Views a second of the device renderer, and a teacher's speed with rendering against a constant batch."""
+    device, results = torch.device("cuda"), []
+    for size, canvas_size, batch, wanted in ((224, 336, 512, 20_000), (32, 32, 16_384, 300_000)):
+        canvas = _canvas(folder, canvas_size, progress)
+        policy = ViewPolicy(size=size, crop=InceptionCrop() if size == 224 else PadCrop(), randaugment=RandAugment(), mix=Mix())
+        pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
+        pixels = pixels.repeat(-(-batch // len(canvas)), 1, 1, 1)[:batch]
+        table, positions = policy.parameters(0, batch), np.arange(batch)
+
+        def render_all(pixels: Tensor = pixels, table: ViewTable = table, positions: NDArray = positions) -> None:
+            digest_sums(render_positions(pixels, table, positions, "device", device))
+            torch.cuda.synchronize()
+
+        [taken] = _taking_turns(f"bench views {size} px gpu", seconds / 4, progress, render_all)
+        progress.say(f"{size} px on the GPU: {batch / taken:.0f} views/s")
+        results.append(Result(f"views {size} px gpu", "seconds of as many", f"{wanted} views/s", wanted * taken / batch, 1.0))
+
+    canvas, policy = _canvas(folder, 336, progress), ViewPolicy.load("pets")
+    model, normalise = create_model("resnet50", 10, input_size=224)
+    forward = Forward(model.eval().to(device), normalise, device, "fp16")
+    items = [(view, np.arange(256)) for view in range(16)]
+    fixed = torch.zeros(256, 3, 224, 224, dtype=torch.uint8, device=device)
+
+    def constant() -> None:
+        for _ in items:
+            forward(fixed)
+
+    def rendered() -> None:
+        for item in render_batches(canvas, policy, items, device=device):
+            forward(item.images)
+
+    with_rendering, without = _taking_turns("bench views: dump gpu", seconds / 2, progress, rendered, constant)
+    results.append(Result("teacher resnet50/224 gpu", "with rendering", "constant batch", with_rendering / without, 1 / 0.95))
+    return results
 
 
 def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> ArchiveWriter:

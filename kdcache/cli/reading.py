@@ -219,7 +219,7 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 def bench(
-    which: Annotated[str, typer.Argument(help="startup, dump, distill, or all.")] = "all",
+    which: Annotated[str, typer.Argument(help="startup, views, dump, distill, or all.")] = "all",
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
