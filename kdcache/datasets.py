@@ -9,7 +9,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,6 +23,15 @@ from kdcache.registry import Registry
 __all__ = ["Recipe", "Sample", "Source", "SourceCard", "Split", "dataset", "source_card"]
 
 Split = Literal["train", "test"]
+
+# What counts as an image in a folder. A list of our own: Pillow's holds films, documents and data formats that it cannot
+# decode (.mpg, .eps, .h5), and it differs between versions, by which a dataset must not change.
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pfm", ".pgm",
+    ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
 
 
 class SourceCard(BaseModel):
@@ -122,7 +131,8 @@ class Folder:
     """Images in folders named after their classes.
 
     `root` holds `train/<class>/...` and `test/<class>/...` (or `val/`, `validation/`); or classes only, and then
-    `split_fraction` of each class, chosen by the hash of the file's name, is for testing.
+    `split_fraction` of each class, chosen by the hash of the file's name, is for testing. Keys are paths below the split's
+    folder, letter by letter as the file system has them.
     """
 
     root: str = ""
@@ -144,6 +154,8 @@ class Folder:
                 why="it is the share of each class that is kept for testing",
                 fix="use for example split_fraction=0.2",
             )
+        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        object.__setattr__(self, "root", str(Path(self.root).resolve()))
 
     def _split_folder(self, split: Split) -> Path | None:
         names = ("train",) if split == "train" else ("test", "val", "validation")
@@ -158,13 +170,20 @@ class Folder:
                 fix="correct the path, or create the folder",
             )
         if self.split_fraction is not None:
+            train, test = self._split_folder("train"), self._split_folder("test")
+            if train and test:
+                raise UsageError(
+                    f"{self.root!r} is split already, into {train.name}/ and {test.name}/",
+                    why="with split_fraction these two would be taken for classes",
+                    fix=f"leave split_fraction out: --dataset {dataset.spec(replace(self, split_fraction=None))}",
+                )
             return root
         base = self._split_folder(split)
         if base is None:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
                 why="without split_fraction both splits must lie in folders of their own",
-                fix=f"create it, or split by hash: --dataset folder:root={self.root},split_fraction=0.2",
+                fix=f"create it, or split by hash: --dataset {dataset.spec(replace(self, split_fraction=0.2))}",
             )
         return base
 
@@ -210,7 +229,7 @@ class Folder:
         if not found:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
-                why="files that Pillow can read (.jpg, .png, .webp, ...) below class folders are looked for",
+                why=f"files below class folders are looked for that end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 fix="check the path and the layout CLASS/FILE",
             )
         return found
@@ -227,7 +246,7 @@ class Folder:
 
 def _image_files(base: Path) -> list[Path]:
     """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
-    found, suffixes = [], Image.registered_extensions()
+    found = []
 
     def unreadable(error: OSError) -> None:
         raise error  # os.walk would leave the folder's images out without a word
@@ -236,7 +255,7 @@ def _image_files(base: Path) -> list[Path]:
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         if Path(folder) != base:
-            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in suffixes and not f.startswith(".")]
+            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(base).as_posix())
 
 

@@ -246,6 +246,28 @@ def test_a_folder_of_another_layout_is_refused_with_advice(root: Path, change: A
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_a_fraction_of_a_root_that_is_split_already_is_refused_with_the_right_command(root: Path, name: str) -> None:
+    (root / "test").rename(root / name)
+    with pytest.raises(UsageError, match=f"train/ and {name}/") as caught:
+        Folder(str(root), split_fraction=0.2).samples("train")
+    advised = dataset.parse(caught.value.fix.partition("--dataset ")[2])
+    assert len(advised.samples("train")) == 23
+
+
+@pytest.mark.parametrize("name", ["plain", "a,b", "k=v", "back\\slash", "\\,=", "with space", "ä:é"])
+def test_a_root_is_found_again_from_its_command_line_form_in_any_working_directory(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "train").rename(root.parent / name)
+    monkeypatch.chdir(root.parent)
+    source = Folder(name, split_fraction=0.4)
+    spec = dataset.spec(source)
+    monkeypatch.chdir(root)
+    assert dataset.parse(spec) == source
+    assert len(dataset.parse(spec).samples("train")) == len(source.samples("train"))
+
+
 @pytest.mark.parametrize("options", [{}, {"root": "x", "split_fraction": 0.0}, {"root": "x", "split_fraction": 1.5}])
 def test_impossible_options_of_a_folder_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
