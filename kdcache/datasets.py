@@ -45,7 +45,9 @@ class SourceCard(BaseModel):
     num_samples: int = Field(ge=1)
     class_names: tuple[str, ...]
     licence: str | None  # SPDX name where there is one; None: unknown
-    digest: str  # sha256 of the sample keys, labels and class names, in order
+    digest: str  # sha256 of the sample keys, labels and class names, in order; of the samples that are there
+    # Keys of the images that could not be decoded and were left out. Cards without any are written as they always were.
+    skipped: tuple[str, ...] = Field(default=(), exclude_if=lambda keys: not keys)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Source(Protocol):
 dataset: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
 
 
-def source_card(source: Source, split: Split, samples: Sequence[Sample]) -> SourceCard:
+def source_card(source: Source, split: Split, samples: Sequence[Sample], skipped: tuple[str, ...] = ()) -> SourceCard:
+    """The card of a split that has these `samples`, and had the `skipped` ones."""
     names = tuple(source.class_names())
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
@@ -96,6 +99,7 @@ def source_card(source: Source, split: Split, samples: Sequence[Sample]) -> Sour
         class_names=names,
         licence=source.licence,
         digest=digest.hexdigest(),
+        skipped=skipped,
     )
 
 

@@ -196,7 +196,7 @@ def test_every_picture_that_cannot_be_decoded_is_named_and_no_canvas_is_left(roo
     assert "2 of 23" in caught.value.what
     assert "class_1/01.png" in caught.value.what
     assert "class_2/02.png" in caught.value.what
-    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir()]
+    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
