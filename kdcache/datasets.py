@@ -9,7 +9,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +24,15 @@ __all__ = ["Recipe", "Sample", "Source", "SourceCard", "Split", "dataset", "sour
 
 Split = Literal["train", "test"]
 
+# What counts as an image in a folder. A list of our own: Pillow's holds films, documents and data formats that it cannot
+# decode (.mpg, .eps, .h5), and it differs between versions, by which a dataset must not change.
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pfm", ".pgm",
+    ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+
 
 class SourceCard(BaseModel):
     """What one split of a dataset is."""
@@ -36,7 +45,9 @@ class SourceCard(BaseModel):
     num_samples: int = Field(ge=1)
     class_names: tuple[str, ...]
     licence: str | None  # SPDX name where there is one; None: unknown
-    digest: str  # sha256 of the sample keys, labels and class names, in order
+    digest: str  # sha256 of the sample keys, labels and class names, in order; of the samples that are there
+    # Keys of the images that could not be decoded and were left out. Cards without any are written as they always were.
+    skipped: tuple[str, ...] = Field(default=(), exclude_if=lambda keys: not keys)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class Source(Protocol):
 dataset: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
 
 
-def source_card(source: Source, split: Split, samples: Sequence[Sample]) -> SourceCard:
+def source_card(source: Source, split: Split, samples: Sequence[Sample], skipped: tuple[str, ...] = ()) -> SourceCard:
+    """The card of a split that has these `samples`, and had the `skipped` ones."""
     names = tuple(source.class_names())
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
@@ -87,6 +99,7 @@ def source_card(source: Source, split: Split, samples: Sequence[Sample]) -> Sour
         class_names=names,
         licence=source.licence,
         digest=digest.hexdigest(),
+        skipped=skipped,
     )
 
 
@@ -122,7 +135,8 @@ class Folder:
     """Images in folders named after their classes.
 
     `root` holds `train/<class>/...` and `test/<class>/...` (or `val/`, `validation/`); or classes only, and then
-    `split_fraction` of each class, chosen by the hash of the file's name, is for testing.
+    `split_fraction` of each class, chosen by the hash of the file's name, is for testing. Keys are paths below the split's
+    folder, letter by letter as the file system has them.
     """
 
     root: str = ""
@@ -144,6 +158,8 @@ class Folder:
                 why="it is the share of each class that is kept for testing",
                 fix="use for example split_fraction=0.2",
             )
+        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        object.__setattr__(self, "root", str(Path(self.root).resolve()))
 
     def _split_folder(self, split: Split) -> Path | None:
         names = ("train",) if split == "train" else ("test", "val", "validation")
@@ -158,13 +174,20 @@ class Folder:
                 fix="correct the path, or create the folder",
             )
         if self.split_fraction is not None:
+            train, test = self._split_folder("train"), self._split_folder("test")
+            if train and test:
+                raise UsageError(
+                    f"{self.root!r} is split already, into {train.name}/ and {test.name}/",
+                    why="with split_fraction these two would be taken for classes",
+                    fix=f"leave split_fraction out: --dataset {dataset.spec(replace(self, split_fraction=None))}",
+                )
             return root
         base = self._split_folder(split)
         if base is None:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
                 why="without split_fraction both splits must lie in folders of their own",
-                fix=f"create it, or split by hash: --dataset folder:root={self.root},split_fraction=0.2",
+                fix=f"create it, or split by hash: --dataset {dataset.spec(replace(self, split_fraction=0.2))}",
             )
         return base
 
@@ -210,7 +233,7 @@ class Folder:
         if not found:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
-                why="files that Pillow can read (.jpg, .png, .webp, ...) below class folders are looked for",
+                why=f"files below class folders are looked for that end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 fix="check the path and the layout CLASS/FILE",
             )
         return found
@@ -227,7 +250,7 @@ class Folder:
 
 def _image_files(base: Path) -> list[Path]:
     """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
-    found, suffixes = [], Image.registered_extensions()
+    found = []
 
     def unreadable(error: OSError) -> None:
         raise error  # os.walk would leave the folder's images out without a word
@@ -236,7 +259,7 @@ def _image_files(base: Path) -> list[Path]:
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         if Path(folder) != base:
-            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in suffixes and not f.startswith(".")]
+            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(base).as_posix())
 
 

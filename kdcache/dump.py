@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, TeacherCard, Verification, layout, open_archive
 from kdcache.canvas import Canvas, require_intact
 from kdcache.codecs import codec as codecs
+from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
 from kdcache.models import Normalisation, resolve
 from kdcache.prefetch import Rendered, render_batches
@@ -190,7 +191,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         ),
         provenance={
             "command": config.command,
-            "dataset": config.dataset,
+            "dataset": dataset.spec(parse_dataset(config.dataset)),  # as it is found from any working directory
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),

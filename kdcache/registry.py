@@ -6,6 +6,7 @@ to the manifest and to the contract tests, all of which go through its `Registry
 
 import dataclasses
 import importlib.metadata
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -80,22 +81,26 @@ class Registry(Generic[T]):
             ) from None
 
     def parse(self, spec: str) -> T:
-        """Make a component from its command-line form: `name`, `name:value` (its first option) or `name:key=value,key=value`."""
+        """Make a component from its command-line form: `name`, `name:value` (its first option) or `name:key=value,key=value`.
+
+        A comma, equals sign or backslash that belongs to a value may be written with a backslash before it.
+        """
         name, _, rest = spec.partition(":")
         component = self[name]
         hints = typing.get_type_hints(component)
         fields = [f.name for f in dataclasses.fields(component)]  # type: ignore[arg-type]
         options: dict[str, Any] = {}
-        for number, item in enumerate(rest.split(",") if rest else []):
-            key, equals, value = item.partition("=")
+        for number, item in enumerate(_ITEM.findall(rest) if rest else []):
+            key, equals, value = _KEY.fullmatch(item).groups()  # type: ignore[union-attr]  # it matches any text
+            key, value = _unescape(key), _unescape(value)
             if not equals:
                 if number or not fields:
                     raise UsageError(
                         f"{self.kind} {spec!r} has the bare value {item!r}",
                         why="only the first option of a component may be given without its name",
-                        fix=f"write {name}:" + ",".join(f"{field}=..." for field in fields),
+                        fix=f"write {name}:" + ",".join(f"{field}=..." for field in fields) + r" (a comma in a value: \,)",
                     )
-                key, value = fields[0], item
+                key, value = fields[0], key
             if key not in fields:
                 raise unknown_name(f"option of {self.kind} {name}", key, fields)
             options[key] = _convert(value, hints[key], f"{self.kind} {spec!r}")
@@ -140,8 +145,21 @@ class Registry(Generic[T]):
             return name
         first = dataclasses.fields(component)[0].name  # type: ignore[arg-type]
         if len(changed) == 1 and changed[0][0] == first:
-            return f"{name}:{changed[0][1]}"
-        return f"{name}:" + ",".join(f"{key}={value}" for key, value in changed)
+            return f"{name}:{_escape(changed[0][1])}"
+        return f"{name}:" + ",".join(f"{key}={_escape(value)}" for key, value in changed)
+
+
+# Items of a specification, and the key before an item's equals sign; what a backslash protects ends neither.
+_ITEM = re.compile(r"(?:^|,)((?:\\[\\,=]|[^,])*)")
+_KEY = re.compile(r"((?:\\[\\,=]|[^=])*)(=?)(.*)", re.DOTALL)
+
+
+def _escape(value: object) -> str:
+    return re.sub(r"([\\,=])", r"\\\1", str(value))
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([\\,=])", r"\1", text)
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcache.canvas import Canvas, require_intact
+from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
 from kdcache.progress import Progress, Silent
@@ -125,7 +126,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     record = {
         "alias": config.teacher,
         "name": exact,
-        "dataset": config.dataset,
+        "dataset": dataset.spec(source),
         "dataset_label": dataset_label(source),
         "class_names": list(train.card.class_names),
         "input_size": policy.size,

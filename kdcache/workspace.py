@@ -58,10 +58,14 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Folders below `home`; each is made when something is first written to it."""
+    """Folders below `home`; each is made when something is first written to it.
+
+    `skip_corrupt`: canvases that are built here leave out images that cannot be decoded.
+    """
 
     home: Path
     data_dir: Path | None = None
+    skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "home", Path(self.home))
@@ -90,7 +94,7 @@ class Workspace:
 
     def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
         """The canvas of a split, at the dataset's own size unless `size` says otherwise."""
-        return load_canvas(source, split, size or source.recipe.canvas, self.data, progress)
+        return load_canvas(source, split, size or source.recipe.canvas, self.data, progress, skip_corrupt=self.skip_corrupt)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, by name."""

@@ -12,6 +12,7 @@ from kdcache.cli.options import (
     DeviceOption,
     DryRunOption,
     HomeOption,
+    SkipCorruptOption,
     WorkersOption,
     command_line,
     floats,
@@ -70,6 +71,7 @@ def train_teacher(
     checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors, .pth).")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
@@ -98,7 +100,7 @@ def train_teacher(
         command=command_line(),
     )
     with bars() as progress:
-        trained = train(settings, workspace(home, data_dir), progress)
+        trained = train(settings, workspace(home, data_dir, skip_corrupt), progress)
     print(trained.folder)
 
 
@@ -125,6 +127,7 @@ def dump_teacher(
     start_view: Annotated[int, typer.Option(min=0, help="View to begin with; changes nothing in the archive.")] = 0,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -157,7 +160,7 @@ def dump_teacher(
         command=command_line(),
     )
     with bars() as progress:
-        place = workspace(home, data_dir)
+        place = workspace(home, data_dir, skip_corrupt)
         if dry_run:
             plan = plan_dump(settings, place, progress)
             classes = len(plan.canvas.card.class_names)
@@ -199,6 +202,7 @@ def distill(
     checkpoint_interval: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -229,7 +233,7 @@ def distill(
         workers=workers,
         command=command_line(),
     )
-    place = workspace(home, data_dir)
+    place = workspace(home, data_dir, skip_corrupt)
     with bars() as progress:
         if dry_run:
             planned, train = plan_students(settings, place.open_archive(archive, progress, strict=strict), place)

@@ -17,6 +17,7 @@ __all__ = [
     "DryRunOption",
     "HomeOption",
     "JsonOption",
+    "SkipCorruptOption",
     "WorkersOption",
     "command_line",
     "floats",
@@ -79,6 +80,10 @@ ConfigOption = Annotated[
 ]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name, or folder:ROOT for your own images.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Common")]
+SkipCorruptOption = Annotated[
+    bool,
+    typer.Option("--skip-corrupt", help="Leave out images that cannot be decoded, and record which.", rich_help_panel="Common"),
+]
 WorkersOption = Annotated[
     int,
     typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common"),
@@ -89,10 +94,10 @@ DryRunOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def workspace(home: Path, data_dir: Path | None = None) -> Any:
+def workspace(home: Path, data_dir: Path | None = None, skip_corrupt: bool = False) -> Any:
     from kdcache.workspace import Workspace
 
-    return Workspace(home, data_dir)
+    return Workspace(home, data_dir, skip_corrupt)
 
 
 def command_line() -> str:

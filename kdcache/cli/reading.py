@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import DataDirOption, HomeOption, JsonOption, workspace
+from kdcache.cli.options import DataDirOption, HomeOption, JsonOption, SkipCorruptOption, workspace
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import UsageError
 
@@ -64,6 +64,7 @@ def verify(
         typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here)."),
     ] = 0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    skip_corrupt: SkipCorruptOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -86,7 +87,7 @@ def verify(
                     why="it does not say where its images are",
                     fix="name them: --dataset NAME",
                 )
-            place = workspace(home, data_dir)
+            place = workspace(home, data_dir, skip_corrupt)
             canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
             results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place), progress))
     if as_json:
@@ -111,6 +112,7 @@ def view(
     views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP.")] = "0:8",
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    skip_corrupt: SkipCorruptOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
@@ -136,7 +138,7 @@ def view(
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
-        canvas = workspace(home, data_dir).canvas(
+        canvas = workspace(home, data_dir, skip_corrupt).canvas(
             parse_dataset(str(spec)), "train", recorded.size if recorded else None, progress
         )
     out.write_bytes(contact_sheet(opened, canvas, samples, chosen))

@@ -196,7 +196,7 @@ def test_every_picture_that_cannot_be_decoded_is_named_and_no_canvas_is_left(roo
     assert "2 of 23" in caught.value.what
     assert "class_1/01.png" in caught.value.what
     assert "class_2/02.png" in caught.value.what
-    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir()]
+    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,28 @@ def test_a_folder_of_another_layout_is_refused_with_advice(root: Path, change: A
     with pytest.raises(error) as caught:
         Folder(str(root)).samples("test")
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_a_fraction_of_a_root_that_is_split_already_is_refused_with_the_right_command(root: Path, name: str) -> None:
+    (root / "test").rename(root / name)
+    with pytest.raises(UsageError, match=f"train/ and {name}/") as caught:
+        Folder(str(root), split_fraction=0.2).samples("train")
+    advised = dataset.parse(caught.value.fix.partition("--dataset ")[2])
+    assert len(advised.samples("train")) == 23
+
+
+@pytest.mark.parametrize("name", ["plain", "a,b", "k=v", "back\\slash", "\\,=", "with space", "ä:é"])
+def test_a_root_is_found_again_from_its_command_line_form_in_any_working_directory(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "train").rename(root.parent / name)
+    monkeypatch.chdir(root.parent)
+    source = Folder(name, split_fraction=0.4)
+    spec = dataset.spec(source)
+    monkeypatch.chdir(root)
+    assert dataset.parse(spec) == source
+    assert len(dataset.parse(spec).samples("train")) == len(source.samples("train"))
 
 
 @pytest.mark.parametrize("options", [{}, {"root": "x", "split_fraction": 0.0}, {"root": "x", "split_fraction": 1.5}])

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdcache.errors import UsageError
 from kdcache.registry import Registry
@@ -88,6 +90,12 @@ def test_a_stored_component_without_a_proper_name_is_a_usage_error(kind: str, st
 
 
 # ---------------------------------------------------------------- a registry of its own
+
+
+@given(label=st.text())
+def test_any_text_survives_its_command_line_form(shapes: Registry[Any], label: str) -> None:
+    box = shapes.build("box", side=3, label=label)
+    assert shapes.parse(shapes.spec(box)) == box
 
 
 @pytest.fixture

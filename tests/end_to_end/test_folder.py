@@ -1,5 +1,8 @@
 """Dataset `folder`: people's own images, from files to students, and files that are not images."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,7 +83,7 @@ def test_files_that_are_no_images_are_all_named_at_once(tmp_path, kdcache):
     assert result.status == 4
     assert "dark/dark-01.jpg" in result.err
     assert "bright/bright-02.jpg" in result.err
-    assert not list((tmp_path / "home/data").glob("folder-train*px-????????"))
+    assert not [path for path in (tmp_path / "home/data").glob("folder-train*") if path.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,69 @@ def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
     for key, pixels in zip(canvas.keys, canvas.pixels, strict=True):
         assert np.abs(pixels.astype(int) - 100).max() <= 2, key
     assert canvas.sizes[8].tolist() == [30, 40]  # width and height after the rotation
+
+
+def test_corrupt_images_are_left_out_by_every_command_and_relative_odd_paths_are_found_again(tmp_path, kdcache, monkeypatch):
+    name, home = "eigene, bilder=2", tmp_path / "home"
+    images = tmp_path / name
+    write_images(images, "train", 12, 0)
+    write_images(images, "test", 4, 1)
+    (images / "train/dark/dark-01.jpg").write_bytes(b"")
+    (images / "test/bright/bright-02.jpg").write_bytes(b"text")
+    monkeypatch.chdir(tmp_path)
+    common = ["--teacher", "test_vit", "--dataset", r"folder:eigene\, bilder\=2", "--home", home]
+    refused = kdcache("train-teacher", *common, "--from-scratch", *SMALL)
+    assert refused.status == 4
+    assert "--skip-corrupt" in refused.err.splitlines()[-1]
+    trained = kdcache("train-teacher", *common, "--from-scratch", *SMALL, "--skip-corrupt")
+    assert trained.status == 0, trained.err
+    assert "1 of 36 train images are left out, they cannot be decoded: dark/dark-01.jpg" in trained.err
+    assert "1 of 12 test images are left out, they cannot be decoded: bright/bright-02.jpg" in trained.err
+    dumped = kdcache("dump-teacher", *common, "--size", 32, "--canvas", 40, "--views", 1, "--no-finetune")  # the same canvas
+    assert dumped.status == 0, dumped.err
+    archive = dumped.out.strip()
+    source = json.loads(kdcache("info", "--json", archive).out)["source"]
+    assert (source["num_samples"], source["skipped"]) == (35, ["dark/dark-01.jpg"])
+
+    # Another place, and a workspace that has to build its own canvases: the archive tells where the images are.
+    monkeypatch.chdir(home)
+    archive, fresh = tmp_path / archive, ["--home", tmp_path / "fresh"]
+    verified = kdcache("verify", archive, "--replay", 9, "--skip-corrupt", *fresh)
+    assert verified.status == 0, verified.err
+    assert "replay 9: ok, 9 checked" in verified.out
+    assert kdcache("view", archive, "--out", tmp_path / "sheet.png", "--skip-corrupt", "--home", tmp_path / "third").status == 0
+    students = ["distill", "--archive", archive, "--student", "test_resnet", "--epochs", 1, "--batch-size", 16, *fresh]
+    refused = kdcache(*students)
+    assert refused.status == 4
+    assert "bright-02.jpg" in refused.err
+    assert kdcache(*students, "--skip-corrupt").status == 0
+
+
+@pytest.mark.parametrize("size", [4097, 1_000_000])
+def test_a_canvas_of_absurd_size_is_three_lines(tmp_path, kdcache, size):
+    result = kdcache("dump-teacher", "--teacher", "test_vit", "--dataset", "digits", "--canvas", size, "--home", tmp_path)
+    assert result.status == 2
+    assert f"{size} px" in result.err
+    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "why", "fix"]
+
+
+def test_a_place_that_cannot_be_written_is_three_lines(tmp_path, kdcache):
+    (tmp_path / "file").touch()
+    result = kdcache(
+        "dump-teacher", "--teacher", "test_vit", "--dataset", "digits", "--home", tmp_path, "--data-dir", tmp_path / "file/data"
+    )
+    assert result.status == 75
+    assert str(tmp_path / "file/data") in result.err
+    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "why", "fix"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write to any folder")
+def test_a_folder_without_permission_is_three_lines(tmp_path, kdcache):
+    (tmp_path / "data").mkdir(mode=0o500)
+    result = kdcache("dump-teacher", "--teacher", "test_vit", "--dataset", "digits", "--home", tmp_path)
+    assert result.status == 75
+    assert "permission denied" in result.err
+    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "why", "fix"]
 
 
 def test_linked_class_folders_count_and_empty_ones_are_refused(tmp_path):
