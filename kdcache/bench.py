@@ -147,12 +147,18 @@ def _views_cpu(
     def ours() -> Tensor:
         return render_positions(canvas.pixels, table, positions, renderer)
 
-    views = ours()
-    rendering, peer, probing = _taking_turns(f"bench views {size} px", seconds, progress, ours, theirs, lambda: digests(views))
+    mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas))  # what is rendered, and probed, in training
+
+    def whole() -> Tensor:
+        return render_positions(canvas.pixels, mixed, positions, renderer)
+
+    views = whole()
+    sides = ours, theirs, whole, lambda: digests(views)
+    rendering, peer, with_mixing, probing = _taking_turns(f"bench views {size} px", seconds, progress, *sides)
     progress.say(f"{size} px: {renderer} renderer {batch / rendering:.0f} views/s, torchvision {batch / peer:.0f} views/s")
     return [
         Result(f"views {canvas_size} to {size} px, one thread", renderer, "torchvision v2 on PIL", rendering / peer, bound),
-        Result(f"probe {size} px", "digests", "rendering", probing / rendering, 0.02),
+        Result(f"probe {size} px", "digests", "rendering, with mixing", probing / with_mixing, 0.02),
     ]
 
 

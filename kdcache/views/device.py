@@ -4,7 +4,6 @@ All of Pillow's 8-bit image operations are whole numbers in disguise: gathers, l
 multiplication and one addition, which must stay two (a fused one rounds differently). There is no loop over samples.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -136,8 +135,7 @@ def _posterize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Te
 
 
 def _solarize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
-    threshold = math.ceil(reference.magnitudes(sign, options, x.shape[-1]).threshold)
-    return x ^ (x >= threshold).to(torch.uint8).mul_(255)
+    return x ^ (x >= reference.magnitudes(sign, options, x.shape[-1]).threshold).to(torch.uint8).mul_(255)
 
 
 def _autocontrast(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:

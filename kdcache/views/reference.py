@@ -1,34 +1,37 @@
-"""The reference renderer: one image at a time, by Pillow and torchvision's functions on PIL images.
+"""The reference renderer: one image at a time, by Pillow, as torchvision's transforms do it on PIL images.
 
 It defines what a view is; the device renderer must give the same bytes.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from kdcache.views.policy import JITTER_NONE, UNIT, RandAugment, ViewTable
 
-__all__ = ["FILTERS", "augment", "crop", "draw", "inverse_matrix", "magnitudes"]
+__all__ = ["FILTERS", "augment", "draw", "inverse_matrix", "magnitudes"]
 
 # A policy may name the first two; the others serve to find out what went wrong.
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")}
 
 
-def draw(images: NDArray[np.uint8], rows: ViewTable) -> NDArray[np.uint8]:
-    """Views before mixing: uint8 `[B, 3, R, R]` to uint8 `[B, 3, S, S]`."""
+def draw(images: Iterable[NDArray[np.uint8]], rows: ViewTable) -> NDArray[np.uint8]:
+    """Views before mixing: as many images uint8 `[3, R, R]` as rows, to uint8 `[B, 3, S, S]`."""
     size = rows.policy.size
     out = np.empty((len(rows), 3, size, size), np.uint8)
     for i, pixels in enumerate(images):
-        out[i] = _draw_one(pixels, rows, i)
+        image = _draw_one(pixels, rows, i)
+        for channel, band in enumerate("RGB"):
+            out[i, channel] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(size, size)
     return out
 
 
-def _draw_one(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> NDArray[np.uint8]:
+def _draw_one(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> Image.Image:
     policy = rows.policy
     image = _crop(pixels, rows, i)
     if policy.randaugment:
@@ -39,12 +42,7 @@ def _draw_one(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> NDArray[np.
     if policy.erase:
         left, top, right, bottom = rows.erase[i].tolist()
         image.paste(policy.erase.fill, (left, top, right, bottom))
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def crop(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> NDArray[np.uint8]:
-    """Row `i` of `rows` cropped, resized, mirrored and shifted: uint8 `[3, R, R]` to `[3, S, S]`."""
-    return np.asarray(_crop(pixels, rows, i)).transpose(2, 0, 1)
+    return image
 
 
 def _crop(pixels: NDArray[np.uint8], rows: ViewTable, i: int) -> Image.Image:
@@ -67,9 +65,10 @@ class Magnitudes(NamedTuple):
     angle: float  # degrees
     strength: float  # factor of brightness, saturation, contrast, sharpness
     bits: int  # kept by posterize
-    threshold: float  # of solarize
+    threshold: int  # of solarize: from here on pixels are inverted
 
 
+@lru_cache(maxsize=64)
 def magnitudes(sign: int, options: RandAugment, size: int) -> Magnitudes:
     """Of torchvision's RandAugment._augmentation_space, for views of `size` pixels."""
     return Magnitudes(
@@ -78,7 +77,7 @@ def magnitudes(sign: int, options: RandAugment, size: int) -> Magnitudes:
         angle=sign * _linspace(0.0, 30.0, options),
         strength=1.0 + sign * _linspace(0.0, 0.9, options),
         bits=8 - round(options.m / ((options.bins - 1) / 4)),
-        threshold=_linspace(255.0, 0.0, options),
+        threshold=math.ceil(_linspace(255.0, 0.0, options)),
     )
 
 
@@ -95,37 +94,26 @@ def _linspace(first: float, last: float, options: RandAugment) -> float:
 
 
 def augment(image: Image.Image, operation: int, sign: int, options: RandAugment) -> Image.Image:
-    """One RandAugment operation, by torchvision's own functions on PIL images, with its magnitudes and semantics."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
-    mode = InterpolationMode(options.interpolation)
-    fill = [float(options.fill)] * len(image.getbands())
+    """One RandAugment operation on an image, what torchvision's RandAugment makes of PIL images."""
     amount = magnitudes(sign, options, image.width)
-
-    def affine(**changes: Any) -> Callable[[], Any]:
-        settings = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | changes
-        return lambda: F.affine(image, **settings, interpolation=mode, fill=fill)
-
+    if 1 <= operation <= 5:
+        fill = options.fill if len(image.getbands()) == 1 else (options.fill,) * 3
+        mode = Image.Resampling[options.interpolation.upper()]
+        matrix = inverse_matrix(operation, sign, options, image.width)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, mode, fillcolor=fill)
     # The order of torchvision's RandAugment._augmentation_space.
-    operations: tuple[Callable[[], Any], ...] = (
-        lambda: image,
-        affine(shear=[amount.shear, 0.0], center=[0, 0]),
-        affine(shear=[0.0, amount.shear], center=[0, 0]),
-        affine(translate=[amount.shift, 0]),
-        affine(translate=[0, amount.shift]),
-        lambda: F.rotate(image, amount.angle, interpolation=mode, fill=fill),
-        lambda: F.adjust_brightness(image, amount.strength),
-        lambda: F.adjust_saturation(image, amount.strength),
-        lambda: F.adjust_contrast(image, amount.strength),
-        lambda: F.adjust_sharpness(image, amount.strength),
-        lambda: F.posterize(image, amount.bits),
-        lambda: F.solarize(image, amount.threshold),
-        lambda: F.autocontrast(image),
-        lambda: F.equalize(image),
-    )
-    result: Image.Image = operations[operation]()
-    return result
+    operations: dict[int, Callable[[], Image.Image]] = {
+        0: lambda: image,
+        6: lambda: ImageEnhance.Brightness(image).enhance(amount.strength),
+        7: lambda: ImageEnhance.Color(image).enhance(amount.strength),
+        8: lambda: ImageEnhance.Contrast(image).enhance(amount.strength),
+        9: lambda: ImageEnhance.Sharpness(image).enhance(amount.strength),
+        10: lambda: ImageOps.posterize(image, amount.bits),
+        11: lambda: ImageOps.solarize(image, amount.threshold),
+        12: lambda: ImageOps.autocontrast(image),
+        13: lambda: ImageOps.equalize(image),
+    }
+    return operations[operation]()
 
 
 def inverse_matrix(operation: int, sign: int, options: RandAugment, size: int) -> tuple[float, ...]:
@@ -143,14 +131,11 @@ def inverse_matrix(operation: int, sign: int, options: RandAugment, size: int) -
 
 def _jitter(image: Image.Image, operation: int, factors: NDArray[np.int32]) -> Image.Image:
     """One operation of torchvision's ColorJitter."""
-    from torchvision.transforms import functional as F
-
     if operation == JITTER_NONE:
         return image
     if operation == 3:
         hue, saturation, value = image.convert("HSV").split()
         turned = Image.fromarray(np.asarray(hue) + factors[3].astype(np.uint8))  # over the end and on, as in torchvision
         return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
-    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[operation]
-    result: Image.Image = adjust(image, int(factors[operation]) / UNIT)
-    return result
+    enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[operation]
+    return enhance(image).enhance(int(factors[operation]) / UNIT)

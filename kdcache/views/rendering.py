@@ -30,10 +30,8 @@ def render(images: Tensor, rows: ViewTable, renderer: Renderer = "device") -> Te
     if len(images) != len(rows):
         raise ValueError(f"{len(images)} images for {len(rows)} rows of draws")
     if renderer == "reference":
-        views = torch.from_numpy(reference.draw(images.cpu().numpy(), rows)).to(images.device)
-    else:
-        views = device.draw(images, rows)
-    return _mix(views, rows)
+        return _mix(torch.from_numpy(reference.draw(images.cpu().numpy(), rows)).to(images.device), rows)
+    return _mix(device.draw(images, rows), rows)
 
 
 def render_positions(
@@ -52,10 +50,12 @@ def render_positions(
     wanted = np.unique(np.concatenate([positions, (positions ^ 1)[~alone]]))
     rows = table[wanted]
     if isinstance(pixels, Tensor):
-        images = pixels[torch.from_numpy(rows.sample).to(pixels.device)]
+        views = render(pixels[torch.from_numpy(rows.sample).to(pixels.device)].to(device), rows, renderer)
+    elif renderer == "reference":  # one image at a time, so none has to be copied before
+        drawn = reference.draw((pixels[sample] for sample in rows.sample), rows)
+        views = _mix(torch.from_numpy(drawn).to(device), rows)
     else:
-        images = torch.from_numpy(pixels[rows.sample])
-    views = render(images.to(device, non_blocking=True), rows, renderer)
+        views = render(torch.from_numpy(pixels[rows.sample]).to(device), rows, renderer)
     if np.array_equal(wanted, positions):
         return views
     return views[torch.from_numpy(np.searchsorted(wanted, positions)).to(views.device)]
