@@ -27,6 +27,7 @@ from kdcache.errors import IncompatibleError, UsageError
 from kdcache.methods import Method, method
 from kdcache.metrics import agreement
 from kdcache.models import create_model, resolve
+from kdcache.prefetch import RendererChoice
 from kdcache.progress import Progress, Silent
 from kdcache.registry import Registry
 from kdcache.sheet import contact_sheet
@@ -59,6 +60,7 @@ class DistillConfig:
     allow_drift: int = 0
     device: str = "auto"
     workers: int = 0
+    renderer: RendererChoice = "auto"
     checkpoint_interval: float = 30.0  # seconds
     command: str = ""
 
@@ -103,8 +105,8 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
         progress.say(f"{len(specs) - len(fresh)} of {len(specs)} students are trained already")
     if fresh:
         size = archive.manifest.policy.size if archive.manifest.policy else train.size
-        evaluation = EvalSet(test, size, workers=config.workers)
-        _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png")
+        evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer)
+        _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png", config.allow_drift)
         for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
             _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
@@ -171,6 +173,7 @@ class _Lockstep:
             self.seed,
             str(self.device),
             workers=config.workers,
+            renderer=config.renderer,
             allow_drift=config.allow_drift,
         )
         self.students = [
@@ -310,9 +313,10 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
 
 
-def _write_sheet(archive: Archive, canvas: Canvas, file: Path) -> None:
+def _write_sheet(archive: Archive, canvas: Canvas, file: Path, allow_drift: int) -> None:
     """A contact sheet of the archive's views, for the report."""
     if file.is_file() or archive.manifest.policy is None:
         return
     samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
-    write_atomically(file, contact_sheet(archive, canvas, samples, range(min(archive.num_views, 8))))
+    views = range(min(archive.num_views, 8))
+    write_atomically(file, contact_sheet(archive, canvas, samples, views, allow_drift=allow_drift))

@@ -21,7 +21,7 @@ from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
 from kdcache.models import Normalisation, resolve
-from kdcache.prefetch import Rendered, render_batches
+from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
 from kdcache.stream import replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
@@ -47,7 +47,7 @@ NOISE_VIEWS = 256
 
 @dataclass(frozen=True)
 class DumpConfig:
-    """What to dump. All but `workers`, `start_view`, `device` and the number of `views` is part of the archive's identity."""
+    """What to dump. All but `workers`, `renderer`, `start_view`, `device` and the number of `views` identifies the archive."""
 
     teacher: str
     dataset: str
@@ -67,6 +67,7 @@ class DumpConfig:
     start_view: int = 0
     device: str = "auto"
     workers: int = 0
+    renderer: RendererChoice = "auto"
     command: str = ""
 
 
@@ -143,6 +144,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
                 canvas=config.canvas,
                 device=config.device,
                 workers=config.workers,
+                renderer=config.renderer,
                 command=config.command,
             ),
             workspace,
@@ -204,6 +206,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         batch_size=config.batch_size,
         start_view=config.start_view,
         workers=config.workers,
+        renderer=config.renderer,
         progress=progress,
     )
     if writer.missing():
@@ -225,6 +228,7 @@ def write_shards(
     batch_size: int,
     start_view: int = 0,
     workers: int = 0,
+    renderer: RendererChoice = "auto",
     progress: Progress | None = None,
 ) -> None:
     """Write all missing shards, from `start_view` on and around, rendering ahead; no batch crosses a shard's border."""
@@ -234,7 +238,7 @@ def write_shards(
     missing = writer.missing()
     order = [s for s in missing if s[0] >= start_view] + [s for s in missing if s[0] < start_view]
     items = [(view, rows) for view, block in order for rows in _batches(writer.positions(block), batch_size)]
-    rendered = render_batches(canvas, policy, items, workers=workers)
+    rendered = render_batches(canvas, policy, items, workers=workers, renderer=renderer, device=forward.device)
     total = writer.plan.num_views * writer.plan.num_samples
     done = total - sum(len(writer.positions(block)) for _, block in missing)
     started, at_start = time.monotonic(), done

@@ -9,15 +9,26 @@ from numpy.typing import NDArray
 from kdcache.archive import Archive
 from kdcache.canvas import Canvas
 from kdcache.errors import IncompatibleError
+from kdcache.prefetch import render_batches
 from kdcache.stats import softmax
+from kdcache.stream import check_same_samples, check_views
 from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
-from kdcache.views.rendering import render_positions
 
 __all__ = ["contact_sheet"]
 
 
-def contact_sheet(archive: Archive, canvas: Canvas, samples: Sequence[int] | NDArray[np.int64], views: Sequence[int]) -> bytes:
-    """A PNG with one row per sample: its canvas, then the given views with captions."""
+def contact_sheet(
+    archive: Archive,
+    canvas: Canvas,
+    samples: Sequence[int] | NDArray[np.int64],
+    views: Sequence[int],
+    *,
+    allow_drift: int = 0,
+) -> bytes:
+    """A PNG with one row per sample: its canvas, then the given views with captions.
+
+    Raises IncompatibleError if the views are not those that the teacher saw.
+    """
     from matplotlib.figure import Figure
 
     policy = archive.manifest.policy
@@ -27,6 +38,7 @@ def contact_sheet(archive: Archive, canvas: Canvas, samples: Sequence[int] | NDA
             why="it was written without a view policy",
             fix="use an archive of dump-teacher",
         )
+    check_same_samples(archive, canvas)
     samples = np.asarray(samples, np.int64)
     figure = Figure(figsize=(1.35 * (len(views) + 1), 1.75 * len(samples)), dpi=110, layout="constrained")
     axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)
@@ -36,12 +48,13 @@ def contact_sheet(archive: Archive, canvas: Canvas, samples: Sequence[int] | NDA
     for column, view in enumerate(views):
         table = policy.parameters(view, len(canvas))
         where = np.argsort(table.sample)[samples]
-        images = render_positions(canvas.pixels, table, where).numpy()
-        rows = archive.take(view, where)
-        for row, image in enumerate(images):
-            top = np.argsort(-rows.logits[row])[:3]
-            probs = softmax(rows.logits[row])[top]
-            guess = "\n".join(f"{archive.class_names[c][:12]} {p:.2f}" for c, p in zip(top, probs, strict=True))
+        [item] = render_batches(canvas, policy, [(view, where)], archive=archive, renderer="reference")
+        check_views(item, archive, canvas, allow_drift)
+        assert item.stored is not None
+        for row, image in enumerate(item.images.numpy()):
+            logits = item.stored.logits[row]
+            top = np.argsort(-logits)[:3]
+            guess = "\n".join(f"{archive.class_names[c][:12]} {p:.2f}" for c, p in zip(top, softmax(logits)[top], strict=True))
             mixed = _mixing(table, int(where[row]), canvas, archive)
             _show(axes[row, column + 1], image, f"{mixed}\n{guess}")
     for column, view in enumerate(views):

@@ -14,6 +14,7 @@ from kdcache.canvas import Canvas, require_intact
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
+from kdcache.prefetch import RendererChoice
 from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
 from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
@@ -45,6 +46,7 @@ class TeacherConfig:
     checkpoint: Path | None = None
     device: str = "auto"
     workers: int = 0
+    renderer: RendererChoice = "auto"
     command: str = ""
 
 
@@ -111,11 +113,10 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
             if fresh:
                 progress.say(f"{config.checkpoint} has other classes: {', '.join(fresh)} start at random")
     device = resolve_device(config.device)
-    stream = ViewStream(
-        train, policy, batch_size=settings.batch_size, seed=config.seed, device=str(device), workers=config.workers
-    )
+    ahead: Any = {"workers": config.workers, "renderer": config.renderer}
+    stream = ViewStream(train, policy, batch_size=settings.batch_size, seed=config.seed, device=str(device), **ahead)
     learner = Learner(folder, model, normalise, settings, steps_per_epoch=len(stream), seed=config.seed, device=device)
-    _fit(learner, stream, EvalSet(test, policy.size), config.smoothing, progress)
+    _fit(learner, stream, EvalSet(test, policy.size, **ahead), config.smoothing, progress)
 
     if learner.status == "diverged":
         raise IncompatibleError(

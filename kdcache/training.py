@@ -23,7 +23,7 @@ from kdcache.canvas import Canvas
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
 from kdcache.models import Normalisation
-from kdcache.prefetch import render_batches
+from kdcache.prefetch import RendererChoice, render_batches
 from kdcache.views.policy import ViewPolicy
 
 __all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_device", "seeded", "write_atomically"]
@@ -49,7 +49,9 @@ class TrainConfig(BaseModel):
 class EvalSet:
     """The test split as clean views of `size` pixels: rendered once and kept, or each time anew if that takes over 2 GiB."""
 
-    def __init__(self, canvas: Canvas, size: int, *, batch_size: int = 256, workers: int = 0) -> None:
+    def __init__(
+        self, canvas: Canvas, size: int, *, batch_size: int = 256, workers: int = 0, renderer: RendererChoice = "auto"
+    ) -> None:
         self.size = size
         self.labels = torch.from_numpy(canvas.labels)
         policy = ViewPolicy.load("none", size=size)
@@ -57,7 +59,7 @@ class EvalSet:
         items = [(0, order[start : start + batch_size]) for start in range(0, len(canvas), batch_size)]
 
         def render() -> Iterator[Tensor]:
-            return (item.images for item in render_batches(canvas, policy, items, workers=workers))
+            return (item.images for item in render_batches(canvas, policy, items, workers=workers, renderer=renderer))
 
         self._render = render
         self._kept = list(render()) if len(canvas) * 3 * size**2 <= EVAL_KEPT_BYTES else None

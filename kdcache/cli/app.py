@@ -42,6 +42,7 @@ for function in (
     reading.info,
     reading.verify,
     reading.view,
+    reading.policy,
     reading.ls,
     reading.models,
     reading.datasets,

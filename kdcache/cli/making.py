@@ -12,6 +12,7 @@ from kdcache.cli.options import (
     DeviceOption,
     DryRunOption,
     HomeOption,
+    RendererOption,
     SkipCorruptOption,
     WorkersOption,
     command_line,
@@ -23,7 +24,12 @@ from kdcache.cli.options import (
 from kdcache.cli.output import bars, print_table
 
 TeacherOption = Annotated[str, typer.Option("--teacher", help="Alias (vit_s, rn50, ...) or timm name.")]
-PolicyOption = Annotated[str | None, typer.Option("--policy", help="View policy: a preset or a YAML file [the dataset's].")]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", help="View policy: a preset or YAML file, with changes if any: pets:hflip=0,randaugment.m=9 [the dataset's]."
+    ),
+]
 SizeOption = Annotated[int | None, typer.Option("--size", min=8, help="Side of a view in pixels [the policy's].")]
 CanvasOption = Annotated[
     int | None, typer.Option("--canvas", min=8, help="Side of the decoded images in pixels [the dataset's].")
@@ -71,6 +77,7 @@ def train_teacher(
     checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors, .pth).")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    renderer: RendererOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -97,6 +104,7 @@ def train_teacher(
         checkpoint=checkpoint,
         device=device,
         workers=workers,
+        renderer=renderer,
         command=command_line(),
     )
     with bars() as progress:
@@ -127,6 +135,7 @@ def dump_teacher(
     start_view: Annotated[int, typer.Option(min=0, help="View to begin with; changes nothing in the archive.")] = 0,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    renderer: RendererOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
@@ -157,6 +166,7 @@ def dump_teacher(
         start_view=start_view,
         device=device,
         workers=workers,
+        renderer=renderer,
         command=command_line(),
     )
     with bars() as progress:
@@ -202,6 +212,7 @@ def distill(
     checkpoint_interval: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
+    renderer: RendererOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
@@ -231,6 +242,7 @@ def distill(
         checkpoint_interval=checkpoint_interval,
         device=device,
         workers=workers,
+        renderer=renderer,
         command=command_line(),
     )
     place = workspace(home, data_dir, skip_corrupt)

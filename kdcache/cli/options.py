@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ __all__ = [
     "DryRunOption",
     "HomeOption",
     "JsonOption",
+    "RendererOption",
     "SkipCorruptOption",
     "WorkersOption",
     "command_line",
@@ -87,6 +88,12 @@ SkipCorruptOption = Annotated[
 WorkersOption = Annotated[
     int,
     typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common"),
+]
+RendererOption = Annotated[
+    Literal["auto", "reference", "device"],
+    typer.Option(
+        "--renderer", help="How views are drawn, all to the same bytes; auto: the faster one here.", rich_help_panel="Common"
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")

@@ -145,6 +145,34 @@ def view(
     print(out)
 
 
+def policy(
+    spec: Annotated[str, typer.Argument(help="A preset or YAML file, with changes if any: pets:hflip=0,mix=none")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Print a view policy as YAML, to start a file of your own; without a name, list the presets."""
+    import yaml
+
+    from kdcache.views import PRESETS, ViewPolicy
+
+    if spec:
+        fields = ViewPolicy.load(spec).model_dump(mode="json")
+        if as_json:
+            print_json(fields)
+        else:
+            print(yaml.safe_dump(fields, sort_keys=False), end="")
+        return
+    presets = {name: preset.model_dump(mode="json") for name, preset in PRESETS.items()}
+    if as_json:
+        print_json(presets)
+        return
+    pieces = ("crop", "randaugment", "jitter", "erase", "mix")
+    rows = []
+    for name, fields in presets.items():
+        used = [f"{piece} {fields[piece].get('kind', '')}".strip() for piece in pieces if fields.get(piece)]
+        rows.append([name, fields["size"], fields["hflip"], ", ".join(used)])
+    print_table(["preset", "size", "hflip", "pieces"], rows)
+
+
 def ls(as_json: JsonOption = False, home: HomeOption = Path()) -> None:
     """List the archives of the workspace."""
     from kdcache.archive import open_archive
