@@ -91,6 +91,7 @@ class StudentResult:
 def distill(config: DistillConfig, workspace: Workspace, progress: Progress | None = None) -> list[StudentResult]:
     """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid."""
     progress = progress or Silent()
+    resolve_device(config.device)  # better refused before anything is decoded
     archive = workspace.open_archive(config.archive, progress, strict=config.strict)
     specs, settings = plan_students(config, archive, workspace)
     train, test = _canvases(config, archive, workspace, progress)

@@ -84,6 +84,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
     progress = progress or Silent()
     resolve(config.teacher, "teacher")
+    device = resolve_device(config.device)
     _ = codecs[config.codec], layout[config.layout]  # an unknown name is better told before anything is trained
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
@@ -101,7 +102,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
             )
     else:
         teacher = find_teacher(config.teacher, canvas, policy.size, workspace)
-    precision = config.precision or ("fp16" if resolve_device(config.device).type == "cuda" else "fp32")
+    precision = config.precision or ("fp16" if device.type == "cuda" else "fp32")
     recipe = json.dumps(
         [
             canvas.card.digest,

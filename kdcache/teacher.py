@@ -62,6 +62,7 @@ class Teacher:
 def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
     """Train as configured; a teacher that was already trained just so is returned as it is."""
     progress = progress or Silent()
+    device = resolve_device(config.device)
     source = parse_dataset(config.dataset)
     exact = resolve(config.teacher, "teacher")
     recipe = source.recipe
@@ -72,7 +73,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         epochs=config.epochs or recipe.teacher_epochs,
         batch_size=config.batch_size,
         opt=config.opt,
-        lr=config.lr or lr,
+        lr=lr if config.lr is None else config.lr,
         weight_decay=weight_decay if config.weight_decay is None else config.weight_decay,
     )
     train = workspace.canvas(source, "train", config.canvas, progress)
@@ -109,7 +110,6 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
             fresh = load_weights(model, config.checkpoint, replace_head=True)
             if fresh:
                 progress.say(f"{config.checkpoint} has other classes: {', '.join(fresh)} start at random")
-    device = resolve_device(config.device)
     stream = ViewStream(
         train, policy, batch_size=settings.batch_size, seed=config.seed, device=str(device), workers=config.workers
     )

@@ -39,7 +39,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=2)  # batch normalisation has nothing to normalise with one
     opt: str = "adamw"
     lr: float = Field(0.002, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -89,11 +89,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
+    except Exception as error:  # every backend has its own errors
         raise UsageError(
             f"device {name!r} cannot be used",
-            why=str(error).splitlines()[0][:200],
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device

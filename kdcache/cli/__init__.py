@@ -1,6 +1,8 @@
 """The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
 
 import os
+import select
+import signal
 import sys
 
 from kdcache.errors import KdcacheError, RetryError, UsageError
@@ -12,7 +14,11 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `kdcache`: runs a command and exits with its documented status."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends jobs on clusters is an interruption like Ctrl-C
+    status = run(sys.argv[1:] if argv is None else argv)
+    if _unread():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself complains about what is still buffered
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
@@ -25,7 +31,9 @@ def run(argv: list[str]) -> int:
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
-        status = command().main(args=arguments, prog_name="kdcache", standalone_mode=False)
+        status = command().main(args=arguments or ["--help"], prog_name="kdcache", standalone_mode=False)
+        if not arguments:
+            return UsageError.exit_code
         if status == INTERRUPTED:  # typer's own handling of Ctrl-C
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
@@ -37,6 +45,10 @@ def run(argv: list[str]) -> int:
         return _report("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
     except typer.TyperException as error:
         return _report(_usage(error), 2)
+    except SystemExit:  # how typer ends where a pipe is broken
+        if not _unread():
+            raise
+        return 0  # results are what is printed there, and whoever reads them (`| head`) has seen enough
     except Exception as error:
         if debug:
             raise
@@ -54,6 +66,13 @@ def run(argv: list[str]) -> int:
             return _report(wrong, wrong.exit_code)
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
         return _report(bug, 1)
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _report(what: object, status: int) -> int:
