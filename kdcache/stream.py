@@ -3,7 +3,7 @@
 What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,23 +57,14 @@ class Rendered:
 
 
 class _Renderings(Dataset[Rendered | KdcacheError]):
-    """Item `i` is the rendered batch `items[i]`, a view and positions in it; this is what worker processes run."""
+    """Its items are rendered batches, asked for by a view and positions in it; this is what worker processes run."""
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        policy: ViewPolicy,
-        items: Sequence[tuple[int, NDArray[np.int64]]],
-        archive: Archive | None,
-    ) -> None:
-        self._canvas, self._policy, self._items, self._archive = canvas, policy, items, archive
+    def __init__(self, canvas: Canvas, policy: ViewPolicy, archive: Archive | None) -> None:
+        self._canvas, self._policy, self._archive = canvas, policy, archive
         self._table: ViewTable | None = None
 
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Rendered | KdcacheError:
-        view, positions = self._items[index]
+    def __getitem__(self, item: tuple[int, NDArray[np.int64]]) -> Rendered | KdcacheError:
+        view, positions = item
         try:
             if self._table is None or self._table.view != view:
                 self._table = self._policy.parameters(view, len(self._canvas))
@@ -88,14 +79,16 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
 def render_batches(
     canvas: Canvas,
     policy: ViewPolicy,
-    items: Sequence[tuple[int, NDArray[np.int64]]],
+    items: Iterable[tuple[int, NDArray[np.int64]]],
     *,
     workers: int = 0,
     archive: Archive | None = None,
 ) -> Iterator[Rendered]:
-    """Render batches of (view, positions) in order, `workers` processes ahead, with the archive's rows if one is given."""
-    renderings = _Renderings(canvas, policy, items, archive)
-    for item in DataLoader(renderings, batch_size=None, num_workers=workers, shuffle=False):
+    """Render batches of (view, positions) in order, `workers` processes ahead, with the archive's rows if one is given.
+
+    `items` is read as far as rendering has got, in this process.
+    """
+    for item in DataLoader(_Renderings(canvas, policy, archive), batch_size=None, num_workers=workers, sampler=items):
         if isinstance(item, KdcacheError):
             raise item
         yield item

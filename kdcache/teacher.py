@@ -17,7 +17,7 @@ from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
 from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = ["Teacher", "TeacherConfig", "find_teacher", "load_teacher", "train_teacher"]
 
@@ -76,6 +76,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         lr=lr if config.lr is None else config.lr,
         weight_decay=weight_decay if config.weight_decay is None else config.weight_decay,
     )
+    require_writable(workspace.teachers)
     train = workspace.canvas(source, "train", config.canvas, progress)
     test = workspace.canvas(source, "test", config.canvas, progress)
     for canvas in (train, test):
@@ -98,7 +99,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     folder = workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if (folder / "teacher.json").is_file():
         progress.say(f"teacher: {folder} (already trained)")
-        return Teacher(folder, read_record(folder / "teacher.json"))
+        return Teacher(folder, read_teacher(folder))
     progress.say(
         f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset} "
         f"({settings.epochs * (len(train) // settings.batch_size)} steps)"
@@ -167,9 +168,9 @@ def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
     return (5e-5, 0.1) if is_vit else (5e-4, 0.05)
 
 
-def find_teacher(alias: str, canvas: Canvas, size: int, workspace: Workspace) -> Teacher | None:
+def find_teacher(alias: str, canvas: Canvas, size: int, workspace: Workspace, progress: Progress) -> Teacher | None:
     """The newest teacher of that alias trained on these very images for views of `size` pixels."""
-    for folder, record in workspace.teacher_records():
+    for folder, record in workspace.teacher_records(progress):
         same = record["alias"] == alias and record["training"]["canvas_digest"] == canvas.digest
         if same and record["input_size"] == size:
             return Teacher(folder, record)

@@ -168,7 +168,7 @@ def dump_teacher(
             progress.say(f"{plan.views} views of {len(plan.canvas)} samples, {classes} classes: {size_mb:.1f} MB of logits")
             path = plan.path
         else:
-            path = dump(settings, place, progress).path
+            path = dump(settings, place, progress)
     print(path)
 
 

@@ -88,7 +88,7 @@ def verify(
                 )
             place = workspace(home, data_dir)
             canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
-            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place), progress))
+            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place, progress), progress))
     if as_json:
         print_json(
             [
