@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 
 from kdcache.errors import UsageError, unknown_name
 
-__all__ = ["Registry"]
+__all__ = ["FITTED", "Registry"]
 
 T = TypeVar("T")
+FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is found from data, and is nobody's option
 
 
 class Registry(Generic[T]):
@@ -84,7 +85,7 @@ class Registry(Generic[T]):
         name, _, rest = spec.partition(":")
         component = self[name]
         hints = typing.get_type_hints(component)
-        fields = [f.name for f in dataclasses.fields(component)]  # type: ignore[arg-type]
+        fields = [f.name for f in _options(component)]
         options: dict[str, Any] = {}
         for number, item in enumerate(rest.split(",") if rest else []):
             key, equals, value = item.partition("=")
@@ -123,7 +124,7 @@ class Registry(Generic[T]):
     def describe(self, name: str) -> str:
         """The options of component `name` with their defaults, as text."""
         shown = []
-        for field in dataclasses.fields(self[name]):  # type: ignore[arg-type]
+        for field in _options(self[name]):
             required = field.default is dataclasses.MISSING
             shown.append(field.name if required else f"{field.name}={field.default}")
         return ", ".join(shown)
@@ -142,6 +143,10 @@ class Registry(Generic[T]):
         if len(changed) == 1 and changed[0][0] == first:
             return f"{name}:{changed[0][1]}"
         return f"{name}:" + ",".join(f"{key}={value}" for key, value in changed)
+
+
+def _options(component: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(component) if not field.metadata.get("fitted")]
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:
