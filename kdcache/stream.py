@@ -3,6 +3,7 @@
 What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,10 +89,18 @@ def render_batches(
 
     `items` is read as far as rendering has got, in this process.
     """
-    for item in DataLoader(_Renderings(canvas, policy, archive), batch_size=None, num_workers=workers, sampler=items):
+    renderings = _Renderings(canvas, policy, archive)
+    loader = DataLoader(renderings, batch_size=None, num_workers=workers, sampler=items, worker_init_fn=_outlive_signals)
+    for item in loader:
         if isinstance(item, KdcacheError):
             raise item
         yield item
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM often go to all processes of a job. The one that trains decides when to stop, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def epoch_view(num_views: int, seed: int, epoch: int) -> int:
@@ -138,9 +147,10 @@ class ViewStream:
         """The view that epoch `epoch` shows."""
         return epoch
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
         view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
-        items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(len(self))]
+        items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(start, len(self))]
         for item in render_batches(self.canvas, self.policy, items, workers=self.workers, archive=self.archive):
             yield self._batch(item).to(self.device)
 

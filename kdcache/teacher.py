@@ -15,7 +15,16 @@ from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, create_model, load_weights, resolve, weights_digest
 from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
-from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
+from kdcache.training import (
+    EvalSet,
+    Learner,
+    Stopped,
+    TrainConfig,
+    resolve_device,
+    seeded,
+    stopped_between_steps,
+    write_atomically,
+)
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
@@ -145,19 +154,24 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
 
 
 def _fit(learner: Learner, stream: ViewStream, evaluation: EvalSet, smoothing: float, progress: Progress) -> None:
-    started, first = time.monotonic(), learner.epoch
-    while learner.status == "training":
-        for number, batch in enumerate(stream.epoch(learner.epoch)):
+    started, first = time.monotonic(), learner.steps
+    try:
+        with stopped_between_steps() as check:
+            while learner.status == "training":
+                for batch in stream.epoch(learner.epoch, learner.steps_in_epoch):
 
-            def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                    def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
+                        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
-            learner.step(batch.images, loss_of, lambda logits: {})
-            done = learner.epoch + (number + 1) / len(stream)
-            left = (time.monotonic() - started) * (learner.config.epochs - done) / max(done - first, 1e-9)
-            progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
-        (logits,) = evaluation.logits([learner])
-        learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
+                    learner.step(batch.images, loss_of, lambda logits: {})
+                    check()
+                    left = (time.monotonic() - started) * (learner.total_steps - learner.steps) / (learner.steps - first)
+                    progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
+                (logits,) = evaluation.logits([learner], check)
+                learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
+    except Stopped:
+        learner.suspend()
+        raise
 
 
 def _defaults(exact: str, scratch: bool) -> tuple[float, float]:

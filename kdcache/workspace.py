@@ -166,7 +166,10 @@ class Workspace:
         `strict` refuses to choose between several.
         """
         if name is not None:
-            return open_archive(name if Path(name).is_dir() or not (self.archives / name).is_dir() else self.archives / name)
+            if (self.archives / name).is_dir() and not Path(name).is_dir():
+                return open_archive(self.archives / name)
+            # Runs are kept under the name of the archive's folder, which `.` and `..` do not tell.
+            return open_archive(Path(name).resolve() if Path(name).name in {"", ".."} else name)
         folders = self.archive_folders()
         finished = [folder for folder in folders if (folder / "kdcache.json").is_file()]
         if not finished:

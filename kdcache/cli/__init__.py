@@ -2,6 +2,7 @@
 
 import os
 import select
+import shlex
 import signal
 import sys
 
@@ -14,7 +15,8 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `kdcache`: runs a command and exits with its documented status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends jobs on clusters is an interruption like Ctrl-C
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # what ends jobs on clusters is an interruption like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = run(sys.argv[1:] if argv is None else argv)
     if _unread():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself complains about what is still buffered
@@ -42,7 +44,7 @@ def run(argv: list[str]) -> int:
             raise
         return _report(error, error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _report("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+        return _report(f"interrupted; what was done is kept. To go on: {shlex.join(['kdcache', *argv])}", INTERRUPTED)
     except typer.TyperException as error:
         return _report(_usage(error), 2)
     except SystemExit:  # how typer ends where a pipe is broken
