@@ -133,7 +133,7 @@ class Registry(Generic[T]):
         """The shortest command-line form of a component: options at their defaults are left out."""
         changed = [
             (field.name, getattr(component, field.name))
-            for field in dataclasses.fields(component)  # type: ignore[arg-type]
+            for field in _options(component)
             if getattr(component, field.name) != field.default
         ]
         name = self.name_of(component)
