@@ -9,8 +9,10 @@ import hashlib
 import itertools
 import json
 import math
+import resource
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor
 import kdcache
 from kdcache.archive import Archive
 from kdcache.canvas import Canvas, require_intact
-from kdcache.errors import IncompatibleError, UsageError
+from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import Method, method
 from kdcache.metrics import agreement
 from kdcache.models import create_model, resolve
@@ -33,10 +35,22 @@ from kdcache.registry import Registry
 from kdcache.sheet import contact_sheet
 from kdcache.stream import Batch, CachedTargets
 from kdcache.targets import Control, Targets, controls, row_keys
-from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record
+from kdcache.training import (
+    EvalSet,
+    Learner,
+    Stopped,
+    TrainConfig,
+    resolve_device,
+    seeded,
+    stopped_between_steps,
+    write_atomically,
+)
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, require_writable
 
 __all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
+
+
+OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,10 @@ class StudentResult:
 def distill(config: DistillConfig, workspace: Workspace, progress: Progress | None = None) -> list[StudentResult]:
     """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid."""
     progress = progress or Silent()
+    resolve_device(config.device)  # better refused before anything is decoded
     archive = workspace.open_archive(config.archive, progress, strict=config.strict)
     specs, settings = plan_students(config, archive, workspace)
+    require_writable(workspace.runs)
     train, test = _canvases(config, archive, workspace, progress)
     if settings.epochs > archive.num_views:
         progress.say(
@@ -176,27 +192,43 @@ class _Lockstep:
             renderer=config.renderer,
             allow_drift=config.allow_drift,
         )
+        _allow_open_files(len(specs))
         self.students = [
             _Student(spec, settings, config, archive, self.evaluation, len(self.stream), self.device) for spec in specs
         ]
 
     def run(self) -> None:
+        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
+        try:
+            with stopped_between_steps() as check:
+                self._train(check)
+        except Stopped:
+            for student in self.students:
+                student.learner.suspend()
+            raise
+        if self.stream.drifted:
+            self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
+
+    def _train(self, check: Callable[[], None]) -> None:
         total = sum(student.learner.total_steps for student in self.students)
         started, first = time.monotonic(), self._steps()
         while active := [student for student in self.students if student.learner.status == "training"]:
             epoch = min(student.learner.epoch for student in active)
             active = [student for student in active if student.learner.epoch == epoch]
-            for batch in self.stream.epoch(epoch):
+            behind = min(student.learner.steps_in_epoch for student in active)
+            for number, batch in enumerate(self.stream.epoch(epoch, behind), behind):
                 made: dict[Any, Targets] = {}  # students of one tau and control share their targets
                 keys = row_keys(self.archive.manifest.digest, batch.view, batch.sample.cpu()).to(self.device)
                 for student in active:
-                    student.step(batch, keys, made)
+                    if student.learner.steps_in_epoch == number:  # else it has seen this batch before it was suspended
+                        student.step(batch, keys, made)
+                        check()
                 done = self._steps()
                 left = (time.monotonic() - started) * (total - done) / max(done - first, 1)
                 self.progress.update(
                     f"distill seed {self.seed}", done, total, f"epoch {epoch + 1}/{self.settings.epochs}, {left:.0f} s left"
                 )
-            tested = self.evaluation.logits([student.learner for student in active])
+            tested = self.evaluation.logits([student.learner for student in active], check)
             figures: dict[str, float] = {"view": self.stream.view(epoch)}
             if self.stream.allow_drift:
                 figures["drifted_views"] = self.stream.drifted
@@ -204,12 +236,24 @@ class _Lockstep:
                 student.learner.end_epoch(self.evaluation.metrics(logits), **figures)
                 if student.learner.status == "diverged":
                     self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
-        if self.stream.drifted:
-            self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
 
     def _steps(self) -> int:
         """Steps done, those that diverged students will never do included."""
         return sum(s.learner.total_steps if s.learner.status == "diverged" else s.learner.steps for s in self.students)
+
+
+def _allow_open_files(students: int) -> None:
+    """Raise this process's limit of open files where students, each of which keeps its folder locked, need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = students + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UsageError(
+                f"{students} students of one seed",
+                why=f"they need {needed} open files, and this system allows {hard}",
+                fix="train fewer at once (give --tau, --method, --control or --student fewer values), or raise ulimit -n",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class _Student:
@@ -285,9 +329,19 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
 
 
 def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Archive) -> None:
-    """The resolved configuration of one run, `args.yaml`."""
+    """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
     file = spec.folder / "args.yaml"
+    session = {
+        "allow_drift": config.allow_drift,
+        "device": config.device,
+        "command": config.command,
+        "kdcache_version": kdcache.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
     if file.is_file():
+        args = _read_args(file)
+        args.setdefault("resumed", []).append(session)
+        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
         return
     teacher = archive.manifest.teacher
     args = {
@@ -304,13 +358,23 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         "tau": spec.tau,
         "seed": spec.seed,
         **settings.model_dump(),
-        "allow_drift": config.allow_drift,
-        "device": config.device,
-        "command": config.command,
-        "kdcache_version": kdcache.__version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def _read_args(file: Path) -> dict[str, Any]:
+    try:
+        args = yaml.safe_load(file.read_text("utf-8"))
+        if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
+            return args
+        why = "it holds no configuration"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
+    raise IntegrityError(
+        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
+    )
 
 
 def _write_sheet(archive: Archive, canvas: Canvas, file: Path, allow_drift: int) -> None:

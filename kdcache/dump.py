@@ -1,11 +1,12 @@
 """dump-teacher: run the teacher once over every view and keep all of its logits."""
 
+import collections
+import contextlib
 import datetime
 import hashlib
-import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.archive import Archive, ArchiveWriter, CanvasCard, Failure, Noise, TeacherCard, Verification, layout, open_archive
+from kdcache.archive import (
+    Archive,
+    ArchiveWriter,
+    CanvasCard,
+    Failure,
+    Noise,
+    TeacherCard,
+    Verification,
+    layout,
+    open_archive,
+    recorded_plan,
+)
 from kdcache.canvas import Canvas, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
-from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError
+from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, resolve
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
@@ -28,7 +40,7 @@ from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, 
 from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import fingerprint
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = [
     "DumpConfig",
@@ -87,6 +99,8 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
     progress = progress or Silent()
     resolve(config.teacher, "teacher")
+    device = resolve_device(config.device)
+    require_writable(config.output or workspace.archives)
     _ = codecs[config.codec], layout[config.layout]  # an unknown name is better told before anything is trained
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
@@ -103,8 +117,8 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
                 fix=f"train one on this dataset: kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset}",
             )
     else:
-        teacher = find_teacher(config.teacher, canvas, policy.size, workspace)
-    precision = config.precision or ("fp16" if resolve_device(config.device).type == "cuda" else "fp32")
+        teacher = find_teacher(config.teacher, canvas, policy.size, workspace, progress)
+    precision = config.precision or ("fp16" if device.type == "cuda" else "fp32")
     recipe = json.dumps(
         [
             canvas.card.digest,
@@ -123,8 +137,11 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     return DumpPlan(config.output or workspace.archives / name, teacher, policy, canvas, views, precision)
 
 
-def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> Archive:
-    """Write the archive that `config` describes, or finish it, or find it finished; returns it opened."""
+def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> Path:
+    """Write the archive that `config` describes, or finish it, or find it finished; returns its folder.
+
+    It is not finished yet where other processes still write shards of it: the last one finishes it.
+    """
     progress = progress or Silent()
     plan = plan_dump(config, workspace, progress)
     if plan.teacher is None:
@@ -156,7 +173,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         archive = open_archive(plan.path)
         if archive.num_views >= plan.views:
             progress.say(f"{plan.path} is complete with {archive.num_views} views: nothing to do")
-            return archive
+            return plan.path
     require_intact(plan.canvas)
     record = plan.teacher.record
     progress.say(f"teacher: {config.teacher} = {record['name']} from {plan.teacher.folder}, {plan.precision}")
@@ -165,6 +182,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     model, normalise = load_teacher(plan.teacher)
     model.to(device)
     forward = Forward(model, normalise, device, plan.precision)
+    recorded = recorded_plan(plan.path)
+    begun = recorded.teacher if recorded else None
     writer = ArchiveWriter(
         plan.path,
         num_views=plan.views,
@@ -189,7 +208,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             batch_size=config.batch_size,
             training=record["training"],
             top1_clean=record["top1_clean"],
-            noise=_noise(forward, plan, config.batch_size),
+            noise=begun.noise if begun and begun.noise else _noise(forward, plan, config.batch_size),
         ),
         provenance={
             "command": config.command,
@@ -199,6 +218,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             "versions": versions(),
         },
     )
+    if writer.plan.num_views > plan.views:
+        progress.say(f"{plan.path} was begun with {writer.plan.num_views} views, and gets them all: views are never taken away")
     write_shards(
         writer,
         forward,
@@ -209,15 +230,14 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         renderer=config.renderer,
         progress=progress,
     )
-    if writer.missing():
-        raise IncompleteError(
-            f"{plan.path}: this process is done, {len(writer.missing())} shards are still being written by others",
-            why="several processes share this dump, and the last one finishes the archive",
-            fix=f"when they have ended: kdcache finalize {plan.path}",
+    if left := writer.missing():
+        progress.say(
+            f"{plan.path}: {len(left)} shards are being written by other processes, the last of which finishes the archive"
         )
+        return plan.path
     archive = writer.finalize(progress)
     progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
-    return archive
+    return plan.path
 
 
 def write_shards(
@@ -231,29 +251,58 @@ def write_shards(
     renderer: RendererChoice = "auto",
     progress: Progress | None = None,
 ) -> None:
-    """Write all missing shards, from `start_view` on and around, rendering ahead; no batch crosses a shard's border."""
+    """Write the missing shards, from `start_view` on and around, but for those that other processes have claimed.
+
+    A shard is claimed when rendering, which runs ahead across shards, reaches it; no batch crosses a shard's border.
+    """
     progress = progress or Silent()
     policy = writer.plan.policy
     assert policy is not None
-    missing = writer.missing()
-    order = [s for s in missing if s[0] >= start_view] + [s for s in missing if s[0] < start_view]
-    items = [(view, rows) for view, block in order for rows in _batches(writer.positions(block), batch_size)]
-    rendered = render_batches(canvas, policy, items, workers=workers, renderer=renderer, device=forward.device)
     total = writer.plan.num_views * writer.plan.num_samples
-    done = total - sum(len(writer.positions(block)) for _, block in missing)
+    done = total - sum(len(writer.positions(block)) for _, block in writer.missing())
     started, at_start = time.monotonic(), done
-    for view, block in order:
-        size = len(writer.positions(block))
-        with writer.claim(view, block) as mine:
+    while missing := writer.missing():  # again, for shards of processes that ended before they had written them
+        order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
+        with contextlib.ExitStack() as claims:
+            claimed = _Claimed(writer, order, batch_size, claims)
             shard = _Shard()
-            for item in itertools.islice(rendered, -(-size // batch_size)):
-                if mine:
-                    shard.add(item, forward(item.images))
-            if mine:
+            for item in render_batches(canvas, policy, claimed, workers=workers, renderer=renderer, device=forward.device):
+                shard.add(item, forward(item.images))
+                view, block, claim = claimed.shards[0]
+                size = len(writer.positions(block))
+                if len(shard) < size:
+                    continue
                 writer.write(view, block, *shard.columns())
-        done += size
-        speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
-        progress.update("dump", done, total, f"{speed:.0f} views/s")
+                claim.close()
+                claimed.shards.popleft()
+                shard = _Shard()
+                done += size
+                speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
+                progress.update("dump", done, total, f"{speed:.0f} views/s")
+        if not claimed.any:
+            break
+
+
+class _Claimed:
+    """Batches (view, positions) of all shards that can be claimed; each is when its first batch is asked for."""
+
+    def __init__(
+        self, writer: ArchiveWriter, order: Sequence[tuple[int, int]], batch_size: int, claims: contextlib.ExitStack
+    ) -> None:
+        self._writer, self._order, self._batch_size, self._claims = writer, order, batch_size, claims
+        self.shards: collections.deque[tuple[int, int, contextlib.ExitStack]] = collections.deque()  # claimed, not written
+        self.any = False
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        for view, block in self._order:
+            claim = self._claims.enter_context(contextlib.ExitStack())
+            if claim.enter_context(self._writer.claim(view, block)):
+                self.any = True
+                self.shards.append((view, block, claim))
+                for rows in _batches(self._writer.positions(block), self._batch_size):
+                    yield view, rows
+            else:
+                claim.close()
 
 
 class _Shard:
@@ -261,6 +310,10 @@ class _Shard:
 
     def __init__(self) -> None:
         self._parts: list[tuple[NDArray, ...]] = []
+
+    def __len__(self) -> int:
+        """Rows so far."""
+        return sum(len(part[0]) for part in self._parts)
 
     def add(self, item: Rendered, logits: NDArray[np.float32]) -> None:
         self._parts.append((logits, item.rows.sample, *fingerprint(item.images)))
@@ -306,6 +359,8 @@ class Forward:
 def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
     """How far the precision of the dump is from float32, over the first few hundred views."""
     count = min(NOISE_VIEWS, len(plan.canvas))
+    if forward.precision == "fp32" and forward.device.type == "cpu":  # the same computation, which a CPU repeats bit by bit
+        return Noise(views=count, kl_mean=0.0, kl_max=0.0, max_logit_difference=0.0)
     exact = Forward(forward.model, forward.normalise, forward.device, "fp32")
     items = [(0, rows) for rows in _batches(range(count), batch_size)]
     pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items)]
@@ -321,12 +376,11 @@ def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
 
 
 def _teacher_at(folder: Path) -> Teacher:
-    file = folder / "teacher.json"
-    if not file.is_file():
+    if not (folder / "teacher.json").is_file():
         raise NotFoundError(
             f"no teacher at {folder}", why="there is no teacher.json in it", fix="train one: kdcache train-teacher --teacher ..."
         )
-    return Teacher(folder, read_record(file))
+    return Teacher(folder, read_teacher(folder))
 
 
 def replay_with_teacher(
@@ -363,10 +417,10 @@ def replay_with_teacher(
     return result
 
 
-def matching_teacher(archive: Archive, workspace: Workspace) -> Teacher | None:
+def matching_teacher(archive: Archive, workspace: Workspace, progress: Progress | None = None) -> Teacher | None:
     """The trained teacher in the workspace whose weights the archive's logits came from."""
     card = archive.manifest.teacher
-    for folder, record in workspace.teacher_records():
+    for folder, record in workspace.teacher_records(progress or Silent()):
         if card is not None and record["weights_sha256"] == card.weights_sha256:
             return Teacher(folder, record)
     return None

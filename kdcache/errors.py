@@ -23,6 +23,7 @@ __all__ = [
     "NotFoundError",
     "RetryError",
     "UsageError",
+    "printable",
     "unknown_name",
 ]
 
@@ -39,7 +40,7 @@ class KdcacheError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"error: {self.what}\nwhy: {self.why}\nfix: {self.fix}"
+        return f"error: {printable(self.what)}\nwhy: {printable(self.why)}\nfix: {printable(self.fix)}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and errors do cross process borders.
@@ -72,6 +73,11 @@ class RetryError(KdcacheError):
 
 def _rebuild(kind: type[KdcacheError], what: str, why: str, fix: str) -> KdcacheError:
     return kind(what, why=why, fix=fix)
+
+
+def printable(text: object) -> str:
+    """`text` on one line and without characters that steer a terminal: names may come from an archive of strangers."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def unknown_name(

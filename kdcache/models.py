@@ -50,32 +50,45 @@ def list_models(pattern: str = "") -> list[str]:
 
 def resolve(name: str, kind: str = "model") -> str:
     """The exact timm name behind an alias or a timm name. Raises NotFoundError with close matches."""
+    import timm
+
     exact = ALIASES.get(name, name)
-    if exact.split(".")[0] not in list_models():
+    architecture, _, tag = exact.partition(".")
+    if architecture not in list_models():
         raise unknown_name(
             kind, name, [*ALIASES, *list_models()], error=NotFoundError, fix="list what there is with: kdcache models"
         )
+    tagged = timm.models.get_arch_pretrained_cfgs(architecture)
+    if tag and exact not in tagged:
+        raise unknown_name(f"{kind} with pretrained weights", name, [architecture, *tagged], error=NotFoundError)
     return exact
 
 
 def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
     """A timm model by exact name, for square inputs of `input_size` pixels.
 
-    `pretrained` fetches timm's weights from the Hub; RetryError where that fails.
+    `pretrained` fetches timm's weights from the Hub; RetryError where that fails. IncompatibleError for a model that does
+    not take such inputs, or does not give one logit per class.
     """
     import timm
 
     config = timm.models.get_pretrained_cfg(name)
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+    random_state = torch.get_rng_state()
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **sized)
+        model = timm.create_model(name, num_classes=num_classes, **sized)
+        _try_out(model, input_size, num_classes)
+    except Exception as error:  # every architecture has its own way to refuse a size
+        raise IncompatibleError(
+            f"model {name!r} cannot be made for {input_size} px and {num_classes} classes",
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            fix="choose another input size with --size, or another model",
+        ) from error
+    try:
+        if pretrained:
+            torch.set_rng_state(random_state)  # a new classifier is drawn as if nothing had been tried before
+            model = timm.create_model(name, pretrained=True, num_classes=num_classes, **sized)
     except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise IncompatibleError(
-                f"model {name!r} cannot be made for {input_size} px and {num_classes} classes",
-                why=str(error).splitlines()[0],
-                fix="choose another input size with --size, or another model",
-            ) from error
         raise RetryError(
             f"the pretrained weights of {name!r} could not be fetched",
             why=(str(error).splitlines() or ["no connection"])[0][:200],
@@ -83,6 +96,15 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
         ) from error
     data = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
+
+
+@torch.inference_mode()
+def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
+    """One image through the model, which some architectures refuse only then. Raises whatever they raise."""
+    logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
+    model.train()
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        raise ValueError(f"it does not give one vector of {num_classes} logits per image")
 
 
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:

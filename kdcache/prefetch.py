@@ -1,9 +1,11 @@
 """Rendering ahead of the model: in worker processes on the CPU, or on a side stream of the GPU."""
 
+import itertools
+import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -44,7 +46,7 @@ class Rendered:
 def render_batches(
     canvas: Canvas,
     policy: ViewPolicy,
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     workers: int = 0,
     archive: Archive | None = None,
@@ -53,20 +55,30 @@ def render_batches(
 ) -> Iterator[Rendered]:
     """Render batches of (view, positions) in order, with the archive's rows if one is given.
 
-    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does.
+    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does. `items` is read
+    as far as rendering has got, in this process.
     """
-    device, items = torch.device(device), list(items)
-    if not items:
+    device, items = torch.device(device), iter(items)
+    first = next(items, None)
+    if first is None:
         return
-    batch = max(len(positions) for _, positions in items)
-    chosen = choose_renderer(renderer, policy, canvas.size, batch, device)
+    items = itertools.chain([first], items)
+    chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), device)
     if device.type == "cuda" and chosen == "device":
         yield from _on_gpu(canvas, policy, items, archive, device)
         return
-    for item in DataLoader(_Renderings(canvas, policy, items, archive, chosen), batch_size=None, num_workers=workers):
+    renderings = _Renderings(canvas, policy, archive, chosen)
+    loader = DataLoader(renderings, batch_size=None, num_workers=workers, sampler=items, worker_init_fn=_outlive_signals)
+    for item in loader:
         if isinstance(item, KdcacheError):
             raise item
         yield item
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM often go to all processes of a job. The one that trains decides when to stop, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Tables:
@@ -83,19 +95,14 @@ class _Tables:
 
 
 class _Renderings(Dataset[Rendered | KdcacheError]):
-    """Item `i` is the rendered batch `items[i]`; this is what worker processes run."""
+    """Its items are rendered batches, asked for by a view and positions in it; this is what worker processes run."""
 
-    def __init__(
-        self, canvas: Canvas, policy: ViewPolicy, items: Sequence[Item], archive: Archive | None, renderer: Renderer
-    ) -> None:
-        self._canvas, self._items, self._archive, self._renderer = canvas, items, archive, renderer
+    def __init__(self, canvas: Canvas, policy: ViewPolicy, archive: Archive | None, renderer: Renderer) -> None:
+        self._canvas, self._archive, self._renderer = canvas, archive, renderer
         self._tables = _Tables(policy, len(canvas))
 
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Rendered | KdcacheError:
-        view, positions = self._items[index]
+    def __getitem__(self, item: Item) -> Rendered | KdcacheError:
+        view, positions = item
         try:
             table = self._tables[view]
             stored = self._archive.take(view, positions) if self._archive else None
@@ -107,13 +114,12 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
 
 
 def _on_gpu(
-    canvas: Canvas, policy: ViewPolicy, items: Sequence[Item], archive: Archive | None, device: torch.device
+    canvas: Canvas, policy: ViewPolicy, items: Iterator[Item], archive: Archive | None, device: torch.device
 ) -> Iterator[Rendered]:
     """The device renderer on a side stream, some batches ahead; the model's stream waits for each batch, the host does not."""
     tables = _Tables(policy, len(canvas))
     pixels: Tensor | NDArray[np.uint8] = canvas.pixels
-    used = sum(len(positions) for _, positions in items)
-    if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0] and used > len(canvas) // 2:
+    if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
         pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
@@ -127,16 +133,18 @@ def _on_gpu(
             on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
             started.append((images, on_host, table[positions], positions, side.record_event()))
 
-    for number, (view, positions) in enumerate(items):
-        while len(started) + number < min(number + 1 + _AHEAD, len(items)):
-            start(*items[number + len(started)])
+    for item in itertools.islice(items, 1 + _AHEAD):
+        start(*item)
+    while started:
         images, sums, rows, positions, done = started.popleft()
-        stored = archive.take(view, positions) if archive else None
+        stored = archive.take(rows.view, positions) if archive else None
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         images.record_stream(current)
         done.synchronize()  # for the digests; rendered long ago, unless rendering is slower than the model
         yield Rendered(images, fold(sums), rows, stored, positions)
+        for item in itertools.islice(items, 1):
+            start(*item)
 
 
 def choose_renderer(

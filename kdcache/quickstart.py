@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcache.archive import open_archive
 from kdcache.distill import DistillConfig, distill
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.progress import Progress
@@ -30,11 +31,8 @@ def quickstart(
 ) -> QuickstartResult:
     """Train a small teacher, dump 8 views, train 24 students of it and write the report; what is there already is reused."""
     progress.say("1 of 4: a teacher, and its logits of 8 views of every training image")
-    archive = dump_teacher(
-        DumpConfig(teacher=TEACHER, dataset=DATASET, views=VIEWS, device=device, workers=workers, command=command),
-        workspace,
-        progress,
-    )
+    dump = DumpConfig(teacher=TEACHER, dataset=DATASET, views=VIEWS, device=device, workers=workers, command=command)
+    archive = open_archive(dump_teacher(dump, workspace, progress))
     students = len(TAUS) * len(CONTROLS) * len(SEEDS)
     progress.say(
         f"2 of 4: {students} students on {len(SEEDS)} streams: tau {', '.join(f'{t:g}' for t in TAUS)} x {', '.join(CONTROLS)}"

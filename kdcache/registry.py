@@ -14,9 +14,10 @@ from typing import Any, Generic, TypeVar
 
 from kdcache.errors import UsageError, unknown_name
 
-__all__ = ["Registry"]
+__all__ = ["FITTED", "Registry"]
 
 T = TypeVar("T")
+FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is found from data, and is nobody's option
 
 
 class Registry(Generic[T]):
@@ -88,7 +89,7 @@ class Registry(Generic[T]):
         name, _, rest = spec.partition(":")
         component = self[name]
         hints = typing.get_type_hints(component)
-        fields = [f.name for f in dataclasses.fields(component)]  # type: ignore[arg-type]
+        fields = [f.name for f in _options(component)]
         options: dict[str, Any] = {}
         for number, item in enumerate(_ITEM.findall(rest) if rest else []):
             key, equals, value = _KEY.fullmatch(item).groups()  # type: ignore[union-attr]  # it matches any text
@@ -128,7 +129,7 @@ class Registry(Generic[T]):
     def describe(self, name: str) -> str:
         """The options of component `name` with their defaults, as text."""
         shown = []
-        for field in dataclasses.fields(self[name]):  # type: ignore[arg-type]
+        for field in _options(self[name]):
             required = field.default is dataclasses.MISSING
             shown.append(field.name if required else f"{field.name}={field.default}")
         return ", ".join(shown)
@@ -137,7 +138,7 @@ class Registry(Generic[T]):
         """The shortest command-line form of a component: options at their defaults are left out."""
         changed = [
             (field.name, getattr(component, field.name))
-            for field in dataclasses.fields(component)  # type: ignore[arg-type]
+            for field in _options(component)
             if getattr(component, field.name) != field.default
         ]
         name = self.name_of(component)
@@ -160,6 +161,10 @@ def _escape(value: object) -> str:
 
 def _unescape(text: str) -> str:
     return re.sub(r"\\([\\,=])", r"\1", text)
+
+
+def _options(component: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(component) if not field.metadata.get("fitted")]
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:

@@ -99,9 +99,10 @@ class ViewStream:
         """The view that epoch `epoch` shows."""
         return epoch
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
         view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
-        items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(len(self))]
+        items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(start, len(self))]
         for item in render_batches(
             self.canvas,
             self.policy,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.registry import Registry
+from kdcache.registry import FITTED, Registry
 from kdcache.stats import entropy, softmax, sorted_mean_softmax
 
 __all__ = ["Control", "Targets", "control", "controls", "match_entropy", "row_keys"]
@@ -104,7 +104,9 @@ class GlobalSmoothing:
     """
 
     average: Literal["sorted-mean", "mean-entropy", "plain-mean"] = "sorted-mean"
-    deficit: float | None = None  # log C - H in nats at the tau it was fitted for; found by `fit`
+    deficit: float | None = dataclasses.field(
+        default=None, metadata=FITTED
+    )  # log C - H in nats at the tau it was fitted for; found by `fit`
 
     def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "GlobalSmoothing":
         rows = 0

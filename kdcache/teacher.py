@@ -17,9 +17,18 @@ from kdcache.models import Normalisation, create_model, load_weights, resolve, w
 from kdcache.prefetch import RendererChoice
 from kdcache.progress import Progress, Silent
 from kdcache.stream import ViewStream
-from kdcache.training import EvalSet, Learner, TrainConfig, resolve_device, seeded, write_atomically
+from kdcache.training import (
+    EvalSet,
+    Learner,
+    Stopped,
+    TrainConfig,
+    resolve_device,
+    seeded,
+    stopped_between_steps,
+    write_atomically,
+)
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = ["Teacher", "TeacherConfig", "find_teacher", "load_teacher", "train_teacher"]
 
@@ -65,6 +74,7 @@ class Teacher:
 def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
     """Train as configured; a teacher that was already trained just so is returned as it is."""
     progress = progress or Silent()
+    device = resolve_device(config.device)
     source = parse_dataset(config.dataset)
     exact = resolve(config.teacher, "teacher")
     recipe = source.recipe
@@ -75,9 +85,10 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         epochs=config.epochs or recipe.teacher_epochs,
         batch_size=config.batch_size,
         opt=config.opt,
-        lr=config.lr or lr,
+        lr=lr if config.lr is None else config.lr,
         weight_decay=weight_decay if config.weight_decay is None else config.weight_decay,
     )
+    require_writable(workspace.teachers)
     train = workspace.canvas(source, "train", config.canvas, progress)
     test = workspace.canvas(source, "test", config.canvas, progress)
     for canvas in (train, test):
@@ -100,7 +111,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     folder = workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if (folder / "teacher.json").is_file():
         progress.say(f"teacher: {folder} (already trained)")
-        return Teacher(folder, read_record(folder / "teacher.json"))
+        return Teacher(folder, read_teacher(folder))
     progress.say(
         f"teacher: {config.teacher} = {exact}, {policy.size} px, start {start}, {settings.epochs} epochs on {config.dataset} "
         f"({settings.epochs * (len(train) // settings.batch_size)} steps)"
@@ -112,7 +123,6 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
             fresh = load_weights(model, config.checkpoint, replace_head=True)
             if fresh:
                 progress.say(f"{config.checkpoint} has other classes: {', '.join(fresh)} start at random")
-    device = resolve_device(config.device)
     ahead: Any = {"workers": config.workers, "renderer": config.renderer}
     stream = ViewStream(train, policy, batch_size=settings.batch_size, seed=config.seed, device=str(device), **ahead)
     learner = Learner(folder, model, normalise, settings, steps_per_epoch=len(stream), seed=config.seed, device=device)
@@ -146,19 +156,24 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
 
 
 def _fit(learner: Learner, stream: ViewStream, evaluation: EvalSet, smoothing: float, progress: Progress) -> None:
-    started, first = time.monotonic(), learner.epoch
-    while learner.status == "training":
-        for number, batch in enumerate(stream.epoch(learner.epoch)):
+    started, first = time.monotonic(), learner.steps
+    try:
+        with stopped_between_steps() as check:
+            while learner.status == "training":
+                for batch in stream.epoch(learner.epoch, learner.steps_in_epoch):
 
-            def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                    def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
+                        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
-            learner.step(batch.images, loss_of, lambda logits: {})
-            done = learner.epoch + (number + 1) / len(stream)
-            left = (time.monotonic() - started) * (learner.config.epochs - done) / max(done - first, 1e-9)
-            progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
-        (logits,) = evaluation.logits([learner])
-        learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
+                    learner.step(batch.images, loss_of, lambda logits: {})
+                    check()
+                    left = (time.monotonic() - started) * (learner.total_steps - learner.steps) / (learner.steps - first)
+                    progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
+                (logits,) = evaluation.logits([learner], check)
+                learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
+    except Stopped:
+        learner.suspend()
+        raise
 
 
 def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
@@ -169,9 +184,9 @@ def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
     return (5e-5, 0.1) if is_vit else (5e-4, 0.05)
 
 
-def find_teacher(alias: str, canvas: Canvas, size: int, workspace: Workspace) -> Teacher | None:
+def find_teacher(alias: str, canvas: Canvas, size: int, workspace: Workspace, progress: Progress) -> Teacher | None:
     """The newest teacher of that alias trained on these very images for views of `size` pixels."""
-    for folder, record in workspace.teacher_records():
+    for folder, record in workspace.teacher_records(progress):
         same = record["alias"] == alias and record["training"]["canvas_digest"] == canvas.digest
         if same and record["input_size"] == size:
             return Teacher(folder, record)

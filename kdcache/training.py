@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,17 @@ from kdcache.models import Normalisation
 from kdcache.prefetch import RendererChoice, render_batches
 from kdcache.views.policy import ViewPolicy
 
-__all__ = ["EvalSet", "Learner", "TrainConfig", "clip_per_layer", "resolve_device", "seeded", "write_atomically"]
+__all__ = [
+    "EvalSet",
+    "Learner",
+    "Stopped",
+    "TrainConfig",
+    "clip_per_layer",
+    "resolve_device",
+    "seeded",
+    "stopped_between_steps",
+    "write_atomically",
+]
 
 
 EVAL_KEPT_BYTES = 2 << 30
@@ -39,7 +51,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=2)  # batch normalisation has nothing to normalise with one
     opt: str = "adamw"
     lr: float = Field(0.002, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -65,12 +77,16 @@ class EvalSet:
         self._kept = list(render()) if len(canvas) * 3 * size**2 <= EVAL_KEPT_BYTES else None
 
     @torch.no_grad()
-    def logits(self, learners: "Sequence[Learner]") -> list[Tensor]:
-        """Logits float32 `[N, C]` of each learner's model on the test split, in the canvas's order, on the CPU."""
+    def logits(self, learners: "Sequence[Learner]", check: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Logits float32 `[N, C]` of each learner's model on the test split, in the canvas's order, on the CPU.
+
+        `check` is called after each batch, and may raise.
+        """
         parts: list[list[Tensor]] = [[] for _ in learners]
         for views in self._kept or self._render():
             for learner, part in zip(learners, parts, strict=True):
                 part.append(learner.predict(views))
+            check()
         return [torch.cat(part) for part in parts]
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
@@ -91,11 +107,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
+    except Exception as error:  # every backend has its own errors
         raise UsageError(
             f"device {name!r} cannot be used",
-            why=str(error).splitlines()[0][:200],
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device
@@ -107,6 +123,46 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, raised at a moment when all learners can write a checkpoint."""
+
+
+@contextmanager
+def stopped_between_steps() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C and SIGTERM back: the function that this gives raises Stopped if one came, and is to be called often.
+
+    A second one interrupts at once. Python runs signal handlers in its main thread only; in others nothing is held back.
+    """
+    asked = False
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def check() -> None:
+        if asked:
+            raise Stopped
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # what a shell or `nohup` had ignored stays ignored
+                before[number] = signal.signal(number, note)
+    try:
+        yield check
+    except RuntimeError as error:
+        if asked:  # the signal went to the loader's workers too, and torch reports their end
+            raise Stopped from error
+        raise
+    finally:
+        restore()
 
 
 @torch.no_grad()
@@ -133,7 +189,7 @@ class Learner:
 
     The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json`;
     `checkpoint.pt` holds what an exact resume needs (tensors and numbers only). A learner made again in the same folder
-    goes on at the epoch after its last checkpoint.
+    goes on at its last checkpoint: the end of an epoch, or the step after which it was suspended.
     """
 
     def __init__(
@@ -170,6 +226,7 @@ class Learner:
         self._best_top1 = -1.0
         self._interval = checkpoint_interval
         self._saved_at = time.monotonic()
+        self._whole = True  # not in the midst of a step
         with seeded(seed):
             self._rng = _rng_states(device)
         self._start_epoch()
@@ -181,6 +238,11 @@ class Learner:
         """The latest epoch's row of metrics."""
         return self.rows[-1]
 
+    @property
+    def steps_in_epoch(self) -> int:
+        """Steps done since the end of the last epoch."""
+        return self._count
+
     def _start_epoch(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -189,6 +251,7 @@ class Learner:
     def step(self, views: Tensor, loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]) -> None:
         """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means."""
         started = time.perf_counter()
+        self._whole = False
         lr = self.config.lr * 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -208,6 +271,7 @@ class Learner:
         self._count += 1
         self.steps += 1
         self._seconds += time.perf_counter() - started
+        self._whole = True
 
     @torch.no_grad()
     def predict(self, views: Tensor) -> Tensor:
@@ -218,6 +282,7 @@ class Learner:
 
     def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
         """Log the epoch with its test figures, and write a checkpoint if the last one is old or this was the last epoch."""
+        self._whole = False
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
         row |= tested
@@ -232,11 +297,19 @@ class Learner:
         if row["test_top1"] > self._best_top1:
             self._best_top1 = row["test_top1"]
             self._best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        self._whole = True
         over = self.epoch == self.config.epochs
         if over or time.monotonic() - self._saved_at >= self._interval:
             self._save()
         if over:
             self._finish("complete")
+
+    def suspend(self) -> None:
+        """Write a checkpoint of where it is now, and give the folder back. A step that was cut in two cannot be kept:
+        then the last checkpoint stays."""
+        if self.status == "training" and self._whole and self.steps:
+            self._save()
+        self._lock.release()
 
     def _save(self) -> None:
         weights = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
@@ -250,6 +323,9 @@ class Learner:
                 "steps": self.steps,
                 "best_top1": self._best_top1,
                 "rows": self.rows,
+                "sums": {name: value.cpu() for name, value in self._sums.items()},
+                "count": self._count,
+                "seconds": self._seconds,
             },
             buffer,
         )
@@ -287,6 +363,8 @@ class Learner:
             ) from error
         self._rng, self.epoch, self.steps = state["rng"], state["epoch"], state["steps"]
         self._best_top1, self.rows = state["best_top1"], state["rows"]
+        self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
+        self._count, self._seconds = state.get("count", 0), state.get("seconds", 0.0)
         if self.epoch == self.config.epochs:
             self._finish("complete")
 

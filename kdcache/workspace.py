@@ -1,20 +1,32 @@
 """Where things lie: `archives/ teachers/ runs/ data/ reports/` below one home folder."""
 
 import json
+import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from kdcache.archive import Archive, open_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Source, Split, dataset
-from kdcache.errors import IntegrityError, NotFoundError, UsageError, unknown_name
+from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.progress import Progress
 
-__all__ = ["Workspace", "dataset_label", "parse_dataset", "read_record", "versions"]
+__all__ = [
+    "Workspace",
+    "dataset_label",
+    "parse_dataset",
+    "read_record",
+    "read_teacher",
+    "require_writable",
+    "versions",
+]
 
 
 def parse_dataset(spec: str) -> Source:
@@ -33,9 +45,59 @@ def read_record(file: Path) -> dict[str, Any]:
             raise ValueError("it holds no mapping")
         return record
     except (OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{file} cannot be read", why=str(error).splitlines()[0], fix=f"restore it, or make it anew: rm -r {file.parent}"
-        ) from None
+        raise _damaged(file, str(error).splitlines()[0]) from None
+
+
+class _TeacherRecord(BaseModel):
+    """What `teacher.json` must hold for its teacher to be of use; the record itself stays a mapping, with all it holds."""
+
+    class _Training(BaseModel):
+        canvas_digest: str
+
+    alias: str
+    name: str
+    class_names: list[str]
+    input_size: int
+    mean: list[float]
+    std: list[float]
+    weights_sha256: str
+    top1_clean: float
+    training: _Training
+
+
+def read_teacher(folder: Path) -> dict[str, Any]:
+    """The record of a trained teacher. Raises IntegrityError if `teacher.json` is damaged."""
+    file = folder / "teacher.json"
+    record = read_record(file)
+    try:
+        _TeacherRecord.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return record
+
+
+def _damaged(file: Path, why: str) -> IntegrityError:
+    folder = file.parent
+    aside = f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder) + '.damaged')}"
+    return IntegrityError(
+        f"{file} is not the record that kdcache wrote",
+        why=why,
+        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {aside}",
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Raises before hours of work what writing to `folder`, which need not exist, would raise after them."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UsageError(f"{folder} cannot be a folder", why=f"{place} is a file", fix="choose another place with --home")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RetryError(
+            f"not allowed to write {folder}",
+            why=f"{place} is read-only for this user",
+            fix=f"make {place} writable, or choose another place with --home",
+        )
 
 
 def dataset_label(source: Source) -> str:
@@ -108,7 +170,10 @@ class Workspace:
         `strict` refuses to choose between several.
         """
         if name is not None:
-            return open_archive(name if Path(name).is_dir() or not (self.archives / name).is_dir() else self.archives / name)
+            if (self.archives / name).is_dir() and not Path(name).is_dir():
+                return open_archive(self.archives / name)
+            # Runs are kept under the name of the archive's folder, which `.` and `..` do not tell.
+            return open_archive(Path(name).resolve() if Path(name).name in {"", ".."} else name)
         folders = self.archive_folders()
         finished = [folder for folder in folders if (folder / "kdcache.json").is_file()]
         if not finished:
@@ -132,9 +197,12 @@ class Workspace:
         progress.say(f"archive: {finished[0]}")
         return open_archive(finished[0])
 
-    def teacher_records(self) -> Sequence[tuple[Path, dict[str, Any]]]:
-        """Folder and record of every trained teacher, newest first."""
-        if not self.teachers.is_dir():
-            return []
-        files = sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-        return [(file.parent, read_record(file)) for file in files]
+    def teacher_records(self, progress: Progress) -> Sequence[tuple[Path, dict[str, Any]]]:
+        """Folder and record of every trained teacher, newest first; damaged ones are named and left out."""
+        found = []
+        for file in sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+            try:
+                found.append((file.parent, read_teacher(file.parent)))
+            except IntegrityError as error:
+                progress.say(f"teacher {file.parent} is left out: {printable(f'{error.what} ({error.why})')}")
+        return found

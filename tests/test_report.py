@@ -385,6 +385,21 @@ def test_strings_from_the_runs_are_text(make_run: MakeRun, tmp_path: Path) -> No
     assert all(path.parent == tmp_path / "out/figures" for path in report.figures)
 
 
+def test_dollar_signs_in_names_are_drawn_as_they_are(make_run: MakeRun, tmp_path: Path) -> None:
+    """Between two of them matplotlib sees a formula, and this one is broken."""
+    evil, made = "$\\frac{$", {"teacher": "a$_$b$", "dataset": "$^^$"}
+    logits = np.random.default_rng(0).normal(size=(1, 40, 3)).astype(np.float32)
+    archive = kdcache.write_archive(tmp_path / f"archives/{evil}", logits, [evil, "$2$", "$"])
+    for number, tau in enumerate((1.0, 4.0)):
+        for control in ("none", evil):
+            names = {"student": evil + str(number), "method_spec": evil, "control_spec": control, "archive_name": evil}
+            make_run(90.0, tau=tau, archive=str(archive.path), archive_digest=archive.manifest.digest, **names, **made)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    drawn = "".join(path.read_text("utf-8") for path in report.figures if path.suffix == ".svg")
+    assert len(report.figures) == 8  # SVG and PNG of four figures
+    assert drawn.count(evil) >= 3
+
+
 def test_several_datasets_methods_and_archives(make_run: MakeRun, tmp_path: Path) -> None:
     for number, dataset in enumerate(("pets", "cifar100")):
         for method in ("kd", "zkd", "dkd", "ttm", "dist"):

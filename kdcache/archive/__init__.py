@@ -7,7 +7,7 @@ from kdcache.archive.manifest import CanvasCard, Manifest, Noise, Plan, Statisti
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
 from kdcache.archive.statistics import PAPER_TAUS
 from kdcache.archive.store import sha256, translated_os_errors
-from kdcache.archive.writer import ArchiveWriter, write_archive
+from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
 
 __all__ = [
     "PAPER_TAUS",
@@ -26,6 +26,7 @@ __all__ = [
     "layout",
     "manifest_schema",
     "open_archive",
+    "recorded_plan",
     "sha256",
     "translated_os_errors",
     "write_archive",

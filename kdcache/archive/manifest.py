@@ -165,12 +165,9 @@ def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
     return digest.hexdigest()
 
 
-def load_manifest(text: bytes, where: str) -> Manifest:
-    """Parse and check `kdcache.json`; `where` names the archive in errors."""
-    broken = {
-        "why": "it is damaged, or was not written by kdcache",
-        "fix": "restore kdcache.json from a copy of the archive, or run the dump again",
-    }
+def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
+    """Parse and check `kdcache.json`; errors name the archive as `where`, and say `fix` where it is damaged."""
+    broken = {"why": "it is damaged, or was not written by kdcache", "fix": fix}
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):

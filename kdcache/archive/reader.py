@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ from kdcache.progress import Progress, Silent
 __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
 MANIFEST_LIMIT = 64 << 20
+WORK = ".dump"  # of writers; gone from a finished archive
+CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
 
 
@@ -91,7 +94,7 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
             fix="copy the archive here first, then give its folder",
         )
     if not store.exists(MANIFEST_NAME):
-        if (Path(path) / ".dump").is_dir():
+        if (Path(path) / WORK).is_dir():
             raise IncompleteError(
                 f"archive {path} is not finished",
                 why="its dump was stopped before the manifest was written",
@@ -102,15 +105,40 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
             why=f"there is no {MANIFEST_NAME} in it" if Path(path).is_dir() else "that folder does not exist",
             fix="list the archives with: kdcache ls",
         )
-    return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path)))
+    return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path), fix=_manifest_fix(store)))
+
+
+def _manifest_fix(store: LocalStore) -> str:
+    """How to get a manifest again."""
+    folder, manifest = (shlex.quote(str(part)) for part in (store.root, store.path(MANIFEST_NAME)))
+    if store.exists(f"{WORK}/plan.json"):  # what is needed to write one is there, or can be computed again
+        return f"restore it from a copy, or write it anew: rm {manifest} && kdcache finalize {folder}"
+    aside = shlex.quote(f"{store.root}.damaged")
+    return f"restore it from a copy; or get the archive anew, after setting this one aside: mv {folder} {aside}"
 
 
 def _resume_command(store: LocalStore) -> str:
     try:
-        command = json.loads(store.read(".dump/plan.json"))["provenance"]["command"]
-    except (KdcacheError, ValueError, KeyError):
-        return "run the same dump-teacher command again; it goes on where it stopped"
-    return f"{command}   (goes on where it stopped)"
+        plan = json.loads(store.read(f"{WORK}/plan.json"))
+        return dump_command(plan["provenance"])
+    except (KdcacheError, ValueError, KeyError, TypeError):
+        return dump_command({})
+
+
+def dump_command(provenance: Mapping[str, Any]) -> str:
+    """The command that a dump is to be continued with, as it was recorded, where that is one of kdcache's.
+
+    Who made an archive may have written anything there: its words are quoted anew, so that a shell sees arguments only.
+    """
+    command = provenance.get("command") if isinstance(provenance, Mapping) else None
+    if isinstance(command, str) and len(command) <= 1000 and command.isprintable():
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
+        if words[:2] in (["kdcache", "dump-teacher"], ["kdcache", "quickstart"]):
+            return shlex.join(words)
+    return "run the same dump-teacher command again; it goes on where it stopped"
 
 
 class Archive:
@@ -234,9 +262,10 @@ class Archive:
         """Compare the files that belong to no shard with the manifest, once; the card is for people, who may edit it."""
         if not self._files_checked:
             result = Verification("full")
+            replaced = self._replaced()
             for record in self.manifest.files:
                 if record.path != CARD_NAME:
-                    self._verify_file(record, "full", result)
+                    self._verify_file(record, "full", result, replaced.get(record.path, ()))
             result.raise_if_failed()
             self._files_checked = True
 
@@ -293,8 +322,9 @@ class Archive:
         if actual != self.manifest.digest:
             where = f"{MANIFEST_NAME}: digest"
             result.failures.append(Failure(where, f"{self.manifest.digest[:12]}...", f"the contents have {actual[:12]}..."))
+        replaced = self._replaced()
         for record in self.manifest.files:
-            self._verify_file(record, level, result)
+            self._verify_file(record, level, result, replaced.get(record.path, ()))
         for number, shard in enumerate(shards):
             found = len(result.failures)
             for record in shard.files:
@@ -304,16 +334,33 @@ class Archive:
             progress.update(f"verify {level}", number + 1, len(shards))
         return result
 
-    def _verify_file(self, record: FileRecord, level: Level, result: Verification) -> None:
+    def _replaced(self) -> dict[str, list[FileRecord]]:
+        """Files that an append replaces before its manifest is there: should it be stopped in between, they are right too."""
+        found: dict[str, list[FileRecord]] = {}
+        try:
+            for line in self.store.read(CLOSING, limit=MANIFEST_LIMIT).splitlines() if self.store.exists(CLOSING) else ():
+                record = FileRecord.model_validate_json(line)
+                found.setdefault(record.path, []).append(record)
+        except (IntegrityError, ValidationError):
+            return {}
+        return found
+
+    def _verify_file(self, record: FileRecord, level: Level, result: Verification, replaced: Sequence[FileRecord] = ()) -> None:
         result.checked += 1
+        failure = self._difference(record, level)
+        if failure and all(self._difference(other, level) for other in replaced):
+            result.failures.append(failure)
+
+    def _difference(self, record: FileRecord, level: Level) -> Failure | None:
         try:
             size = self.store.size(record.path)
             if size != record.bytes:
-                result.failures.append(Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes"))
-            elif level == "full" and (actual := sha256(self.store.read(record.path))) != record.sha256:
-                result.failures.append(Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}..."))
+                return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
+            if level == "full" and (actual := sha256(self.store.read(record.path))) != record.sha256:
+                return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
         except IntegrityError as error:
-            result.failures.append(Failure(record.path, "a file of the archive", error.what))
+            return Failure(record.path, "a file of the archive", error.what)
+        return None
 
     def _verify_rows(self, shard: ShardRecord, result: Verification) -> None:
         where = f"view {shard.view} block {shard.block}"

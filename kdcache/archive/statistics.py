@@ -10,12 +10,14 @@ from kdcache.archive.manifest import Plan, Statistics, TauStatistics
 from kdcache.codecs import codec
 from kdcache.progress import Progress
 from kdcache.stats import relative_entropy, sorted_mean_softmax
+from kdcache.views.policy import CenterCrop
 
 __all__ = ["PAPER_TAUS", "compute_statistics", "spread_logits"]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
 BLOCK = 1 << 12
+MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -68,8 +70,9 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
         blocks = [(b, slice(0, plan.block_rows(b))) for b in range(plan.num_blocks)]
         argmax, sample = (np.concatenate([reader.gather(name, view, *part) for part in blocks]) for name in ("argmax", "sample"))
         dominant = sample
-        if plan.policy:
-            table = plan.policy.parameters(view, plan.num_samples)
+        if plan.policy and plan.policy.mix:
+            # Each draw has a column of its own, so leaving out all but order and mixing moves none of them.
+            table = plan.policy.model_copy(update=MIXING_ONLY).parameters(view, plan.num_samples)
             dominant = np.where(table.lam >= 0.5, table.sample, table.partner)
         hits += int((labels[dominant] == argmax).sum())
     return 100.0 * hits / (plan.num_views * plan.num_samples)

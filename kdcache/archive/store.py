@@ -96,10 +96,11 @@ class LocalStore:
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
-        base = self.path(folder)
-        if not base.is_dir():
+        try:
+            found = list(self.path(folder).iterdir())
+        except FileNotFoundError:  # never made, or swept away just now by the process that finished the archive
             return []
-        return sorted(f"{folder}/{p.name}" for p in base.iterdir() if p.name.endswith(suffix) and not p.name.startswith("."))
+        return sorted(f"{folder}/{p.name}" for p in found if p.name.endswith(suffix) and not p.name.startswith("."))
 
     def _missing(self, name: str) -> IntegrityError:
         return IntegrityError(

@@ -8,6 +8,7 @@ the presence of a data file. `finalize` turns the sidecars into the manifest, wh
 import datetime
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import filelock
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from kdcache.archive.card import write_card
 from kdcache.archive.layouts import PROBE_BYTES, rows_sha256
@@ -31,19 +33,19 @@ from kdcache.archive.manifest import (
     TeacherCard,
     archive_digest,
 )
-from kdcache.archive.reader import Archive, open_archive
+from kdcache.archive.reader import CLOSING, WORK, Archive, dump_command, open_archive
 from kdcache.archive.statistics import compute_statistics
 from kdcache.archive.store import LocalStore, sha256
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
-from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError, UsageError
+from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.stats import relative_entropy
 from kdcache.views.policy import ViewPolicy
 
-__all__ = ["ArchiveWriter", "write_archive"]
+__all__ = ["ArchiveWriter", "recorded_plan", "write_archive"]
 
-WORK = ".dump"
+PLAN, SAMPLES, SIDECARS = f"{WORK}/plan.json", f"{WORK}/samples.json", f"{WORK}/shards"
 SHARD_BYTES = 64 << 20  # of logits
 
 
@@ -84,6 +86,13 @@ class ArchiveWriter:
             raise UsageError(
                 f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
             )
+        if len(set(class_names)) < len(class_names):
+            twice = next(name for number, name in enumerate(class_names) if name in class_names[:number])
+            raise UsageError(
+                f"class name {twice!r} is given twice",
+                why="classes are told apart by their names",
+                fix="give every class a name of its own",
+            )
         for name, values in (("labels", labels), ("keys", keys)):
             if values is not None and len(values) != num_samples:
                 raise UsageError(
@@ -91,6 +100,13 @@ class ArchiveWriter:
                     why=f"there is one of the {name} per sample",
                     fix="pass them all",
                 )
+        if labels is not None and not np.isin(labels, np.arange(len(class_names))).all():
+            wrong = np.asarray(labels)[~np.isin(labels, np.arange(len(class_names)))]
+            raise UsageError(
+                f"label {wrong[0]} with {len(class_names)} classes",
+                why=f"labels are numbers of classes, 0 to {len(class_names) - 1}",
+                fix="pass the place of each sample's class in class_names",
+            )
         coding = codecs.build(codec)
         row_bytes = coding.dtype.itemsize * len(class_names)
         arrangement = layouts[layout].fit(row_bytes, min(num_samples, shard_rows or num_samples))
@@ -117,30 +133,26 @@ class ArchiveWriter:
     def resume(cls, path: str | os.PathLike[str]) -> "ArchiveWriter":
         """The writer of an unfinished archive, from what the folder itself says."""
         store = LocalStore(path)
-        if not store.exists(f"{WORK}/plan.json"):
+        if not store.exists(PLAN):
             raise NotFoundError(
                 f"{path} holds no unfinished dump",
                 why="there is no plan in it" + (", and it is finished" if store.exists(MANIFEST_NAME) else ""),
                 fix="check the path with: kdcache ls",
             )
         writer = cls.__new__(cls)
-        writer._start(store, Plan.model_validate_json(store.read(f"{WORK}/plan.json")), None)
+        writer._start(store, _load_plan(store), None)
         return writer
 
     def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
         self.store = store
         self._done: dict[tuple[int, int], ShardRecord] = {}
-        earlier: Plan | None = None
+        earlier = recorded_plan(store.root)
         if store.exists(MANIFEST_NAME):
-            finished = open_archive(store.root)
-            earlier = finished.manifest
-            self._done = {(shard.view, shard.block): shard for shard in finished.shards()}
-        elif store.exists(f"{WORK}/plan.json"):
-            earlier = Plan.model_validate_json(store.read(f"{WORK}/plan.json"))
+            self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
         if earlier is not None:
             _require_same(store, earlier, plan)
             if samples is not None:
-                _require_same_samples(store, samples)
+                _require_same_samples(store, earlier, samples)
             # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
             plan = plan.model_copy(
                 update={
@@ -154,19 +166,28 @@ class ArchiveWriter:
         self._layout = layouts.from_dict(plan.layout)
         if self.missing() or not store.exists(MANIFEST_NAME):
             if samples is not None:
-                store.write(f"{WORK}/samples.json", json.dumps(samples).encode())
-            store.write(f"{WORK}/plan.json", plan.model_dump_json(indent=1).encode())
+                store.write(SAMPLES, json.dumps(samples).encode())
+            store.write(PLAN, plan.model_dump_json(indent=1).encode())
 
     def _collect(self) -> None:
         """Take note of shards that were finished meanwhile, by this process or another."""
-        for name in self.store.names(f"{WORK}/shards", ".json"):
-            view, block = (int(part) for part in name.rpartition("/")[2].removesuffix(".json").split("-"))
-            if (view, block) not in self._done:
-                self._done[view, block] = ShardRecord.model_validate_json(self.store.read(name))
+        present = set(self.store.names(SIDECARS, ".json"))
+        for shard in self.shards():
+            if shard not in self._done and _sidecar(*shard) in present and (found := self._read_sidecar(*shard)):
+                self._done[shard] = found
         if self.store.exists(MANIFEST_NAME) and any(shard not in self._done for shard in self.shards()):
             # Another process has finished the archive meanwhile, and the sidecars are gone.
             for record in open_archive(self.store.root).shards():
                 self._done.setdefault((record.view, record.block), record)
+
+    def _read_sidecar(self, view: int, block: int) -> ShardRecord | None:
+        """The record of a finished shard; None if there is none, or a damaged one: then the shard is written anew."""
+        try:
+            record = ShardRecord.model_validate_json(self.store.read(_sidecar(view, block)))
+        except (IntegrityError, ValidationError):
+            return None
+        planned = (view, block, self.plan.block_rows(block))
+        return record if (record.view, record.block, record.rows) == planned else None
 
     def shards(self) -> Iterator[tuple[int, int]]:
         """All (view, block) of the plan."""
@@ -188,7 +209,7 @@ class ArchiveWriter:
 
         The lock is the operating system's and ends with its process, however that ends.
         """
-        lock = filelock.FileLock(self.store.path(f"{WORK}/{view}-{block}.lock"), timeout=0)
+        lock = filelock.FileLock(self.store.path(f"{WORK}/{view}-{block}.lock"), timeout=0, thread_local=False)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -197,7 +218,7 @@ class ArchiveWriter:
         try:
             if self.store.exists(MANIFEST_NAME):
                 self._collect()
-            yield (view, block) not in self._done and not self.store.exists(_sidecar(view, block))
+            yield (view, block) not in self._done and self._read_sidecar(view, block) is None
         finally:
             lock.release()
 
@@ -275,7 +296,7 @@ class ArchiveWriter:
             raise IncompleteError(
                 f"{self.store.root} lacks {len(missing)} of {self.plan.num_views * self.plan.num_blocks} shards ({shown}, ...)",
                 why="the dump did not finish",
-                fix=str(self.plan.provenance.get("command", "run the dump again; it goes on where it stopped")),
+                fix=dump_command(self.plan.provenance),
             )
         if self.store.exists(MANIFEST_NAME):
             existing = open_archive(self.store.root)
@@ -283,17 +304,13 @@ class ArchiveWriter:
                 shutil.rmtree(self.store.path(WORK), ignore_errors=True)
                 return existing
         shards = [self._done[shard] for shard in self.shards()]
-        samples = json.loads(self.store.read(f"{WORK}/samples.json"))
+        samples = _load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
-        closing = self._layout.closing_files(self.plan, labels, samples["keys"])
-        for name, data in closing.items():
-            self.store.write(name, data)
         statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress)
         digest = archive_digest(self.plan, shards)
         # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
         table_name = f"shards-{digest[:8]}.jsonl"
         table = "".join(shard.model_dump_json() + "\n" for shard in shards).encode()
-        self.store.write(table_name, table)
         draft = Manifest(
             **dict(self.plan),
             digest=digest,
@@ -302,9 +319,16 @@ class ArchiveWriter:
             shards=_record(table_name, table),
             statistics=statistics,
         )
-        card = write_card(draft, self._layout.reading_lines()).encode()
-        self.store.write(CARD_NAME, card)
-        records = tuple(_record(name, data) for name, data in sorted({**closing, CARD_NAME: card}.items()))
+        closing = self._layout.closing_files(self.plan, labels, samples["keys"])
+        closing[CARD_NAME] = write_card(draft, self._layout.reading_lines()).encode()
+        records = tuple(_record(name, data) for name, data in sorted(closing.items()))
+        if self.store.exists(MANIFEST_NAME):
+            # Views are appended: until the new manifest is there, the old one is to accept these files beside its own.
+            known = self.store.read(CLOSING).decode().splitlines() if self.store.exists(CLOSING) else []
+            known += [record.model_dump_json() for record in records]
+            self.store.write(CLOSING, "\n".join(dict.fromkeys(known)).encode())
+        for name, data in {table_name: table, **closing}.items():
+            self.store.write(name, data)
         manifest = draft.model_copy(update={"files": records})
         self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
         for old in self.store.root.glob("shards-*.jsonl"):
@@ -335,7 +359,7 @@ def write_archive(
             why="they must be [V, N, C] with one name per class",
             fix="add the view axis with logits[None], or correct the names",
         )
-    if LocalStore(path).exists(MANIFEST_NAME) or LocalStore(path).exists(f"{WORK}/plan.json"):
+    if LocalStore(path).exists(MANIFEST_NAME) or LocalStore(path).exists(PLAN):
         raise UsageError(
             f"{path} already holds an archive",
             why="these logits cannot be compared with those that made it",
@@ -358,8 +382,49 @@ def write_archive(
     return writer.finalize()
 
 
+def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
+    """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
+    store = LocalStore(path)
+    if store.exists(MANIFEST_NAME):
+        return open_archive(path).manifest
+    return _load_plan(store) if store.exists(PLAN) else None
+
+
+def _load_plan(store: LocalStore) -> Plan:
+    try:
+        plan = Plan.model_validate_json(store.read(PLAN))
+        codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
+    except (ValidationError, KdcacheError) as error:
+        aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
+        raise IntegrityError(
+            f"{store.path(PLAN)} is not the plan of a dump any more",
+            why=str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.what,
+            fix="run the dump-teacher command again: finished views are kept"
+            if store.exists(MANIFEST_NAME)
+            else f"set the folder aside ({aside}) and run its dump-teacher command again",
+        ) from None
+    return plan
+
+
+def _load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
+    """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
+    try:
+        samples = json.loads(store.read(SAMPLES))
+        for name, kind in (("labels", int), ("keys", str)):
+            values = samples[name]
+            if values is not None and not (len(values) == plan.num_samples and all(type(value) is kind for value in values)):
+                raise ValueError(f"its {name} are not {plan.num_samples} values")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{store.path(SAMPLES)} does not hold the labels and keys of a dump any more",
+            why=str(error).splitlines()[0],
+            fix=f"rm {shlex.quote(str(store.path(SAMPLES)))}; it is written anew by: {dump_command(plan.provenance)}",
+        ) from None
+    return dict(samples)
+
+
 def _sidecar(view: int, block: int) -> str:
-    return f"{WORK}/shards/{view}-{block}.json"
+    return f"{SIDECARS}/{view}-{block}.json"
 
 
 def _record(name: str, data: bytes) -> FileRecord:
@@ -383,13 +448,15 @@ def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
         )
 
 
-def _require_same_samples(store: LocalStore, samples: dict[str, Any]) -> None:
-    if store.exists(f"{WORK}/samples.json"):
-        earlier = json.loads(store.read(f"{WORK}/samples.json"))
-    else:
+def _require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:
+    if store.exists(SAMPLES):
+        earlier = _load_samples(store, plan)
+    elif store.exists(MANIFEST_NAME):
         finished = open_archive(store.root)
         labels = finished.labels()
         earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
+    else:
+        return  # lost before anything was made from them
     for name, values in samples.items():
         if values != earlier[name]:
             raise IncompatibleError(

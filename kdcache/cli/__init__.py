@@ -1,6 +1,9 @@
 """The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
 
 import os
+import select
+import shlex
+import signal
 import sys
 
 from kdcache.errors import KdcacheError, RetryError, UsageError
@@ -12,7 +15,12 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `kdcache`: runs a command and exits with its documented status."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # what ends jobs on clusters is an interruption like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = run(sys.argv[1:] if argv is None else argv)
+    if _unread():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself complains about what is still buffered
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
@@ -25,7 +33,9 @@ def run(argv: list[str]) -> int:
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
-        status = command().main(args=arguments, prog_name="kdcache", standalone_mode=False)
+        status = command().main(args=arguments or ["--help"], prog_name="kdcache", standalone_mode=False)
+        if not arguments:
+            return UsageError.exit_code
         if status == INTERRUPTED:  # typer's own handling of Ctrl-C
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
@@ -34,9 +44,13 @@ def run(argv: list[str]) -> int:
             raise
         return _report(error, error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _report("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+        return _report(f"interrupted; what was done is kept. To go on: {shlex.join(['kdcache', *argv])}", INTERRUPTED)
     except typer.TyperException as error:
         return _report(_usage(error), 2)
+    except SystemExit:  # how typer ends where a pipe is broken
+        if not _unread():
+            raise
+        return 0  # results are what is printed there, and whoever reads them (`| head`) has seen enough
     except Exception as error:
         if debug:
             raise
@@ -54,6 +68,13 @@ def run(argv: list[str]) -> int:
             return _report(wrong, wrong.exit_code)
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
         return _report(bug, 1)
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _report(what: object, status: int) -> int:

@@ -10,7 +10,6 @@ from kdcache.cli import making, reading
 __all__ = ["app", "command"]
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     help="Cache teacher logits once, distil students from them any number of times.",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from kdcache.cli.options import (
+    MOST,
     ConfigOption,
     DataDirOption,
     DatasetOption,
@@ -69,7 +70,7 @@ def train_teacher(
     lr: Annotated[float | None, typer.Option(help="Learning rate [5e-4 for CNNs, 5e-5 for ViTs, 2e-3 from scratch]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="[0.05; 0.1 for ViTs]")] = None,
     smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST)] = 0,
     from_scratch: Annotated[
         bool | None,
         typer.Option("--from-scratch/--pretrained", help="Start at random or from timm's weights [as suits the dataset]."),
@@ -180,7 +181,7 @@ def dump_teacher(
             progress.say(f"{plan.views} views of {len(plan.canvas)} samples, {classes} classes: {size_mb:.1f} MB of logits")
             path = plan.path
         else:
-            path = dump(settings, place, progress).path
+            path = dump(settings, place, progress)
     print(path)
 
 

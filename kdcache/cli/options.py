@@ -10,6 +10,7 @@ import typer
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 
 __all__ = [
+    "MOST",
     "ConfigOption",
     "DataDirOption",
     "DatasetOption",
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 
+MOST = (1 << 64) - 1  # of a seed: one word of the random streams
+MOST_NUMBERS = 10_000
+
+
 def _load_config(context: typer.Context, file: Path | None) -> Path | None:
     """Take option values from a YAML mapping; flags and environment variables still win."""
     if file is None:
@@ -35,13 +40,17 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text("utf-8"))
     except FileNotFoundError:
         raise NotFoundError(
             f"configuration {file} does not exist", why="--config names a YAML file", fix="correct the path"
         ) from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"configuration {file} is not YAML", why=" ".join(str(error).split()), fix="correct the file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise UsageError(
+            f"configuration {file} is not YAML",
+            why=" ".join(str(error).split())[:200],
+            fix="write for example: tau: [1, 4, 20]",
+        ) from None
     if not isinstance(values, dict):
         raise UsageError(
             f"configuration {file} holds no mapping", why="it maps options to values", fix="write for example: tau: [1, 4, 20]"
@@ -121,14 +130,21 @@ def floats(text: str, option: str) -> list[float]:
 
 
 def integers(text: str, option: str) -> list[int]:
-    """`0-2,5` as 0, 1, 2, 5."""
+    """`0-2,5` as 0, 1, 2, 5. Raises UsageError for what is no ascending list of numbers that fit in 64 bits."""
     numbers: list[int] = []
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise UsageError(f"{option} {text!r}", why="it takes whole numbers and ranges of them", fix=f"{option} 0-2") from None
+            found = range(int(first), int(last if dash else first) + 1)
+            if not 0 < len(found) <= MOST_NUMBERS - len(numbers) or found[-1] > MOST:
+                raise ValueError(part)
+            numbers += found
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{option} {text!r}",
+            why=f"it takes whole numbers from 0 to 2^64 - 1 and ascending ranges of them, {MOST_NUMBERS:,} numbers at most",
+            fix=f"{option} 0-2",
+        ) from None
     return numbers
 
 

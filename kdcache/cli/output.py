@@ -1,11 +1,13 @@
 """What commands print: results on stdout, notes and progress on stderr."""
 
+import errno
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from kdcache.errors import printable
 
 __all__ = ["Bars", "bars", "print_json", "print_table"]
 
@@ -17,7 +19,11 @@ class Bars:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(stderr=True, highlight=False)
+        class Quietly(Console):
+            def on_broken_pipe(self) -> None:
+                self.quiet = True  # work goes on although nobody reads the notes any more
+
+        self.console = Quietly(stderr=True, highlight=False)
         self.rich = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,7 +48,7 @@ class Bars:
         now = time.monotonic()
         if done >= total or now - self._printed.setdefault(task, now) >= 10:
             self._printed[task] = now
-            print(f"{task}: {done}/{total} {note if done < total else 'done'}", file=sys.stderr, flush=True)
+            self.say(f"{task}: {done}/{total} {note if done < total else 'done'}")
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -65,13 +71,17 @@ def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None 
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the results")
+
+    console = Output(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+        console = Output(highlight=False, width=200)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = all(isinstance(row[number], int | float) or row[number] is None for row in rows) and bool(rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("" if cell is None else printable(cell) for cell in row))
     console.print(table, markup=False)

@@ -89,7 +89,7 @@ def verify(
                 )
             place = workspace(home, data_dir, skip_corrupt)
             canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
-            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place), progress))
+            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place, progress), progress))
     if as_json:
         print_json(
             [
@@ -130,11 +130,17 @@ def view(
         chosen = range(int(first or 0), min(int(stop or int(first) + 1), opened.num_views))
     except ValueError:
         raise UsageError(f"--views {views!r}", why="it takes a range of view numbers", fix="--views 0:8") from None
-    if not chosen or not all(0 <= number < opened.num_samples for number in samples):
+    if not chosen or chosen[0] < 0 or max(samples) >= opened.num_samples:
         raise UsageError(
             f"--sample {sample} --views {views}",
             why=f"the archive has samples 0 to {opened.num_samples - 1} and views 0 to {opened.num_views - 1}",
             fix="choose within them",
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(
+            f"--out {out} cannot be written",
+            why="it is a folder" if out.is_dir() else f"there is no folder {out.parent}",
+            fix=f"name a file: --out {out / 'sheet.png'}" if out.is_dir() else f"mkdir -p {out.parent}",
         )
     recorded = opened.manifest.canvas
     with bars() as progress:

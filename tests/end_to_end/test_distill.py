@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
 import signal
 import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from kdcache.training import Learner
 from tests.end_to_end.conftest import start
 
 STUDENT = ["--student", "test_resnet", "--epochs", "2", "--batch-size", "128"]
@@ -64,12 +67,146 @@ def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, 
     pattern = "runs/*/test_resnet--*"
     assert not (only(home, pattern) / "summary.json").exists(), "killed too late to test anything"
     assert kdcache("distill", *arguments, "--home", home).status == 0
+    same_run(only(home, pattern), only(whole, pattern))
+
+
+def same_run(one, other):
     for name in ("last.safetensors", "best.safetensors"):
-        assert (only(home, pattern) / name).read_bytes() == (only(whole, pattern) / name).read_bytes()
-    logs = [[json.loads(line) for line in (only(h, pattern) / "metrics.jsonl").open()] for h in (home, whole)]
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (one, other)]
     for row in logs[0] + logs[1]:
         del row["seconds"]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 7, 23, 24, 25, 44])  # of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch
+def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, tmp_path, monkeypatch, at):
+    arguments = ["distill", "--tau", "4,20", "--student", "test_resnet", "--epochs", 2, "--batch-size", 115, "--archive", archive]
+    whole = tmp_path / "whole"
+    assert kdcache(*arguments, "--home", whole).status == 0
+    step, steps = Learner.step, []
+
+    def interrupted(self, *args):
+        step(self, *args)
+        steps.append(self)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    stopped = kdcache(*arguments, "--home", home)
+    assert (stopped.status, len(steps)) == (130, at)
+    assert not list(home.glob("runs/*/*/summary.json"))
+    assert kdcache(*arguments, "--home", home).status == 0
+    assert len(steps) == 48  # not one was done twice
+    for run in whole.glob("runs/*/test_resnet--*"):
+        again = home / run.relative_to(whole)
+        same_run(again, run)
+
+
+def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache, monkeypatch):
+    step, steps = Learner.step, []
+    arguments = ["distill", "--tau", "4", *STUDENT, "--home", home]
+
+    def interrupted(self, *args):
+        step(self, *args)
+        steps.append(1)
+        if len(steps) in (3, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    levels = (0, 5, 2)
+    assert [kdcache(*arguments, "--allow-drift", level).status for level in levels] == [130, 130, 0]
+    args = yaml.safe_load(only(home, "runs/*/test_resnet--*/args.yaml").read_text())
+    sessions = [args, *args["resumed"]]
+    assert [session["allow_drift"] for session in sessions] == list(levels)
+    assert {"device", "command", "kdcache_version", "created"} <= set.intersection(*map(set, sessions))
+    assert kdcache("report", "--home", home).status == 0
+
+
+@pytest.mark.parametrize("command", ["distill", "train-teacher"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGTERM to all"])
+def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(home, archive, kdcache, tmp_path, command, how):
+    if command == "distill":
+        arguments = ["distill", "--tau", "4", "--student", "test_resnet", "--epochs", 40, "--archive", archive]
+        arguments += ["--checkpoint-interval", 1000]
+    else:
+        arguments = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--epochs", 40]
+        arguments += ["--data-dir", home / "data"]
+    name, _, to_all = how.partition(" ")
+    if to_all:
+        arguments += ["--workers", 1]
+    folder = "runs/*" if command == "distill" else "teachers"
+    process = start(*arguments, "--home", tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f"{folder}/*test_resnet--*/.lock")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.5)
+    (os.killpg if to_all else os.kill)(process.pid, getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith(f"interrupted; what was done is kept. To go on: kdcache {command} ")
+    run = only(tmp_path, f"{folder}/*test_resnet--*")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["steps"] > 0
+    assert state["count"] == state["steps"] % 22  # steps of an epoch
+    assert len(state["rows"]) == state["steps"] // 22
+
+
+@pytest.mark.slow
+def test_many_students_need_no_more_open_files_than_the_system_allows(home, archive, kdcache):
+    arguments = ["distill", "--tau", ",".join(map(str, range(1, 37))), "--student", "test_resnet", "--epochs", 1, "--home", home]
+    arguments += ["--batch-size", 1438]
+
+    def few(hard):
+        return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+
+    refused = start(*arguments, preexec_fn=few(200))
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "36 students of one seed" in err
+    assert not list(home.glob("runs/*/*/args.yaml"))
+    process = start(*arguments, preexec_fn=few(1000))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(list(home.glob("runs/*/*/summary.json"))) == 36
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\udcff", "resumed: 7"])
+def test_a_damaged_configuration_of_a_run_is_not_written_over(home, archive, kdcache, content):
+    arguments = ["distill", "--tau", 4, *STUDENT, "--home", home]
+    assert kdcache(*arguments).status == 0
+    args = only(home, "runs/*/test_resnet--*/args.yaml")
+    args.with_name("summary.json").unlink()
+    args.write_bytes(content.encode(errors="surrogateescape"))
+    result = kdcache(*arguments)
+    assert result.status == 4
+    assert str(args) in result.err
+    assert args.read_bytes() == content.encode(errors="surrogateescape")
+
+
+def test_an_archive_may_be_named_by_a_dot(home, archive, kdcache, monkeypatch):
+    monkeypatch.chdir(archive)
+    assert kdcache("distill", "--archive", ".", "--tau", 4, *STUDENT, "--home", home).status == 0
+    run = only(home, f"runs/{archive.name}/test_resnet--*")
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    assert (args["archive"], args["archive_name"]) == (str(archive), archive.name)
+
+
+def test_what_is_fitted_to_an_archive_is_no_option(home, kdcache):
+    result = kdcache("distill", "--control", "ls-global:deficit=5", "--dry-run", "--home", home)
+    assert result.status == 2
+    assert "unknown option of control ls-global 'deficit'" in result.err
+    assert "deficit" not in kdcache("methods").out
+
+
+def test_a_place_that_cannot_hold_runs_is_noticed_at_once(home, archive, kdcache, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    result = kdcache("distill", "--tau", 4, *STUDENT, "--archive", archive, "--home", tmp_path)
+    assert result.status == 2
+    assert f"{tmp_path / 'runs'} is a file" in result.err
+    assert not (tmp_path / "data").exists()
 
 
 def test_trained_students_are_not_trained_again(home, kdcache):

@@ -1,5 +1,6 @@
 """dump-teacher: the archive depends on the recipe alone, and survives whatever stops it."""
 
+import contextlib
 import json
 import os
 import resource
@@ -9,7 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from kdcache.archive import open_archive
+from kdcache.archive import ArchiveWriter, open_archive
+from kdcache.dump import write_shards
+from kdcache.views.policy import ViewPolicy
 from tests.end_to_end.conftest import DUMP, data_files, start
 
 
@@ -82,9 +85,122 @@ def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # else they spin on each other for minutes on two cores
     processes = [start(*arguments, env=one_thread) for _ in range(2)]
     outcomes = [process.communicate(timeout=180) for process in processes]
-    # Whoever comes last finishes the archive; the other may find shards still in the making.
-    assert sorted({process.returncode for process in processes}) in ([0], [0, 6]), outcomes
+    # Whoever comes last finishes the archive; the other may leave while shards are still in the making.
+    assert [process.returncode for process in processes] == [0, 0], outcomes
+    assert [out.splitlines()[-1] for out, _ in outcomes] == [str(target)] * 2
     assert kdcache("verify", target).status == 0
+
+
+def test_a_shard_of_another_process_is_left_to_it(home, archive, kdcache):
+    import filelock
+
+    (archive / ".dump").mkdir()
+    with filelock.FileLock(archive / ".dump/4-0.lock"):
+        result = kdcache(*DUMP, "--views", 5, "--home", home)
+        assert (result.status, result.out.strip()) == (0, str(archive))
+        assert "1 shards are being written by other processes" in result.err
+        assert open_archive(archive).num_views == 3
+        assert kdcache("finalize", archive).status == 6
+    assert kdcache(*DUMP, "--views", 5, "--home", home).status == 0
+    assert open_archive(archive).num_views == 5
+
+
+def test_a_shard_that_another_process_gave_up_is_written_after_all(home, archive, kdcache, monkeypatch):
+    claim, refused = ArchiveWriter.claim, []
+
+    @contextlib.contextmanager
+    def claimed_by_another_at_first(self, view, block):
+        if (view, block) not in refused:
+            refused.append((view, block))
+            yield view != 3
+        else:
+            with claim(self, view, block) as mine:
+                yield mine
+
+    monkeypatch.setattr(ArchiveWriter, "claim", claimed_by_another_at_first)
+    assert kdcache(*DUMP, "--views", 5, "--home", home).status == 0
+    assert refused == [(3, 0), (4, 0)]
+    assert open_archive(archive).num_views == 5
+
+
+def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
+    policy = ViewPolicy.load("pets", size=16)
+    writer = ArchiveWriter(
+        tmp_path / "a", num_views=4, num_samples=len(canvas), class_names=list("abc"), shard_rows=8, policy=policy
+    )
+    claims, claim = [], writer.claim
+    writer.claim = lambda view, block: claims.append((view, block)) or claim(view, block)
+    seen = []
+
+    def forward(images):
+        seen.append(len(claims))
+        return np.zeros((len(images), 3), np.float32)
+
+    write_shards(writer, forward, canvas, batch_size=4, start_view=2)
+    assert seen == [shard for shard in range(1, 13) for _ in range(2)]
+    assert claims == [(view, block) for view in (2, 3, 0, 1) for block in range(3)]
+    assert writer.finalize().verify().ok
+
+
+def test_an_unfinished_dump_keeps_the_views_it_was_begun_with_and_says_so(home, kdcache, tmp_path):
+    process = start(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
+    while not list((tmp_path / "a/.dump/shards").glob("*.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("interrupted")
+    result = kdcache(*DUMP, "--views", 2, "--home", home, "--output", tmp_path / "a")
+    assert result.status == 0
+    assert "was begun with 12 views" in result.err
+    assert open_archive(tmp_path / "a").num_views == 12
+
+
+def test_the_teachers_noise_is_measured_once_and_never_where_there_is_none(home, archive, kdcache, tmp_path, monkeypatch):
+    from kdcache import dump
+
+    noise = open_archive(archive).manifest.teacher.noise
+    assert (noise.views, noise.kl_max, noise.max_logit_difference) == (256, 0, 0)
+    half = [*DUMP, "--precision", "bf16", "--home", home, "--output", tmp_path / "a"]
+    assert kdcache(*half, "--views", 1).status == 0
+    measured = open_archive(tmp_path / "a").manifest.teacher.noise
+    assert 0 < measured.kl_max < 0.1
+    monkeypatch.setattr(dump, "_noise", lambda *_: pytest.fail("measured again"))
+    assert kdcache(*half, "--views", 2).status == 0
+    assert open_archive(tmp_path / "a").manifest.teacher.noise == measured
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"alias": "test_vit"}', ""])
+def test_a_damaged_teacher_is_left_out_with_a_note(home, archive, kdcache, content):
+    broken = home / "teachers/broken"
+    broken.mkdir()
+    (broken / "teacher.json").write_text(content)
+    for command in ([*DUMP, "--views", 3], ["verify", archive, "--replay", 3]):
+        result = kdcache(*command, "--home", home)
+        assert result.status == 0, result.err
+        assert f"teacher {broken} is left out" in result.err
+    named = kdcache(*DUMP, "--teacher-folder", broken, "--home", home)
+    assert named.status == 4
+    assert str(broken) in named.err
+    assert "rm -r" not in named.err
+
+
+def test_a_teacher_whose_own_record_is_damaged_is_not_trained_over(home, kdcache):
+    record = next((home / "teachers").glob("*/teacher.json"))
+    record.write_text("{}")
+    result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", "digits", "--epochs", 2, "--home", home)
+    assert result.status == 4
+    assert f"mv {record.parent} {record.parent}.damaged" in result.err
+    assert record.with_name("model.safetensors").is_file()
+
+
+def test_a_place_that_cannot_hold_an_archive_is_noticed_before_training(trained, kdcache, tmp_path):
+    (tmp_path / "archives").write_text("a file")
+    result = kdcache(*DUMP, "--home", tmp_path, "--data-dir", trained / "data")
+    assert result.status == 2
+    assert f"{tmp_path / 'archives'} is a file" in result.err
+    assert not (tmp_path / "teachers").exists()
 
 
 def test_a_second_run_has_nothing_to_do_and_more_views_append(home, archive, kdcache):
