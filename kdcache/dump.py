@@ -45,11 +45,13 @@ from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teac
 __all__ = [
     "DumpConfig",
     "DumpPlan",
+    "DumpSketch",
     "Forward",
     "dump_teacher",
     "matching_teacher",
     "plan_dump",
     "replay_with_teacher",
+    "sketch_dump",
     "write_shards",
 ]
 
@@ -93,6 +95,30 @@ class DumpPlan:
     canvas: Canvas
     views: int
     precision: Precision
+
+
+@dataclass(frozen=True)
+class DumpSketch:
+    """What can be told of a dump without its canvas, on which the archive's name depends."""
+
+    path: str  # with question marks for what is not known yet
+    views: int
+    samples: int
+    classes: int
+
+
+def sketch_dump(config: DumpConfig, workspace: Workspace) -> DumpSketch | None:
+    """List the samples where there is no canvas of them yet; None where there is, and `plan_dump` says it all."""
+    source = parse_dataset(config.dataset)
+    size = config.canvas or source.recipe.canvas
+    if any(workspace.data.glob(f"{dataset.name_of(source)}-train-{size}px-????????")):
+        return None
+    resolve(config.teacher, "teacher")
+    ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
+    samples = source.samples("train")
+    name = f"{dataset_label(source)}--{config.teacher.replace('/', '_')}--????????"
+    views = config.views or source.recipe.student_epochs
+    return DumpSketch(str(config.output or workspace.archives / name), views, len(samples), len(source.class_names()))
 
 
 def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> DumpPlan:

@@ -145,7 +145,7 @@ def dump_teacher(
 ) -> None:
     """Run a teacher over all views and keep its logits. The last line is the archive's folder; run again to resume."""
     from kdcache.codecs import codec as codecs
-    from kdcache.dump import DumpConfig, plan_dump
+    from kdcache.dump import DumpConfig, DumpSketch, plan_dump, sketch_dump
     from kdcache.dump import dump_teacher as dump
 
     settings = DumpConfig(
@@ -172,16 +172,23 @@ def dump_teacher(
     )
     with bars() as progress:
         place = workspace(home, data_dir, skip_corrupt)
-        if dry_run:
-            plan = plan_dump(settings, place, progress)
-            classes = len(plan.canvas.card.class_names)
-            size_mb = plan.views * len(plan.canvas) * classes * codecs.build(codec).dtype.itemsize / 1e6
-            trained = plan.teacher.folder if plan.teacher else "none yet: it would be trained first"
-            progress.say(f"teacher: {trained}")
-            progress.say(f"{plan.views} views of {len(plan.canvas)} samples, {classes} classes: {size_mb:.1f} MB of logits")
-            path = plan.path
+        if not dry_run:
+            path: Path | str = dump(settings, place, progress)
         else:
-            path = dump(settings, place, progress)
+            sketch = sketch_dump(settings, place)
+            if sketch is None:
+                plan = plan_dump(settings, place, progress)
+                trained = plan.teacher.folder if plan.teacher else "none yet: it would be trained first"
+                sketch = DumpSketch(str(plan.path), plan.views, len(plan.canvas), len(plan.canvas.card.class_names))
+            else:
+                trained = "whether there is one is known once the canvas is built"
+                progress.say("canvas: none yet; it would be built first, and completes the archive's name")
+            size_mb = sketch.views * sketch.samples * sketch.classes * codecs.build(codec).dtype.itemsize / 1e6
+            progress.say(f"teacher: {trained}")
+            progress.say(
+                f"{sketch.views} views of {sketch.samples} samples, {sketch.classes} classes: {size_mb:.1f} MB of logits"
+            )
+            path = sketch.path
     print(path)
 
 

@@ -245,6 +245,15 @@ def test_dry_run_writes_no_archive(trained, kdcache, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_dry_run_builds_no_canvas(kdcache, tmp_path):
+    result = kdcache(*DUMP, "--views", 50, "--dry-run", "--home", tmp_path)
+    assert result.status == 0
+    assert "50 views of 1438 samples, 10 classes: 1.4 MB of logits" in result.err
+    assert "canvas: none yet" in result.err
+    assert result.out.strip() == str(tmp_path / "archives/digits--test_vit--????????")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_finetune_makes_a_missing_teacher_an_error(trained, kdcache):
     result = kdcache("dump-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--no-finetune", "--home", trained)
     assert result.status == 3
