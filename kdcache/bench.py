@@ -149,11 +149,12 @@ def _views_cpu(
 
     mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas))  # what is rendered, and probed, in training
 
-    def whole() -> Tensor:
-        return render_positions(canvas.pixels, mixed, positions, renderer)
+    latest: list[Tensor] = []
 
-    views = whole()
-    sides = ours, theirs, whole, lambda: digests(views)
+    def whole() -> None:
+        latest[:] = [render_positions(canvas.pixels, mixed, positions, renderer)]
+
+    sides = ours, theirs, whole, lambda: digests(latest[0])
     rendering, peer, with_mixing, probing = _taking_turns(f"bench views {size} px", seconds, progress, *sides)
     progress.say(f"{size} px: {renderer} renderer {batch / rendering:.0f} views/s, torchvision {batch / peer:.0f} views/s")
     return [

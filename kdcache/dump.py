@@ -39,7 +39,7 @@ from kdcache.stream import replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
 from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy
-from kdcache.views.probe import fingerprint
+from kdcache.views.probe import grids
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = [
@@ -292,7 +292,16 @@ def write_shards(
         with contextlib.ExitStack() as claims:
             claimed = _Claimed(writer, order, batch_size, claims)
             shard = _Shard()
-            for item in render_batches(canvas, policy, claimed, workers=workers, renderer=renderer, device=forward.device):
+            rendered = render_batches(
+                canvas,
+                policy,
+                claimed,
+                workers=workers,
+                renderer=renderer,
+                device=forward.device,
+                probe_version=writer.plan.probe_version,
+            )
+            for item in rendered:
                 shard.add(item, forward(item.images))
                 view, block, claim = claimed.shards[0]
                 size = len(writer.positions(block))
@@ -342,7 +351,7 @@ class _Shard:
         return sum(len(part[0]) for part in self._parts)
 
     def add(self, item: Rendered, logits: NDArray[np.float32]) -> None:
-        self._parts.append((logits, item.rows.sample, *fingerprint(item.images)))
+        self._parts.append((logits, item.rows.sample, item.digest, grids(item.images)))
 
     def columns(self) -> tuple[NDArray, ...]:
         """Logits, sample numbers, digests and grids of all rows."""

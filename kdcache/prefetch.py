@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from kdcache.archive import Archive, Rows
 from kdcache.canvas import Canvas
 from kdcache.errors import KdcacheError, unknown_name
-from kdcache.views.policy import ViewPolicy, ViewTable
-from kdcache.views.probe import digest_sums, fold
+from kdcache.views.policy import PROBE_VERSION, ViewPolicy, ViewTable
+from kdcache.views.probe import digest_sums, digests, fold
 from kdcache.views.rendering import Renderer, render_positions
 
 __all__ = ["Item", "Rendered", "RendererChoice", "choose_renderer", "render_batches"]
@@ -52,22 +52,25 @@ def render_batches(
     archive: Archive | None = None,
     renderer: RendererChoice = "auto",
     device: torch.device | str = "cpu",
+    probe_version: int = PROBE_VERSION,
 ) -> Iterator[Rendered]:
     """Render batches of (view, positions) in order, with the archive's rows if one is given.
 
     On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does. `items` is read
-    as far as rendering has got, in this process.
+    as far as rendering has got, in this process. Digests are of `probe_version`, or of the archive's.
     """
     device, items = torch.device(device), iter(items)
+    if archive:
+        probe_version = archive.manifest.probe_version
     first = next(items, None)
     if first is None:
         return
     items = itertools.chain([first], items)
     chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), device)
     if device.type == "cuda" and chosen == "device":
-        yield from _on_gpu(canvas, policy, items, archive, device)
+        yield from _on_gpu(canvas, policy, items, archive, device, probe_version)
         return
-    renderings = _Renderings(canvas, policy, archive, chosen)
+    renderings = _Renderings(canvas, policy, archive, chosen, probe_version)
     loader = DataLoader(renderings, batch_size=None, num_workers=workers, sampler=items, worker_init_fn=_outlive_signals)
     for item in loader:
         if isinstance(item, KdcacheError):
@@ -97,8 +100,10 @@ class _Tables:
 class _Renderings(Dataset[Rendered | KdcacheError]):
     """Its items are rendered batches, asked for by a view and positions in it; this is what worker processes run."""
 
-    def __init__(self, canvas: Canvas, policy: ViewPolicy, archive: Archive | None, renderer: Renderer) -> None:
-        self._canvas, self._archive, self._renderer = canvas, archive, renderer
+    def __init__(
+        self, canvas: Canvas, policy: ViewPolicy, archive: Archive | None, renderer: Renderer, probe_version: int
+    ) -> None:
+        self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
         self._tables = _Tables(policy, len(canvas))
 
     def __getitem__(self, item: Item) -> Rendered | KdcacheError:
@@ -110,11 +115,11 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         except KdcacheError as error:
             # Returned, not raised: the loader would raise it as something else on the other side.
             return error
-        return Rendered(images, fold(digest_sums(images)), table[positions], stored, positions)
+        return Rendered(images, digests(images, self._probe_version), table[positions], stored, positions)
 
 
 def _on_gpu(
-    canvas: Canvas, policy: ViewPolicy, items: Iterator[Item], archive: Archive | None, device: torch.device
+    canvas: Canvas, policy: ViewPolicy, items: Iterator[Item], archive: Archive | None, device: torch.device, probe_version: int
 ) -> Iterator[Rendered]:
     """The device renderer on a side stream, some batches ahead; the model's stream waits for each batch, the host does not."""
     tables = _Tables(policy, len(canvas))
@@ -129,7 +134,7 @@ def _on_gpu(
         table = tables[view]
         with torch.cuda.stream(side):
             images = render_positions(pixels, table, positions, "device", device)
-            sums = digest_sums(images)
+            sums = digest_sums(images, probe_version)
             on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
             started.append((images, on_host, table[positions], positions, side.record_event()))
 

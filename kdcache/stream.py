@@ -236,7 +236,14 @@ def _drift(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray[np
         cause, why = "order", f"other samples sit at {moved.sum()} of these positions than when the archive was written"
     else:
         table = item.rows.policy.parameters(item.rows.view, len(canvas))
-        cause, why = diagnose(canvas.pixels, table, item.positions[differs], item.stored.digest[differs], canvas_changed)
+        cause, why = diagnose(
+            canvas.pixels,
+            table,
+            item.positions[differs],
+            item.stored.digest[differs],
+            canvas_changed,
+            archive.manifest.probe_version,
+        )
     return Drift(item.positions[differs], _levels(item, differs), cause, why)
 
 

@@ -111,6 +111,7 @@ class Plan(_Record):
     source: SourceCard | None = None
     canvas: CanvasCard | None = None
     policy: ViewPolicy | None = None
+    probe_version: Literal[1, 2] = Field(1, exclude_if=lambda version: version == 1)  # of the views' digests
     teacher: TeacherCard | None = None
     provenance: dict[str, Any] = {}
 
@@ -129,7 +130,9 @@ class Plan(_Record):
     @property
     def identity(self) -> dict[str, Any]:
         """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it where."""
-        return self.model_dump(mode="json", exclude={"num_views": True, "provenance": True, "teacher": {"noise"}})
+        return self.model_dump(
+            mode="json", exclude={"num_views": True, "probe_version": True, "provenance": True, "teacher": {"noise"}}
+        )
 
 
 class Manifest(Plan):

@@ -41,7 +41,7 @@ from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.stats import relative_entropy
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import PROBE_VERSION, ViewPolicy
 
 __all__ = ["ArchiveWriter", "recorded_plan", "write_archive"]
 
@@ -120,6 +120,7 @@ class ArchiveWriter:
             source=source,
             canvas=canvas,
             policy=policy,
+            probe_version=PROBE_VERSION,
             teacher=teacher,
             provenance=provenance or {},
         )
@@ -157,6 +158,7 @@ class ArchiveWriter:
             plan = plan.model_copy(
                 update={
                     "num_views": max(plan.num_views, earlier.num_views),
+                    "probe_version": earlier.probe_version,
                     "teacher": earlier.teacher,
                     "provenance": dict(earlier.provenance),
                 }

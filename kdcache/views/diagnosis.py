@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.views.policy import MIX_CUTMIX, MIX_MIXUP, MIX_NONE, ViewTable
+from kdcache.views.policy import MIX_CUTMIX, MIX_MIXUP, MIX_NONE, PROBE_VERSION, ViewTable
 from kdcache.views.probe import digests
 from kdcache.views.reference import FILTERS
 from kdcache.views.rendering import render_positions
@@ -43,6 +43,7 @@ def diagnose(
     positions: NDArray[np.int64],
     stored_digest: NDArray[np.uint32],
     canvas_changed: Callable[[], str | None],
+    probe_version: int = PROBE_VERSION,
 ) -> tuple[Cause, str]:
     """Why the views at `positions`, drawn from `pixels [N, 3, R, R]`, have not the digests `stored_digest [B]`.
 
@@ -50,14 +51,14 @@ def diagnose(
     may be slow, and is only asked when no experiment explains the difference.
     """
     tried, wanted = positions[:_TRIED], stored_digest[:_TRIED]
-    if np.array_equal(digests(render_positions(pixels, table, tried, "reference")), wanted):
+    if np.array_equal(digests(render_positions(pixels, table, tried, "reference"), probe_version), wanted):
         return "renderer", "the reference renderer draws these views as stored, so the device renderer errs on this machine"
     for explanation, variant in _other_policies(table):
-        if np.array_equal(digests(render_positions(pixels, variant, tried, "reference")), wanted):
+        if np.array_equal(digests(render_positions(pixels, variant, tried, "reference"), probe_version), wanted):
             return "policy", f"the stored views are those of {explanation}"
     position, stored = int(positions[0]), int(stored_digest[0])
     for explanation, variant, place in _other_mixings(table, position):
-        if int(digests(render_positions(pixels, variant, np.array([place]), "reference"))[0]) == stored:
+        if int(digests(render_positions(pixels, variant, np.array([place]), "reference"), probe_version)[0]) == stored:
             return "mixing", f"at position {position} the stored view {explanation}"
     changed = canvas_changed()
     if changed:

@@ -28,6 +28,7 @@ __all__ = [
     "MIX_MIXUP",
     "MIX_NONE",
     "PRESETS",
+    "PROBE_VERSION",
     "UNIT",
     "CenterCrop",
     "ColorJitter",
@@ -40,6 +41,7 @@ __all__ = [
     "ViewTable",
 ]
 
+PROBE_VERSION = 2  # of the digests of views that new archives hold; see probe.py
 COLUMNS = 64  # draws per sample, fixed by policy version 1
 UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda and factors in 1/UNIT
 MIX_NONE, MIX_MIXUP, MIX_CUTMIX = 0, 1, 2

@@ -100,7 +100,7 @@ def rendered(images: NDArray[np.uint8], policy: ViewPolicy) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for view in DRAWN_VIEWS:
         pixels = render_positions(images, policy.parameters(view, len(images)), np.arange(len(images)))
-        digest, grid = fingerprint(pixels)
+        digest, grid = fingerprint(pixels, 1)
         found[f"view {view}"] = {
             "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
             "fingerprint": digest.tolist(),

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from kdcache.archive import ArchiveWriter
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
 from kdcache.errors import IncompatibleError
 from kdcache.stream import Batch, CachedTargets, replay
-from kdcache.views import ViewPolicy, ViewTable, device, render_positions
+from kdcache.views import ViewPolicy, ViewTable, device, fingerprint, render_positions
 from kdcache.views.policy import MIX_MIXUP
 from tests.conftest import Dump
 
@@ -238,3 +239,28 @@ def test_a_device_renderer_that_errs_is_told_from_everything_else(dump: Dump, mo
     assert error.why.startswith("renderer: the reference renderer draws these views as stored")
     assert "--renderer reference" in error.fix
     assert len(list(CachedTargets(dump.archive, dump.canvas, 4, renderer="reference").epoch(0))) == 5
+
+
+def test_archives_with_digests_of_version_1_are_still_replayed_and_appended_to(
+    tmp_path: Path, canvas: Canvas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache.archive.writer.PROBE_VERSION", 1)
+    table, rows = POLICY.parameters(0, len(canvas)), np.arange(len(canvas))
+    options = {
+        "num_samples": len(canvas),
+        "class_names": canvas.card.class_names,
+        "labels": canvas.labels,
+        "keys": canvas.keys,
+        "policy": POLICY,
+        "source": canvas.card,
+    }
+    writer = ArchiveWriter(tmp_path / "a", num_views=1, **options)
+    digest, probe = fingerprint(render_positions(canvas.pixels, table, rows), 1)
+    logits = np.zeros((len(canvas), 3), np.float32)
+    writer.write(0, 0, logits, sample=table.sample, digest=digest, probe=probe)
+    archive = writer.finalize()
+    assert "probe_version" not in (tmp_path / "a" / "kdcache.json").read_text()
+    monkeypatch.undo()
+    assert len(list(CachedTargets(archive, canvas, 4).epoch(0))) == 5
+    assert replay(archive, canvas, views=10**6).ok
+    assert ArchiveWriter(tmp_path / "a", num_views=2, **options).plan.probe_version == 1

@@ -479,33 +479,35 @@ def test_render_refuses_other_shapes_and_types(photos: NDArray[np.uint8]) -> Non
 # ---------------------------------------------------------------- fingerprints
 
 
-def naive_fingerprint(view: NDArray[np.uint8]) -> int:
+def naive_fingerprint(view: NDArray[np.uint8], version: int) -> int:
     """The documented weighted sum modulo 2^64, one word at a time."""
-    data = view.tobytes()
-    data += b"\0" * (-len(data) % 4)
-    weights = np.random.Philox(key=np.array([0x6B64_6361_6368_6500, 1], np.uint64)).random_raw(len(data) // 4)
+    data, size = view.tobytes(), 4 * version
+    data += b"\0" * (-len(data) % size)
+    weights = np.random.Philox(key=np.array([0x6B64_6361_6368_6500, 1], np.uint64)).random_raw(len(data) // size)
     total = 0
     for i, weight in enumerate(weights.tolist()):
-        total += int.from_bytes(data[4 * i : 4 * i + 4], "little", signed=True) * (weight | 1)
+        total += int.from_bytes(data[size * i : size * (i + 1)], "little", signed=True) * (weight | 1)
     total %= 1 << 64
     return (total >> 32) ^ (total & 0xFFFFFFFF)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @given(side=st.integers(1, 21), seed=st.integers(0, 1000))
-def test_the_digest_is_the_documented_sum_and_rows_do_not_influence_each_other(side: int, seed: int) -> None:
+def test_the_digest_is_the_documented_sum_and_rows_do_not_influence_each_other(version: int, side: int, seed: int) -> None:
     views = np.random.default_rng(seed).integers(0, 256, (3, 3, side, side), dtype=np.uint8)
-    digest, _ = fingerprint(torch.from_numpy(views))
-    assert digest.tolist() == [naive_fingerprint(view) for view in views]
+    digest, _ = fingerprint(torch.from_numpy(views), version)
+    assert digest.tolist() == [naive_fingerprint(view, version) for view in views]
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @given(side=st.integers(1, 21), data=st.data())
-def test_the_digest_changes_when_any_single_byte_changes(side: int, data: st.DataObject) -> None:
+def test_the_digest_changes_when_any_single_byte_changes(version: int, side: int, data: st.DataObject) -> None:
     view = np.random.default_rng(side).integers(0, 256, (1, 3, side, side), dtype=np.uint8)
     where = data.draw(st.integers(0, view.size - 1))
     by = data.draw(st.integers(1, 255))
     changed = view.copy()
     changed.reshape(-1)[where] ^= by
-    before, after = (fingerprint(torch.from_numpy(v))[0][0] for v in (view, changed))
+    before, after = (fingerprint(torch.from_numpy(v), version)[0][0] for v in (view, changed))
     assert before != after
 
 
