@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcache.archive import Archive, Rows
 from kdcache.canvas import Canvas
-from kdcache.errors import KdcacheError, unknown_name
+from kdcache.errors import KdcacheError, UsageError, unknown_name
 from kdcache.views.policy import PROBE_VERSION, ViewPolicy, ViewTable
 from kdcache.views.probe import digest_sums, digests, fold
 from kdcache.views.rendering import Renderer, render_positions
+from kdcache.views.resample import can_resize
 
 __all__ = ["Item", "Rendered", "RendererChoice", "choose_renderer", "render_batches"]
 
@@ -158,10 +159,18 @@ def choose_renderer(
     """The renderer to use: `auto` is the faster of the two on this machine, for batches of that size.
 
     Both give the same bytes, and this is checked here on a few views; if they do not (on a processor of another kind),
-    `auto` is the reference, with a warning. An unknown name is a UsageError.
+    `auto` is the reference, with a warning. An unknown name is a UsageError, and so is `device` where it cannot do it.
     """
     if wanted not in get_args(RendererChoice):
         raise unknown_name("renderer", wanted, get_args(RendererChoice))
+    if not can_resize(canvas_size, policy.size, policy.filter):
+        if wanted == "device":
+            raise UsageError(
+                f"the device renderer cannot shrink a canvas of {canvas_size} px to views of {policy.size} px",
+                why="its sums are exact for up to 128 lines of the canvas to one of the view",
+                fix="use --renderer reference, or a smaller canvas",
+            )
+        return "reference"
     if wanted != "auto":
         return wanted
     return _fastest(policy, canvas_size, min(batch_size, 64 if policy.size <= 64 else 16), device)

@@ -46,15 +46,13 @@ COLUMNS = 64  # draws per sample, fixed by policy version 1
 UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda and factors in 1/UNIT
 MIX_NONE, MIX_MIXUP, MIX_CUTMIX = 0, 1, 2
 JITTER_NONE = 4  # in the place of brightness 0, contrast 1, saturation 2, hue 3
-CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-ERASE_ATTEMPTS = 7  # torchvision's RandomErasing makes ten; all of seven fail once in a million
 RANDAUGMENT_OPERATIONS = 14
 MAX_OPERATIONS = 4
 
 # Column numbers of policy version 1. The last one is spare: a later piece of a policy takes its draws there, which leaves
 # every present draw where it is.
 _ORDER = 0
-_AREA = slice(1, 11)
+_AREA = slice(1, 11)  # ten attempts at a crop, as torchvision's RandomResizedCrop
 _RATIO = slice(11, 21)
 _LEFT, _TOP, _FLIP = 21, 22, 23
 _OPERATION = slice(24, 28)
@@ -64,7 +62,7 @@ _FACTOR = slice(37, 40)
 _HUE = 40
 _JITTER_ORDER = slice(41, 45)
 _JITTER, _ERASE, _ERASE_LEFT, _ERASE_TOP = 45, 46, 47, 48
-_ERASE_AREA = slice(49, 56)
+_ERASE_AREA = slice(49, 56)  # seven attempts at a box, where torchvision's RandomErasing makes ten; hardly any needs two
 _ERASE_RATIO = slice(56, 63)
 Filter = Literal["bilinear", "bicubic"]
 

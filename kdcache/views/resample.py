@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kdcache.views.policy import UNIT
 
-__all__ = ["crop_and_resize"]
+__all__ = ["can_resize", "crop_and_resize"]
 
 _BITS = 22  # of Pillow's weights
 _LOW_BITS = 8  # of a weight's lower half; this many leave room for 128 taps
@@ -37,6 +37,15 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.0, _triangle), "bicubic": (2.0, _cubic)}
+
+
+def can_resize(side: int, size: int, filter: str) -> bool:
+    """Whether any crop of an image of `side` pixels can be resized here; beyond 128 lines for one of the view's it cannot."""
+    return _most_taps(side / size, filter) <= _MAX_TAPS
+
+
+def _most_taps(scale: float, filter: str) -> int:
+    return math.ceil(2 * _FILTERS[filter][0] * max(1.0, scale)) + 1
 
 
 def crop_and_resize(
@@ -118,10 +127,10 @@ def _taps(
     The order of every float64 operation is Pillow's (precompute_coeffs in its Resample.c), so that each rounds alike.
     """
     radius, weight = _FILTERS[filter]
-    widest = max(1.0, int((edges[:, 1] - edges[:, 0]).max()) / UNIT * side / size)
-    taps = math.ceil(2 * radius * widest) + 1
+    widest = int((edges[:, 1] - edges[:, 0]).max()) / UNIT * side
+    taps = _most_taps(widest / size, filter)
     if taps > _MAX_TAPS:
-        raise ValueError(f"a crop box of {widest * size:.0f} pixels needs {taps} lines for one of a view of {size} pixels")
+        raise ValueError(f"a crop box of {widest:.0f} pixels needs {taps} lines for one of a view of {size} pixels")
     low_edge, high_edge = (torch.from_numpy(edges).to(device).double() * side / UNIT).float().unbind(1)  # float32, as in Pillow
     # The divisor is a tensor, since a GPU would multiply by the reciprocal of a plain number, and that rounds differently.
     scale = ((high_edge - low_edge).double() / torch.full((), size, dtype=torch.float64, device=device))[:, None]
