@@ -401,6 +401,17 @@ def test_a_view_is_crop_flip_randaugment_jitter_erasing_and_mixing_one_after_the
     assert torch.equal(render(torch.from_numpy(images), table, renderer), views)
 
 
+@pytest.mark.parametrize("share", [0, 1, 9830, UNIT // 4, UNIT // 2 - 1, UNIT // 2, UNIT // 2 + 1, UNIT - 1])
+def test_mixup_of_any_two_bytes_is_rounded_half_up(share: int) -> None:
+    own = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 256, 256))
+    other = own.transpose(0, 2, 1)
+    table = ViewPolicy(size=256, hflip=0.0, mix=Mix(cutmix=0)).parameters(0, 2)
+    rows = dataclasses.replace(table, lam_units=np.array([share, share], np.int32))
+    view = render(torch.from_numpy(np.stack([own, other])), rows)[0].numpy()
+    expected = (own.astype(np.int64) * share + other.astype(np.int64) * (UNIT - share) + UNIT // 2) // UNIT
+    np.testing.assert_array_equal(view, expected)
+
+
 # ---------------------------------------------------------------- what pixels do not depend on
 
 
