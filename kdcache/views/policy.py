@@ -146,8 +146,8 @@ class RandomErasing(_Piece):
 
 
 def _check_ranges(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
-    if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-        raise ValueError("scale must lie in (0, 1] and ratio above 0, each in ascending order")
+    if not (1e-4 <= scale[0] <= scale[1] <= 1 and 1e-3 <= ratio[0] <= ratio[1] <= 1e3):
+        raise ValueError("scale must lie between 0.0001 and 1 and ratio between 0.001 and 1000, each in ascending order")
 
 
 class Mix(_Piece):
@@ -190,17 +190,20 @@ class ViewPolicy(BaseModel):
 
         `overrides` replace whole fields after that, those that are not None. Raises UsageError that names the wrong field.
         """
-        base, _, changes = spec.partition(":")
+        base, _, changes = (spec, "", "") if Path(spec).is_file() else spec.partition(":")
         fields = PRESETS[base].model_dump() if base in PRESETS else _read(base)
-        for change in re.split(r",(?![^\[]*\])", changes) if changes else []:
-            path, equals, text = change.strip().partition("=")
-            if not equals:
+        for change in re.split(r",(?![^\[{]*[\]}])", changes) if changes else []:  # commas in brackets are part of a value
+            path, equals, text = change.partition("=")
+            try:
+                if not equals:
+                    raise ValueError("no value")
+                _assign(fields, path.strip().split("."), yaml.safe_load(text))
+            except (ValueError, yaml.YAMLError):
                 raise UsageError(
                     f"view policy {spec!r} has the part {change!r}",
-                    why="after the colon come fields with their values",
+                    why="after the colon come fields with their values, written as in YAML",
                     fix=f"write for example: {base}:hflip=0,randaugment.m=9,crop.scale=[0.2,1]",
-                )
-            _assign(fields, path.split("."), yaml.safe_load(text))
+                ) from None
         try:
             return cls(**fields | {key: value for key, value in overrides.items() if value is not None})
         except ValidationError as error:
@@ -291,8 +294,10 @@ def _read(file: str) -> dict[str, Any]:
             why="a name that ends in .yaml or .json is read as a file",
             fix=f"create it (kdcache policy pets > {file}), or use a preset: {', '.join(PRESETS)}",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"policy file {file!r} is not YAML", why=str(error).replace("\n", " "), fix="correct the file") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"policy file {file!r} cannot be read", why=" ".join(str(error).split())[:200], fix="correct the file"
+        ) from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise UsageError(
             f"policy file {file!r} does not hold a mapping",

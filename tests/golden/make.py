@@ -2,11 +2,13 @@
 
     python -m tests.golden.make archive     data/golden/v1, a tiny archive of format version 1
     python -m tests.golden.make views       tests/golden/views.json, digests of rendered views and written-out draws
+    python -m tests.golden.make pieces      tests/golden/pieces.json, the same for what policies gained after that
 
 Nothing is overwritten: to replace a golden file on purpose, delete it first, and say in the changelog why old archives or
 old seeds no longer mean what they meant.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -19,13 +21,38 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
 from kdcache.datasets import SourceCard
-from kdcache.views.policy import PRESETS, ViewPolicy
+from kdcache.views.policy import (
+    PRESETS,
+    ColorJitter,
+    InceptionCrop,
+    Mix,
+    PadCrop,
+    RandAugment,
+    RandomErasing,
+    ViewPolicy,
+    ViewTable,
+)
 
 ARCHIVE = Path(__file__).parents[2] / "data" / "golden" / "v1"
 VIEWS = Path(__file__).parent / "views.json"
+PIECES = Path(__file__).parent / "pieces.json"
 NUM_VIEWS, NUM_SAMPLES, NUM_CLASSES = 2, 11, 5
 SIZES = {"digits": 16, "pets": 24, "cifar": 32, "crd": 32, "none": 20}
 DRAWN_VIEWS = (0, 3)
+PIECE_POLICIES = {
+    "eval": ViewPolicy.load("eval", size=24),
+    "all": ViewPolicy(
+        size=24,
+        seed=2,
+        crop=InceptionCrop(scale=(0.2, 1.0)),
+        filter="bicubic",
+        randaugment=RandAugment(n=2, m=9, interpolation="bilinear", fill=128),
+        jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, probability=0.8),
+        erase=RandomErasing(),
+        mix=Mix(probability=0.8, beta=0.2),
+    ),
+    "pad": ViewPolicy(size=32, crop=PadCrop(), randaugment=RandAugment(n=4, m=20), jitter=ColorJitter(hue=0.5), mix=Mix(beta=1)),
+}
 
 
 def logits(view: int) -> NDArray[np.float32]:
@@ -93,14 +120,14 @@ def gradient_images() -> NDArray[np.uint8]:
     return (np.array(planes) % 256).astype(np.uint8)
 
 
-def rendered(images: NDArray[np.uint8], policy: ViewPolicy) -> dict[str, Any]:
-    """Digests of the views of `images` under `policy`."""
+def rendered(images: NDArray[np.uint8], policy: ViewPolicy, renderer: Any, version: int) -> dict[str, Any]:
+    """Digests of the views of `images` under `policy`, with fingerprints of `version`."""
     from kdcache.views import fingerprint, render_positions
 
     found: dict[str, Any] = {}
     for view in DRAWN_VIEWS:
-        pixels = render_positions(images, policy.parameters(view, len(images)), np.arange(len(images)))
-        digest, grid = fingerprint(pixels, 1)
+        pixels = render_positions(images, policy.parameters(view, len(images)), np.arange(len(images)), renderer)
+        digest, grid = fingerprint(pixels, version)
         found[f"view {view}"] = {
             "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
             "fingerprint": digest.tolist(),
@@ -137,14 +164,44 @@ def orders() -> dict[str, Any]:
     }
 
 
-def views() -> dict[str, Any]:
+def later_parameters() -> dict[str, Any]:
+    """The table of draws of seven samples under the policy with all pieces, as whole numbers."""
+    found: dict[str, Any] = {}
+    for view in DRAWN_VIEWS:
+        columns = by_name(PIECE_POLICIES["all"].parameters(view, 7))
+        found[f"view {view}"] = {name: column.astype(int).tolist() for name, column in columns.items()}
+    return found
+
+
+def by_name(table: ViewTable) -> dict[str, NDArray]:
+    fields = (field.name for field in dataclasses.fields(table))
+    return {name: getattr(table, name) for name in fields if name not in {"view", "policy"}}
+
+
+def pieces(renderer: Any = "reference") -> dict[str, Any]:
+    """Everything that pieces.json holds, as this installation computes it."""
+    pictures = {"digits": digit_images(), "gradient": gradient_images()}
+    return {
+        "policies": {
+            "eval at its own size": PRESETS["eval"].digest,
+            **{name: policy.digest for name, policy in PIECE_POLICIES.items()},
+        },
+        "views": {
+            name: {picture: rendered(images, policy, renderer, 2) for picture, images in pictures.items()}
+            for name, policy in PIECE_POLICIES.items()
+        },
+        "parameters": later_parameters(),
+    }
+
+
+def views(renderer: Any = "reference") -> dict[str, Any]:
     """Everything that views.json holds, as this installation computes it."""
     pictures = {"digits": digit_images(), "gradient": gradient_images()}
     return {
         "policies": {name: policy.digest for name, policy in PRESETS.items()},
         "images": {name: hashlib.sha256(images.tobytes()).hexdigest() for name, images in pictures.items()},
         "views": {
-            preset: {name: rendered(images, ViewPolicy.load(preset, size=size)) for name, images in pictures.items()}
+            preset: {name: rendered(images, ViewPolicy.load(preset, size=size), renderer, 1) for name, images in pictures.items()}
             for preset, size in SIZES.items()
         },
         "parameters": drawn_parameters(),
@@ -153,15 +210,16 @@ def views() -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments not in (["archive"], ["views"]):
+    targets = {"archive": ARCHIVE, "views": VIEWS, "pieces": PIECES}
+    if len(arguments) != 1 or arguments[0] not in targets:
         sys.exit(__doc__)
-    target = ARCHIVE if arguments == ["archive"] else VIEWS
+    target = targets[arguments[0]]
     if target.exists():
         sys.exit(f"{target} is there already, and golden files are not overwritten")
     if target is ARCHIVE:
         write_golden_archive(target)
     else:
-        text = json.dumps(views(), indent=1)
+        text = json.dumps(views() if target is VIEWS else pieces(), indent=1)
         target.write_text(text + "\n")
     print(f"wrote {target}")
 

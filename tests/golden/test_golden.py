@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from kdcache.archive import open_archive
 from kdcache.codecs import codec
 from kdcache.stats import relative_entropy
+from kdcache.views.rendering import Renderer
 from tests.golden import make
 
 DIGEST = "2d4ccd29"  # of data/golden/v1, its beginning; the whole of it is checked by verify
@@ -26,16 +29,35 @@ def path() -> Path:
     return make.ARCHIVE
 
 
+def stored(file: Path) -> dict[str, Any]:
+    assert file.is_file(), HOW.format(file)
+    return dict(json.loads(file.read_text()))
+
+
+@lru_cache
+def computed(what: Callable[[Renderer], dict[str, Any]], renderer: Renderer) -> dict[str, Any]:
+    """What this installation computes, as JSON would hold it."""
+    return dict(json.loads(json.dumps(what(renderer))))
+
+
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    assert make.VIEWS.is_file(), HOW.format(make.VIEWS)
-    return dict(json.loads(make.VIEWS.read_text()))
+    return stored(make.VIEWS)
 
 
 @pytest.fixture(scope="module")
 def now() -> dict[str, Any]:
-    """What this installation computes, as JSON would hold it."""
-    return dict(json.loads(json.dumps(make.views())))
+    return computed(make.views, "reference")
+
+
+@pytest.fixture(scope="module")
+def golden_pieces() -> dict[str, Any]:
+    return stored(make.PIECES)
+
+
+@pytest.fixture(scope="module")
+def pieces_now() -> dict[str, Any]:
+    return computed(make.pieces, "reference")
 
 
 # ---------------------------------------------------------------- the archive
@@ -111,27 +133,50 @@ def test_bundled_pictures_are_still_the_same(picture: str, golden: dict[str, Any
     assert now["images"][picture] == golden["images"][picture], "the pictures changed, so the views below say nothing"
 
 
+CHANGED = (
+    "the pixels of views changed: kdcache draws differently (then it needs another policy version), or Pillow or "
+    "torchvision does (then its version must be excluded, since no archive made before can be replayed with it)"
+)
+
+
+@pytest.mark.parametrize("renderer", get_args(Renderer))
 @pytest.mark.parametrize("picture", ["digits", "gradient"])
 @pytest.mark.parametrize("preset", make.SIZES)
-def test_views_still_have_the_same_pixels(preset: str, picture: str, golden: dict[str, Any], now: dict[str, Any]) -> None:
-    assert now["views"][preset][picture] == golden["views"][preset][picture], (
-        "the pixels of views changed: kdcache draws differently (then it needs another policy version), or Pillow or "
-        "torchvision does (then its version must be excluded, since no archive made before can be replayed with it)"
-    )
+def test_views_still_have_the_same_pixels(preset: str, picture: str, renderer: Renderer, golden: dict[str, Any]) -> None:
+    assert computed(make.views, renderer)["views"][preset][picture] == golden["views"][preset][picture], CHANGED
+
+
+@pytest.mark.parametrize("renderer", get_args(Renderer))
+@pytest.mark.parametrize("picture", ["digits", "gradient"])
+@pytest.mark.parametrize("name", make.PIECE_POLICIES)
+def test_views_with_the_later_pieces_still_have_the_same_pixels(
+    name: str, picture: str, renderer: Renderer, golden_pieces: dict[str, Any]
+) -> None:
+    assert computed(make.pieces, renderer)["views"][name][picture] == golden_pieces["views"][name][picture], CHANGED
+
+
+def test_policies_with_the_later_pieces_still_have_the_same_digests_and_draws(
+    golden_pieces: dict[str, Any], pieces_now: dict[str, Any]
+) -> None:
+    assert pieces_now["policies"] == golden_pieces["policies"], "another digest makes every archive of this policy another dump"
+    assert pieces_now["parameters"] == golden_pieces["parameters"], "other draws need another policy version"
 
 
 def test_seeds_still_mean_the_same_orders_and_shuffles(golden: dict[str, Any], now: dict[str, Any]) -> None:
     assert now["orders"] == golden["orders"], "runs of an earlier version can no longer be repeated"
 
 
-def test_golden_files_hold_nothing_that_is_no_longer_checked(golden: dict[str, Any], now: dict[str, Any]) -> None:
-    assert golden.keys() == now.keys()
-    assert golden["views"].keys() == now["views"].keys()
+def test_golden_files_hold_nothing_that_is_no_longer_checked(
+    golden: dict[str, Any], now: dict[str, Any], golden_pieces: dict[str, Any], pieces_now: dict[str, Any]
+) -> None:
+    for file, found in ((golden, now), (golden_pieces, pieces_now)):
+        assert file.keys() == found.keys()
+        assert file["views"].keys() == found["views"].keys()
 
 
-@pytest.mark.parametrize("what", ["archive", "views"])
+@pytest.mark.parametrize("what", ["archive", "views", "pieces"])
 def test_making_golden_files_never_overwrites_them(what: str) -> None:
-    target = make.ARCHIVE / "kdcache.json" if what == "archive" else make.VIEWS
+    target = {"archive": make.ARCHIVE / "kdcache.json", "views": make.VIEWS, "pieces": make.PIECES}[what]
     before = target.read_bytes()
     with pytest.raises(SystemExit, match="not overwritten"):
         make.main([what])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from kdcache.views.policy import (
     PadCrop,
     RandAugment,
 )
+from kdcache.views.rendering import Renderer
 
 PAPER = ViewPolicy.load("pets", size=16, seed=7)
 RANDOM = sorted(set(PRESETS) - {"none"})
@@ -293,6 +295,13 @@ def test_neighbouring_samples_and_views_are_uncorrelated() -> None:
 # ---------------------------------------------------------------- what is rendered
 
 
+@pytest.fixture(params=get_args(Renderer))
+def renderer(request: pytest.FixtureRequest) -> Renderer:
+    """Each of the two in turn: what is said of pixels below holds for both."""
+    renderer: Renderer = request.param
+    return renderer
+
+
 def to_pil(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
@@ -306,46 +315,50 @@ def still(table: ViewTable, **columns: NDArray) -> ViewTable:
     return dataclasses.replace(table, **columns)
 
 
-def test_the_first_preset_draws_nothing_and_shows_the_whole_canvas(photos: NDArray[np.uint8]) -> None:
+def test_the_first_preset_draws_nothing_and_shows_the_whole_canvas(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     table = ViewPolicy.load("none", size=40).parameters(5, len(photos))
-    views = render(torch.from_numpy(photos[table.sample]), table)
+    views = render(torch.from_numpy(photos[table.sample]), table, renderer)
     np.testing.assert_array_equal(views.numpy(), photos[table.sample])
 
 
 @pytest.mark.parametrize("size", [16, 40, 57])
-def test_crop_is_pillows_resize_of_the_drawn_box(photos: NDArray[np.uint8], size: int) -> None:
+def test_crop_is_pillows_resize_of_the_drawn_box(photos: NDArray[np.uint8], size: int, renderer: Renderer) -> None:
     policy = ViewPolicy(size=size, crop=InceptionCrop(), hflip=0.0)
     table = policy.parameters(0, len(photos))
-    views = render(torch.from_numpy(photos[table.sample]), table).numpy()
+    views = render(torch.from_numpy(photos[table.sample]), table, renderer).numpy()
     for view, sample, box in zip(views, table.sample, table.box, strict=True):
         edges = tuple(float(np.float32(edge * 40 / 65536)) for edge in box.tolist())
         expected = to_pil(photos[sample]).resize((size, size), Image.Resampling.BILINEAR, box=edges)
         np.testing.assert_array_equal(view, from_pil(expected))
 
 
-def test_a_crop_on_whole_pixels_is_torchvisions_resized_crop_away_from_its_border(photos: NDArray[np.uint8]) -> None:
+def test_a_crop_on_whole_pixels_is_torchvisions_resized_crop_away_from_its_border(
+    photos: NDArray[np.uint8], renderer: Renderer
+) -> None:
     table = ViewPolicy(size=24, crop=InceptionCrop(), hflip=0.0).parameters(0, 1)
     for left, top, side in ((5, 10, 15), (0, 0, 40), (15, 5, 25)):  # multiples of 5 of 40 pixels are exact in 1/65536
         box = np.array([[left, top, left + side, top + side]], np.int32) * UNIT // 40
-        view = render(torch.from_numpy(photos[:1]), still(table, box=box))[0].numpy()
+        view = render(torch.from_numpy(photos[:1]), still(table, box=box), renderer)[0].numpy()
         other = F.resized_crop(to_pil(photos[0]), top, left, side, side, [24, 24], InterpolationMode.BILINEAR)
         inner = (slice(None), slice(2, -2), slice(2, -2))  # at its border torchvision no longer sees what it cut away
         np.testing.assert_array_equal(view[inner], from_pil(other)[inner])
 
 
-def test_flip_mirrors_the_crop_from_left_to_right(photos: NDArray[np.uint8]) -> None:
+def test_flip_mirrors_the_crop_from_left_to_right(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     images = torch.from_numpy(photos)
     table = ViewPolicy(size=32, crop=InceptionCrop(), hflip=0.5).parameters(0, len(photos))
     table = still(table, sample=np.arange(len(photos)))
-    straight, mirrored = (render(images, still(table, flip=np.full(len(photos), flip))) for flip in (False, True))
+    straight, mirrored = (render(images, still(table, flip=np.full(len(photos), flip)), renderer) for flip in (False, True))
     assert torch.equal(mirrored, straight.flip(3))
-    assert torch.equal(render(images, table), torch.where(torch.from_numpy(table.flip).view(-1, 1, 1, 1), mirrored, straight))
+    assert torch.equal(
+        render(images, table, renderer), torch.where(torch.from_numpy(table.flip).view(-1, 1, 1, 1), mirrored, straight)
+    )
 
 
-def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8]) -> None:
+def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     table = ViewPolicy(size=40, crop=PadCrop(padding=4), hflip=0.0).parameters(0, len(photos))
     assert len(np.unique(table.shift)) > 4
-    views = render(torch.from_numpy(photos[table.sample]), table).numpy()
+    views = render(torch.from_numpy(photos[table.sample]), table, renderer).numpy()
     for view, sample, (dx, dy) in zip(views, table.sample, table.shift, strict=True):
         padded = np.pad(photos[sample], ((0, 0), (4, 4), (4, 4)))
         np.testing.assert_array_equal(view, padded[:, 4 + dy : 44 + dy, 4 + dx : 44 + dx])
@@ -362,7 +375,7 @@ def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8]) 
     ],
 )
 def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
-    photos: NDArray[np.uint8], bins: int, interpolation: str, fill: int, size: int, step: int
+    photos: NDArray[np.uint8], bins: int, interpolation: str, fill: int, size: int, step: int, renderer: Renderer
 ) -> None:
     reference = TorchvisionRandAugment(
         num_magnitude_bins=bins, interpolation=InterpolationMode(interpolation), fill=[float(fill)] * 3
@@ -379,7 +392,7 @@ def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
             operations=np.array([[operation] for operation, _ in cases], np.uint8),
             signs=np.array([[sign] for _, sign in cases], np.int8),
         )
-        views = render(torch.from_numpy(np.repeat(picture[None], len(cases), axis=0)), table).numpy()
+        views = render(torch.from_numpy(np.repeat(picture[None], len(cases), axis=0)), table, renderer).numpy()
         for view, (operation, sign) in zip(views, cases, strict=True):
             magnitudes, signed = space[names[operation]]
             magnitude = float(magnitudes[m].item()) if magnitudes.ndim > 0 else 0.0
@@ -393,27 +406,27 @@ def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
             np.testing.assert_array_equal(view, from_pil(expected), err_msg=f"{names[operation]} m={m} sign={sign}")
 
 
-def test_operations_are_applied_one_after_the_other_in_the_drawn_order(photos: NDArray[np.uint8]) -> None:
+def test_operations_are_applied_one_after_the_other_in_the_drawn_order(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     policy = ViewPolicy(size=40, crop=InceptionCrop(), randaugment=RandAugment(n=4, m=14))
     table = policy.parameters(3, len(photos))
-    both = render(torch.from_numpy(photos[table.sample]), table)
+    both = render(torch.from_numpy(photos[table.sample]), table, renderer)
     before = policy.model_copy(update={"randaugment": None})
-    expected = render(torch.from_numpy(photos[table.sample]), still(table, policy=before))
+    expected = render(torch.from_numpy(photos[table.sample]), still(table, policy=before), renderer)
     for step in range(4):
         one = ViewPolicy(size=40, hflip=0.0, randaugment=RandAugment(n=1, m=14))
         rows = still(one.parameters(0, len(photos)), operations=table.operations[:, [step]], signs=table.signs[:, [step]])
-        expected = render(expected, rows)
+        expected = render(expected, rows, renderer)
     assert torch.equal(both, expected)
 
 
-def test_mixup_is_the_documented_integer_formula_and_cutmix_copies_a_box(photos: NDArray[np.uint8]) -> None:
+def test_mixup_is_the_documented_integer_formula_and_cutmix_copies_a_box(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     plain = ViewPolicy(size=20, crop=InceptionCrop(), seed=1)
     policy = plain.model_copy(update={"mix": Mix()})
     table = policy.parameters(0, len(photos))
     canvas = torch.from_numpy(photos[table.sample])
     alone, mixed = (
-        render(canvas, still(table, policy=plain, partner=np.full(len(photos), -1))).tolist(),
-        render(canvas, table).tolist(),
+        render(canvas, still(table, policy=plain, partner=np.full(len(photos), -1)), renderer).tolist(),
+        render(canvas, table, renderer).tolist(),
     )
     assert {MIX_MIXUP, MIX_CUTMIX} == set(table.mix.tolist())
     for j in range(len(photos)):
@@ -430,10 +443,10 @@ def test_mixup_is_the_documented_integer_formula_and_cutmix_copies_a_box(photos:
                     assert mixed[j][c][y][x] == expected, (j, c, y, x)
 
 
-def test_lam_is_the_share_of_the_samples_own_pixels() -> None:
+def test_lam_is_the_share_of_the_samples_own_pixels(renderer: Renderer) -> None:
     table = ViewPolicy(size=32, hflip=0.0, mix=Mix()).parameters(0, 64)
     white = np.where(np.arange(64) % 2 == 0, 255, 0).astype(np.uint8)  # by position: each pair is one white, one black
-    views = render(torch.from_numpy(np.broadcast_to(white[:, None, None, None], (64, 3, 8, 8)).copy()), table)
+    views = render(torch.from_numpy(np.broadcast_to(white[:, None, None, None], (64, 3, 8, 8)).copy()), table, renderer)
     own = np.where(white > 0, views.double().mean(dim=(1, 2, 3)) / 255, 1 - views.double().mean(dim=(1, 2, 3)) / 255)
     is_cutmix = table.mix == MIX_CUTMIX
     np.testing.assert_allclose(own[is_cutmix], table.lam[is_cutmix], atol=1e-12)
@@ -443,22 +456,22 @@ def test_lam_is_the_share_of_the_samples_own_pixels() -> None:
 @pytest.mark.parametrize("count", [11, 12])
 @given(data=st.data())
 def test_any_subset_order_and_batching_of_positions_gives_the_same_views(
-    photos: NDArray[np.uint8], count: int, data: st.DataObject
+    photos: NDArray[np.uint8], count: int, data: st.DataObject, renderer: Renderer
 ) -> None:
     pixels, table = photos[:count], PAPER.model_copy(update={"mix": Mix(probability=0.8)}).parameters(1, count)
-    whole = render_positions(pixels, table, np.arange(count))
+    whole = render_positions(pixels, table, np.arange(count), renderer)
     positions = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=2 * count)))
-    assert torch.equal(render_positions(pixels, table, positions), whole[torch.from_numpy(positions)])
+    assert torch.equal(render_positions(pixels, table, positions, renderer), whole[torch.from_numpy(positions)])
     cut = data.draw(st.integers(0, len(positions)))
-    parts = [render_positions(pixels, table, part) for part in (positions[:cut], positions[cut:]) if len(part)]
+    parts = [render_positions(pixels, table, part, renderer) for part in (positions[:cut], positions[cut:]) if len(part)]
     assert torch.equal(torch.cat(parts), whole[torch.from_numpy(positions)])
 
 
-def test_render_of_an_even_aligned_range_needs_no_others(photos: NDArray[np.uint8]) -> None:
+def test_render_of_an_even_aligned_range_needs_no_others(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     table = PAPER.parameters(1, len(photos))
     rows = table[4:10]
-    expected = render_positions(photos, table, np.arange(4, 10))
-    assert torch.equal(render(torch.from_numpy(photos[rows.sample]), rows), expected)
+    expected = render_positions(photos, table, np.arange(4, 10), renderer)
+    assert torch.equal(render(torch.from_numpy(photos[rows.sample]), rows, renderer), expected)
 
 
 @pytest.mark.parametrize("positions", [slice(1, 2), slice(0, 3), slice(1, 5), np.array([0, 2, 1, 3])])
@@ -533,8 +546,8 @@ def test_a_fingerprint_does_not_depend_on_how_the_tensor_lies_in_memory(photos: 
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_centre_crop_takes_the_middle(photos: NDArray[np.uint8]) -> None:
+def test_the_centre_crop_takes_the_middle(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     table = ViewPolicy(size=20, crop=CenterCrop(fraction=0.5), hflip=0.0).parameters(0, 1)
     assert table.box.tolist() == [[UNIT // 4, UNIT // 4, 3 * UNIT // 4, 3 * UNIT // 4]]
-    view = render(torch.from_numpy(photos[:1]), table)[0].numpy()
+    view = render(torch.from_numpy(photos[:1]), table, renderer)[0].numpy()
     np.testing.assert_array_equal(view, photos[0, :, 10:30, 10:30])  # half of 40 pixels at 20 pixels: a plain copy
