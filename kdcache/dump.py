@@ -35,7 +35,7 @@ from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import Normalisation, resolve
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
-from kdcache.stream import replay
+from kdcache.replay import replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
 from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive
 from kdcache.canvas import Canvas
-from kdcache.errors import IncompatibleError
 from kdcache.prefetch import render_batches
+from kdcache.replay import check_views, require_replayable
 from kdcache.stats import softmax
-from kdcache.stream import check_same_samples, check_views
 from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
 
 __all__ = ["contact_sheet"]
@@ -31,14 +30,7 @@ def contact_sheet(
     """
     from matplotlib.figure import Figure
 
-    policy = archive.manifest.policy
-    if policy is None:
-        raise IncompatibleError(
-            f"archive {archive.path} has no views to draw",
-            why="it was written without a view policy",
-            fix="use an archive of dump-teacher",
-        )
-    check_same_samples(archive, canvas)
+    policy = require_replayable(archive, canvas)
     samples = np.asarray(samples, np.int64)
     figure = Figure(figsize=(1.35 * (len(views) + 1), 1.75 * len(samples)), dpi=110, layout="constrained")
     axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)

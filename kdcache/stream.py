@@ -12,16 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.archive import Archive, Failure, Verification
+from kdcache.archive import Archive
 from kdcache.canvas import Canvas
-from kdcache.errors import IncompatibleError, UsageError
+from kdcache.errors import UsageError
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
-from kdcache.progress import Progress, Silent
-from kdcache.views.diagnosis import Cause, Drift, diagnose
+from kdcache.replay import check_views, require_replayable
 from kdcache.views.policy import ViewPolicy
-from kdcache.views.probe import grids
 
-__all__ = ["Batch", "CachedTargets", "ViewStream", "check_same_samples", "epoch_positions", "epoch_view", "replay"]
+__all__ = ["Batch", "CachedTargets", "ViewStream", "epoch_positions", "epoch_view"]
 
 BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of what a seed means
 
@@ -152,14 +150,7 @@ class CachedTargets(ViewStream):
         renderer: RendererChoice = "auto",
         allow_drift: int = 0,
     ) -> None:
-        policy = archive.manifest.policy
-        if policy is None:
-            raise IncompatibleError(
-                f"archive {archive.path} cannot be replayed",
-                why="it was written without a view policy, so nobody knows which views its logits belong to",
-                fix="make one with: kdcache dump-teacher",
-            )
-        check_same_samples(archive, canvas)
+        policy = require_replayable(archive, canvas)
         super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers, renderer=renderer)
         self.archive = archive
         self.allow_drift = allow_drift
@@ -178,125 +169,10 @@ class CachedTargets(ViewStream):
         return super()._batch(item)
 
 
-def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: int) -> int:
-    """Compare rendered views with the archive's fingerprints; returns how many were accepted as drifted."""
-    assert item.stored is not None
-    differs = (item.digest != item.stored.digest) | (item.rows.sample != item.stored.sample)
-    if not differs.any():
-        return 0
-    same_samples = bool((item.rows.sample == item.stored.sample).all())
-    if allow_drift and same_samples and _decoded_otherwise(archive, canvas) and _levels(item, differs) <= allow_drift:
-        return int(differs.sum())
-    drift = _drift(item, archive, canvas, differs)
-    keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
-    raise IncompatibleError(
-        f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw ({drift})",
-        why=drift.blame,
-        fix=_fix(drift, archive, canvas),
-    )
-
-
-def _fix(drift: Drift, archive: Archive, canvas: Canvas) -> str:
-    if drift.cause == "canvas" and _decoded_otherwise(archive, canvas):
-        accepting = f"--allow-drift {max(1, drift.levels)} would accept this batch"
-        return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
-    return {
-        "canvas": f"delete the canvas, and it is built again: rm -r {canvas.path}",
-        "order": "restore the dataset as it was at the dump, or dump again",
-        "mixing": "use the version of kdcache that wrote the archive, or dump again",
-        "policy": "use the version of kdcache that wrote the archive, or dump again",
-        "renderer": "use --renderer reference, and please report this",
-        "rendering": "install the library versions that the manifest names (kdcache info ARCHIVE --json), or dump again",
-    }[drift.cause]
-
-
-def _decoded_otherwise(archive: Archive, canvas: Canvas) -> bool:
-    recorded = archive.manifest.canvas
-    return recorded is not None and recorded.digest != canvas.digest
-
-
-def _levels(item: Rendered, differs: NDArray[np.bool_]) -> int:
-    """Largest difference between rendered and stored grid means, grey levels."""
-    assert item.stored is not None
-    return int(np.abs(grids(item.images).astype(int) - item.stored.probe.astype(int))[differs].max())
-
-
-def _drift(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray[np.bool_]) -> Drift:
-    """What is wrong with a batch of which some views differ from the stored ones."""
-    assert item.stored is not None
-
-    def canvas_changed() -> str | None:
-        if _decoded_otherwise(archive, canvas):
-            return "its images are not those of the dump (other files, or decoded by another library)"
-        return None if canvas.intact else "its pixels were changed after it was built"
-
-    moved = item.rows.sample != item.stored.sample
-    cause: Cause
-    if moved.any():
-        cause, why = "order", f"other samples sit at {moved.sum()} of these positions than when the archive was written"
-    else:
-        table = item.rows.policy.parameters(item.rows.view, len(canvas))
-        cause, why = diagnose(
-            canvas.pixels,
-            table,
-            item.positions[differs],
-            item.stored.digest[differs],
-            canvas_changed,
-            archive.manifest.probe_version,
-        )
-    return Drift(item.positions[differs], _levels(item, differs), cause, why)
-
-
-def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress: Progress | None = None) -> Verification:
-    """Render `views` randomly chosen views again and compare their fingerprints with the archive's."""
-    progress = progress or Silent()
-    result = Verification(f"replay {views}")
-    stream = CachedTargets(archive, canvas, batch_size=1, seed=seed)
-    total = archive.num_views * archive.num_samples
-    chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
-    for view in np.unique(chosen // archive.num_samples):
-        positions = np.sort(chosen[chosen // archive.num_samples == view] % archive.num_samples)
-        items = [(int(view), positions[i : i + 64]) for i in range(0, len(positions), 64)]
-        for item in render_batches(canvas, stream.policy, items, archive=archive):
-            assert item.stored is not None
-            differs = (item.digest != item.stored.digest) | (item.rows.sample != item.stored.sample)
-            if differs.any():
-                drift = _drift(item, archive, canvas, differs)
-                result.failures.append(Failure(f"view {view}", "the stored fingerprints", f"{drift}; {drift.blame}"))
-            result.checked += len(item.positions)
-            progress.update("replay", result.checked, len(chosen))
-    return result
-
-
 def _check_batch_size(batch_size: int, num_samples: int) -> None:
     if not 1 <= batch_size <= num_samples:
         raise UsageError(
             f"batch size {batch_size} with {num_samples} samples",
             why="an epoch needs at least one full batch",
             fix=f"use --batch-size {max(1, min(64, num_samples))}",
-        )
-
-
-def check_same_samples(archive: Archive, canvas: Canvas) -> None:
-    source = archive.manifest.source
-    if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
-        raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_samples} samples of other images than the {len(canvas)} here",
-            why="the files, their names or their labels changed since the dump",
-            fix="restore the dataset as it was, or dump again",
-        )
-    recorded = archive.manifest.canvas
-    if recorded is not None and recorded.size != canvas.size:
-        raise IncompatibleError(
-            f"the canvas is {canvas.size} px, the archive's was {recorded.size} px",
-            why="views are cut from the canvas, so its size is part of them",
-            fix=f"use --canvas {recorded.size}",
-        )
-    labels = archive.labels()
-    if labels is not None and (labels != canvas.labels).any():
-        changed = np.flatnonzero(labels != canvas.labels)
-        raise IncompatibleError(
-            f"{len(changed)} samples have another label than in archive {archive.path}, the first is {canvas.keys[changed[0]]}",
-            why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
-            fix=f"delete the canvas, and it is built again: rm -r {canvas.path}",
         )

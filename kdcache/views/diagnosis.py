@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,28 +12,20 @@ from kdcache.views.probe import digests
 from kdcache.views.reference import FILTERS
 from kdcache.views.rendering import render_positions
 
-__all__ = ["Cause", "Drift", "diagnose"]
+__all__ = ["Cause", "Diagnosis", "diagnose"]
 
 Cause = Literal["order", "mixing", "policy", "renderer", "canvas", "rendering"]
 _TRIED = 6  # views that are drawn again
 
 
-@dataclass(frozen=True)
-class Drift:
-    """What differs between the stored and the rendered views of one batch."""
+class Diagnosis(NamedTuple):
+    """What is to blame, and how that shows."""
 
-    positions: NDArray[np.int64]
-    levels: int  # largest difference of a grid mean, grey levels
     cause: Cause
     explanation: str
 
-    @property
-    def blame(self) -> str:
-        return f"{self.cause}: {self.explanation}"
-
     def __str__(self) -> str:
-        shown = ", ".join(map(str, self.positions[:8])) + (", ..." if len(self.positions) > 8 else "")
-        return f"positions {shown} ({len(self.positions)} in all), grid means up to {self.levels} grey levels apart"
+        return f"{self.cause}: {self.explanation}"
 
 
 def diagnose(
@@ -44,30 +35,36 @@ def diagnose(
     stored_digest: NDArray[np.uint32],
     canvas_changed: Callable[[], str | None],
     probe_version: int = PROBE_VERSION,
-) -> tuple[Cause, str]:
+) -> Diagnosis:
     """Why the views at `positions`, drawn from `pixels [N, 3, R, R]`, have not the digests `stored_digest [B]`.
 
     `table` holds all rows of the view. `canvas_changed` says how the canvas differs from the recorded one, if it does; it
     may be slow, and is only asked when no experiment explains the difference.
     """
     tried, wanted = positions[:_TRIED], stored_digest[:_TRIED]
-    if np.array_equal(digests(render_positions(pixels, table, tried, "reference"), probe_version), wanted):
-        return "renderer", "the reference renderer draws these views as stored, so the device renderer errs on this machine"
+
+    def gives(table: ViewTable, positions: NDArray[np.int64], wanted: NDArray[np.uint32]) -> bool:
+        return np.array_equal(digests(render_positions(pixels, table, positions, "reference"), probe_version), wanted)
+
+    if gives(table, tried, wanted):
+        why = "the reference renderer draws these views as stored, so the device renderer errs on this machine"
+        return Diagnosis("renderer", why)
     for explanation, variant in _other_policies(table):
-        if np.array_equal(digests(render_positions(pixels, variant, tried, "reference"), probe_version), wanted):
-            return "policy", f"the stored views are those of {explanation}"
-    position, stored = int(positions[0]), int(stored_digest[0])
+        if gives(variant, tried, wanted):
+            return Diagnosis("policy", f"the stored views are those of {explanation}")
+    position = int(positions[0])
     for explanation, variant, place in _other_mixings(table, position):
-        if int(digests(render_positions(pixels, variant, np.array([place]), "reference"), probe_version)[0]) == stored:
-            return "mixing", f"at position {position} the stored view {explanation}"
-    changed = canvas_changed()
-    if changed:
+        if gives(variant, np.array([place]), stored_digest[:1]):
+            return Diagnosis("mixing", f"at position {position} the stored view {explanation}")
+    if changed := canvas_changed():
         samples = np.unique(np.concatenate([table.sample[positions], table.partner[positions]]))
-        shown = ", ".join(map(str, samples[samples >= 0][:8]))
-        return "canvas", f"{changed} (samples involved: {shown}{', ...' if (samples >= 0).sum() > 8 else ''})"
+        samples = samples[samples >= 0]
+        shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+        return Diagnosis("canvas", f"{changed} (samples involved: {shown})")
     if (table.mix == MIX_NONE).any() and (table.mix[positions] != MIX_NONE).all():
-        return "mixing", "only mixed views differ"
-    return "rendering", "this installation draws the policy differently (compare the library versions in the manifest)"
+        return Diagnosis("mixing", "only mixed views differ")
+    why = "this installation draws the policy differently (compare the library versions in the manifest)"
+    return Diagnosis("rendering", why)
 
 
 def _other_policies(table: ViewTable) -> Iterator[tuple[str, ViewTable]]:

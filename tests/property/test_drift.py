@@ -16,7 +16,8 @@ from kdcache.archive import ArchiveWriter
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
 from kdcache.errors import IncompatibleError
-from kdcache.stream import Batch, CachedTargets, replay
+from kdcache.replay import replay
+from kdcache.stream import Batch, CachedTargets
 from kdcache.views import ViewPolicy, ViewTable, device, fingerprint, render_positions
 from kdcache.views.policy import MIX_MIXUP
 from tests.conftest import Dump
