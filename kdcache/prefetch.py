@@ -126,7 +126,8 @@ def _on_gpu(
     tables = _Tables(policy, len(canvas))
     pixels: Tensor | NDArray[np.uint8] = canvas.pixels
     if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-        pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
+        with warnings.catch_warnings(action="ignore"):  # the canvas is read-only, and so is what is done with it here
+            pixels = torch.from_numpy(canvas.pixels).to(device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()

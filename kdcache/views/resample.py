@@ -22,7 +22,7 @@ __all__ = ["can_resize", "crop_and_resize"]
 _BITS = 22  # of Pillow's weights
 _LOW_BITS = 8  # of a weight's lower half; this many leave room for 128 taps
 _MAX_TAPS = 128
-_CACHE = 1 << 20  # bytes of sums that a CPU works on at a time
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}  # bytes of sums worked on at a time: what a cache holds, what a GPU can spare
 _WIDTHS = 32  # sums are compiled for each width of a line when it is first met, so only multiples of this many pixels occur
 
 
@@ -64,7 +64,7 @@ def crop_and_resize(
         for axis in (0, 1)
     )
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
-    step = max(1, _CACHE // (12 * side * size)) if device.type == "cpu" else len(images)
+    step = max(1, _AT_ONCE[device.type] // (12 * side * size))
     tables = _Tables(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)

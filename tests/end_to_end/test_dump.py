@@ -136,6 +136,7 @@ def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
         seen.append(len(claims))
         return np.zeros((len(images), 3), np.float32)
 
+    forward.device = "cpu"
     write_shards(writer, forward, canvas, batch_size=4, start_view=2)
     assert seen == [shard for shard in range(1, 13) for _ in range(2)]
     assert claims == [(view, block) for view in (2, 3, 0, 1) for block in range(3)]
