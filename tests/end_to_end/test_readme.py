@@ -24,14 +24,18 @@ def test_the_two_commands_are_there_and_ci_runs_the_second():
     assert "python3 -m pip install uv && uv run pytest\n" in (Path(__file__).parents[2] / ".ci/run").read_text()
 
 
-def test_every_command_line_of_the_readme_is_understood(home, kdcache):
+def test_every_command_line_of_the_readme_is_understood(home, archive, kdcache, tmp_path):
     lines = re.findall(r"^kdcache (.+)$", README, flags=re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
         arguments = shlex.split(line)
         if arguments[0] == "report":
             continue  # needs finished runs; test_quickstart makes one
-        result = kdcache(*arguments, "--dry-run", "--home", home)
+        if arguments[0] == "view":
+            arguments = [str(archive) if a.startswith("archives/") else a for a in arguments[:-1]] + [str(tmp_path / "sheet.png")]
+        else:
+            arguments.append("--dry-run")
+        result = kdcache(*arguments, "--home", home)
         assert result.status == 0, (line, result.err)
 
 
