@@ -8,12 +8,15 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive
 from kdcache.canvas import Canvas
+from kdcache.errors import UsageError
 from kdcache.prefetch import render_batches
 from kdcache.replay import check_views, require_replayable
 from kdcache.stats import softmax
 from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
 
 __all__ = ["contact_sheet"]
+
+_MOST = 300  # matplotlib draws pictures of up to 65,536 pixels a side
 
 
 def contact_sheet(
@@ -32,7 +35,16 @@ def contact_sheet(
 
     policy = require_replayable(archive, canvas)
     samples = np.asarray(samples, np.int64)
-    figure = Figure(figsize=(1.35 * (len(views) + 1), 1.75 * len(samples)), dpi=110, layout="constrained")
+    if max(len(samples), len(views)) > _MOST:
+        raise UsageError(
+            f"a sheet of {len(samples)} samples and {len(views)} views",
+            why=f"a picture has room for {_MOST} of either",
+            fix="draw fewer, or several sheets",
+        )
+    width, height = 1.35 * (len(views) + 1), 1.75 * len(samples) + 0.25  # inches
+    figure = Figure(figsize=(width, height), dpi=110)
+    # Set by hand: matplotlib's own layouts take minutes for some hundred pictures.
+    figure.subplots_adjust(left=0.05 / width, right=1 - 0.05 / width, top=1 - 0.25 / height, bottom=0.5 / height, hspace=0.45)
     axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)
     for row, sample in enumerate(samples):
         label = archive.class_names[canvas.labels[sample]]
