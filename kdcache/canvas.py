@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +31,7 @@ from kdcache.datasets import Sample, Source, SourceCard, Split, dataset, source_
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["MAX_SIZE", "Canvas", "load_canvas", "require_intact"]
+__all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
 MAX_SIZE = 4096  # pixels; a side beyond it is a slip of the keyboard
 FORMAT = 2  # changes when the same files would become other pixels
@@ -69,7 +68,7 @@ class Canvas:
         """Side of the canvas in pixels."""
         return int(self.pixels.shape[-1])
 
-    @cached_property
+    @property
     def intact(self) -> bool:
         """Whether pixels, labels and keys are still those of `digest`; reads all of them."""
         return _digest(self.pixels, self.labels, self.keys) == self.digest
@@ -91,9 +90,8 @@ def load_canvas(
         raise UsageError(
             f"a canvas of {size} px", why=f"its side is between 1 and {MAX_SIZE} px", fix="use for example --canvas 256"
         )
-    which, fingerprint = [dataset.to_dict(source), split, size], source.fingerprint()
-    series = f"{dataset.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
-    state = _sha256([FORMAT, which, fingerprint])
+    fingerprint = source.fingerprint()
+    series, state = _names(source, split, size, fingerprint)
     path = home / f"{series}-{state[:8]}"
     if not path.is_dir():
         home.mkdir(parents=True, exist_ok=True)
@@ -108,6 +106,19 @@ def load_canvas(
             f"{len(skipped)} of {len(skipped) + len(canvas)} {split} images are left out, they cannot be decoded: {shown}"
         )
     return canvas
+
+
+def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
+    """Where the canvas of a split is, if it has been built, of the files as they are now."""
+    series, state = _names(source, split, size, source.fingerprint())
+    return home / f"{series}-{state[:8]}"
+
+
+def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
+    """What all canvases of one split and size have in common, and the state of the files that one of them is of."""
+    which = [dataset.to_dict(source), split, size]
+    series = f"{dataset.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
+    return series, _sha256([FORMAT, which, fingerprint])
 
 
 def require_intact(canvas: Canvas) -> None:
@@ -130,13 +141,16 @@ def _open(path: Path) -> Canvas:
         keys = tuple(meta["keys"])
         if not len(pixels) == len(labels) == len(sizes) == len(keys) == card.num_samples:
             raise ValueError("its parts have different lengths")
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
+            raise ValueError(f"its pixels are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, 3, R, R]")
+        digest = str(meta["digest"])
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"canvas {path} cannot be read",
             why=str(error).splitlines()[0],
             fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
         ) from None
-    canvas = Canvas(path, pixels, labels, sizes, keys, card, meta["digest"])
+    canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
     object.__setattr__(canvas, "_as_stored", True)
     return canvas
 

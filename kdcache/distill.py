@@ -45,7 +45,7 @@ from kdcache.training import (
     stopped_between_steps,
     write_atomically,
 )
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, require_writable
+from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
 
@@ -300,14 +300,7 @@ class _Student:
 
 
 def _source(config: DistillConfig, archive: Archive) -> Any:
-    spec = config.dataset or archive.manifest.provenance.get("dataset")
-    if not isinstance(spec, str):
-        raise UsageError(
-            f"archive {archive.path} does not say where its images are",
-            why="it was not written by dump-teacher",
-            fix="name them: --dataset NAME",
-        )
-    return parse_dataset(spec)
+    return archive_source(archive, config.dataset)
 
 
 def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
@@ -334,6 +327,8 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
     session = {
         "allow_drift": config.allow_drift,
         "device": config.device,
+        "renderer": config.renderer,
+        "workers": config.workers,
         "command": config.command,
         "kdcache_version": kdcache.__version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -28,7 +28,7 @@ from kdcache.archive import (
     open_archive,
     recorded_plan,
 )
-from kdcache.canvas import Canvas, require_intact
+from kdcache.canvas import Canvas, canvas_path, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
@@ -61,7 +61,7 @@ NOISE_VIEWS = 256
 
 @dataclass(frozen=True)
 class DumpConfig:
-    """What to dump. All but `workers`, `renderer`, `start_view`, `device` and the number of `views` identifies the archive."""
+    """What to dump. What decides on a logit identifies the archive: not who computes it, where, and how fast."""
 
     teacher: str
     dataset: str
@@ -111,7 +111,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace) -> DumpSketch | None:
     """List the samples where there is no canvas of them yet; None where there is, and `plan_dump` says it all."""
     source = parse_dataset(config.dataset)
     size = config.canvas or source.recipe.canvas
-    if any(workspace.data.glob(f"{dataset.name_of(source)}-train-{size}px-????????")):
+    if canvas_path(source, "train", size, workspace.data).is_dir():
         return None
     resolve(config.teacher, "teacher")
     ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
@@ -398,7 +398,7 @@ def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
         return Noise(views=count, kl_mean=0.0, kl_max=0.0, max_logit_difference=0.0)
     exact = Forward(forward.model, forward.normalise, forward.device, "fp32")
     items = [(0, rows) for rows in _batches(range(count), batch_size)]
-    pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items)]
+    pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items, device=forward.device)]
     used, reference = (torch.from_numpy(np.concatenate(side)).double() for side in zip(*pairs, strict=True))
     log_p, log_q = reference.log_softmax(dim=1), used.log_softmax(dim=1)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)
@@ -426,11 +426,14 @@ def replay_with_teacher(
     progress: Progress | None = None,
     *,
     device: str = "cpu",
+    renderer: RendererChoice = "auto",
 ) -> Verification:
     """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec."""
-    result = replay(archive, canvas, views, progress=progress)
+    result = replay(archive, canvas, views, progress=progress, renderer=renderer)
     card, policy = archive.manifest.teacher, archive.manifest.policy
-    if teacher is None or card is None or policy is None or result.failures:
+    if result.failures:
+        return result
+    if teacher is None or card is None or policy is None:
         result.notes.append("logits were not recomputed: the teacher is not in this workspace")
         return result
     # The same batches as in the dump, since a batch's size may move a logit's last bits.
@@ -439,7 +442,8 @@ def replay_with_teacher(
     target = resolve_device(device)
     forward = Forward(model.to(target), normalise, target, card.precision)
     items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
-    logits = np.concatenate([forward(item.images) for item in render_batches(canvas, policy, items)])
+    rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
+    logits = np.concatenate([forward(item.images) for item in rendered])
     allowed = (
         codecs.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
     )

@@ -54,22 +54,26 @@ def render_batches(
     renderer: RendererChoice = "auto",
     device: torch.device | str = "cpu",
     probe_version: int = PROBE_VERSION,
+    resident: "Resident | None" = None,
 ) -> Iterator[Rendered]:
     """Render batches of (view, positions) in order, with the archive's rows if one is given.
 
-    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does. `items` is read
-    as far as rendering has got, in this process. Digests are of `probe_version`, or of the archive's.
+    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does, from a canvas
+    that `resident` keeps there from call to call. `items` is read as far as rendering has got, in this process. Digests are
+    of `probe_version`, or of the archive's.
     """
     device, items = torch.device(device), iter(items)
+    if device.type != "cuda":  # other accelerators have no float64, or are untried: their views are drawn on the CPU
+        device = torch.device("cpu")
     if archive:
         probe_version = archive.manifest.probe_version
     first = next(items, None)
     if first is None:
         return
     items = itertools.chain([first], items)
-    chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), device)
+    chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), device, workers)
     if device.type == "cuda" and chosen == "device":
-        yield from _on_gpu(canvas, policy, items, archive, device, probe_version)
+        yield from _on_gpu(canvas, policy, items, archive, device, probe_version, resident or Resident())
         return
     renderings = _Renderings(canvas, policy, archive, chosen, probe_version)
     loader = DataLoader(renderings, batch_size=None, num_workers=workers, sampler=items, worker_init_fn=_outlive_signals)
@@ -119,15 +123,32 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         return Rendered(images, digests(images, self._probe_version), table[positions], stored, positions)
 
 
+class Resident:
+    """The pixels of a canvas where a GPU draws from: there, if they take at most half of its free memory, or on the host."""
+
+    def __init__(self) -> None:
+        self._pixels: Tensor | NDArray[np.uint8] | None = None
+
+    def pixels(self, canvas: Canvas, device: torch.device) -> Tensor | NDArray[np.uint8]:
+        if self._pixels is None:  # decided once: later, the memory they take would count as taken
+            self._pixels = canvas.pixels
+            if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
+                with warnings.catch_warnings(action="ignore"):  # the canvas is read-only, and so is what is done with it here
+                    self._pixels = torch.from_numpy(canvas.pixels).to(device)
+        return self._pixels
+
+
 def _on_gpu(
-    canvas: Canvas, policy: ViewPolicy, items: Iterator[Item], archive: Archive | None, device: torch.device, probe_version: int
+    canvas: Canvas,
+    policy: ViewPolicy,
+    items: Iterator[Item],
+    archive: Archive | None,
+    device: torch.device,
+    probe_version: int,
+    resident: Resident,
 ) -> Iterator[Rendered]:
-    """The device renderer on a side stream, some batches ahead; the model's stream waits for each batch, the host does not."""
-    tables = _Tables(policy, len(canvas))
-    pixels: Tensor | NDArray[np.uint8] = canvas.pixels
-    if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-        with warnings.catch_warnings(action="ignore"):  # the canvas is read-only, and so is what is done with it here
-            pixels = torch.from_numpy(canvas.pixels).to(device)
+    """The device renderer on a side stream, some batches ahead of the model's stream, which waits for each batch."""
+    tables, pixels = _Tables(policy, len(canvas)), resident.pixels(canvas, device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()
@@ -155,12 +176,13 @@ def _on_gpu(
 
 
 def choose_renderer(
-    wanted: RendererChoice, policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device
+    wanted: RendererChoice, policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, workers: int = 0
 ) -> Renderer:
     """The renderer to use: `auto` is the faster of the two on this machine, for batches of that size.
 
-    Both give the same bytes, and this is checked here on a few views; if they do not (on a processor of another kind),
-    `auto` is the reference, with a warning. An unknown name is a UsageError, and so is `device` where it cannot do it.
+    Worker processes have one thread each. Both give the same bytes, and this is checked here on a few views; if they do not
+    (on a processor of another kind), or the device renderer fails, `auto` is the reference, with a warning. An unknown name
+    is a UsageError, and so is `device` where it cannot shrink the canvas that much.
     """
     if wanted not in get_args(RendererChoice):
         raise unknown_name("renderer", wanted, get_args(RendererChoice))
@@ -174,11 +196,16 @@ def choose_renderer(
         return "reference"
     if wanted != "auto":
         return wanted
-    return _fastest(policy, canvas_size, min(batch_size, 64 if policy.size <= 64 else 16), device)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if workers else threads)
+        return _fastest(policy, canvas_size, min(batch_size, 64 if policy.size <= 64 else 16), device, torch.get_num_threads())
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=64)
-def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device) -> Renderer:
+def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, threads: int) -> Renderer:
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, canvas_size, canvas_size), dtype=np.uint8)
     table, positions = policy.parameters(0, batch_size), np.arange(batch_size)
 
@@ -190,12 +217,14 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
             seconds.append(time.perf_counter() - started)
         return min(seconds), views
 
-    (reference_seconds, expected), (device_seconds, views) = draw("reference"), draw("device")
-    if not torch.equal(expected, views):
-        warnings.warn(
-            f"the device renderer differs from the reference on this {device.type}; the reference is used. Please report this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    reference_seconds, expected = draw("reference")
+    try:
+        device_seconds, views = draw("device")
+        wrong = "" if torch.equal(expected, views) else "differs from the reference"
+    except (RuntimeError, AttributeError) as error:  # no memory, or an operation that this torch does not have
+        wrong = f"fails ({error})"
+    if wrong:
+        text = f"the device renderer {wrong} on this {device.type}; the reference is used. Please report this."
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
         return "reference"
     return "device" if device.type == "cuda" or device_seconds < reference_seconds else "reference"

@@ -1,14 +1,16 @@
 """Replay: whether views that are rendered now are those that the teacher saw, and what is to blame if they are not."""
 
+import shlex
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.archive import Archive, Failure, Verification
 from kdcache.canvas import Canvas
 from kdcache.errors import IncompatibleError
-from kdcache.prefetch import Rendered, render_batches
+from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
-from kdcache.views.diagnosis import Diagnosis, diagnose
+from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import grids
 
@@ -44,7 +46,7 @@ def require_replayable(archive: Archive, canvas: Canvas) -> ViewPolicy:
         raise IncompatibleError(
             f"{len(changed)} samples have another label than in archive {archive.path}, the first is {canvas.keys[changed[0]]}",
             why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
-            fix=f"delete the canvas, and it is built again: rm -r {canvas.path}",
+            fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
         )
     return policy
 
@@ -59,7 +61,7 @@ def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: i
     if not differs.any():
         return 0
     levels = _levels(item, differs)
-    if levels <= allow_drift and _decoded_otherwise(archive, canvas) and not _moved(item).any():
+    if allow_drift > 0 and levels <= allow_drift and _decoded_otherwise(archive, canvas) and not _moved(item).any():
         return int(differs.sum())
     found = _diagnose(item, archive, canvas, differs)
     keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
@@ -67,11 +69,19 @@ def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: i
         f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw "
         f"({_extent(item, differs)})",
         why=str(found),
-        fix=_fix(found, levels, archive, canvas),
+        fix=_fix(found.cause, levels, archive, canvas),
     )
 
 
-def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress: Progress | None = None) -> Verification:
+def replay(
+    archive: Archive,
+    canvas: Canvas,
+    views: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    renderer: RendererChoice = "auto",
+) -> Verification:
     """Render `views` randomly chosen views again and compare their digests with the archive's."""
     policy, progress = require_replayable(archive, canvas), progress or Silent()
     result = Verification(f"replay {views}")
@@ -81,10 +91,16 @@ def replay(archive: Archive, canvas: Canvas, views: int, seed: int = 0, progress
     for view in np.unique(chosen // archive.num_samples):
         positions = np.sort(chosen[chosen // archive.num_samples == view] % archive.num_samples)
         items = [(int(view), positions[i : i + 64]) for i in range(0, len(positions), 64)]
-        for item in render_batches(canvas, policy, items, archive=archive):
+        for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
             differs = _differing(item)
             if differs.any():
-                found = found or _diagnose(item, archive, canvas, differs)  # of the first, since it takes a while
+                if found is None:  # one diagnosis is enough, since it takes a while
+                    found = _diagnose(item, archive, canvas, differs)
+                    result.error = IncompatibleError(
+                        f"view {view} is not what the teacher saw ({_extent(item, differs)})",
+                        why=str(found),
+                        fix=_fix(found.cause, _levels(item, differs), archive, canvas),
+                    )
                 result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {found}"))
             result.checked += len(item.positions)
             progress.update("replay", result.checked, len(chosen))
@@ -143,15 +159,15 @@ def _diagnose(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray
     )
 
 
-def _fix(found: Diagnosis, levels: int, archive: Archive, canvas: Canvas) -> str:
-    if found.cause == "canvas" and _decoded_otherwise(archive, canvas):
+def _fix(cause: Cause, levels: int, archive: Archive, canvas: Canvas) -> str:
+    if cause == "canvas" and _decoded_otherwise(archive, canvas):
         accepting = f"--allow-drift {max(1, levels)} would accept this batch"
         return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
     return {
-        "canvas": f"delete the canvas, and it is built again: rm -r {canvas.path}",
+        "canvas": f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
         "order": "restore the dataset as it was at the dump, or dump again",
         "mixing": "use the version of kdcache that wrote the archive, or dump again",
         "policy": "use the version of kdcache that wrote the archive, or dump again",
         "renderer": "use --renderer reference, and please report this",
         "rendering": "install the library versions that the manifest names (kdcache info ARCHIVE --json), or dump again",
-    }[found.cause]
+    }[cause]

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdcache.archive import Archive
 from kdcache.canvas import Canvas
 from kdcache.errors import UsageError
-from kdcache.prefetch import Rendered, RendererChoice, render_batches
+from kdcache.prefetch import Rendered, RendererChoice, Resident, render_batches
 from kdcache.replay import check_views, require_replayable
 from kdcache.views.policy import ViewPolicy
 
@@ -88,6 +88,7 @@ class ViewStream:
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.device = torch.device(device)
         self.renderer = renderer
+        self._resident = Resident()
 
     def __len__(self) -> int:
         """Batches of an epoch; the last, smaller one is left out."""
@@ -109,6 +110,7 @@ class ViewStream:
             archive=self.archive,
             renderer=self.renderer,
             device=self.device,
+            resident=self._resident,
         ):
             yield self._batch(item).to(self.device)
 

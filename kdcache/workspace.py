@@ -20,6 +20,7 @@ from kdcache.progress import Progress
 
 __all__ = [
     "Workspace",
+    "archive_source",
     "dataset_label",
     "parse_dataset",
     "read_record",
@@ -35,6 +36,18 @@ def parse_dataset(spec: str) -> Source:
     if name not in dataset:
         raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
     return dataset.parse(spec)
+
+
+def archive_source(archive: Archive, spec: str | None = None) -> Source:
+    """Where an archive's images come from: `spec`, or what its dump recorded. UsageError if it did not."""
+    spec = spec or archive.manifest.provenance.get("dataset")
+    if not isinstance(spec, str):
+        raise UsageError(
+            f"archive {archive.path} does not say where its images are",
+            why="it was not written by dump-teacher",
+            fix="name them: --dataset NAME",
+        )
+    return parse_dataset(spec)
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -70,12 +70,15 @@ class Verification:
     checked: int = 0  # files, or views for a replay
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    error: KdcacheError | None = None  # what failures mean, if not that the archive is damaged
 
     @property
     def ok(self) -> bool:
         return not self.failures
 
     def raise_if_failed(self) -> None:
+        if self.error:
+            raise self.error
         if self.failures:
             raise IntegrityError(
                 f"verify ({self.level}) found {len(self.failures)} damaged place(s); first: {self.failures[0]}",

@@ -17,7 +17,7 @@ __all__ = ["PAPER_TAUS", "compute_statistics", "spread_logits"]
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
 BLOCK = 1 << 12
-MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None}
+MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None, "jitter": None, "erase": None}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

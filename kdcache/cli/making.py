@@ -7,6 +7,7 @@ import typer
 
 from kdcache.cli.options import (
     MOST,
+    AllowDriftOption,
     ConfigOption,
     DataDirOption,
     DatasetOption,
@@ -216,7 +217,7 @@ def distill(
     clip_grad: Annotated[float, typer.Option(min=0, help="Largest L2 norm of one layer's gradient; 0: no clipping.")] = 1.0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Do not choose between several archives.")] = False,
-    allow_drift: Annotated[int, typer.Option(min=0, help="Accept views whose grid means are this many grey levels off.")] = 0,
+    allow_drift: AllowDriftOption = 0,
     checkpoint_interval: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,

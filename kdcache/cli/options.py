@@ -11,6 +11,7 @@ from kdcache.errors import NotFoundError, UsageError, unknown_name
 
 __all__ = [
     "MOST",
+    "AllowDriftOption",
     "ConfigOption",
     "DataDirOption",
     "DatasetOption",
@@ -97,6 +98,9 @@ SkipCorruptOption = Annotated[
 WorkersOption = Annotated[
     int,
     typer.Option("--workers", "-j", min=0, help="Processes that render views ahead; 0 renders inline.", rich_help_panel="Common"),
+]
+AllowDriftOption = Annotated[
+    int, typer.Option("--allow-drift", min=0, help="Accept views whose grid means are this many grey levels off.")
 ]
 RendererOption = Annotated[
     Literal["auto", "reference", "device"],

@@ -1,11 +1,20 @@
 """Commands that only look: archives, lists, benchmarks."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import DataDirOption, HomeOption, JsonOption, SkipCorruptOption, workspace
+from kdcache.cli.options import (
+    AllowDriftOption,
+    DataDirOption,
+    HomeOption,
+    JsonOption,
+    RendererOption,
+    SkipCorruptOption,
+    workspace,
+)
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import UsageError
 
@@ -64,6 +73,7 @@ def verify(
         typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here)."),
     ] = 0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    renderer: RendererOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),
@@ -77,19 +87,12 @@ def verify(
         results = [opened.verify("quick" if quick else "full", progress)]
         if replay:
             from kdcache.dump import matching_teacher, replay_with_teacher
-            from kdcache.workspace import parse_dataset
+            from kdcache.workspace import archive_source
 
-            spec = dataset or opened.manifest.provenance.get("dataset")
-            recorded = opened.manifest.canvas
-            if spec is None or recorded is None:
-                raise UsageError(
-                    f"archive {archive} cannot be replayed",
-                    why="it does not say where its images are",
-                    fix="name them: --dataset NAME",
-                )
-            place = workspace(home, data_dir, skip_corrupt)
-            canvas = place.canvas(parse_dataset(spec), "train", recorded.size, progress)
-            results.append(replay_with_teacher(opened, canvas, replay, matching_teacher(opened, place, progress), progress))
+            recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt)
+            canvas = place.canvas(archive_source(opened, dataset), "train", recorded.size if recorded else None, progress)
+            teacher = matching_teacher(opened, place, progress)
+            results.append(replay_with_teacher(opened, canvas, replay, teacher, progress, renderer=renderer))
     if as_json:
         print_json(
             [
@@ -99,7 +102,8 @@ def verify(
         )
     else:
         for result in results:
-            print(f"{result.level}: {'ok' if result.ok else 'DAMAGED'}, {result.checked} checked")
+            verdict = "ok" if result.ok else "DIFFERS" if result.error else "DAMAGED"
+            print(f"{result.level}: {verdict}, {result.checked} checked")
             for line in [*map(str, result.failures), *result.notes]:
                 print(f"  {line}")
     for result in results:
@@ -109,9 +113,10 @@ def verify(
 def view(
     archive: ArchiveArgument,
     sample: Annotated[str, typer.Option("--sample", help="Sample numbers, such as 0-3,12.")] = "0-3",
-    views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP.")] = "0:8",
+    views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP, as in Python.")] = "0:8",
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    allow_drift: AllowDriftOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -120,14 +125,14 @@ def view(
     from kdcache.archive import open_archive
     from kdcache.cli.options import integers
     from kdcache.sheet import contact_sheet
-    from kdcache.workspace import parse_dataset
+    from kdcache.workspace import archive_source
 
     opened = open_archive(archive)
-    spec = dataset or opened.manifest.provenance.get("dataset")
-    samples = integers(sample, "--sample")
-    first, _, stop = views.partition(":")
+    samples = list(dict.fromkeys(integers(sample, "--sample")))
+    first, colon, stop = views.partition(":")
     try:
-        chosen = range(int(first or 0), min(int(stop or int(first) + 1), opened.num_views))
+        last = int(stop or opened.num_views) if colon else int(first) + 1
+        chosen = range(int(first or 0), min(last, opened.num_views))
     except ValueError:
         raise UsageError(f"--views {views!r}", why="it takes a range of view numbers", fix="--views 0:8") from None
     if not chosen or chosen[0] < 0 or max(samples) >= opened.num_samples:
@@ -140,14 +145,14 @@ def view(
         raise UsageError(
             f"--out {out} cannot be written",
             why="it is a folder" if out.is_dir() else f"there is no folder {out.parent}",
-            fix=f"name a file: --out {out / 'sheet.png'}" if out.is_dir() else f"mkdir -p {out.parent}",
+            fix=f"name a file: --out {out / 'sheet.png'}" if out.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}",
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
         canvas = workspace(home, data_dir, skip_corrupt).canvas(
-            parse_dataset(str(spec)), "train", recorded.size if recorded else None, progress
+            archive_source(opened, dataset), "train", recorded.size if recorded else None, progress
         )
-    out.write_bytes(contact_sheet(opened, canvas, samples, chosen))
+    out.write_bytes(contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))
     print(out)
 
 
@@ -171,10 +176,10 @@ def policy(
     if as_json:
         print_json(presets)
         return
-    pieces = ("crop", "randaugment", "jitter", "erase", "mix")
     rows = []
     for name, fields in presets.items():
-        used = [f"{piece} {fields[piece].get('kind', '')}".strip() for piece in pieces if fields.get(piece)]
+        kind, extent = list(fields["crop"].values())[:2]
+        used = [f"{kind} crop {extent}", *(piece for piece in ("randaugment", "jitter", "erase", "mix") if fields.get(piece))]
         rows.append([name, fields["size"], fields["hflip"], ", ".join(used)])
     print_table(["preset", "size", "hflip", "pieces"], rows)
 

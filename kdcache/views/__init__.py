@@ -1,6 +1,6 @@
 """Views: deterministic augmented versions of the samples.
 
-`ViewPolicy` describes them (NumPy only); `render`, `mix` and `fingerprint` make and check pixels, and load torch when first used.
+`ViewPolicy` describes them (NumPy only); `render` and `fingerprint` make and check pixels, and load torch when first used.
 """
 
 from typing import Any

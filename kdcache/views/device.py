@@ -83,18 +83,18 @@ def _randaugment(batch: _Batch, operations: NDArray[np.uint8], signs: NDArray[np
 def _geometric(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
     if options.interpolation == "bilinear":
         return _warp_bilinear(x, reference.inverse_matrix(operation, sign, options, x.shape[-1]), options.fill)
-    source, outside = (_on(x, array) for array in _nearest_map(operation, sign, options, x.shape[-1]))
+    source, outside = _nearest_map(operation, sign, options, x.shape[-1], x.device)
     flat = x.flatten(2)
     moved = flat.gather(2, source.expand(flat.shape))
     return moved.masked_fill_(outside, options.fill).view_as(x)
 
 
 @lru_cache(maxsize=64)
-def _nearest_map(operation: int, sign: int, options: RandAugment, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _nearest_map(operation: int, sign: int, options: RandAugment, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each pixel of a view comes from, and which come from outside: what the reference makes of an image of numbers."""
     numbers = Image.fromarray(np.arange(size * size, dtype=np.int32).reshape(size, size))
     moved = np.asarray(reference.augment(numbers, operation, sign, options.model_copy(update={"fill": -1}))).reshape(-1)
-    return np.maximum(moved, 0).astype(np.int64), moved < 0
+    return torch.from_numpy(np.maximum(moved, 0).astype(np.int64)).to(device), torch.from_numpy(moved < 0).to(device)
 
 
 def _warp_bilinear(x: Tensor, matrix: tuple[float, ...], fill: int) -> Tensor:

@@ -64,6 +64,7 @@ _JITTER_ORDER = slice(41, 45)
 _JITTER, _ERASE, _ERASE_LEFT, _ERASE_TOP = 45, 46, 47, 48
 _ERASE_AREA = slice(49, 56)  # seven attempts at a box, where torchvision's RandomErasing makes ten; hardly any needs two
 _ERASE_RATIO = slice(56, 63)
+_SUFFIXES = {".yaml", ".yml", ".json"}
 Filter = Literal["bilinear", "bicubic"]
 
 
@@ -99,7 +100,7 @@ class PadCrop(_Piece):
     """The whole canvas, shifted by up to `padding` view pixels each way; what comes in is black (CIFAR recipes)."""
 
     kind: Literal["pad"] = "pad"
-    padding: int = Field(4, ge=0)
+    padding: int = Field(4, ge=0, le=4096)
 
 
 class RandAugment(_Piece):
@@ -107,7 +108,7 @@ class RandAugment(_Piece):
 
     n: int = Field(2, ge=1, le=MAX_OPERATIONS)
     m: int = Field(14, ge=0)
-    bins: int = Field(31, ge=2)
+    bins: int = Field(31, ge=2, le=1000)
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     fill: int = Field(0, ge=0, le=255)
 
@@ -190,7 +191,8 @@ class ViewPolicy(BaseModel):
 
         `overrides` replace whole fields after that, those that are not None. Raises UsageError that names the wrong field.
         """
-        base, _, changes = (spec, "", "") if Path(spec).is_file() else spec.partition(":")
+        is_file = Path(spec).suffix in _SUFFIXES and "=" not in spec  # and then may hold colons
+        base, _, changes = (spec, "", "") if is_file else spec.partition(":")
         fields = PRESETS[base].model_dump() if base in PRESETS else _read(base)
         for change in re.split(r",(?![^\[{]*[\]}])", changes) if changes else []:  # commas in brackets are part of a value
             path, equals, text = change.partition("=")
@@ -198,7 +200,7 @@ class ViewPolicy(BaseModel):
                 if not equals:
                     raise ValueError("no value")
                 _assign(fields, path.strip().split("."), yaml.safe_load(text))
-            except (ValueError, yaml.YAMLError):
+            except (ValueError, RecursionError, yaml.YAMLError):
                 raise UsageError(
                     f"view policy {spec!r} has the part {change!r}",
                     why="after the colon come fields with their values, written as in YAML",
@@ -284,7 +286,7 @@ class ViewPolicy(BaseModel):
 
 def _read(file: str) -> dict[str, Any]:
     """The fields of a policy file."""
-    if Path(file).suffix not in {".yaml", ".yml", ".json"}:
+    if Path(file).suffix not in _SUFFIXES:
         raise unknown_name("view policy", file, PRESETS)
     try:
         fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -294,7 +296,7 @@ def _read(file: str) -> dict[str, Any]:
             why="a name that ends in .yaml or .json is read as a file",
             fix=f"create it (kdcache policy pets > {file}), or use a preset: {', '.join(PRESETS)}",
         ) from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(
             f"policy file {file!r} cannot be read", why=" ".join(str(error).split())[:200], fix="correct the file"
         ) from None

@@ -46,6 +46,8 @@ def digest_sums(views: Tensor, version: int = PROBE_VERSION) -> Tensor:
     flat = views.reshape(len(views), -1).contiguous()
     if missing := -flat.shape[1] % word.itemsize:
         flat = torch.nn.functional.pad(flat, (0, missing))
+    elif flat.storage_offset() % word.itemsize:
+        flat = flat.clone()
     words = flat.view(word)
     weights = _weights(words.shape[1], views.device)
     if words.device.type == "cpu":  # several times as fast as torch, which makes copies of all words

@@ -64,7 +64,7 @@ def crop_and_resize(
         for axis in (0, 1)
     )
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
-    step = max(1, _AT_ONCE[device.type] // (12 * side * size))
+    step = max(1, _AT_ONCE[device.type] // (12 * side * max(side, size)))
     tables = _Tables(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
@@ -79,7 +79,9 @@ def crop_and_resize(
 def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) -> Tensor:
     """Images mirrored and shifted; what comes in is black."""
     mirrored = torch.where(torch.from_numpy(flip).to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
-    reach, side = int(np.abs(shift).max()), images.shape[-1]
+    side = images.shape[-1]
+    shift = shift.clip(-side, side)  # further than out of view is nowhere else
+    reach = int(np.abs(shift).max())
     if not reach:
         return mirrored
     windows = F.pad(mirrored, [reach] * 4).unfold(2, side, 1).unfold(3, side, 1)  # [B, 3, shifts, shifts, side, side]

@@ -221,6 +221,18 @@ def test_a_damaged_canvas_says_how_to_build_it_again(root: Path, tmp_path: Path,
     assert f"rm -r {canvas.path}" in caught.value.fix
 
 
+def test_a_canvas_without_digest_or_with_other_pixels_is_damaged(root: Path, tmp_path: Path) -> None:
+    canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    record, whole = canvas.path / "canvas.json", (canvas.path / "canvas.json").read_text()
+    record.write_text(whole.replace('"digest": "' + canvas.digest, '"other": "' + canvas.digest))
+    with pytest.raises(IntegrityError):
+        load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+    record.write_text(whole)
+    np.save(canvas.path / "pixels.npy", np.zeros((23, 3, 8, 7), np.uint8))
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
+
+
 def test_pickled_arrays_in_a_canvas_are_not_loaded(root: Path, tmp_path: Path) -> None:
     canvas = load_canvas(Folder(str(root)), "train", 8, tmp_path / "c")
     np.save(canvas.path / "labels.npy", np.array([os.getcwd] * 23, dtype=object), allow_pickle=True)

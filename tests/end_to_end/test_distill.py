@@ -240,8 +240,11 @@ def test_one_changed_pixel_stops_training_and_names_the_view(home, archive, kdca
     assert "digits/" in result.err
     assert [line.split(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
     replayed = kdcache("verify", archive, "--replay", 1438 * 3, "--home", home)
-    assert replayed.status == 4
-    assert "replay 4314: DAMAGED" in replayed.out
+    assert replayed.status == 5
+    assert "full: ok" in replayed.out  # the archive is sound, and nobody should be told to delete it
+    assert "replay 4314: DIFFERS" in replayed.out
+    assert "canvas: its pixels were changed after it was built" in replayed.err
+    assert "fix: delete the canvas" in replayed.err
 
 
 def test_a_flipped_byte_in_a_shard_stops_training(home, archive, kdcache):

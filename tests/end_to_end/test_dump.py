@@ -246,6 +246,12 @@ def test_dry_run_writes_no_archive(trained, kdcache, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_dry_run_with_a_canvas_names_the_archive_that_the_dump_then_writes(trained, kdcache):
+    told = kdcache(*DUMP, "--views", 1, "--dry-run", "--home", trained).out.splitlines()[-1]
+    made = kdcache(*DUMP, "--views", 1, "--home", trained).out.splitlines()[-1]
+    assert told == made
+
+
 def test_dry_run_builds_no_canvas(kdcache, tmp_path):
     result = kdcache(*DUMP, "--views", 50, "--dry-run", "--home", tmp_path)
     assert result.status == 0

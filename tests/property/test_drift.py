@@ -265,3 +265,14 @@ def test_archives_with_digests_of_version_1_are_still_replayed_and_appended_to(
     assert len(list(CachedTargets(archive, canvas, 4).epoch(0))) == 5
     assert replay(archive, canvas, views=10**6).ok
     assert ArchiveWriter(tmp_path / "a", num_views=2, **options).plan.probe_version == 1
+
+
+def test_without_an_allowance_a_canvas_decoded_otherwise_is_refused_however_little_it_differs(
+    tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]
+) -> None:
+    sound = make_dump(tmp_path / "a", canvas, policy=ViewPolicy(size=20, hflip=0.0), views=1)
+    pixels = canvas.pixels.copy()
+    pixels[4, 0, 0, :2] += np.array([1, -1]).astype(np.uint8)
+    nearly = dataclasses.replace(canvas, pixels=pixels, digest="0" * 64)
+    _, error = until_error(CachedTargets(sound.archive, nearly, 1).epoch(0))
+    assert error.why.startswith("canvas")

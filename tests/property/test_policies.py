@@ -455,3 +455,22 @@ def test_rows_of_a_table_keep_the_columns_of_the_later_pieces() -> None:
     for field in dataclasses.fields(table):
         if field.name not in {"view", "policy"}:
             np.testing.assert_array_equal(getattr(picked, field.name), getattr(table, field.name)[[7, 0]])
+
+
+@pytest.mark.parametrize("spec", ["pets:crop.kind=pad,crop.padding=3000000000", "pets:randaugment.bins=100000000"])
+def test_fields_have_an_upper_bound(spec: str) -> None:
+    with pytest.raises(UsageError):
+        ViewPolicy.load(spec)
+
+
+def test_a_spec_may_be_longer_than_a_file_name() -> None:
+    changes = ",".join(f"mix.probability=0.{i:03d}" for i in range(30))
+    assert ViewPolicy.load(f"pets:{changes}").mix == Mix(probability=0.029)
+
+
+def test_a_deeply_nested_file_is_refused_in_three_lines(tmp_path: Path) -> None:
+    file = tmp_path / "deep.yaml"
+    file.write_text("a: " + "[" * 5000)
+    with pytest.raises(UsageError) as caught:
+        ViewPolicy.load(str(file))
+    assert "deep.yaml" in three_lines(caught.value)["error"]

@@ -547,3 +547,27 @@ def test_an_unknown_renderer_is_refused_with_the_known_ones(name: Any, canvas: C
 @pytest.mark.usefixtures("fresh_choice")
 def test_auto_is_the_reference_where_views_are_too_small_for_the_device_renderer() -> None:
     assert choose_renderer("auto", ViewPolicy(size=2), 200, 4, CPU) == "reference"
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_auto_is_the_reference_where_the_device_renderer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prefetch.render_positions
+
+    def fails(pixels: Any, table: ViewTable, positions: Any, renderer: Renderer, on: Any = "cpu") -> torch.Tensor:
+        if renderer == "device":
+            raise RuntimeError("out of memory")
+        return real(pixels, table, positions, renderer, on)
+
+    monkeypatch.setattr(prefetch, "render_positions", fails)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        assert choose_renderer("auto", ALL_PIECES, 40, 8, CPU) == "reference"
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_auto_is_measured_on_one_thread_where_workers_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, threads = prefetch.render_positions, []
+    monkeypatch.setattr(prefetch, "render_positions", lambda *a: threads.append(torch.get_num_threads()) or real(*a))
+    before = torch.get_num_threads()
+    choose_renderer("auto", ALL_PIECES, 40, 8, CPU, workers=2)
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == before

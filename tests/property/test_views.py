@@ -551,3 +551,8 @@ def test_the_centre_crop_takes_the_middle(photos: NDArray[np.uint8], renderer: R
     assert table.box.tolist() == [[UNIT // 4, UNIT // 4, 3 * UNIT // 4, 3 * UNIT // 4]]
     view = render(torch.from_numpy(photos[:1]), table, renderer)[0].numpy()
     np.testing.assert_array_equal(view, photos[0, :, 10:30, 10:30])  # half of 40 pixels at 20 pixels: a plain copy
+
+
+def test_views_that_begin_anywhere_in_memory_have_digests() -> None:
+    views = torch.arange(4 * 3 * 8 * 8 + 1).to(torch.uint8)[1:].view(4, 3, 8, 8)
+    np.testing.assert_array_equal(fingerprint(views)[0], fingerprint(views.clone())[0])
