@@ -152,8 +152,8 @@ def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(home, archive, kdc
     run = only(tmp_path, f"{folder}/*test_resnet--*")
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert state["steps"] > 0
-    assert state["count"] == state["steps"] % 22  # steps of an epoch
-    assert len(state["rows"]) == state["steps"] // 22
+    # An epoch has 22 steps; after the last one, and before its row is written, the count may be 22.
+    assert 22 * len(state["rows"]) + state["count"] == state["steps"]
 
     whole = tmp_path / "whole"
     for place in (tmp_path, whole):
