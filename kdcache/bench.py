@@ -33,7 +33,7 @@ from kdcache.views.probe import digest_sums, digests
 from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace
 
-__all__ = ["Result", "run_benchmarks"]
+__all__ = ["Result", "open_writer", "run_benchmarks"]
 
 BATCH = 64
 
