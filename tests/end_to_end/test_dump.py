@@ -25,6 +25,16 @@ def test_workers_and_start_view_change_no_byte(home, archive, kdcache, tmp_path)
     assert open_archive(other).manifest.digest == open_archive(archive).manifest.digest
 
 
+def test_both_renderers_give_the_same_archive(home, kdcache, tmp_path):
+    policy = "cifar:jitter.hue=0.1,jitter.brightness=0.4,erase.probability=0.3,filter=bicubic,crop.kind=inception"
+    contents = []
+    for renderer in ("reference", "device"):
+        options = ["--views", 2, "--policy", policy, "--renderer", renderer, "--output", tmp_path / renderer]
+        assert kdcache(*DUMP, *options, "--home", home).status == 0
+        contents.append((open_archive(tmp_path / renderer).manifest.digest, data_files(tmp_path / renderer)))
+    assert contents[0] == contents[1]
+
+
 def test_batch_size_keeps_the_views_and_moves_logits_by_two_steps_at_most(home, kdcache, tmp_path):
     archives = []
     for size in (32, 100):
