@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy import stats as statistics
 
-from kdcache.stats import entropy, logit_moments, power_sum, relative_entropy, softmax, sorted_mean_softmax
+from kdcache.stats import entropies_and_argmax, entropy, logit_moments, power_sum, relative_entropy, softmax, sorted_mean_softmax
 
 TAUS = st.sampled_from([0.5, 1.0, 3.0, 4.0, 20.0, 40.0])
 
@@ -70,6 +70,62 @@ def test_a_uniform_row_has_relative_entropies_of_one_and_never_more(classes: int
     for h in relative_entropy(np.full((2, classes), value)):
         np.testing.assert_allclose(h, 1.0, rtol=1e-12)
         assert (h <= 1).all()
+
+
+def exact_entropies(row: NDArray, tau: float) -> tuple[float, float]:
+    """Both relative entropies in extended precision (64-bit mantissa), from the definition."""
+    wide = row.astype(np.longdouble) / np.longdouble(tau)
+
+    def relative(z: NDArray[np.longdouble]) -> float:
+        p = np.exp(z - z.max())
+        p /= p.sum()
+        p = p[p > 0]
+        return float(-(p * np.log(p)).sum() / np.log(np.longdouble(len(z))))
+
+    return relative(wide), relative(np.delete(wide, row.argmax())) if len(row) > 2 else 1.0
+
+
+def hostile_rows(classes: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(classes)
+    base = rng.normal(0, 3, (9, classes)).astype(np.float32)
+    base[0] = 7.25  # constant
+    base[1, [0, -1]] = base[1].max() + 1  # a tie at the top
+    base[2, -1] += 120  # the rest underflows in float32
+    base[3, 0] = 1e4
+    base[4, 0] = -1e4
+    base[5] = np.where(np.arange(classes) % 2, 50, -50)
+    base[6] += 3000  # far from zero
+    base[7] = np.linspace(0, 88, classes)
+    base[8] *= 1e-5  # nearly uniform
+    return base
+
+
+@pytest.mark.parametrize("classes", [2, 3, 37, 1000, 21841])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0, 40.0])
+def test_hostile_rows_agree_with_extended_precision(classes: int, tau: float) -> None:
+    logits = hostile_rows(classes)
+    h, rest, top = entropies_and_argmax(logits, tau)
+    exact = np.array([exact_entropies(row, tau) for row in logits])
+    np.testing.assert_allclose(h, exact[:, 0], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(rest, exact[:, 1], rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(top, logits.argmax(axis=1))
+
+
+@given(logits=rows(min_classes=2), tau=TAUS)
+def test_entropies_agree_with_extended_precision(logits: NDArray[np.float64], tau: float) -> None:
+    h, rest, _ = entropies_and_argmax(logits, tau)
+    exact = np.array([exact_entropies(row, tau) for row in logits])
+    np.testing.assert_allclose(h, exact[:, 0], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(rest, exact[:, 1], rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_rows_are_independent_of_the_blocks_they_are_computed_in(count: int) -> None:
+    logits = np.random.default_rng(1).normal(0, 4, (count, 300)).astype(np.float32)  # 218 rows a block
+    together = entropies_and_argmax(logits, 3.0)
+    alone = [entropies_and_argmax(row, 3.0) for row in logits]
+    for number, values in enumerate(together):
+        np.testing.assert_array_equal(values, np.array([one[number] for one in alone], values.dtype))
 
 
 @pytest.mark.parametrize("tau", [1.0, 40.0])
