@@ -1,55 +1,100 @@
 """How logits become stored numbers, with a stated bound on what is lost.
 
-A quantisation step D changes every logit by at most D/2, and by Hoeffding's lemma KL(p || p^) <= D^2 / (8 tau^2) nats
-at temperature tau, whatever the number of classes. Every codec refuses what it cannot store within its bound.
+If no logit of a row moves by more than e, then KL(p || p^) <= e^2 / (2 tau^2) nats at temperature tau, whatever the number
+of classes (Hoeffding's lemma, with errors in [-e, e]), and every probability stays within a factor exp(2 e / tau). Each
+codec says what e is for every row it stored, and refuses what it cannot store within that.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kdcache.errors import UsageError
 from kdcache.registry import Registry
 
-__all__ = ["Codec", "codec"]
+__all__ = ["Codec", "UnstorableError", "codec", "kl_bound"]
+
+Stored = Mapping[str, NDArray]
+
+
+class UnstorableError(UsageError):
+    """A logit that a codec refuses: `value`, in row `row` and class `column` of what it was given."""
+
+    def __init__(self, value: float, row: int, column: int, *, why: str, fix: str) -> None:
+        super().__init__(f"logit of row {row}, class {column} is {value:.6g}", why=why, fix=fix)
+        self.value, self.row, self.column = value, row, column
 
 
 class Codec(Protocol):
-    """Logits `float32 [n, C]` to stored numbers `[n, C]` and back, row by row."""
+    """Logits `float32 [n, C]` to stored numbers and back, row by row."""
 
     @property
-    def dtype(self) -> np.dtype: ...  # of the stored numbers
+    def dtype(self) -> np.dtype: ...  # of the stored numbers [n, C]
+    @property
+    def parameters(self) -> tuple[str, ...]: ...  # float32 numbers stored beside each row
     @property
     def attributes(self) -> dict[str, float]: ...  # CF metadata with which other readers decode
-    def encode(self, logits: NDArray[np.float32]) -> NDArray: ...
-    def decode(self, stored: NDArray) -> NDArray[np.float32]: ...
-    def max_error(self) -> float: ...  # largest change of one logit
-    def kl_bound(self, tau: float) -> float: ...  # nats
+    @property
+    def formula(self) -> str: ...  # Python that decodes arrays of the names in braces, for people without kdcache
+    def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
+        """`{"logits": [n, C]}` and each of the `parameters`, `[n]`. Raises UnstorableError for the first that does not fit."""
+
+    def decode(self, stored: Stored) -> NDArray[np.float32]: ...
+    def max_error(self, stored: Stored) -> NDArray[np.float64]:
+        """The most that a logit of each row can have moved: `[n]`."""
 
 
 codec: Registry[Codec] = Registry("codec")
 I16_STEP = 2.0**-9
 
 
+def kl_bound(max_error: ArrayLike, tau: float) -> NDArray[np.float64]:
+    """The most that KL(p || p^) can be, in nats, at temperature `tau` where no logit moved by more than `max_error`."""
+    bound: NDArray[np.float64] = np.square(np.asarray(max_error, np.float64)) / (2 * tau**2)
+    return bound
+
+
 def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     logits = np.asarray(logits, dtype=np.float32)
-    bad = ~np.isfinite(logits)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise UsageError(
-            f"logit of row {row}, class {column} is {logits[row, column]}",
+    # A sum is finite unless a term is not, or it overflows: only then is it worth looking at each.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspect = not np.isfinite(logits.sum())
+    if suspect and (bad := ~np.isfinite(logits)).any():
+        row, column = map(int, np.argwhere(bad)[0])
+        raise UnstorableError(
+            float(logits[row, column]),
+            row,
+            column,
             why="an archive holds finite logits only; the teacher diverged or overflowed its precision",
             fix="use another teacher checkpoint, or dump with --precision fp32",
         )
     return logits
 
 
+def _within(logits: NDArray[np.float32], limit: float, name: str, fix: str) -> None:
+    """Raise for the first logit beyond +-`limit`, which codec `name` cannot store."""
+    if max(logits.max(initial=0), -logits.min(initial=0)) <= limit:
+        return
+    row, column = map(int, np.argwhere(np.abs(logits) > limit)[0])
+    raise UnstorableError(
+        float(logits[row, column]),
+        row,
+        column,
+        why=f"codec {name} stores logits within +-{limit:g}, and never clips",
+        fix=fix,
+    )
+
+
 @codec.register("i16")
 @dataclass(frozen=True)
 class I16:
     """int16 in steps of 2^-9: +-64, 2 bytes a logit, KL <= 4.8e-7 / tau^2 nats."""
+
+    parameters = ()
+    formula = f"{{logits}} * {I16_STEP!r}"
 
     @property
     def dtype(self) -> np.dtype:
@@ -59,36 +104,56 @@ class I16:
     def attributes(self) -> dict[str, float]:
         return {"scale_factor": I16_STEP, "add_offset": 0.0}
 
-    def encode(self, logits: NDArray[np.float32]) -> NDArray:
+    def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
         logits = _finite(logits)
-        with np.errstate(over="ignore"):  # infinity is out of range as well, and is reported below
-            codes = np.rint(logits * np.float32(1 / I16_STEP))
-        bad = np.abs(codes) > 32767
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise UsageError(
-                f"logit of row {row}, class {column} is {logits[row, column]:.6g}",
-                why="codec i16 stores logits within +-63.99, and never clips",
-                fix="dump with --codec f32",
-            )
-        stored: NDArray = codes.astype(self.dtype)
-        return stored
+        _within(logits, 63.99902, "i16", "dump with --codec f32")  # 32767 steps, and not quite a half
+        return {"logits": np.rint(logits * np.float32(1 / I16_STEP)).astype(self.dtype)}
 
-    def decode(self, stored: NDArray) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = np.multiply(stored, np.float32(I16_STEP), dtype=np.float32)
+    def decode(self, stored: Stored) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = np.multiply(stored["logits"], np.float32(I16_STEP), dtype=np.float32)
         return logits
 
-    def max_error(self) -> float:
-        return I16_STEP / 2
+    def max_error(self, stored: Stored) -> NDArray[np.float64]:
+        return np.full(len(stored["logits"]), I16_STEP / 2)
 
-    def kl_bound(self, tau: float) -> float:
-        return I16_STEP**2 / (8 * tau**2)
+
+@codec.register("f16")
+@dataclass(frozen=True)
+class F16:
+    """float16: +-65504, 2 bytes a logit, off by half its spacing at a row's largest logit (at 16: KL <= 3.1e-5 / tau^2)."""
+
+    parameters = ()
+    formula = "{logits}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("<f2")
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        return {}
+
+    def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
+        logits = _finite(logits)
+        _within(logits, 65504.0, "f16", "dump with --codec f32")
+        return {"logits": logits.astype(self.dtype)}
+
+    def decode(self, stored: Stored) -> NDArray[np.float32]:
+        return stored["logits"].astype(np.float32)
+
+    def max_error(self, stored: Stored) -> NDArray[np.float64]:
+        largest = np.abs(stored["logits"]).max(axis=1, initial=0)
+        half: NDArray[np.float64] = np.spacing(largest).astype(np.float64) / 2
+        return half
 
 
 @codec.register("f32")
 @dataclass(frozen=True)
 class F32:
     """float32 as it is: 4 bytes a logit, nothing lost."""
+
+    parameters = ()
+    formula = "{logits}"
 
     @property
     def dtype(self) -> np.dtype:
@@ -98,14 +163,51 @@ class F32:
     def attributes(self) -> dict[str, float]:
         return {}
 
-    def encode(self, logits: NDArray[np.float32]) -> NDArray:
-        return _finite(logits).astype(self.dtype, copy=False)
+    def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
+        return {"logits": _finite(logits).astype(self.dtype, copy=False)}
 
-    def decode(self, stored: NDArray) -> NDArray[np.float32]:
-        return np.asarray(stored, dtype=np.float32)
+    def decode(self, stored: Stored) -> NDArray[np.float32]:
+        return stored["logits"].astype(np.float32)
 
-    def max_error(self) -> float:
-        return 0.0
+    def max_error(self, stored: Stored) -> NDArray[np.float64]:
+        return np.zeros(len(stored["logits"]))
 
-    def kl_bound(self, tau: float) -> float:
-        return 0.0
+
+@codec.register("u8")
+@dataclass(frozen=True)
+class U8:
+    """256 equal steps between a row's smallest and largest logit: 1 byte a logit, KL <= step^2 / (8 tau^2) nats.
+
+    The step of each row is stored (`scale`), so every row's bound is known: a row that spans 20 has a step of 0.08, and
+    KL <= 7.7e-4 / tau^2.
+    """
+
+    parameters = ("scale", "offset")
+    formula = "{logits} * {scale}[:, None] + {offset}[:, None]"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("u1")
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        return {}
+
+    def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
+        logits = _finite(logits)
+        _within(logits, 1e38, "u8", "dump with --codec f32")  # beyond, the span of a row overflows float32
+        low, high = logits.min(axis=1), logits.max(axis=1)
+        scale = ((high.astype(np.float64) - low) / 255).astype("<f4")
+        steps = np.where(scale > 0, scale, np.float32(1)).astype(np.float64)[:, None]
+        codes = np.rint((logits - low[:, None].astype(np.float64)) / steps).clip(0, 255)
+        return {"logits": codes.astype(self.dtype), "scale": scale, "offset": low.astype("<f4")}
+
+    def decode(self, stored: Stored) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = np.multiply(stored["logits"], stored["scale"][:, None], dtype=np.float32)
+        logits += stored["offset"][:, None]
+        return logits
+
+    def max_error(self, stored: Stored) -> NDArray[np.float64]:
+        scale, offset = (stored[name].astype(np.float64) for name in self.parameters)
+        # Half a step, and what rounding the step, the product and the sum to float32 adds; no less than its smallest number.
+        return scale / 2 + (510 * scale + np.abs(offset)) * 2.0**-23 + 2.0**-126

@@ -377,5 +377,5 @@ def _write_sheet(archive: Archive, canvas: Canvas, file: Path, allow_drift: int)
     if file.is_file() or archive.manifest.policy is None:
         return
     samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
-    views = range(min(archive.num_views, 8))
+    views = archive.views[:8]
     write_atomically(file, contact_sheet(archive, canvas, samples, views, allow_drift=allow_drift))

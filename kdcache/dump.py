@@ -127,7 +127,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     resolve(config.teacher, "teacher")
     device = resolve_device(config.device)
     require_writable(config.output or workspace.archives)
-    _ = codecs[config.codec], layout[config.layout]  # an unknown name is better told before anything is trained
+    _ = codecs.parse(config.codec), layout.parse(config.layout)  # an unknown name is better told before anything is trained
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
     canvas = workspace.canvas(source, "train", config.canvas, progress)
@@ -441,16 +441,17 @@ def replay_with_teacher(
     model, normalise = load_teacher(teacher)
     target = resolve_device(device)
     forward = Forward(model.to(target), normalise, target, card.precision)
-    items = [(0, batch) for batch in _batches(range(rows), card.batch_size)]
+    items = [(archive.views.start, batch) for batch in _batches(range(rows), card.batch_size)]
     rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
     logits = np.concatenate([forward(item.images) for item in rendered])
-    allowed = (
-        codecs.from_dict(archive.manifest.codec).max_error() + 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
-    )
-    difference = float(np.abs(logits - archive.read(0, 0, rows).logits).max())
+    coding, view = codecs.from_dict(archive.manifest.codec), archive.views.start
+    stored = archive.stored(view, 0)
+    noise = 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
+    allowed = float(coding.max_error(stored).max()) + noise
+    difference = float(np.abs(logits - coding.decode(stored)[:rows]).max())
     if difference > allowed:
         result.failures.append(
-            Failure("view 0", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}")
+            Failure(f"view {view}", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}")
         )
     result.notes.append(f"{rows} logit vectors recomputed: largest difference {difference:.2g}, allowed {allowed:.2g}")
     return result

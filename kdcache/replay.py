@@ -88,9 +88,10 @@ def replay(
     found: Diagnosis | None = None
     total = archive.num_views * archive.num_samples
     chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
-    for view in np.unique(chosen // archive.num_samples):
-        positions = np.sort(chosen[chosen // archive.num_samples == view] % archive.num_samples)
-        items = [(int(view), positions[i : i + 64]) for i in range(0, len(positions), 64)]
+    for number in np.unique(chosen // archive.num_samples):
+        view = archive.views[number]
+        positions = np.sort(chosen[chosen // archive.num_samples == number] % archive.num_samples)
+        items = [(view, positions[i : i + 64]) for i in range(0, len(positions), 64)]
         for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
             differs = _differing(item)
             if differs.any():

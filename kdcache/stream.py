@@ -164,7 +164,7 @@ class CachedTargets(ViewStream):
         yield from self.epoch(epoch)
 
     def view(self, epoch: int) -> int:
-        return epoch_view(self.archive.num_views, self.seed, epoch)
+        return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
 
     def _batch(self, item: Rendered) -> Batch:
         self.drifted += check_views(item, self.archive, self.canvas, self.allow_drift)

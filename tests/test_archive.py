@@ -273,7 +273,7 @@ def test_logits_that_the_codec_cannot_hold_leave_the_shard_missing(tmp_path: Pat
     values[2, 3] = 70
     with pytest.raises(UsageError) as caught:
         session.write(0, 1, values)
-    for part in ("view 0", "positions from 8", "row 2, class 3", "70"):
+    for part in ("view 0", "position 10", "sample 10", "class 3", "70"):
         assert part in caught.value.what
     assert (0, 1) in writer(tmp_path / "a").missing()
 
@@ -972,7 +972,7 @@ def test_what_is_no_archive_is_not_found(tmp_path: Path) -> None:
 def test_the_manifest_fits_its_published_schema(finished: Path) -> None:
     schema = manifest_schema()
     stored = json.loads((finished / "kdcache.json").read_text())
-    assert set(stored) == set(schema["properties"])
+    assert set(stored) <= set(schema["properties"])
     assert set(schema["required"]) <= set(stored)
     assert schema["additionalProperties"] is False
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from kdcache.archive.derive import derive
 from kdcache.archive.layouts import layout
-from kdcache.archive.manifest import CanvasCard, Manifest, Noise, Plan, Statistics, TauStatistics, TeacherCard
+from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
 from kdcache.archive.statistics import PAPER_TAUS
 from kdcache.archive.store import sha256, translated_os_errors
@@ -15,14 +16,17 @@ __all__ = [
     "ArchiveWriter",
     "CanvasCard",
     "Failure",
+    "Licences",
     "Manifest",
     "Noise",
     "Plan",
     "Rows",
     "Statistics",
+    "SubsetOf",
     "TauStatistics",
     "TeacherCard",
     "Verification",
+    "derive",
     "layout",
     "manifest_schema",
     "open_archive",

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.codecs import codec
 from kdcache.datasets import SourceCard
@@ -16,11 +16,13 @@ __all__ = [
     "FORMAT_VERSION",
     "CanvasCard",
     "FileRecord",
+    "Licences",
     "Manifest",
     "Noise",
     "Plan",
     "ShardRecord",
     "Statistics",
+    "SubsetOf",
     "TauStatistics",
     "TeacherCard",
     "archive_digest",
@@ -45,12 +47,12 @@ class FileRecord(_Record):
 
 
 class ShardRecord(_Record):
-    """One (view, block of positions): its files, and the sha256 of its decoded rows, which no layout changes."""
+    """One (view, block of positions): its files, and the digest of its rows (`Plan.rows_hash`), which no layout changes."""
 
     view: int = Field(ge=0)
     block: int = Field(ge=0)
     rows: int = Field(ge=1)
-    rows_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    rows_digest: str = Field(pattern="^[0-9a-f]{64}$", validation_alias=AliasChoices("rows_digest", "rows_sha256"))
     files: tuple[FileRecord, ...]
 
 
@@ -99,9 +101,31 @@ class Statistics(_Record):
     top1_views: float | None  # percent of all views where the argmax is the (dominant) label
 
 
+class SubsetOf(_Record):
+    """The archive of which another is a part."""
+
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    first_view: int = Field(ge=0)
+    num_views: int = Field(ge=1)
+
+
+class Licences(_Record):
+    """Under what an archive may be passed on: SPDX names, or those that the Hugging Face Hub knows; None: unknown."""
+
+    data: str | None = None
+    weights: str | None = None
+
+
+def _left_out(default: Any) -> Callable[[Any], bool]:
+    """Fields at their default are not written: manifests from before there was the field keep their bytes."""
+    return lambda value: bool(value == default)
+
+
 class Plan(_Record):
     """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
 
+    # View numbers are the policy's: a part of an archive says which views it has, and calls them by their numbers.
+    first_view: int = Field(0, ge=0, le=INT32, exclude_if=_left_out(0))
     num_views: int = Field(ge=1, le=INT32)
     num_samples: int = Field(ge=1, le=INT32)  # sample numbers are stored as int32
     class_names: tuple[str, ...] = Field(min_length=2)
@@ -111,13 +135,22 @@ class Plan(_Record):
     source: SourceCard | None = None
     canvas: CanvasCard | None = None
     policy: ViewPolicy | None = None
-    probe_version: Literal[1, 2] = Field(1, exclude_if=lambda version: version == 1)  # of the views' digests
+    probe_version: Literal[1, 2] = Field(1, exclude_if=_left_out(1))  # of the views' digests
+    contents: Literal["all", "statistics"] = Field("all", exclude_if=_left_out("all"))  # "statistics": all but the logits
+    rows_hash: Literal["sha256", "blake3"] = Field("sha256", exclude_if=_left_out("sha256"))  # of the shards' rows
+    subset_of: SubsetOf | None = Field(None, exclude_if=_left_out(None))
+    licences: Licences | None = Field(None, exclude_if=_left_out(None))
     teacher: TeacherCard | None = None
     provenance: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def views(self) -> range:
+        """The numbers of the views."""
+        return range(self.first_view, self.first_view + self.num_views)
 
     @property
     def num_blocks(self) -> int:
@@ -131,7 +164,15 @@ class Plan(_Record):
     def identity(self) -> dict[str, Any]:
         """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it where."""
         return self.model_dump(
-            mode="json", exclude={"num_views": True, "probe_version": True, "provenance": True, "teacher": {"noise"}}
+            mode="json",
+            exclude={
+                "num_views": True,
+                "probe_version": True,
+                "rows_hash": True,
+                "licences": True,
+                "provenance": True,
+                "teacher": {"noise"},
+            },
         )
 
 
@@ -161,10 +202,11 @@ def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
     identity = plan.identity
     kept = {key: identity[key] for key in ("num_samples", "class_names", "codec", "source", "canvas", "policy")}
     kept["num_views"] = plan.num_views
+    kept |= {key: identity[key] for key in ("first_view", "contents") if key in identity}  # left out where they always were
     kept["teacher"] = plan.teacher.weights_sha256 if plan.teacher else None
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
     for shard in sorted(shards, key=lambda s: (s.view, s.block)):
-        digest.update(f"{shard.view} {shard.block} {shard.rows} {shard.rows_sha256}\n".encode())
+        digest.update(f"{shard.view} {shard.block} {shard.rows} {shard.rows_digest}\n".encode())
     return digest.hexdigest()
 
 

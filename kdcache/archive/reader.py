@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from kdcache.archive.layouts import FIELDS, layout, row_fields, rows_sha256
+from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -24,7 +24,7 @@ from kdcache.archive.manifest import (
     load_manifest,
 )
 from kdcache.archive.statistics import spread_logits
-from kdcache.archive.store import LocalStore, sha256
+from kdcache.archive.store import LocalStore, Store, sha256, sha256_of
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
@@ -32,6 +32,7 @@ from kdcache.progress import Progress, Silent
 __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
 MANIFEST_LIMIT = 64 << 20
+TABLE_LIMIT = 1 << 30
 WORK = ".dump"  # of writers; gone from a finished archive
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
@@ -147,7 +148,7 @@ def dump_command(provenance: Mapping[str, Any]) -> str:
 class Archive:
     """A finished archive. Positions order the rows of a view; `find` looks them up by sample instead."""
 
-    def __init__(self, store: LocalStore, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
         self._codec = codec.from_dict(manifest.codec)
@@ -155,23 +156,48 @@ class Archive:
             arrangement = layout.from_dict(manifest.layout)
         except KdcacheError as error:
             raise IncompatibleError(
-                f"{store.root}: {error.what}",
+                f"{store.name}: {error.what}",
                 why="this installation does not know it",
                 fix="upgrade kdcache, or install the plugin",
             ) from None
-        self._reader = arrangement.open(manifest, store)
+        self.reader = arrangement.open(manifest, store)
         self._types = row_fields(manifest)
         self._files_checked = False
+        self._position_of = lru_cache(maxsize=4)(self._positions)
+        store.expect(self._record_of)
 
     def __repr__(self) -> str:
-        return f"<Archive {self.path} V={self.num_views} N={self.num_samples} C={self.num_classes} {self.manifest.digest[:8]}>"
+        size = f"V={self.num_views} N={self.num_samples} C={self.num_classes}"
+        return f"<Archive {self.location} {size} {self.manifest.digest[:8]}>"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return open_archive, (self.path,)  # another process maps the files itself
+        return open_archive, (self.location,)  # another process maps the files itself
+
+    @property
+    def location(self) -> str:
+        """The folder or URL that it was opened at."""
+        return self.store.name
+
+    @property
+    def name(self) -> str:
+        """The last part of its location: what folders of runs are called after."""
+        return self.location.rstrip("/").rpartition("/")[2]
 
     @property
     def path(self) -> Path:
+        """The folder of an archive on this machine; UsageError for one elsewhere."""
+        if not isinstance(self.store, LocalStore):
+            raise UsageError(
+                f"{self.location} is no folder on this machine",
+                why="its files are fetched one by one, as they are read",
+                fix=f"kdcache pull {shlex.quote(self.location)}",
+            )
         return self.store.root
+
+    @property
+    def views(self) -> range:
+        """The numbers of its views, which are the policy's: those of a part of an archive need not begin at 0."""
+        return self.manifest.views
 
     @property
     def num_views(self) -> int:
@@ -192,17 +218,17 @@ class Archive:
     def labels(self) -> NDArray[np.int64] | None:
         """Label of every sample, int64 `[N]`; None if the archive was written without."""
         self._check_files()
-        return self._reader.labels()
+        return self.reader.labels()
 
     def keys(self) -> list[str] | None:
         """Key of every sample, `[N]`; None if the archive was written without."""
         self._check_files()
-        return self._reader.keys()
+        return self.reader.keys()
 
     def shards(self) -> Iterator[ShardRecord]:
         """The table of shards, checked against the manifest's sha256."""
         table = self.manifest.shards
-        data = self.store.read(table.path, limit=table.bytes)
+        data = self.store.read(table.path, limit=min(table.bytes, TABLE_LIMIT))
         if sha256(data) != table.sha256:
             raise IntegrityError(
                 f"{table.path}: sha256 is {sha256(data)[:12]}..., the manifest says {table.sha256[:12]}...",
@@ -221,27 +247,25 @@ class Archive:
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`."""
         self._check_range(view, start, stop)
+        self._require_logits()
         if start == stop:
             return self.take(view, np.arange(0))
-        size = self.manifest.shard_rows
-
-        def parts(name: str) -> Iterator[NDArray]:
-            for block in range(start // size, -(-stop // size)):
-                rows = slice(max(start - block * size, 0), min(stop - block * size, self.manifest.block_rows(block)))
-                yield self._gather(name, view, block, rows)
-
-        return self._rows({name: np.concatenate(list(parts(name))) for name in FIELDS})
+        return self._rows({name: self._slice(name, view, start, stop) for name in self._types})
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions` of `view`, in their order."""
         positions = np.asarray(positions, np.int64)
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
+        self._require_logits()
         block, inside = np.divmod(positions, self.manifest.shard_rows)
-        fields = {name: np.empty((len(positions), *self._types[name][1]), self._types[name][0]) for name in FIELDS}
-        for number in np.unique(block):
+        numbers = np.unique(block).tolist()
+        if len(numbers) == 1:
+            return self._rows({name: self.reader.gather(name, view, numbers[0], inside) for name in self._types})
+        fields = {name: np.empty((len(positions), *shape), dtype) for name, (dtype, shape) in self._types.items()}
+        for number in numbers:
             where = np.flatnonzero(block == number)
             for name, values in fields.items():
-                values[where] = self._gather(name, view, int(number), inside[where])
+                values[where] = self.reader.gather(name, view, number, inside[where])
         return self._rows(fields)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
@@ -249,17 +273,42 @@ class Archive:
         samples = np.asarray(samples, np.int64)
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
+        self._check_range(view, 0, 0)
         return self.take(view, self._position_of(view)[samples])
 
     def spread_logits(self) -> Iterator[NDArray[np.float32]]:
         """Logits of at most 65,536 evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
-        return spread_logits(self.manifest, self._reader)
+        return spread_logits(self.manifest, self.reader)
 
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
         self._check_range(view, 0, self.num_samples)
-        blocks = range(self.manifest.num_blocks)
-        return np.concatenate([self._gather(name, view, b, slice(0, self.manifest.block_rows(b))) for b in blocks])
+        return np.array(self._slice(name, view, 0, self.num_samples))
+
+    def stored(self, view: int, block: int) -> dict[str, NDArray]:
+        """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
+        rows = slice(0, self.manifest.block_rows(block))
+        return {name: self.reader.gather(name, view, block, rows) for name in self._types}
+
+    def prefetch(self, view: int) -> None:
+        """Begin to fetch the files of a view, where they are not on this machine. Returns at once."""
+        self.store.prefetch(name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
+
+    def _slice(self, name: str, view: int, start: int, stop: int) -> NDArray:
+        size = self.manifest.shard_rows
+        parts = [
+            self.reader.gather(name, view, block, slice(max(start - block * size, 0), min(stop - block * size, size)))
+            for block in range(start // size, -(-stop // size))
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _require_logits(self) -> None:
+        if "logits" not in self._types:
+            raise IncompatibleError(
+                f"{self.location} holds no logits",
+                why="it is the statistics of an archive, pulled or pushed with --stats-only",
+                fix="get the whole archive, or some of its views: kdcache pull SOURCE --views 0:10",
+            )
 
     def _check_files(self) -> None:
         """Compare the files that belong to no shard with the manifest, once; the card is for people, who may edit it."""
@@ -272,33 +321,48 @@ class Archive:
             result.raise_if_failed()
             self._files_checked = True
 
-    def _gather(self, name: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        return self._reader.gather(name, view, block, rows)
-
-    def _position_of(self, view: int) -> NDArray[np.int64]:
-        sample = self.column("sample", view)
-        if not np.array_equal(np.sort(sample), np.arange(self.num_samples)):
+    def _record_of(self, name: str) -> FileRecord:
+        """What the manifest says of a file."""
+        found = self._records.get(name)
+        if found is None:
             raise IntegrityError(
-                f"{self.path}: view {view} does not hold every sample once",
+                f"{name} is no file of {self.location}",
+                why="neither its manifest nor its table of shards names it",
+                fix="get the archive again from whoever made it",
+            )
+        return found
+
+    @cached_property
+    def _records(self) -> dict[str, FileRecord]:
+        manifest = self.manifest
+        known = [manifest.shards, *manifest.files, *(file for shard in self.shards() for file in shard.files)]
+        return {record.path: record for record in known}
+
+    def _positions(self, view: int) -> NDArray[np.int64]:
+        """Where each sample sits in a view: `[N]`."""
+        sample = self._slice("sample", view, 0, self.num_samples)
+        positions = np.full(self.num_samples, -1)
+        if not ((sample < 0) | (sample >= self.num_samples)).any():
+            positions[sample] = np.arange(self.num_samples)
+        if (positions < 0).any():
+            raise IntegrityError(
+                f"{self.location}: view {view} does not hold every sample once",
                 why="its sample numbers are not a permutation",
                 fix="kdcache verify names the damage",
             )
-        return np.argsort(sample)
+        return positions
 
     def _rows(self, fields: dict[str, NDArray]) -> Rows:
         return Rows(
-            logits=self._codec.decode(fields["logits"]),
+            logits=self._codec.decode(fields),
             sample=fields["sample"].astype(np.int64),
             argmax=fields["argmax"].astype(np.int64),
-            entropy=fields["entropy"],
-            entropy_rest=fields["entropy_rest"],
-            digest=fields["digest"],
-            probe=fields["probe"],
+            **{name: np.array(fields[name]) for name in ("entropy", "entropy_rest", "digest", "probe")},
         )
 
     def _check_range(self, view: int, start: int, stop: int) -> None:
-        if not 0 <= view < self.num_views:
-            raise IndexError(f"view {view} of an archive with views 0..{self.num_views - 1}")
+        if view not in self.views:
+            raise IndexError(f"view {view} of an archive with views {self.views.start}..{self.views.stop - 1}")
         if not 0 <= start <= stop <= self.num_samples:
             raise IndexError(f"positions {start}..{stop} of an archive with {self.num_samples} samples")
 
@@ -317,7 +381,7 @@ class Archive:
             result.failures.append(Failure(self.manifest.shards.path, "the recorded table of shards", error.what))
             return result
         planned = self.num_views * self.manifest.num_blocks
-        present = {(s.view, s.block) for s in shards if s.view < self.num_views and s.block < self.manifest.num_blocks}
+        present = {(s.view, s.block) for s in shards if s.view in self.views and s.block < self.manifest.num_blocks}
         if not len(shards) == len(present) == planned:
             got = f"{len(present)} of them in {len(shards)} records"
             result.failures.append(Failure(self.manifest.shards.path, f"{planned} shards", got))
@@ -359,7 +423,7 @@ class Archive:
             size = self.store.size(record.path)
             if size != record.bytes:
                 return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
-            if level == "full" and (actual := sha256(self.store.read(record.path))) != record.sha256:
+            if level == "full" and (actual := sha256_of(self.store.local(record.path))) != record.sha256:
                 return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
         except IntegrityError as error:
             return Failure(record.path, "a file of the archive", error.what)
@@ -367,12 +431,10 @@ class Archive:
 
     def _verify_rows(self, shard: ShardRecord, result: Verification) -> None:
         where = f"view {shard.view} block {shard.block}"
-        rows = slice(0, self.manifest.block_rows(shard.block))
         try:
-            fields = {name: self._gather(name, shard.view, shard.block, rows) for name in FIELDS}
+            actual = rows_digest(self.manifest, self.stored(shard.view, shard.block))
         except KdcacheError as error:
             result.failures.append(Failure(where, "readable rows", error.what))
             return
-        actual = rows_sha256(self._codec.decode(fields["logits"]), fields)
-        if actual != shard.rows_sha256:
-            result.failures.append(Failure(where, f"rows sha256 {shard.rows_sha256[:12]}...", f"rows sha256 {actual[:12]}..."))
+        if actual != shard.rows_digest:
+            result.failures.append(Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}..."))

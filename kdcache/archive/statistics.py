@@ -47,6 +47,7 @@ def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64
 
 def spread_logits(plan: Plan, reader: ShardReader) -> Iterator[NDArray[np.float32]]:
     """Logits float32 of at most 65,536 rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]`."""
+    coding = codec.from_dict(plan.codec)
     total = plan.num_views * plan.num_samples
     count = min(total, MAX_ROWS)
     for first in range(0, count, BLOCK):
@@ -54,11 +55,16 @@ def spread_logits(plan: Plan, reader: ShardReader) -> Iterator[NDArray[np.float3
         view, position = np.divmod(rows, plan.num_samples)
         block, inside = np.divmod(position, plan.shard_rows)
         starts = np.flatnonzero(np.diff(view * plan.num_blocks + block, prepend=-1))
-        parts = [
-            reader.gather("logits", int(view[i]), int(block[i]), inside[i:j])
-            for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)
-        ]
-        yield codec.from_dict(plan.codec).decode(np.concatenate(parts))
+        stored: dict[str, NDArray] = {
+            name: np.concatenate(
+                [
+                    reader.gather(name, plan.first_view + int(view[i]), int(block[i]), inside[i:j])
+                    for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)
+                ]
+            )
+            for name in ("logits", *coding.parameters)
+        }
+        yield coding.decode(stored)
 
 
 def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
@@ -66,7 +72,7 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
     if labels is None:
         return None
     hits = 0
-    for view in range(plan.num_views):
+    for view in plan.views:
         blocks = [(b, slice(0, plan.block_rows(b))) for b in range(plan.num_blocks)]
         argmax, sample = (np.concatenate([reader.gather(name, view, *part) for part in blocks]) for name in ("argmax", "sample"))
         dominant = sample

@@ -4,20 +4,41 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.manifest import FileRecord
 from kdcache.errors import IntegrityError, RetryError
 
-__all__ = ["LocalStore", "sha256", "translated_os_errors"]
+__all__ = ["Buffers", "LocalStore", "Store", "as_bytes", "sha256", "sha256_of", "translated_os_errors"]
+
+Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
+def as_bytes(array: NDArray) -> memoryview:
+    """The bytes of an array, not copied if they lie in one piece."""
+    return memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]  # typeshed: arrays are buffers
+
+
+def sha256(data: bytes | memoryview | Buffers) -> str:
+    digest = hashlib.sha256()
+    for piece in data if isinstance(data, list) else [data]:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, which need not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -41,11 +62,35 @@ def translated_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
+class Store(Protocol):
+    """Where the files of an archive are. Names are relative POSIX paths."""
+
+    @property
+    def name(self) -> str: ...  # folder or URL, as people are told
+    def exists(self, name: str) -> bool: ...
+    def size(self, name: str) -> int: ...
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The bytes of `name`; more than `limit` of them are refused before they are read."""
+
+    def local(self, name: str) -> Path:
+        """A local file with the bytes of `name`, to be mapped into memory; fetched and checked if need be."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """These files are wanted soon. Returns at once."""
+
+    def expect(self, record_of: Callable[[str], FileRecord]) -> None:
+        """From now on, files must be as they are recorded: `record_of` knows the size and sha256 of each by its name."""
+
+
 class LocalStore:
-    """A folder. Names are relative POSIX paths and never lead out of it."""
+    """A folder. Names never lead out of it."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
 
     def path(self, name: str) -> Path:
         pure = PurePosixPath(name)
@@ -77,7 +122,19 @@ class LocalStore:
             )
         return self.path(name).read_bytes()
 
-    def write(self, name: str, data: bytes) -> None:
+    def local(self, name: str) -> Path:
+        path = self.path(name)
+        if not path.is_file():
+            raise self._missing(name)
+        return path
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        return  # the operating system reads ahead
+
+    def expect(self, record_of: Callable[[str], FileRecord]) -> None:
+        return  # files that are here are compared by `Archive.verify`, and their rows when they are read
+
+    def write(self, name: str, data: bytes | Buffers) -> None:
         """Write atomically: to a temporary name beside it, synced to disk, then renamed."""
         path = self.path(name)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -85,7 +142,8 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
-                    file.write(data)
+                    for piece in [data] if isinstance(data, bytes) else data:
+                        file.write(piece)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)

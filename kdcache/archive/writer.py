@@ -10,7 +10,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +21,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kdcache.archive.card import write_card
-from kdcache.archive.layouts import PROBE_BYTES, rows_sha256
+from kdcache.archive.encoding import encode_rows
+from kdcache.archive.layouts import Buffers, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts.base import unit_bytes_rows
+from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.manifest import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -30,23 +34,25 @@ from kdcache.archive.manifest import (
     Manifest,
     Plan,
     ShardRecord,
+    Statistics,
     TeacherCard,
     archive_digest,
 )
 from kdcache.archive.reader import CLOSING, WORK, Archive, dump_command, open_archive
 from kdcache.archive.statistics import compute_statistics
 from kdcache.archive.store import LocalStore, sha256
+from kdcache.codecs import UnstorableError
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
-from kdcache.stats import relative_entropy
 from kdcache.views.policy import PROBE_VERSION, ViewPolicy
 
 __all__ = ["ArchiveWriter", "recorded_plan", "write_archive"]
 
 PLAN, SAMPLES, SIDECARS = f"{WORK}/plan.json", f"{WORK}/samples.json", f"{WORK}/shards"
 SHARD_BYTES = 64 << 20  # of logits
+HASHERS = 2  # threads
 
 
 class ArchiveWriter:
@@ -57,8 +63,9 @@ class ArchiveWriter:
     path: folder of the archive; made if missing.
     num_views, num_samples, class_names: the archive is `[num_views, num_samples, len(class_names)]`.
     labels, keys: per sample, in the order of sample numbers; optional.
-    codec: a `kdcache.codecs` name. layout: a layout's name.
+    codec, layout: specifications such as `"u8"`, `"hdf5"` or `"zarr:bitshuffle"`.
     shard_rows: rows of a shard; by default 64 MiB of logits, or all samples if that is less.
+    first_view: number of the first view, where the archive holds only some of a policy's views.
     policy, source, canvas, teacher: what the logits come from. Without a policy the archive cannot be replayed.
 
     Raises IncompatibleError if the folder holds a dump of something else.
@@ -76,6 +83,7 @@ class ArchiveWriter:
         codec: str = "i16",
         layout: str = "zarr",
         shard_rows: int | None = None,
+        first_view: int = 0,
         policy: ViewPolicy | None = None,
         source: SourceCard | None = None,
         canvas: CanvasCard | None = None,
@@ -107,28 +115,34 @@ class ArchiveWriter:
                 why=f"labels are numbers of classes, 0 to {len(class_names) - 1}",
                 fix="pass the place of each sample's class in class_names",
             )
-        coding = codecs.build(codec)
-        row_bytes = coding.dtype.itemsize * len(class_names)
-        arrangement = layouts[layout].fit(row_bytes, min(num_samples, shard_rows or num_samples))
+        coding = codecs.parse(codec)
         plan = Plan(
+            first_view=first_view,
             num_views=num_views,
             num_samples=num_samples,
             class_names=tuple(class_names),
             codec=codecs.to_dict(coding),
-            layout=layouts.to_dict(arrangement),
-            shard_rows=_shard_rows(shard_rows, row_bytes, num_samples, arrangement.rows_per_unit),
+            layout={},
+            shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
             source=source,
             canvas=canvas,
             policy=policy,
             probe_version=PROBE_VERSION,
+            rows_hash="blake3",
             teacher=teacher,
             provenance=provenance or {},
         )
-        samples = {
-            "labels": None if labels is None else [int(label) for label in labels],
-            "keys": None if keys is None else list(keys),
-        }
-        self._start(LocalStore(path), plan, samples)
+        plan = plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
+        self._start(LocalStore(path), plan, _samples(labels, keys))
+
+    @classmethod
+    def of_plan(
+        cls, path: str | os.PathLike[str], plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> "ArchiveWriter":
+        """The writer of an archive that is planned already."""
+        writer = cls.__new__(cls)
+        writer._start(LocalStore(path), plan, _samples(labels, keys))
+        return writer
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str]) -> "ArchiveWriter":
@@ -159,6 +173,7 @@ class ArchiveWriter:
                 update={
                     "num_views": max(plan.num_views, earlier.num_views),
                     "probe_version": earlier.probe_version,
+                    "rows_hash": earlier.rows_hash,
                     "teacher": earlier.teacher,
                     "provenance": dict(earlier.provenance),
                 }
@@ -193,7 +208,7 @@ class ArchiveWriter:
 
     def shards(self) -> Iterator[tuple[int, int]]:
         """All (view, block) of the plan."""
-        return ((view, block) for view in range(self.plan.num_views) for block in range(self.plan.num_blocks))
+        return ((view, block) for view in self.plan.views for block in range(self.plan.num_blocks))
 
     def missing(self) -> list[tuple[int, int]]:
         """(view, block) of the shards that are not finished, in order."""
@@ -241,14 +256,14 @@ class ArchiveWriter:
         rows = self.positions(block)
         expected = (len(rows), self.plan.num_classes)
         logits = np.asarray(logits, dtype=np.float32)
-        if logits.shape != expected or not 0 <= view < self.plan.num_views or not 0 <= block < self.plan.num_blocks:
+        if logits.shape != expected or view not in self.plan.views or not 0 <= block < self.plan.num_blocks:
             raise UsageError(
                 f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
                 why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
                 fix="write whole shards: one row per position of writer.positions(block)",
             )
         sample = np.arange(rows.start, rows.stop) if sample is None else np.asarray(sample)
-        fitting = sample.shape == expected[:1] and np.isin(sample, np.arange(self.plan.num_samples)).all()
+        fitting = sample.shape == expected[:1] and ((sample >= 0) & (sample < self.plan.num_samples)).all()
         if not fitting or len(np.unique(sample)) != len(rows):
             raise UsageError(
                 f"shard (view {view}, block {block}) was given sample numbers {np.array2string(sample, threshold=6)}",
@@ -256,42 +271,53 @@ class ArchiveWriter:
                 fix="pass which sample sits at each position",
             )
         try:
-            codes = self._codec.encode(logits)
-        except UsageError as error:
-            raise UsageError(f"view {view}, positions from {rows.start}: {error.what}", why=error.why, fix=error.fix) from None
-        entropy, entropy_rest = relative_entropy(logits)
-        fields: dict[str, NDArray] = {
-            "logits": codes,
-            "argmax": logits.argmax(axis=1).astype("<i4"),
-            "sample": sample.astype("<i4"),
-            "entropy": entropy.astype("<f4"),
-            "entropy_rest": entropy_rest.astype("<f4"),
-            "digest": np.zeros(len(rows), "<u4") if digest is None else np.asarray(digest).astype("<u4"),
-            "probe": np.zeros((len(rows), PROBE_BYTES), "u1") if probe is None else np.asarray(probe).astype("u1"),
+            encoded = encode_rows(self._codec, logits)
+        except UnstorableError as error:
+            raise UsageError(
+                f"view {view}, position {rows.start + error.row}: sample {sample[error.row]} has the logit {error.value:.6g} "
+                f"for class {error.column}",
+                why=error.why,
+                fix=error.fix,
+            ) from None
+        given = {
+            "sample": sample,
+            "digest": np.zeros(len(rows)) if digest is None else digest,
+            "probe": np.zeros((len(rows), PROBE_BYTES)) if probe is None else probe,
         }
-        files = self._layout.shard_files(self.plan, view, block, fields)
-        for name, data in files.items():
-            self.store.write(name, data)
-        record = ShardRecord(
-            view=view,
-            block=block,
-            rows=len(rows),
-            rows_sha256=rows_sha256(self._codec.decode(codes), fields),
-            files=tuple(_record(name, data) for name, data in sorted(files.items())),
-        )
+        self.write_stored(view, block, {**encoded, **given})
+
+    def write_stored(self, view: int, block: int, fields: Mapping[str, NDArray]) -> None:
+        """Write one shard whole from the `fields` of its rows as they are to be stored, `[n, ...]` each."""
+        kept = {name: np.asarray(fields[name]).astype(dtype, copy=False) for name, (dtype, _) in row_fields(self.plan).items()}
+        files = self._layout.shard_files(self.plan, view, block, kept)
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashing takes longer than writing, and neither needs the interpreter
+            digest = pool.submit(rows_digest, self.plan, kept)
+            records = [pool.submit(_record, name, data) for name, data in sorted(files.items(), key=lambda item: -_size(item[1]))]
+            for name, data in files.items():
+                self.store.write(name, data)
+            record = ShardRecord(
+                view=view,
+                block=block,
+                rows=self.plan.block_rows(block),
+                rows_digest=digest.result(),
+                files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
+            )
         self.store.write(_sidecar(view, block), record.model_dump_json().encode())
         self._done[view, block] = record
 
-    def finalize(self, progress: Progress | None = None) -> Archive:
-        """Write the manifest and return the archive. Raises IncompleteError while shards are missing."""
+    def finalize(self, progress: Progress | None = None, *, statistics: Statistics | None = None) -> Archive:
+        """Write the manifest and return the archive. Raises IncompleteError while shards are missing.
+
+        `statistics` are computed from the rows, unless they are known better than the rows can tell.
+        """
         # Processes that share a dump may all come here last; one of them does it, the others find it done.
         lock = self.store.path(".finalize.lock")
         with filelock.FileLock(lock):
-            archive = self._finalize(progress or Silent())
+            archive = self._finalize(progress or Silent(), statistics)
             lock.unlink(missing_ok=True)
         return archive
 
-    def _finalize(self, progress: Progress) -> Archive:
+    def _finalize(self, progress: Progress, statistics: Statistics | None) -> Archive:
         missing = self.missing()
         if missing:
             shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
@@ -308,7 +334,8 @@ class ArchiveWriter:
         shards = [self._done[shard] for shard in self.shards()]
         samples = _load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
-        statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress)
+        if statistics is None:
+            statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress)
         digest = archive_digest(self.plan, shards)
         # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
         table_name = f"shards-{digest[:8]}.jsonl"
@@ -318,18 +345,19 @@ class ArchiveWriter:
             digest=digest,
             policy_digest=self.plan.policy.digest if self.plan.policy else None,
             files=(),
-            shards=_record(table_name, table),
+            shards=_record(table_name, [table]),
             statistics=statistics,
         )
         closing = self._layout.closing_files(self.plan, labels, samples["keys"])
-        closing[CARD_NAME] = write_card(draft, self._layout.reading_lines()).encode()
+        closing[CARD_NAME] = [write_card(draft, self._layout.reading_lines(draft)).encode()]
         records = tuple(_record(name, data) for name, data in sorted(closing.items()))
         if self.store.exists(MANIFEST_NAME):
             # Views are appended: until the new manifest is there, the old one is to accept these files beside its own.
             known = self.store.read(CLOSING).decode().splitlines() if self.store.exists(CLOSING) else []
             known += [record.model_dump_json() for record in records]
             self.store.write(CLOSING, "\n".join(dict.fromkeys(known)).encode())
-        for name, data in {table_name: table, **closing}.items():
+        closing[table_name] = [table]
+        for name, data in closing.items():
             self.store.write(name, data)
         manifest = draft.model_copy(update={"files": records})
         self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
@@ -425,22 +453,35 @@ def _load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
     return dict(samples)
 
 
+def _samples(labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
+    return {
+        "labels": None if labels is None else [int(label) for label in labels],
+        "keys": None if keys is None else list(keys),
+    }
+
+
 def _sidecar(view: int, block: int) -> str:
     return f"{SIDECARS}/{view}-{block}.json"
 
 
-def _record(name: str, data: bytes) -> FileRecord:
-    return FileRecord(path=name, bytes=len(data), sha256=sha256(data))
+def _size(data: Buffers) -> int:
+    return sum(memoryview(piece).nbytes for piece in data)
 
 
-def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int, unit: int) -> int:
+def _record(name: str, data: Buffers) -> FileRecord:
+    return FileRecord(path=name, bytes=_size(data), sha256=sha256(data))
+
+
+def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
+    """Rows of a shard: whole units, in every layout, so that any archive can be converted into any layout."""
+    unit = min(unit_bytes_rows(row_bytes), num_samples, wanted or num_samples)
     unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
     rows = wanted or max(1, SHARD_BYTES // row_bytes)
     return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit
 
 
 def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
-    was, now = earlier.identity, plan.identity
+    was, now = (_normalised(one.identity) for one in (earlier, plan))
     changed: Iterable[str] = [key for key in now if now[key] != was[key]]
     for key in changed:
         raise IncompatibleError(
@@ -448,6 +489,12 @@ def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
             why=f"it has {json.dumps(was[key])[:160]}, this dump has {json.dumps(now[key])[:160]}",
             fix="write to another folder, or delete that one",
         )
+
+
+def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
+    """With every option of codec and layout, those too that there were not yet when it was written."""
+    layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
+    return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
 
 
 def _require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:

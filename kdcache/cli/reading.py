@@ -113,7 +113,7 @@ def verify(
 def view(
     archive: ArchiveArgument,
     sample: Annotated[str, typer.Option("--sample", help="Sample numbers, such as 0-3,12.")] = "0-3",
-    views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP, as in Python.")] = "0:8",
+    views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP, as in Python [the first eight]")] = "",
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     allow_drift: AllowDriftOption = 0,
@@ -131,14 +131,15 @@ def view(
     samples = list(dict.fromkeys(integers(sample, "--sample")))
     first, colon, stop = views.partition(":")
     try:
-        last = int(stop or opened.num_views) if colon else int(first) + 1
-        chosen = range(int(first or 0), min(last, opened.num_views))
+        begin = int(first or opened.views.start)
+        last = int(stop or opened.views.stop) if colon else begin + (1 if first else 8)
+        chosen = range(begin, min(last, opened.views.stop))
     except ValueError:
         raise UsageError(f"--views {views!r}", why="it takes a range of view numbers", fix="--views 0:8") from None
-    if not chosen or chosen[0] < 0 or max(samples) >= opened.num_samples:
+    if not chosen or chosen[0] not in opened.views or max(samples) >= opened.num_samples:
         raise UsageError(
             f"--sample {sample} --views {views}",
-            why=f"the archive has samples 0 to {opened.num_samples - 1} and views 0 to {opened.num_views - 1}",
+            why=f"there are samples 0 to {opened.num_samples - 1} and views {opened.views.start} to {opened.views.stop - 1}",
             fix="choose within them",
         )
     if out.is_dir() or not out.parent.is_dir():

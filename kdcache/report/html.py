@@ -137,7 +137,7 @@ def _teacher(archive: Archive, name: str) -> dict[str, Any]:
     """Facts, entropies per tau and the histograms of an archive, from a few evenly spaced views of it."""
     manifest = archive.manifest
     count = min(archive.num_views, max(1, HISTOGRAM_ROWS // archive.num_samples))
-    views = np.unique(np.linspace(0, archive.num_views - 1, count).astype(int))
+    views = np.unique(np.linspace(archive.views.start, archive.views.stop - 1, count).astype(int))
     columns = ("entropy", "entropy_rest")
     values = {column: np.concatenate([archive.column(column, int(v)) for v in views]).astype(float) for column in columns}
     means = {column: float(data.mean()) for column, data in values.items()}

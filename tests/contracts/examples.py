@@ -19,7 +19,10 @@ IMAGES = "IMAGES"  # stands for a folder with train/CLASS/*.png and test/CLASS/*
 
 # kind -> name -> one or more sets of options. Without an entry a component is made without options.
 EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
-    "layout": {"zarr": ({"inner_rows": 16},)},
+    "layout": {
+        "zarr": ({}, {"compression": "bitshuffle"}, {"compression": "pcodec"}),
+        "webdataset": ({}, {"record_rows": 1}, {"record_rows": 24}),
+    },
     "control": {
         "bottom": ({"k": 1}, {"k": 3, "seed": 5}),
         "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),

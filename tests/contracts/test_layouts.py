@@ -18,9 +18,13 @@ from kdcache.archive import Archive, ArchiveWriter, layout, open_archive, write_
 from kdcache.codecs import codec
 from kdcache.errors import KdcacheError
 from kdcache.stats import relative_entropy
+from tests.contracts.examples import examples
 
 VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 217, 700, 64  # four shards a view, the last one not full
-PAIRS = list(itertools.product(layout, codec))
+LAYOUTS = [layout.spec(layout.build(*example.values[:1], **example.values[1])) for example in examples("layout")]
+# Every layout with a codec that has parameters and one that has none; every codec. (Single bytes are not for pcodec.)
+PAIRS = [pair for pair in itertools.product(LAYOUTS, codec) if pair[0] == "zarr" or pair[1] in {"i16", "u8"}]
+PAIRS.remove(("zarr:pcodec", "u8"))
 NAMES = [f"class {i}" for i in range(CLASSES)]
 
 
@@ -81,7 +85,7 @@ def what() -> Content:
 def written(request: pytest.FixtureRequest, what: Content, tmp_path_factory: pytest.TempPathFactory) -> tuple[Archive, Content]:
     layout_name, codec_name = request.param
     archive = write(tmp_path_factory.mktemp("layout") / "a", what, layout_name, codec_name)
-    assert archive.manifest.layout["name"] == layout_name
+    assert archive.manifest.layout["name"] == layout_name.partition(":")[0]
     assert archive.manifest.num_blocks > 2
     return open_archive(archive.path), what
 
@@ -89,7 +93,12 @@ def written(request: pytest.FixtureRequest, what: Content, tmp_path_factory: pyt
 def kept(archive: Archive, logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the archive's codec keeps of `logits [n, C]`."""
     coding = codec.from_dict(archive.manifest.codec)
-    return coding.decode(coding.encode(logits))
+    return coding.decode(coding.encode(logits)) if len(logits) else logits
+
+
+def specifications(archive: Archive) -> tuple[str, str]:
+    """Layout and codec of an archive as they are typed."""
+    return layout.spec(layout.from_dict(archive.manifest.layout)), codec.spec(codec.from_dict(archive.manifest.codec))
 
 
 @given(data=st.data())
@@ -177,7 +186,7 @@ def test_a_sound_archive_verifies_and_every_file_in_it_is_recorded(written: tupl
 
 def test_equal_contents_have_equal_digests_and_equal_files(written: tuple[Archive, Content], tmp_path: Path) -> None:
     archive, what = written
-    again = write(tmp_path / "again", what, archive.manifest.layout["name"], archive.manifest.codec["name"])
+    again = write(tmp_path / "again", what, *specifications(archive))
     assert again.manifest.digest == archive.manifest.digest
     for path in archive.path.rglob("*"):
         if path.is_file():
@@ -186,13 +195,13 @@ def test_equal_contents_have_equal_digests_and_equal_files(written: tuple[Archiv
 
 @pytest.mark.parametrize("codec_name", list(codec))
 def test_the_digest_is_the_same_in_every_layout(what: Content, tmp_path: Path, codec_name: str) -> None:
-    digests = {write(tmp_path / name, what, name, codec_name).manifest.digest for name in layout}
+    digests = {write(tmp_path / name, what, name, codec_name).manifest.digest for name in LAYOUTS if (name, codec_name) in PAIRS}
     assert len(digests) == 1
 
 
 def test_any_other_content_has_another_digest(written: tuple[Archive, Content], what: Content, tmp_path: Path) -> None:
     archive, _ = written
-    names = archive.manifest.layout["name"], archive.manifest.codec["name"]
+    names = specifications(archive)
     unchanged = write(tmp_path / "same", what, *names, shard_rows=None).manifest.digest
     changes: dict[str, Callable[[Content], None]] = {
         "a logit": lambda c: c.logits.__setitem__((1, 216, 699), 1.5),
@@ -234,8 +243,8 @@ def test_the_cards_two_lines_read_the_logits_without_kdcache(
     )
     run_python(code)
     logits = np.load(tmp_path / "out.npy")
-    rows = min(256, SAMPLES)
-    assert logits.shape == (rows, CLASSES)
+    rows = len(logits)
+    assert 1 <= rows <= 256
     np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, what.logits[0, :rows]))
 
 
@@ -292,7 +301,7 @@ def test_lost_files_are_errors_where_their_values_are_asked_for(layout_name: str
 def test_the_smallest_archives_work(layout_name: str, codec_name: str, samples: int, classes: int, tmp_path: Path) -> None:
     logits = np.arange(samples * classes, dtype=np.float32).reshape(1, samples, classes)
     archive = write_archive(tmp_path / "a", logits, [str(c) for c in range(classes)], layout=layout_name, codec=codec_name)
-    np.testing.assert_array_equal(archive.read(0, 0, samples).logits, logits[0])
+    np.testing.assert_array_equal(archive.read(0, 0, samples).logits, kept(archive, logits[0]))
     assert archive.labels() is None
     assert archive.keys() is None
     assert archive.verify("full").ok

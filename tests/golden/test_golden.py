@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kdcache.archive import open_archive
+from kdcache.archive.layouts import rows_digest
 from kdcache.codecs import codec
 from kdcache.stats import relative_entropy
 from kdcache.views.rendering import Renderer
@@ -102,8 +103,10 @@ def test_the_golden_archive_is_read_by_zarr_alone(path: Path) -> None:
 def test_the_same_numbers_are_still_written_as_the_same_rows_and_bytes(path: Path, tmp_path: Path) -> None:
     """Then dumps that are resumed, appended to or compared across versions of kdcache still fit together."""
     old, new = open_archive(path), make.write_golden_archive(tmp_path / "a")
-    assert new.manifest.digest == old.manifest.digest
-    assert list(new.shards()) == list(old.shards())
+    for before, now in zip(old.shards(), new.shards(), strict=True):
+        assert now.files == before.files
+        # The first archives hashed their decoded rows, with sha256; how that is done is part of what they are.
+        assert rows_digest(old.manifest, new.stored(now.view, now.block)) == before.rows_digest
 
 
 def test_an_old_archive_can_be_appended_to(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""What a row of an archive is: the fields that every layout carries, and the digest that no layout changes.
+
+All fields are view-major in the archive, `[V, N, ...]`; a shard holds `n` rows of one view:
+
+    logits        codec's dtype [n, C], with the codec's own float32 parameters [n] beside it, if it has any
+    argmax        int32 [n]     of the float32 logits, before they were stored
+    sample        int32 [n]     which sample sits at this position
+    entropy       float32 [n]   entropy_rest float32 [n]: relative, tau 1, of the float32 logits
+    digest        uint32 [n]    probe   uint8 [n, 16]: the view's fingerprint
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from kdcache.archive.manifest import Plan
+from kdcache.archive.store import as_bytes
+from kdcache.codecs import codec
+
+__all__ = ["PROBE_BYTES", "RowType", "row_fields", "rows_digest"]
+
+PROBE_BYTES = 16
+RowType = tuple[np.dtype, tuple[int, ...]]
+BESIDE: dict[str, RowType] = {
+    "argmax": (np.dtype("<i4"), ()),
+    "sample": (np.dtype("<i4"), ()),
+    "entropy": (np.dtype("<f4"), ()),
+    "entropy_rest": (np.dtype("<f4"), ()),
+    "digest": (np.dtype("<u4"), ()),
+    "probe": (np.dtype("u1"), (PROBE_BYTES,)),
+}
+
+
+def row_fields(plan: Plan) -> dict[str, RowType]:
+    """dtype and shape of one row of every field, in the order in which they are stored."""
+    if plan.contents == "statistics":
+        return dict(BESIDE)
+    coding = codec.from_dict(plan.codec)
+    parameters: dict[str, RowType] = {name: (np.dtype("<f4"), ()) for name in coding.parameters}
+    return {"logits": (coding.dtype, (plan.num_classes,)), **parameters, **BESIDE}
+
+
+def rows_digest(plan: Plan, fields: Mapping[str, NDArray]) -> str:
+    """Digest of a shard's rows: of the fields' little-endian bytes, one field after the other, as `plan.rows_hash` says.
+
+    Archives from before there was a choice (sha256) hash the decoded logits, not the stored ones.
+    """
+    digest: Any = blake3() if plan.rows_hash == "blake3" else hashlib.sha256()
+    for name in row_fields(plan):
+        column = fields[name]
+        if name == "logits" and plan.rows_hash == "sha256":
+            column = codec.from_dict(plan.codec).decode(fields)
+        elif name not in {"logits", *BESIDE} and plan.rows_hash == "sha256":
+            continue  # the codec's parameters are in the decoded logits
+        digest.update(as_bytes(column))
+    found: str = digest.hexdigest()
+    return found

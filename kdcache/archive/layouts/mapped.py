@@ -1,0 +1,112 @@
+"""Rows that lie raw in files: mapped into memory, and compared with a checksum when they are first touched.
+
+Whatever the layout, a shard's rows of one field are a *run* of units of equal size, a stride apart, each with its crc32c
+somewhere (and perhaps a shorter run behind it, where the last unit is not full). That is all that a reader has to know;
+none of the libraries that wrote the files is needed, and no structure that a stranger put into a file is believed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.layouts.fields import RowType
+from kdcache.errors import IntegrityError
+
+__all__ = ["MappedRows", "Run", "damaged", "map_file"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """`units` units of `rows` rows each: where the first one starts, how far apart they are, and where their crc32c are.
+
+    `stored` rows are in each unit's bytes (the rows beyond `rows` are padding that the checksum covers).
+    """
+
+    units: int
+    rows: int
+    stored: int
+    start: int
+    stride: int
+    crc_start: int
+    crc_stride: int
+
+
+def map_file(path: Path, name: str, expected: int) -> NDArray[np.uint8]:
+    """The bytes of a file, `[expected]`; IntegrityError if it has another size."""
+    size = path.stat().st_size
+    if size != expected:
+        raise damaged(name, f"has {size:,} bytes, expected {expected:,}")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+class MappedRows:
+    """The rows of one field in one shard. All offsets must lie within `data`; whoever builds the runs has checked that."""
+
+    def __init__(self, name: str, data: NDArray[np.uint8], row: RowType, runs: Sequence[Run]) -> None:
+        self._name = name
+        self._runs = [_MappedRun(name, data, row, run) for run in runs]
+        self._firsts = np.cumsum([0, *(run.units * run.rows for run in runs)])
+
+    def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
+        """The rows of a slice (a view of the file where it can be one) or at any places, `[n, ...]`."""
+        if len(self._runs) == 1:
+            return self._runs[0].gather(rows)
+        if isinstance(rows, slice):
+            parts = [
+                run.gather(slice(max(rows.start - first, 0), min(rows.stop, last) - first))
+                for run, first, last in zip(self._runs, self._firsts, self._firsts[1:], strict=False)
+                if rows.start < last and rows.stop > first
+            ]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        which = np.searchsorted(self._firsts, rows, side="right") - 1
+        parts = [run.gather(rows[which == i] - self._firsts[i]) for i, run in enumerate(self._runs)]
+        result = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+        for i, part in enumerate(parts):
+            result[which == i] = part
+        return result
+
+
+class _MappedRun:
+    def __init__(self, name: str, data: NDArray[np.uint8], row: RowType, run: Run) -> None:
+        self._name, self._run = name, run
+        dtype, shape = row
+        row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        inner = np.ndarray(shape, dtype).strides
+        self._payload = run.stored * row_bytes
+        self._units = np.ndarray((run.units, self._payload), np.uint8, data, run.start, (run.stride, 1))
+        self._crcs = np.ndarray((run.units, 4), np.uint8, data, run.crc_start, (run.crc_stride, 1))
+        self._rows = np.ndarray((run.units, run.rows, *shape), dtype, data, run.start, (run.stride, row_bytes, *inner))
+        self._checked = np.zeros(run.units, np.bool_)
+
+    def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
+        size = self._run.rows
+        if isinstance(rows, slice):
+            first, last = rows.start // size, -(-rows.stop // size)
+            if not self._checked[first:last].all():
+                self._check(np.arange(first, last))
+            whole = self._rows[first:last].reshape(-1, *self._rows.shape[2:])
+            return whole[rows.start - first * size : rows.stop - first * size]
+        unit, inside = np.divmod(rows, size)
+        if not self._checked[unit].all():
+            self._check(np.unique(unit))
+        result: NDArray = self._rows[unit, inside]
+        return result
+
+    def _check(self, units: NDArray[np.int64]) -> None:
+        for unit in units[~self._checked[units]]:
+            actual, stored = google_crc32c.value(self._units[unit]), int.from_bytes(self._crcs[unit].tobytes(), "little")
+            if actual != stored:
+                raise damaged(self._name, f"chunk {unit}: crc32c is {actual:08x}, stored beside it is {stored:08x}")
+            self._checked[unit] = True
+
+
+def damaged(name: str, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"{name}: {what}",
+        why="the file's bytes are not those that were written",
+        fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
+    )

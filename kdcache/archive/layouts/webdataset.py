@@ -1,0 +1,239 @@
+"""WebDataset: one tar file a shard, one record for every few hundred rows, each field a NumPy array of its own.
+
+A record is `KEY.logits.npy`, `KEY.sample.npy` and so on, with `KEY.crc32c.npy` behind them, so that
+`webdataset.WebDataset(url).decode()` yields blocks of rows. All records of a shard but the last are of one size, which
+makes the tar file an array with a stride: it is read through a memory map, and never unpacked.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.layouts.base import Buffers, layout, unit_rows
+from kdcache.archive.layouts.fields import RowType, row_fields
+from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
+from kdcache.archive.manifest import Plan
+from kdcache.archive.store import Store, as_bytes
+from kdcache.codecs import codec
+from kdcache.errors import IntegrityError
+
+__all__ = ["WebDatasetLayout"]
+
+BLOCK = 512  # of tar
+END = bytes(2 * BLOCK)
+UNITS = 4  # that make a record: a tar header for each field is then 2 % of it
+SAMPLES = "samples.tar"
+INDEX = "index.json"
+CRC32C: RowType = (np.dtype("<u4"), ())
+
+
+@layout.register("webdataset")
+@dataclass(frozen=True)
+class WebDatasetLayout:
+    """Tar shards for webdataset pipelines; `record_rows` rows make a record (1: one record for every row)."""
+
+    record_rows: int | None = None
+
+    def fit(self, plan: Plan) -> "WebDatasetLayout":
+        return WebDatasetLayout(min(self.record_rows or UNITS * unit_rows(plan), plan.shard_rows))
+
+    @property
+    def _size(self) -> int:
+        assert self.record_rows is not None, "a layout that was fitted to a plan"
+        return self.record_rows
+
+    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+        columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
+        parts: Buffers = []
+        for number, start in enumerate(range(0, plan.block_rows(block), self._size)):
+            record = {name: column[start : start + self._size] for name, column in columns.items()}
+            crcs = [google_crc32c.value(np.frombuffer(as_bytes(column), np.uint8)) for column in record.values()]
+            for name, array in {**record, "crc32c": np.array(crcs, "<u4")}.items():
+                parts += _member(f"{_key(view, block, number)}.{name}.npy", _npy_header(array.dtype, array.shape), array)
+        return {_shard(view, block): [*parts, END]}
+
+    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+        shards = [
+            {"url": _shard(view, block), "nsamples": -(-plan.block_rows(block) // self._size)}
+            for view in plan.views
+            for block in range(plan.num_blocks)
+        ]
+        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+        files: dict[str, Buffers] = {INDEX: [json.dumps(index, indent=1).encode()]}
+        samples: Buffers = []
+        if labels is not None:
+            column = labels.astype("<i8")
+            samples += _member("samples.label.npy", _npy_header(column.dtype, column.shape), column)
+        if keys is not None:
+            samples += _member("samples.key.json", b"", np.frombuffer(json.dumps(list(keys)).encode(), np.uint8))
+        if samples:
+            files[SAMPLES] = [*samples, END]
+        return files
+
+    def reading_lines(self, plan: Plan) -> str:
+        shard = f'"PATH/{_shard(plan.first_view, 0)}"'
+        opening = f"import webdataset; r = next(iter(webdataset.WebDataset({shard}, shardshuffle=False).decode()))"
+        what = f"the first {min(self._size, plan.block_rows(0))} positions of view {plan.first_view}"
+        if plan.contents == "statistics":
+            return f'{opening}\nentropy = r["entropy.npy"]  # {what}'
+        names = ("logits", *codec.from_dict(plan.codec).parameters)
+        logits = codec.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
+        return f"{opening}\nlogits = {logits}  # {what}"
+
+    def open(self, plan: Plan, store: Store) -> "WebDatasetReader":
+        if not isinstance(self.record_rows, int) or not 1 <= self.record_rows <= plan.shard_rows:
+            raise IntegrityError(
+                f"shards of {plan.shard_rows} rows in records of {self.record_rows!r}",
+                why="a shard has at least one record; the manifest is damaged",
+                fix="restore kdcache.json from a copy of the archive",
+            )
+        return WebDatasetReader(plan, store, self.record_rows)
+
+
+def _shard(view: int, block: int) -> str:
+    return f"view-{view:05d}/shard-{block:05d}.tar"
+
+
+def _key(view: int, block: int, record: int) -> str:
+    return f"{view:05d}-{block:05d}-{record:06d}"
+
+
+def _member(name: str, head: bytes, array: NDArray) -> Buffers:
+    """A tar header, `head`, the array's bytes, and the padding behind them."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(head) + array.nbytes, 0o444
+    padding = bytes(-info.size % BLOCK)
+    parts: Buffers = [info.tobuf(tarfile.USTAR_FORMAT) + head, as_bytes(array)]
+    return [*parts, padding] if padding else parts
+
+
+@lru_cache(maxsize=256)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the members of a record of `rows` rows are, from the record's start: header, data, and the bytes of each."""
+
+    rows: int
+    headers: dict[str, int]
+    data: dict[str, int]
+    sizes: dict[str, int]
+    length: int
+
+    @classmethod
+    def of(cls, fields: Mapping[str, RowType], rows: int) -> "_Places":
+        headers, data, sizes, at = {}, {}, {}, 0
+        shapes = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in fields.items()}
+        for name, (dtype, shape) in {**shapes, "crc32c": (CRC32C[0], (len(fields),))}.items():
+            head = len(_npy_header(dtype, shape))
+            headers[name], data[name] = at, at + BLOCK + head
+            sizes[name] = head + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            at += BLOCK + sizes[name] + -sizes[name] % BLOCK
+        return cls(rows, headers, data, sizes, at)
+
+
+class WebDatasetReader:
+    """Reads records at the places where they must be; tar headers are compared with what they must say."""
+
+    def __init__(self, plan: Plan, store: Store, record_rows: int) -> None:
+        self._plan, self._store, self._size = plan, store, record_rows
+        self._fields = row_fields(plan)
+        self._file = lru_cache(maxsize=512)(self._open)
+        self._rows = lru_cache(maxsize=4096)(self._map)
+
+    def files(self, view: int, block: int) -> list[str]:
+        return [_shard(view, block)]
+
+    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        return self._rows(field, view, block).gather(rows)
+
+    def _records(self, block: int) -> list[tuple[int, int, _Places]]:
+        """Number of the first record, how many there are, and their places: of the full records, and of one that is not."""
+        full, left = divmod(self._plan.block_rows(block), self._size)
+        found = [(0, full, _Places.of(self._fields, self._size))] if full else []
+        return [*found, (full, 1, _Places.of(self._fields, left))] if left else found
+
+    def _open(self, view: int, block: int) -> NDArray[np.uint8]:
+        name, records = _shard(view, block), self._records(block)
+        expected = sum(count * places.length for _, count, places in records) + len(END)
+        data = map_file(self._store.local(name), name, expected)
+        start = 0
+        for first, count, places in records:
+            keys = [_key(view, block, first + number) for number in range(count)]
+            for member, at in places.headers.items():
+                headers = np.ndarray((count, BLOCK), np.uint8, data, start + at, (places.length, 1))
+                _check_headers(name, headers, [f"{key}.{member}.npy" for key in keys], places.sizes[member])
+            start += count * places.length
+        return data
+
+    def _map(self, field: str, view: int, block: int) -> MappedRows:
+        data = self._file(view, block)
+        number, start, runs = list(self._fields).index(field), 0, []
+        for _, count, places in self._records(block):
+            crcs = start + places.data["crc32c"] + 4 * number
+            begin = start + places.data[field]
+            runs.append(Run(count, places.rows, places.rows, begin, places.length, crcs, places.length))
+            start += count * places.length
+        return MappedRows(_shard(view, block), data, self._fields[field], runs)
+
+    def labels(self) -> NDArray[np.int64] | None:
+        data = self._sample_member("samples.label.npy")
+        if data is None:
+            return None
+        head = _npy_header(np.dtype("<i8"), (self._plan.num_samples,))
+        if data[: len(head)] != head or len(data) != len(head) + 8 * self._plan.num_samples:
+            raise damaged(SAMPLES, f"does not hold {self._plan.num_samples:,} labels")
+        labels: NDArray[np.int64] = np.frombuffer(data, "<i8", offset=len(head)).astype(np.int64)
+        return labels
+
+    def keys(self) -> list[str] | None:
+        data = self._sample_member("samples.key.json")
+        if data is None:
+            return None
+        try:
+            keys = json.loads(data)
+        except (ValueError, RecursionError):
+            keys = None
+        if not isinstance(keys, list) or len(keys) != self._plan.num_samples or not all(isinstance(key, str) for key in keys):
+            raise damaged(SAMPLES, f"does not hold {self._plan.num_samples:,} keys")
+        return keys
+
+    def _sample_member(self, name: str) -> bytes | None:
+        """One of the (at most two) members of the file of labels and keys."""
+        if not self._store.exists(SAMPLES):
+            return None
+        path = self._store.local(SAMPLES)
+        data, at = map_file(path, SAMPLES, path.stat().st_size), 0
+        while at + BLOCK <= len(data) - len(END):
+            try:
+                info = tarfile.TarInfo.frombuf(data[at : at + BLOCK].tobytes(), "utf-8", "strict")
+            except (tarfile.TarError, ValueError):
+                raise damaged(SAMPLES, "is not a tar file") from None
+            if not info.isreg() or not 0 <= info.size <= len(data) - at - BLOCK:
+                raise damaged(SAMPLES, f"has a member {info.name!r} that is no plain file in it")
+            if info.name == name:
+                return data[at + BLOCK : at + BLOCK + info.size].tobytes()
+            at += BLOCK + info.size + -info.size % BLOCK
+        return None
+
+
+def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], size: int) -> None:
+    """Each of the tar headers `[n, 512]` must be that of a plain file of this name and size."""
+    expected = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
+    sizes = np.frombuffer(f"{size:011o}\0".encode(), np.uint8)
+    wrong = (headers[:, :100] != expected).any(axis=1)
+    wrong |= (headers[:, 124:136] != sizes).any(axis=1)
+    wrong |= (headers[:, 156] != ord("0")) | (headers[:, 157:257] != 0).any(axis=1)
+    if wrong.any():
+        raise damaged(file, f"has another tar header than that of {names[int(np.argmax(wrong))]} ({size:,} bytes)")

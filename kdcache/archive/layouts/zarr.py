@@ -1,0 +1,366 @@
+"""Zarr v3: one group, logits in sharded chunks, everything else in one chunk a shard, crc32c on all of it.
+
+Chunks are encoded and decoded here, since a raw shard is nothing but its chunks, a checksum behind each, and an index at
+the end: zarr itself takes a thousand times as long for a row. It writes the metadata, and tests compare every byte with
+what it would have written.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive.layouts.base import Buffers, layout, unit_rows
+from kdcache.archive.layouts.fields import row_fields
+from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
+from kdcache.archive.manifest import Plan
+from kdcache.archive.store import Store, as_bytes
+from kdcache.codecs import codec
+from kdcache.errors import IntegrityError, UsageError
+from kdcache.registry import FITTED
+
+__all__ = ["ZarrLayout"]
+
+CRC = 4
+BLOSC_HEADER = 16
+Compression = Literal["none", "bitshuffle", "pcodec"]
+
+
+@layout.register("zarr")
+@dataclass(frozen=True)
+class ZarrLayout:
+    """Zarr v3 with sharded logits, which xarray and tensorstore decode unaided; raw (`none`) for training.
+
+    `compression` is for publishing: `bitshuffle` (with lz4, read by every Zarr library) saves a fifth, `pcodec` (read by
+    zarr-python with the package pcodec) saves more. `inner_rows` rows make a chunk.
+    """
+
+    compression: Compression = "none"
+    inner_rows: int = field(default=0, metadata=FITTED)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner_rows, int) or self.inner_rows < 0:
+            raise UsageError(
+                f"layout zarr with inner_rows {self.inner_rows!r}",
+                why="a chunk holds a whole number of rows, and at least one",
+                fix="use inner_rows >= 1",
+            )
+        if self.compression not in {"none", "bitshuffle", "pcodec"}:
+            raise UsageError(
+                f"layout zarr with compression {self.compression!r}",
+                why="it is none, bitshuffle or pcodec",
+                fix="--layout zarr:bitshuffle",
+            )
+
+    def fit(self, plan: Plan) -> "ZarrLayout":
+        dtype = codec.from_dict(plan.codec).dtype
+        if self.compression == "pcodec" and dtype.itemsize < 2:
+            raise UsageError(
+                f"layout zarr:pcodec with codec {plan.codec['name']}",
+                why="pcodec compresses numbers of 16 or 32 bits, not single bytes",
+                fix="--layout zarr:bitshuffle",
+            )
+        return ZarrLayout(self.compression, unit_rows(plan))
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+        files = {}
+        for name, (dtype, shape) in row_fields(plan).items():
+            column = np.ascontiguousarray(fields[name], dtype)
+            if name == "logits":
+                files[_chunk(plan, name, view, block)] = self._shard(plan, column)
+            else:
+                padding = bytes((plan.shard_rows - len(column)) * dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
+                data = (as_bytes(column), padding) if padding else (as_bytes(column),)
+                files[_chunk(plan, name, view, block)] = [*data, _crc32c(*data)]
+        return files
+
+    def _shard(self, plan: Plan, logits: NDArray) -> Buffers:
+        """Chunks, a checksum behind each, and the index of a shard, of which chunks beyond the view's end are left out."""
+        parts: Buffers = []
+        index = np.full((plan.shard_rows // self.inner_rows, 2), 2**64 - 1, "<u8")
+        offset = 0
+        for number, start in enumerate(range(0, len(logits), self.inner_rows)):
+            chunk = logits[start : start + self.inner_rows]
+            if len(chunk) < self.inner_rows:
+                chunk = np.concatenate([chunk, np.zeros((self.inner_rows - len(chunk), *chunk.shape[1:]), chunk.dtype)])
+            data = self._encode(chunk)
+            parts += [data, _crc32c(data)]
+            index[number] = offset, len(data) + CRC
+            offset += len(data) + CRC
+        return [*parts, index.tobytes(), _crc32c(index.tobytes())]
+
+    def _encode(self, chunk: NDArray) -> memoryview | bytes:
+        if self.compression == "none":
+            return as_bytes(chunk)
+        encoded: bytes = _compressor(self.compression, chunk.dtype.itemsize).encode(chunk)
+        return encoded
+
+    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
+        memory, group = self._group(plan)
+        options: dict[str, Any] = {
+            "shape": (plan.num_samples,),
+            "chunks": (plan.num_samples,),
+            "dimension_names": ("sample",),
+            "compressors": [Crc32cCodec()],
+            "config": {"write_empty_chunks": True},
+        }
+        if labels is not None:
+            group.create_array("label", dtype="<i8", fill_value=0, **options)[:] = labels
+        if keys is not None:
+            group.create_array("key", dtype="str", **options)[:] = np.array(keys, dtype=object)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr notes that consolidated metadata is not in the v3 specification yet
+            zarr.consolidate_metadata(group.store)
+        return {name: [buffer.to_bytes()] for name, buffer in memory.items()}
+
+    def _group(self, plan: Plan) -> tuple[dict[str, Any], Any]:
+        """The files so far and the group of `plan`, in memory, with arrays that have no chunks yet."""
+        import zarr
+        from zarr.codecs import BytesCodec, Crc32cCodec
+
+        memory: dict[str, Any] = {}
+        group = zarr.create_group(zarr.storage.MemoryStore(memory), attributes={"kdcache_format_version": 1})
+        for name, (dtype, shape) in row_fields(plan).items():
+            sharded = name == "logits"
+            block = (1, plan.shard_rows, *shape)
+            group.create_array(
+                name,
+                shape=(plan.num_views, plan.num_samples, *shape),
+                dtype=dtype,
+                chunks=(1, self.inner_rows, *shape) if sharded else block,
+                shards=block if sharded else None,
+                fill_value=0,
+                attributes={**codec.from_dict(plan.codec).attributes} if sharded else {},
+                dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
+                config={"write_empty_chunks": True},
+                filters=None,
+                **(self._zarr_codecs(dtype) if sharded else {"serializer": BytesCodec(), "compressors": [Crc32cCodec()]}),
+            )
+        return memory, group
+
+    def _zarr_codecs(self, dtype: np.dtype) -> dict[str, Any]:
+        """How zarr is told what `_encode` does."""
+        from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+        from zarr.codecs.numcodecs import PCodec
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr notes that numcodecs' codecs are not in the v3 specification
+            serializer = PCodec(**PCODEC) if self.compression == "pcodec" else BytesCodec()
+        blosc = BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
+        return {
+            "serializer": serializer,
+            "compressors": [*([blosc] if self.compression == "bitshuffle" else []), Crc32cCodec()],
+        }
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def reading_lines(self, plan: Plan) -> str:
+        rows = f"0:{min(256, plan.num_samples)}"
+        opening = 'import zarr; g = zarr.open_group("PATH", mode="r")'
+        if plan.contents == "statistics":
+            return f'{opening}\nentropy = g["entropy"][0, {rows}]  # of view {plan.first_view}'
+        logits = codec.from_dict(plan.codec).formula.format_map(_Named(f'g["{{}}"][0, {rows}]'))
+        return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
+
+    def open(self, plan: Plan, store: Store) -> "ZarrReader":
+        return ZarrReader(plan, store, self)
+
+
+PCODEC: dict[str, Any] = {"level": 8, "mode_spec": "classic", "delta_spec": "auto"}
+
+
+@lru_cache
+def _compressor(compression: Compression, itemsize: int) -> Any:
+    if compression == "pcodec":
+        try:
+            from numcodecs.pcodec import PCodec
+        except ImportError:
+            raise UsageError(
+                "layout zarr:pcodec",
+                why="the package pcodec is not installed",
+                fix="pip install 'kdcache[pcodec]', or use --layout zarr:bitshuffle",
+            ) from None
+        return PCodec(**PCODEC)
+    from numcodecs.blosc import BITSHUFFLE, Blosc
+
+    return Blosc(cname="lz4", clevel=5, shuffle=BITSHUFFLE, typesize=itemsize)
+
+
+def _crc32c(*parts: memoryview | bytes) -> bytes:
+    value = 0
+    for part in parts:
+        value = google_crc32c.extend(value, np.frombuffer(part, np.uint8))
+    return int(value).to_bytes(CRC, "little")
+
+
+def _chunk(plan: Plan, name: str, view: int, block: int) -> str:
+    _, shape = row_fields(plan)[name]
+    return "/".join([name, "c", str(view - plan.first_view), str(block), *("0" for _ in shape)])
+
+
+class _Named(dict[str, str]):
+    """Maps every name to how it is written in Python."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = pattern
+
+    def __missing__(self, name: str) -> str:
+        return self._pattern.format(name)
+
+
+class ZarrReader:
+    """Reads without zarr: raw shards through memory maps, compressed ones chunk by chunk."""
+
+    def __init__(self, plan: Plan, store: Store, arrangement: ZarrLayout) -> None:
+        self._plan, self._store, self._layout = plan, store, arrangement
+        self._fields = row_fields(plan)
+        self._shard = lru_cache(maxsize=512)(self._open)
+        inner = arrangement.inner_rows
+        if inner < 1 or plan.shard_rows % inner:
+            raise IntegrityError(
+                f"shards of {plan.shard_rows} rows in chunks of {inner}",
+                why="a shard is made of whole chunks; the manifest is damaged",
+                fix="restore kdcache.json from a copy of the archive",
+            )
+
+    def files(self, view: int, block: int) -> list[str]:
+        return [_chunk(self._plan, name, view, block) for name in self._fields]
+
+    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        return self._shard(field, view, block).gather(rows)
+
+    def _open(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
+        plan, inner = self._plan, self._layout.inner_rows
+        name = _chunk(plan, field, view, block)
+        dtype, shape = self._fields[field]
+        row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        rows, path = plan.block_rows(block), self._store.local(name)
+        if field != "logits":
+            size = plan.shard_rows * row_bytes
+            data = map_file(path, name, size + CRC)
+            run = Run(units=1, rows=rows, stored=plan.shard_rows, start=0, stride=size, crc_start=size, crc_stride=CRC)
+            return MappedRows(name, data, (dtype, shape), [run])
+        used, chunks, payload = -(-rows // inner), plan.shard_rows // inner, inner * row_bytes
+        index_bytes = chunks * 16 + CRC
+        if self._layout.compression != "none":
+            data = map_file(path, name, path.stat().st_size)
+            return _CompressedRows(name, data, _index(name, data, chunks, used), (dtype, shape), self._layout)
+        stride = payload + CRC
+        data = map_file(path, name, used * stride + index_bytes)
+        index = _index(name, data, chunks, used)
+        if not np.array_equal(index[:, 0], np.arange(used) * stride) or (index[:, 1] != stride).any():
+            raise damaged(name, "does not hold its chunks in order")
+        run = Run(units=used, rows=inner, stored=inner, start=0, stride=stride, crc_start=payload, crc_stride=stride)
+        return MappedRows(name, data, (dtype, shape), [run])
+
+    def labels(self) -> NDArray[np.int64] | None:
+        data = self._per_sample("label")
+        if data is None:
+            return None
+        if len(data) != 8 * self._plan.num_samples:
+            raise damaged("label/c/0", f"does not hold {self._plan.num_samples:,} labels")
+        labels: NDArray[np.int64] = data.view("<i8").astype(np.int64)
+        return labels
+
+    def keys(self) -> list[str] | None:
+        """Zarr's vlen-utf8: the number of keys, and each key's length before its UTF-8 bytes, all uint32."""
+        data = self._per_sample("key")
+        if data is None:
+            return None
+        text, keys, at = data.tobytes(), [], 4
+        try:
+            if int.from_bytes(text[:4], "little") != self._plan.num_samples:
+                raise ValueError
+            for _ in range(self._plan.num_samples):
+                end = at + 4 + int.from_bytes(text[at : at + 4], "little")
+                if not at + 4 <= end <= len(text):
+                    raise ValueError
+                keys.append(text[at + 4 : end].decode())
+                at = end
+        except ValueError:
+            raise damaged("key/c/0", f"does not hold {self._plan.num_samples:,} keys") from None
+        return keys
+
+    def _per_sample(self, name: str) -> NDArray[np.uint8] | None:
+        """The bytes of an array with one chunk, after a look at its checksum."""
+        if not self._store.exists(f"{name}/zarr.json"):
+            return None
+        chunk = f"{name}/c/0"
+        path = self._store.local(chunk)
+        data = map_file(path, chunk, path.stat().st_size)
+        if len(data) < CRC or google_crc32c.value(data[:-CRC]) != int.from_bytes(data[-CRC:].tobytes(), "little"):
+            raise damaged(chunk, "has another crc32c than is stored in it")
+        return data[:-CRC]
+
+
+def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArray[np.int64]:
+    """Offset and size of the first `used` of a shard's `chunks`, int64 `[used, 2]`; each lies before the index."""
+    size = chunks * 16 + CRC
+    index = data[-size:]
+    if len(data) < size or google_crc32c.value(index[:-CRC]) != int.from_bytes(index[-CRC:].tobytes(), "little"):
+        raise damaged(name, "has a damaged shard index")
+    entries = index[:-CRC].view("<u8").reshape(chunks, 2)[:used]
+    room = len(data) - size
+    if (entries > room).any() or (entries.sum(axis=1) > room).any() or (entries[:, 1] < CRC).any():
+        raise damaged(name, "has chunks that lie outside the file")
+    return entries.astype(np.int64)
+
+
+class _CompressedRows:
+    """Rows in compressed chunks. What a chunk decodes to has one right size, which is all that is ever allocated."""
+
+    def __init__(
+        self,
+        name: str,
+        data: NDArray[np.uint8],
+        index: NDArray[np.int64],
+        row: tuple[np.dtype, tuple[int, ...]],
+        arrangement: ZarrLayout,
+    ) -> None:
+        self._name, self._data, self._index, self._layout = name, data, index, arrangement
+        self._dtype, self._shape = row
+
+    def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
+        size = self._layout.inner_rows
+        if isinstance(rows, slice):
+            first, last = rows.start // size, -(-rows.stop // size)
+            whole = self._decode(range(first, last)).reshape(-1, *self._shape)
+            return whole[rows.start - first * size : rows.stop - first * size]
+        unit, inside = np.divmod(rows, size)
+        found = np.empty((len(rows), *self._shape), self._dtype)
+        for number in np.unique(unit):
+            found[unit == number] = self._decode(range(number, number + 1))[0, inside[unit == number]]
+        return found
+
+    def _decode(self, chunks: range) -> NDArray:
+        out = np.empty((len(chunks), self._layout.inner_rows, *self._shape), self._dtype)
+        for place, chunk in zip(out, chunks, strict=True):
+            offset, length = self._index[chunk]
+            data = self._data[offset : offset + length]
+            if google_crc32c.value(data[:-CRC]) != int.from_bytes(data[-CRC:].tobytes(), "little"):
+                raise damaged(self._name, f"chunk {chunk} has another crc32c than is stored beside it")
+            self._decompress(data[:-CRC].tobytes(), place, chunk)
+        return out
+
+    def _decompress(self, data: bytes, out: NDArray, chunk: int) -> None:
+        compressor = _compressor(self._layout.compression, self._dtype.itemsize)
+        if self._layout.compression == "bitshuffle":
+            # Blosc writes what its header claims: that must be what there is room for, before it may start.
+            size, stored = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
+            if len(data) < BLOSC_HEADER or size != out.nbytes or stored != len(data):
+                raise damaged(self._name, f"chunk {chunk} claims to hold {size:,} bytes, expected {out.nbytes:,}")
+        try:
+            compressor.decode(data, out=out.reshape(-1))
+        except Exception as error:  # whatever the library calls it: these bytes are not what it wrote
+            raise damaged(self._name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
