@@ -186,6 +186,15 @@ def _convert(text: str, hint: Any, where: str) -> Any:
                 continue
     raise UsageError(
         f"{where}: {text!r} is not a valid value",
-        why=f"the option takes {getattr(hint, '__name__', None) or str(hint).replace('typing.', '')}",
+        why=f"the option takes {_described(candidates)}",
         fix="correct the value",
     )
+
+
+def _described(candidates: tuple[Any, ...]) -> str:
+    """The types of an option's values in words."""
+    found: list[str] = []
+    for kind in candidates:
+        literal = typing.get_origin(kind) is typing.Literal
+        found += map(str, typing.get_args(kind)) if literal else ["none" if kind is types.NoneType else kind.__name__]
+    return " or ".join(found)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kdcache.archive.derive import derive
+from kdcache.archive.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.layouts import layout
 from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
@@ -27,11 +27,13 @@ __all__ = [
     "TeacherCard",
     "Verification",
     "derive",
+    "derived_plan",
     "layout",
     "manifest_schema",
     "open_archive",
     "recorded_plan",
     "sha256",
+    "stored_bytes",
     "translated_os_errors",
     "write_archive",
 ]

@@ -1,19 +1,22 @@
 """Archives made from archives: in another layout, by another codec, or of a part of their views and fields."""
 
+import math
 import os
 from pathlib import Path
 from typing import Literal
 
 from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts import row_fields
 from kdcache.archive.manifest import Plan, Statistics, SubsetOf
 from kdcache.archive.reader import Archive
 from kdcache.archive.statistics import compute_statistics
+from kdcache.archive.store import LocalStore
 from kdcache.archive.writer import ArchiveWriter
 from kdcache.codecs import codec as codecs
 from kdcache.errors import IncompatibleError, IncompleteError, UsageError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["derive", "derived_plan"]
+__all__ = ["derive", "derived_plan", "stored_bytes"]
 
 Contents = Literal["all", "statistics"]
 
@@ -37,11 +40,7 @@ def derive(
     A part says what it is a part of (`manifest.subset_of`). Raises UsageError for views that are not there.
     """
     progress = progress or Silent()
-    if (
-        isinstance(source.location, str)
-        and "://" not in source.location
-        and Path(path).resolve() == Path(source.location).resolve()
-    ):
+    if isinstance(source.store, LocalStore) and Path(path).resolve() == source.path.resolve():
         raise UsageError(f"{path} is the archive itself", why="it cannot be written while it is read", fix="name another folder")
     plan = derived_plan(source, layout=layout, codec=codec, views=views, contents=contents)
     encoder, decoder = codecs.from_dict(plan.codec), codecs.from_dict(source.manifest.codec)
@@ -112,6 +111,12 @@ def derived_plan(
     )
     arrangement = layouts.from_dict(manifest.layout) if layout is None else layouts.parse(layout)
     return plan.model_copy(update={"layout": layouts.to_dict(arrangement.fit(plan))})
+
+
+def stored_bytes(plan: Plan) -> int:
+    """Bytes of the rows of `plan`, before compression."""
+    row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in row_fields(plan).values())
+    return row * plan.num_views * plan.num_samples
 
 
 def _statistics(source: Archive, plan: Plan, progress: Progress) -> Statistics:

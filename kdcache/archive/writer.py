@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -482,11 +482,10 @@ def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
 
 def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
     was, now = (_normalised(one.identity) for one in (earlier, plan))
-    changed: Iterable[str] = [key for key in now if now[key] != was[key]]
-    for key in changed:
+    for key in (key for key in {**was, **now} if now.get(key) != was.get(key)):
         raise IncompatibleError(
             f"{store.root} holds a dump with another {key}",
-            why=f"it has {json.dumps(was[key])[:160]}, this dump has {json.dumps(now[key])[:160]}",
+            why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
             fix="write to another folder, or delete that one",
         )
 

@@ -35,6 +35,7 @@ for function in (
     making.quickstart,
     making.train_teacher,
     making.dump_teacher,
+    making.convert,
     making.finalize,
     making.distill,
     making.report,

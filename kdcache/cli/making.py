@@ -1,5 +1,6 @@
 """Commands that make something: teachers, archives, students, reports."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from kdcache.cli.options import (
     floats,
     integers,
     specs,
+    view_range,
     workspace,
 )
 from kdcache.cli.output import bars, print_table
@@ -128,8 +130,8 @@ def dump_teacher(
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the teacher [fp16 on a GPU, fp32 on a CPU]")
     ] = None,
-    codec: Annotated[str, typer.Option(help="How logits are stored: i16 (2 bytes) or f32.")] = "i16",
-    layout: Annotated[str, typer.Option(help="How files are laid out.")] = "zarr",
+    codec: Annotated[str, typer.Option(help="How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16",
+    layout: Annotated[str, typer.Option(help="How files are laid out: zarr, hdf5, webdataset.")] = "zarr",
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a shard [64 MiB of logits]")] = None,
     finetune: Annotated[bool, typer.Option("--finetune/--no-finetune", help="Train the teacher first if there is none.")] = True,
     teacher_folder: Annotated[Path | None, typer.Option(help="This trained teacher, not the newest.")] = None,
@@ -190,6 +192,38 @@ def dump_teacher(
                 f"{sketch.views} views of {sketch.samples} samples, {sketch.classes} classes: {size_mb:.1f} MB of logits"
             )
             path = sketch.path
+    print(path)
+
+
+def convert(
+    archive: Annotated[str, typer.Argument(help="Folder, name or URL of an archive.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder [HOME/archives/NAME-WHAT]")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="zarr, zarr:bitshuffle or zarr:pcodec (to publish), hdf5, webdataset [as it is]")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="i16, f16, f32 or u8; the lossy ones lose again [as it is]")] = None,
+    views: Annotated[str | None, typer.Option(help="Keep the views FIRST:STOP only.")] = None,
+    stats_only: Annotated[bool, typer.Option("--stats-only", help="Leave out the logits.")] = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = Path(),
+    config: ConfigOption = None,
+) -> None:
+    """Write an archive in another layout (its digest stays), by another codec, or in part. Run again to resume."""
+    from kdcache.archive import derive, derived_plan, stored_bytes
+
+    place = workspace(home)
+    with bars() as progress:
+        source = place.open_archive(archive, progress)
+        chosen = view_range(views, source.views) if views else None
+        contents: Literal["all", "statistics"] = "statistics" if stats_only else "all"
+        changed = [word for word in (layout, codec, views and f"views {views}", stats_only and "stats") if word]
+        name = "-".join([source.name, *(re.sub(r"[^\w.]+", "-", word) for word in changed)])
+        path = output or place.archives / name
+        if dry_run:
+            plan = derived_plan(source, layout=layout, codec=codec, views=chosen, contents=contents)
+            progress.say(f"{plan.num_views} views of {plan.num_samples} samples: {stored_bytes(plan) / 1e6:.1f} MB uncompressed")
+        else:
+            path = derive(source, path, layout=layout, codec=codec, views=chosen, contents=contents, progress=progress).path
     print(path)
 
 

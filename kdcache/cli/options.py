@@ -152,6 +152,23 @@ def integers(text: str, option: str) -> list[int]:
     return numbers
 
 
+def view_range(text: str, known: range) -> range:
+    """`0:8`, `5:`, `:3` or `4` as numbers of views, all of which must be among the `known` ones."""
+    first, colon, stop = text.partition(":")
+    try:
+        begin = int(first) if first else known.start
+        chosen = range(begin, (int(stop) if stop else known.stop) if colon else begin + 1)
+        if not chosen or chosen[0] not in known or chosen[-1] not in known:
+            raise ValueError(text)
+    except ValueError:
+        raise UsageError(
+            f"--views {text!r}",
+            why=f"it takes FIRST:STOP as Python does, within the views {known.start}:{known.stop} that there are",
+            fix=f"--views {known.start}:{min(known.start + 8, known.stop)}",
+        ) from None
+    return chosen
+
+
 def specs(text: str) -> list[str]:
     """Component names separated by commas; `key=value` parts belong to the component before them."""
     found: list[str] = []

@@ -13,6 +13,7 @@ from kdcache.cli.options import (
     JsonOption,
     RendererOption,
     SkipCorruptOption,
+    view_range,
     workspace,
 )
 from kdcache.cli.output import bars, print_json, print_table
@@ -129,18 +130,10 @@ def view(
 
     opened = open_archive(archive)
     samples = list(dict.fromkeys(integers(sample, "--sample")))
-    first, colon, stop = views.partition(":")
-    try:
-        begin = int(first or opened.views.start)
-        last = int(stop or opened.views.stop) if colon else begin + (1 if first else 8)
-        chosen = range(begin, min(last, opened.views.stop))
-    except ValueError:
-        raise UsageError(f"--views {views!r}", why="it takes a range of view numbers", fix="--views 0:8") from None
-    if not chosen or chosen[0] not in opened.views or max(samples) >= opened.num_samples:
+    chosen = view_range(views or f"{opened.views.start}:{opened.views[:8].stop}", opened.views)
+    if max(samples) >= opened.num_samples:
         raise UsageError(
-            f"--sample {sample} --views {views}",
-            why=f"there are samples 0 to {opened.num_samples - 1} and views {opened.views.start} to {opened.views.stop - 1}",
-            fix="choose within them",
+            f"--sample {sample}", why=f"the archive has samples 0 to {opened.num_samples - 1}", fix="choose within them"
         )
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(
