@@ -482,7 +482,7 @@ def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
 
 def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
     was, now = (_normalised(one.identity) for one in (earlier, plan))
-    for key in (key for key in {**was, **now} if now.get(key) != was.get(key)):
+    for key in (key for key in Plan.model_fields if now.get(key) != was.get(key)):
         raise IncompatibleError(
             f"{store.root} holds a dump with another {key}",
             why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
