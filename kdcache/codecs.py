@@ -42,7 +42,9 @@ class Codec(Protocol):
     def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
         """`{"logits": [n, C]}` and each of the `parameters`, `[n]`. Raises UnstorableError for the first that does not fit."""
 
-    def decode(self, stored: Stored) -> NDArray[np.float32]: ...
+    def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The logits `[n, C]` (or with more axes before the last), in `out` if that is given."""
+
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
         """The most that a logit of each row can have moved: `[n]`."""
 
@@ -88,6 +90,14 @@ def _within(logits: NDArray[np.float32], limit: float, name: str, fix: str) -> N
     )
 
 
+def _as_float32(numbers: NDArray, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """A copy, in `out` if that is given: what is stored is mapped, and must not be handed out."""
+    if out is None:
+        return numbers.astype(np.float32)
+    out[...] = numbers
+    return out
+
+
 @codec.register("i16")
 @dataclass(frozen=True)
 class I16:
@@ -109,8 +119,9 @@ class I16:
         _within(logits, 63.99902, "i16", "dump with --codec f32")  # 32767 steps, and not quite a half
         return {"logits": np.rint(logits * np.float32(1 / I16_STEP)).astype(self.dtype)}
 
-    def decode(self, stored: Stored) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = np.multiply(stored["logits"], np.float32(I16_STEP), dtype=np.float32)
+    def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        logits = _as_float32(stored["logits"], out)
+        logits *= np.float32(I16_STEP)  # faster than one multiplication of two types
         return logits
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
@@ -138,8 +149,8 @@ class F16:
         _within(logits, 65504.0, "f16", "dump with --codec f32")
         return {"logits": logits.astype(self.dtype)}
 
-    def decode(self, stored: Stored) -> NDArray[np.float32]:
-        return stored["logits"].astype(np.float32)
+    def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return _as_float32(stored["logits"], out)
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
         largest = np.abs(stored["logits"]).max(axis=1, initial=0)
@@ -166,8 +177,8 @@ class F32:
     def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
         return {"logits": _finite(logits).astype(self.dtype, copy=False)}
 
-    def decode(self, stored: Stored) -> NDArray[np.float32]:
-        return stored["logits"].astype(np.float32)
+    def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return _as_float32(stored["logits"], out)
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
         return np.zeros(len(stored["logits"]))
@@ -202,9 +213,10 @@ class U8:
         codes = np.rint((logits - low[:, None].astype(np.float64)) / steps).clip(0, 255)
         return {"logits": codes.astype(self.dtype), "scale": scale, "offset": low.astype("<f4")}
 
-    def decode(self, stored: Stored) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = np.multiply(stored["logits"], stored["scale"][:, None], dtype=np.float32)
-        logits += stored["offset"][:, None]
+    def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        logits = _as_float32(stored["logits"], out)
+        logits *= stored["scale"][..., None]
+        logits += stored["offset"][..., None]
         return logits
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:

@@ -115,7 +115,7 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         view, positions = item
         try:
             table = self._tables[view]
-            stored = self._archive.take(view, positions) if self._archive else None
+            stored = self._archive.take(view, positions).load() if self._archive else None
             images = render_positions(self._canvas.pixels, table, positions, self._renderer)
         except KdcacheError as error:
             # Returned, not raised: the loader would raise it as something else on the other side.
@@ -165,7 +165,7 @@ def _on_gpu(
         start(*item)
     while started:
         images, sums, rows, positions, done = started.popleft()
-        stored = archive.take(rows.view, positions) if archive else None
+        stored = archive.take(rows.view, positions).load() if archive else None
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         images.record_stream(current)

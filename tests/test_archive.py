@@ -675,7 +675,7 @@ def test_reading_damaged_rows_is_an_error_and_the_others_stay_readable(finished:
             flip(copy / record.path, record.bytes // 2)
             archive = open_archive(copy)
             with pytest.raises(IntegrityError) as caught:
-                archive.read(shard.view, first, first + shard.rows)
+                archive.read(shard.view, first, first + shard.rows).load()
             assert record.path in caught.value.what
             other = (shard.block + 1) % 3
             rows = archive.read(shard.view, other * SHARD_ROWS, other * SHARD_ROWS + 5)
@@ -950,8 +950,8 @@ def test_an_absurd_number_of_samples_is_an_error_and_no_allocation(copy: Path, s
         assert samples > 2**31 - 1
         return
     for act in (
-        lambda: archive.read(0, 0, samples),
-        lambda: archive.find(0, np.array([samples - 1])),
+        lambda: archive.read(0, 0, samples).load(),
+        lambda: archive.find(0, np.array([samples - 1])).load(),
         lambda: archive.column("entropy", 0),
         archive.labels,
         lambda: archive.verify("full").raise_if_failed(),

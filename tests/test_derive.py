@@ -53,8 +53,9 @@ def source(logits: NDArray[np.float32], tmp_path_factory: pytest.TempPathFactory
 
 def same_rows(one: Archive, other: Archive, views: range) -> None:
     for view in views:
-        for field, values in vars(one.read(view, 0, SAMPLES)).items():
-            np.testing.assert_array_equal(getattr(other.read(view, 0, SAMPLES), field), values)
+        for field, values in vars(one.read(view, 0, SAMPLES).load()).items():
+            if not field.startswith("_"):
+                np.testing.assert_array_equal(getattr(other.read(view, 0, SAMPLES), field), values)
 
 
 def test_an_archive_goes_through_every_layout_and_comes_back_byte_for_byte(source: Archive, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_the_statistics_alone_are_an_archive_without_logits(source: Archive, tmp
     assert stored_bytes(part.manifest) == VIEWS * SAMPLES * 36
     for read in (lambda: part.read(0, 0, 1), lambda: part.take(0, np.array([1])), lambda: part.find(0, np.array([1]))):
         with pytest.raises(IncompatibleError, match="holds no logits"):
-            read()
+            _ = read().logits
     with pytest.raises(IncompatibleError, match="holds no logits"):
         derive(part, tmp_path / "more", views=range(1))
     assert derive(part, tmp_path / "copy", contents="statistics").manifest.digest == part.manifest.digest

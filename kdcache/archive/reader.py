@@ -1,6 +1,7 @@
 """Reading an archive: NumPy and the layout's library, nothing else."""
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,22 +34,70 @@ __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
 MANIFEST_LIMIT = 64 << 20
 TABLE_LIMIT = 1 << 30
+ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
 WORK = ".dump"  # of writers; gone from a finished archive
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
 
 
-@dataclass(frozen=True)
 class Rows:
-    """Rows of one view: `logits` float32 `[n, C]` and what was stored beside them, `[n]` each (`probe` `[n, 16]`)."""
+    """Rows of one view. Each field is read, checked and decoded when it is first asked for; the arrays are the caller's own.
 
-    logits: NDArray[np.float32]
-    sample: NDArray[np.int64]
-    argmax: NDArray[np.int64]  # of the float32 logits, before they were stored
-    entropy: NDArray[np.float32]  # relative, tau 1
-    entropy_rest: NDArray[np.float32]
-    digest: NDArray[np.uint32]
-    probe: NDArray[np.uint8]
+    Reading can raise IntegrityError, and IncompatibleError for the logits of an archive that has none.
+    """
+
+    def __init__(self, archive: "Archive", view: int, rows: slice | NDArray[np.int64]) -> None:
+        self._archive, self._view, self._where = archive, view, rows
+
+    def __len__(self) -> int:
+        return _count(self._where)
+
+    def __getstate__(self) -> dict[str, NDArray]:
+        return {name: values for name, values in vars(self.load()).items() if not name.startswith("_")}
+
+    def load(self) -> "Rows":
+        """Read all fields now."""
+        for name in ROW_FIELDS:
+            getattr(self, name)
+        return self
+
+    @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        """Float32 `[n, C]`."""
+        return self._archive.logits(self._view, self._where)
+
+    @cached_property
+    def sample(self) -> NDArray[np.int64]:
+        """Which sample sits at each position: int64 `[n]`."""
+        return self._column("sample").astype(np.int64)
+
+    @cached_property
+    def argmax(self) -> NDArray[np.int64]:
+        """Of the float32 logits, before they were stored: int64 `[n]`."""
+        return self._column("argmax").astype(np.int64)
+
+    @cached_property
+    def entropy(self) -> NDArray[np.float32]:
+        """H^(p) at tau 1, relative: float32 `[n]`."""
+        return self._column("entropy")
+
+    @cached_property
+    def entropy_rest(self) -> NDArray[np.float32]:
+        """H^(p-bar) at tau 1, relative: float32 `[n]`."""
+        return self._column("entropy_rest")
+
+    @cached_property
+    def digest(self) -> NDArray[np.uint32]:
+        """Of each view's pixels: uint32 `[n]`."""
+        return self._column("digest")
+
+    @cached_property
+    def probe(self) -> NDArray[np.uint8]:
+        """Grey means of each view on a 4 x 4 grid: uint8 `[n, 16]`."""
+        return self._column("probe")
+
+    def _column(self, name: str) -> NDArray:
+        return np.array(self._archive.gather(name, self._view, self._where))
 
 
 @dataclass(frozen=True)
@@ -110,6 +159,10 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
             fix="list the archives with: kdcache ls",
         )
     return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path), fix=_manifest_fix(store)))
+
+
+def _count(rows: slice | NDArray[np.int64]) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
 
 
 def _manifest_fix(store: LocalStore) -> str:
@@ -247,26 +300,13 @@ class Archive:
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`."""
         self._check_range(view, start, stop)
-        self._require_logits()
-        if start == stop:
-            return self.take(view, np.arange(0))
-        return self._rows({name: self._slice(name, view, start, stop) for name in self._types})
+        return Rows(self, view, slice(start, stop))
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions` of `view`, in their order."""
         positions = np.asarray(positions, np.int64)
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
-        self._require_logits()
-        block, inside = np.divmod(positions, self.manifest.shard_rows)
-        numbers = np.unique(block).tolist()
-        if len(numbers) == 1:
-            return self._rows({name: self.reader.gather(name, view, numbers[0], inside) for name in self._types})
-        fields = {name: np.empty((len(positions), *shape), dtype) for name, (dtype, shape) in self._types.items()}
-        for number in numbers:
-            where = np.flatnonzero(block == number)
-            for name, values in fields.items():
-                values[where] = self.reader.gather(name, view, number, inside[where])
-        return self._rows(fields)
+        return Rows(self, view, positions)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
         """Rows of the given sample numbers in `view`, in their order."""
@@ -283,7 +323,7 @@ class Archive:
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
         self._check_range(view, 0, self.num_samples)
-        return np.array(self._slice(name, view, 0, self.num_samples))
+        return np.array(self.gather(name, view, slice(0, self.num_samples)))
 
     def stored(self, view: int, block: int) -> dict[str, NDArray]:
         """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
@@ -294,13 +334,58 @@ class Archive:
         """Begin to fetch the files of a view, where they are not on this machine. Returns at once."""
         self.store.prefetch(name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
 
-    def _slice(self, name: str, view: int, start: int, stop: int) -> NDArray:
+    def gather(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        """A stored field at a slice of positions or at any positions, `[n, ...]`; perhaps mapped, and not to be changed."""
+        shards = self._in_shards(rows) if isinstance(rows, slice) else self._scattered(rows)
+        parts = [(where, self.reader.gather(name, view, block, inside)) for block, inside, where in shards]
+        if len(parts) == 1:
+            return parts[0][1]
+        dtype, shape = self._types[name]
+        found = np.empty((_count(rows), *shape), dtype)
+        for where, values in parts:
+            found[where] = values
+        return found
+
+    def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits at a slice of positions or at any positions: float32 `[n, C]`. See `read`, `take` and `find`."""
+        self._require_logits()
+        if isinstance(rows, slice):
+            return self._slice_of_logits(view, rows)
+        found = np.empty((len(rows), self.num_classes), np.float32)
+        for block, inside, where in self._scattered(rows):
+            stored = {name: self.reader.gather(name, view, block, inside) for name in ("logits", *self._codec.parameters)}
+            found[where] = self._codec.decode(stored)
+        return found
+
+    def _slice_of_logits(self, view: int, rows: slice) -> NDArray[np.float32]:
+        """Decoded piece by piece, each while it is in the cache, from shards that are opened before memory is taken."""
+        parameters, shards = self._codec.parameters, []
+        for block, inside, where in self._in_shards(rows):
+            beside = {name: self.reader.gather(name, view, block, inside) for name in parameters}
+            shards.append((where, beside, self.reader.pieces("logits", view, block, inside)))
+        found = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
+        for where, beside, pieces in shards:
+            at, out = 0, found[where]
+            for piece in pieces:
+                lead = piece.shape[:-1]
+                part = slice(at, at := at + math.prod(lead))
+                stored = {name: values[part].reshape(lead) for name, values in beside.items()}
+                self._codec.decode({"logits": piece, **stored}, out[part].reshape(piece.shape))
+        return found
+
+    def _in_shards(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
+        """The shards that a slice of positions is in: number of the block, rows in it, and where they are in the slice."""
         size = self.manifest.shard_rows
-        parts = [
-            self.reader.gather(name, view, block, slice(max(start - block * size, 0), min(stop - block * size, size)))
-            for block in range(start // size, -(-stop // size))
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        for block in range(rows.start // size, -(-rows.stop // size) if rows.start < rows.stop else 0):
+            first, last = max(rows.start, block * size), min(rows.stop, (block + 1) * size)
+            yield block, slice(first - block * size, last - block * size), slice(first - rows.start, last - rows.start)
+
+    def _scattered(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """The same for positions in any order."""
+        blocks, inside = np.divmod(rows, self.manifest.shard_rows)
+        for block in np.unique(blocks).tolist():
+            where = np.flatnonzero(blocks == block)
+            yield block, inside[where], where
 
     def _require_logits(self) -> None:
         if "logits" not in self._types:
@@ -340,7 +425,7 @@ class Archive:
 
     def _positions(self, view: int) -> NDArray[np.int64]:
         """Where each sample sits in a view: `[N]`."""
-        sample = self._slice("sample", view, 0, self.num_samples)
+        sample = self.gather("sample", view, slice(0, self.num_samples))
         positions = np.full(self.num_samples, -1)
         if not ((sample < 0) | (sample >= self.num_samples)).any():
             positions[sample] = np.arange(self.num_samples)
@@ -351,14 +436,6 @@ class Archive:
                 fix="kdcache verify names the damage",
             )
         return positions
-
-    def _rows(self, fields: dict[str, NDArray]) -> Rows:
-        return Rows(
-            logits=self._codec.decode(fields),
-            sample=fields["sample"].astype(np.int64),
-            argmax=fields["argmax"].astype(np.int64),
-            **{name: np.array(fields[name]) for name in ("entropy", "entropy_rest", "digest", "probe")},
-        )
 
     def _check_range(self, view: int, start: int, stop: int) -> None:
         if view not in self.views:

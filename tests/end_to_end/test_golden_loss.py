@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.bench import open_writer
+from kdcache.bench.pipeline import open_writer
 from kdcache.datasets import dataset
 from kdcache.distill import DistillConfig, distill
 from kdcache.dump import Forward, write_shards

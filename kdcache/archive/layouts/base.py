@@ -1,6 +1,6 @@
 """What a layout is: it turns the fields of a shard into named bytes, and reads them back by position."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,9 @@ class ShardReader(Protocol):
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         """Stored numbers of `field` at `rows` of a shard, `[n, ...]`; raises IntegrityError for damaged bytes."""
+
+    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
+        """What `gather` gives for a slice, as it lies in the file, in pieces `[m, ...]` or `[units, rows, ...]`: no copies."""
 
     def labels(self) -> NDArray[np.int64] | None: ...
     def keys(self) -> list[str] | None: ...

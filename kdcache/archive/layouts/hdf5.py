@@ -7,13 +7,13 @@ says where the data lie: reading maps them from there, and libhdf5 never sees a 
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
@@ -46,7 +46,7 @@ class Hdf5Layout:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
         units = range(0, plan.block_rows(block), self.unit_rows)
         columns[CRC32C] = np.array(
-            [[google_crc32c.value(_bytes(column[at : at + self.unit_rows])) for at in units] for column in columns.values()],
+            [[crc32c(as_bytes(column[at : at + self.unit_rows])) for at in units] for column in columns.values()],
             "<u4",
         )
         return {_shard(view, block): _file(columns)}
@@ -77,10 +77,6 @@ class Hdf5Layout:
 
 def _shard(view: int, block: int) -> str:
     return f"view-{view:05d}/shard-{block:05d}.h5"
-
-
-def _bytes(column: NDArray) -> NDArray[np.uint8]:
-    return np.frombuffer(as_bytes(column), np.uint8)
 
 
 def _file(columns: Mapping[str, NDArray]) -> Buffers:
@@ -182,6 +178,9 @@ class Hdf5Reader:
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         return self._rows(field, view, block).gather(rows)
+
+    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
+        return self._rows(field, view, block).pieces(rows)
 
     def _map(self, field: str, view: int, block: int) -> MappedRows:
         file, rows = self._file(view, block), self._plan.block_rows(block)

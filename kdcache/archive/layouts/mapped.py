@@ -5,18 +5,21 @@ somewhere (and perhaps a shorter run behind it, where the last unit is not full)
 none of the libraries that wrote the files is needed, and no structure that a stranger put into a file is believed.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts.fields import RowType
 from kdcache.errors import IntegrityError
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
+
+CACHED = 512 << 10  # bytes that stay in a core's cache until they are used
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,28 @@ class MappedRows:
     """The rows of one field in one shard. All offsets must lie within `data`; whoever builds the runs has checked that."""
 
     def __init__(self, name: str, data: NDArray[np.uint8], row: RowType, runs: Sequence[Run]) -> None:
-        self._name = name
+        self._shape = row[1]
         self._runs = [_MappedRun(name, data, row, run) for run in runs]
-        self._firsts = np.cumsum([0, *(run.units * run.rows for run in runs)])
+        self._firsts = [0, *itertools.accumulate(run.units * run.rows for run in runs)]
+
+    def pieces(self, rows: slice) -> Iterator[NDArray]:
+        """The rows of a slice as they lie in the file, `[m, ...]`, or `[units, rows, ...]` for some whole units.
+
+        No more at a time than what was just compared with its checksums, and is still in the cache.
+        """
+        for run, (first, last) in zip(self._runs, itertools.pairwise(self._firsts), strict=True):
+            if rows.start < last and rows.stop > first:
+                yield from run.pieces(max(rows.start - first, 0), min(rows.stop, last) - first)
 
     def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """The rows of a slice (a view of the file where it can be one) or at any places, `[n, ...]`."""
-        if len(self._runs) == 1:
-            return self._runs[0].gather(rows)
         if isinstance(rows, slice):
-            parts = [
-                run.gather(slice(max(rows.start - first, 0), min(rows.stop, last) - first))
-                for run, first, last in zip(self._runs, self._firsts, self._firsts[1:], strict=False)
-                if rows.start < last and rows.stop > first
-            ]
+            parts = [part.reshape(-1, *self._shape) for part in self.pieces(rows)]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self._runs) == 1:
+            return self._runs[0].take(rows)
         which = np.searchsorted(self._firsts, rows, side="right") - 1
-        parts = [run.gather(rows[which == i] - self._firsts[i]) for i, run in enumerate(self._runs)]
+        parts = [run.take(rows[which == i] - self._firsts[i]) for i, run in enumerate(self._runs)]
         result = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
         for i, part in enumerate(parts):
             result[which == i] = part
@@ -81,24 +89,31 @@ class _MappedRun:
         self._crcs = np.ndarray((run.units, 4), np.uint8, data, run.crc_start, (run.crc_stride, 1))
         self._rows = np.ndarray((run.units, run.rows, *shape), dtype, data, run.start, (run.stride, row_bytes, *inner))
         self._checked = np.zeros(run.units, np.bool_)
+        self._together = max(1, CACHED // self._payload)
 
-    def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
+    def pieces(self, start: int, stop: int) -> Iterator[NDArray]:
         size = self._run.rows
-        if isinstance(rows, slice):
-            first, last = rows.start // size, -(-rows.stop // size)
-            if not self._checked[first:last].all():
-                self._check(np.arange(first, last))
-            whole = self._rows[first:last].reshape(-1, *self._rows.shape[2:])
-            return whole[rows.start - first * size : rows.stop - first * size]
-        unit, inside = np.divmod(rows, size)
+        unit = start // size
+        while unit * size < stop:
+            inside = start - unit * size
+            units = 1 if inside > 0 else min(max((stop - unit * size) // size, 1), self._together)
+            if not self._checked[unit : unit + units].all():
+                self._check(range(unit, unit + units))
+            yield self._rows[unit, max(inside, 0) : stop - unit * size] if units == 1 else self._rows[unit : unit + units]
+            unit += units
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray:
+        unit, inside = np.divmod(rows, self._run.rows)
         if not self._checked[unit].all():
-            self._check(np.unique(unit))
+            self._check(np.unique(unit[~self._checked[unit]]).tolist())
         result: NDArray = self._rows[unit, inside]
         return result
 
-    def _check(self, units: NDArray[np.int64]) -> None:
-        for unit in units[~self._checked[units]]:
-            actual, stored = google_crc32c.value(self._units[unit]), int.from_bytes(self._crcs[unit].tobytes(), "little")
+    def _check(self, units: Iterable[int]) -> None:
+        for unit in units:
+            if self._checked[unit]:
+                continue
+            actual, stored = crc32c(self._units[unit].data), int.from_bytes(self._crcs[unit].tobytes(), "little")
             if actual != stored:
                 raise damaged(self._name, f"chunk {unit}: crc32c is {actual:08x}, stored beside it is {stored:08x}")
             self._checked[unit] = True

@@ -8,12 +8,12 @@ makes the tar file an array with a stride: it is read through a memory map, and 
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
@@ -54,7 +54,7 @@ class WebDatasetLayout:
         parts: Buffers = []
         for number, start in enumerate(range(0, plan.block_rows(block), self._size)):
             record = {name: column[start : start + self._size] for name, column in columns.items()}
-            crcs = [google_crc32c.value(np.frombuffer(as_bytes(column), np.uint8)) for column in record.values()]
+            crcs = [crc32c(as_bytes(column)) for column in record.values()]
             for name, array in {**record, "crc32c": np.array(crcs, "<u4")}.items():
                 parts += _member(f"{_key(view, block, number)}.{name}.npy", _npy_header(array.dtype, array.shape), array)
         return {_shard(view, block): [*parts, END]}
@@ -157,6 +157,9 @@ class WebDatasetReader:
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         return self._rows(field, view, block).gather(rows)
+
+    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
+        return self._rows(field, view, block).pieces(rows)
 
     def _records(self, block: int) -> list[tuple[int, int, _Places]]:
         """Number of the first record, how many there are, and their places: of the full records, and of one that is not."""

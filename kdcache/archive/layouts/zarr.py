@@ -6,13 +6,13 @@ what it would have written.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
@@ -199,7 +199,7 @@ def _compressor(compression: Compression, itemsize: int) -> Any:
 def _crc32c(*parts: memoryview | bytes) -> bytes:
     value = 0
     for part in parts:
-        value = google_crc32c.extend(value, np.frombuffer(part, np.uint8))
+        value = crc32c(part, value)
     return int(value).to_bytes(CRC, "little")
 
 
@@ -239,6 +239,9 @@ class ZarrReader:
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         return self._shard(field, view, block).gather(rows)
+
+    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
+        return self._shard(field, view, block).pieces(rows)
 
     def _open(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
         plan, inner = self._plan, self._layout.inner_rows
@@ -299,7 +302,7 @@ class ZarrReader:
         chunk = f"{name}/c/0"
         path = self._store.local(chunk)
         data = map_file(path, chunk, path.stat().st_size)
-        if len(data) < CRC or google_crc32c.value(data[:-CRC]) != int.from_bytes(data[-CRC:].tobytes(), "little"):
+        if len(data) < CRC or crc32c(data[:-CRC].data) != int.from_bytes(data[-CRC:].tobytes(), "little"):
             raise damaged(chunk, "has another crc32c than is stored in it")
         return data[:-CRC]
 
@@ -308,7 +311,7 @@ def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArra
     """Offset and size of the first `used` of a shard's `chunks`, int64 `[used, 2]`; each lies before the index."""
     size = chunks * 16 + CRC
     index = data[-size:]
-    if len(data) < size or google_crc32c.value(index[:-CRC]) != int.from_bytes(index[-CRC:].tobytes(), "little"):
+    if len(data) < size or crc32c(index[:-CRC].data) != int.from_bytes(index[-CRC:].tobytes(), "little"):
         raise damaged(name, "has a damaged shard index")
     entries = index[:-CRC].view("<u8").reshape(chunks, 2)[:used]
     room = len(data) - size
@@ -331,6 +334,12 @@ class _CompressedRows:
         self._name, self._data, self._index, self._layout = name, data, index, arrangement
         self._dtype, self._shape = row
 
+    def pieces(self, rows: slice) -> Iterator[NDArray]:
+        size = self._layout.inner_rows
+        for number in range(rows.start // size, -(-rows.stop // size)):
+            chunk = self._decode(range(number, number + 1))[0]
+            yield chunk[max(rows.start - number * size, 0) : rows.stop - number * size]
+
     def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
         size = self._layout.inner_rows
         if isinstance(rows, slice):
@@ -348,7 +357,7 @@ class _CompressedRows:
         for place, chunk in zip(out, chunks, strict=True):
             offset, length = self._index[chunk]
             data = self._data[offset : offset + length]
-            if google_crc32c.value(data[:-CRC]) != int.from_bytes(data[-CRC:].tobytes(), "little"):
+            if crc32c(data[:-CRC].data) != int.from_bytes(data[-CRC:].tobytes(), "little"):
                 raise damaged(self._name, f"chunk {chunk} has another crc32c than is stored beside it")
             self._decompress(data[:-CRC].tobytes(), place, chunk)
         return out

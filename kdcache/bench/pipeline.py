@@ -1,12 +1,9 @@
-"""Benchmarks: each measures kdcache and what it is compared with in one run, taking turns, and gives their ratio."""
+"""Benchmarks of the way from images to students: starting up, rendering, dumping, distilling."""
 
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.archive import ArchiveWriter, CanvasCard, write_archive
+from kdcache.bench.turns import Result, taking_turns
 from kdcache.canvas import Canvas
 from kdcache.datasets import dataset
 from kdcache.dump import Forward, write_shards
-from kdcache.errors import unknown_name
 from kdcache.methods import build
 from kdcache.metrics import agreement
 from kdcache.models import create_model
@@ -33,41 +30,12 @@ from kdcache.views.probe import digest_sums, digests
 from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace
 
-__all__ = ["Result", "open_writer", "run_benchmarks"]
+__all__ = ["distill", "dump", "open_writer", "startup", "views"]
 
 BATCH = 64
 
 
-@dataclass(frozen=True)
-class Result:
-    """`value` is seconds, or `measured` over `against` (medians of the turns); it should be at most `bound`."""
-
-    name: str
-    measured: str
-    against: str
-    value: float
-    bound: float
-
-
-def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
-    """Run one benchmark, or `all`, each for about `seconds`."""
-    known: dict[str, Callable[[float, Path, Progress], list[Result]]] = {
-        "startup": _startup,
-        "views": _views,
-        "dump": _dump,
-        "distill": _distill,
-    }
-    if which != "all" and which not in known:
-        raise unknown_name("benchmark", which, [*known, "all"])
-    results = []
-    for name, benchmark in known.items():
-        if which in {name, "all"}:
-            with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
-                results += benchmark(seconds, Path(folder), progress)
-    return results
-
-
-def _startup(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+def startup(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     write_archive(folder / "archive", np.zeros((1, 8, 4), np.float32), list("abcd"))
     help_cpu, info_wall = [], []
     for turn in range(5):
@@ -88,26 +56,11 @@ def _run(*arguments: str) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def _taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable[[], object]) -> list[float]:
-    """Median seconds of each side, after one unmeasured turn; at least three turns, until `seconds` are over."""
-    for side in sides:
-        side()
-    taken: list[list[float]] = [[] for _ in sides]
-    begin = time.monotonic()
-    while len(taken[0]) < 3 or time.monotonic() - begin < seconds:
-        for side, times in zip(sides, taken, strict=True):
-            started = time.perf_counter()
-            side()
-            times.append(time.perf_counter() - started)
-        progress.update(task, min(int(time.monotonic() - begin), int(seconds)), int(seconds))
-    return [float(np.median(times)) for times in taken]
-
-
 def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
     return Workspace(folder).canvas(dataset.build("digits"), "test", size, progress)
 
 
-def _views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+def views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """Rendering on one thread against torchvision's own pipeline on PIL images; the table of draws; the probe. And on a GPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,7 +70,7 @@ def _views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     finally:
         torch.set_num_threads(threads)
     policy = ViewPolicy.load("pets")
-    [table] = _taking_turns("bench views: table", seconds / 3, progress, lambda: policy.parameters(0, 1_280_000))
+    [table] = taking_turns("bench views: table", seconds / 3, progress, lambda: policy.parameters(0, 1_280_000))
     results.append(Result("table of 1.28 million samples", "wall seconds", "-", table, 3.0))
     if torch.cuda.is_available():
         results += _views_gpu(seconds, folder, progress)
@@ -155,7 +108,7 @@ def _views_cpu(
         latest[:] = [render_positions(canvas.pixels, mixed, positions, renderer)]
 
     sides = ours, theirs, whole, lambda: digests(latest[0])
-    rendering, peer, with_mixing, probing = _taking_turns(f"bench views {size} px", seconds, progress, *sides)
+    rendering, peer, with_mixing, probing = taking_turns(f"bench views {size} px", seconds, progress, *sides)
     progress.say(f"{size} px: {renderer} renderer {batch / rendering:.0f} views/s, torchvision {batch / peer:.0f} views/s")
     return [
         Result(f"views {canvas_size} to {size} px, one thread", renderer, "torchvision v2 on PIL", rendering / peer, bound),
@@ -177,7 +130,7 @@ def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]
             digest_sums(render_positions(pixels, table, positions, "device", device))
             torch.cuda.synchronize()
 
-        [taken] = _taking_turns(f"bench views {size} px gpu", seconds / 4, progress, render_all)
+        [taken] = taking_turns(f"bench views {size} px gpu", seconds / 4, progress, render_all)
         progress.say(f"{size} px on the GPU: {batch / taken:.0f} views/s")
         results.append(Result(f"views {size} px gpu", "seconds of as many", f"{wanted} views/s", wanted * taken / batch, 1.0))
 
@@ -195,7 +148,7 @@ def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]
         for item in render_batches(canvas, policy, items, device=device):
             forward(item.images)
 
-    with_rendering, without = _taking_turns("bench views: dump gpu", seconds / 2, progress, rendered, constant)
+    with_rendering, without = taking_turns("bench views: dump gpu", seconds / 2, progress, rendered, constant)
     results.append(Result("teacher resnet50/224 gpu", "with rendering", "constant batch", with_rendering / without, 1 / 0.95))
     return results
 
@@ -214,7 +167,7 @@ def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> A
     )
 
 
-def _dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+def dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """resnet18 at 224 px on the CPU: render, run, fingerprint, write and finish, against the forward passes alone."""
     canvas, policy = _canvas(folder, 256, progress), ViewPolicy.load("imagenet")
     with seeded(0):
@@ -234,11 +187,11 @@ def _dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         write_shards(writer, forward, canvas, batch_size=BATCH)
         writer.finalize()
 
-    ours, theirs = _taking_turns("bench dump", seconds, progress, dump, bare)
+    ours, theirs = taking_turns("bench dump", seconds, progress, dump, bare)
     return [Result("dump resnet18/224 cpu", "dump of one view", "bare forward", ours / theirs, 1.25)]
 
 
-def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+def distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """resnet18 at 64 px on the CPU: read, render, check, make targets, train, against training on one fixed batch."""
     canvas, policy = _canvas(folder, 72, progress), ViewPolicy.load("imagenet", size=64)
     rng = np.random.default_rng(0)
@@ -279,5 +232,5 @@ def _distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
             loss.backward()  # type: ignore[no-untyped-call]
             bare_learner.optimizer.step()
 
-    ours, theirs = _taking_turns("bench distill", seconds, progress, distill, bare)
+    ours, theirs = taking_turns("bench distill", seconds, progress, distill, bare)
     return [Result("distill resnet18/64 cpu", "step of the stream", "bare step, fixed batch", ours / theirs, 1.15)]

@@ -1,0 +1,35 @@
+"""Benchmarks: each measures kdcache and what it is compared with in one run, taking turns, and gives their ratio."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from kdcache.bench.turns import Result
+from kdcache.errors import unknown_name
+from kdcache.progress import Progress
+
+__all__ = ["Result", "run_benchmarks"]
+
+NAMES = ("startup", "archive", "views", "dump", "distill")
+
+
+def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
+    """Run one benchmark, or `all`, each for about `seconds`."""
+    if which not in {*NAMES, "all"}:
+        raise unknown_name("benchmark", which, [*NAMES, "all"])
+    results = []
+    for name in NAMES if which == "all" else (which,):
+        with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+            results += _benchmark(name)(seconds, Path(folder), progress)
+    return results
+
+
+def _benchmark(name: str) -> Callable[[float, Path, Progress], list[Result]]:
+    if name == "archive":  # needs no torch
+        from kdcache.bench.archive import archive
+
+        return archive
+    from kdcache.bench import pipeline
+
+    found: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)
+    return found
