@@ -10,15 +10,28 @@ _PUBLIC = {
     "Archive": "kdcache.archive",
     "ArchiveWriter": "kdcache.archive",
     "write_archive": "kdcache.archive",
+    "Ensemble": "kdcache.archive",
+    "compare": "kdcache.archive",
     "ViewPolicy": "kdcache.views",
     "CachedTargets": "kdcache.stream",
     "Batch": "kdcache.stream",
 }
 _MODULES = {"methods", "targets", "stats", "views"}
-__all__ = ["Archive", "ArchiveWriter", "Batch", "CachedTargets", "ViewPolicy", "__version__", "open_archive", "write_archive"]
+__all__ = [
+    "Archive",
+    "ArchiveWriter",
+    "Batch",
+    "CachedTargets",
+    "Ensemble",
+    "ViewPolicy",
+    "__version__",
+    "compare",
+    "open_archive",
+    "write_archive",
+]
 
 if TYPE_CHECKING:
-    from kdcache.archive import Archive, ArchiveWriter, open_archive, write_archive
+    from kdcache.archive import Archive, ArchiveWriter, Ensemble, compare, open_archive, write_archive
     from kdcache.stream import Batch, CachedTargets
     from kdcache.views import ViewPolicy
 

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 import kdcache
-from kdcache.archive import Archive
+from kdcache.archive import Average, Ensemble
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import Method, method
@@ -34,7 +34,7 @@ from kdcache.progress import Progress, Silent
 from kdcache.registry import Registry
 from kdcache.sheet import contact_sheet
 from kdcache.stream import Batch, CachedTargets
-from kdcache.targets import Control, Targets, controls, row_keys
+from kdcache.targets import Control, Targets, averaged, controls, row_keys
 from kdcache.training import (
     EvalSet,
     Learner,
@@ -57,7 +57,8 @@ OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what i
 class DistillConfig:
     """What to train: all combinations of the sequences. `train` defaults to the temperature study's recipe."""
 
-    archive: str | None = None  # None: the only one, or the newest
+    archives: Sequence[str] = ()  # none: the only one, or the newest; several: the average of them
+    average: Average = "logits"  # or of their probabilities at each student's tau
     taus: Sequence[float] = (1.0,)
     methods: Sequence[str] = ("kd",)
     controls: Sequence[str] = ("none",)
@@ -108,7 +109,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid."""
     progress = progress or Silent()
     resolve_device(config.device)  # better refused before anything is decoded
-    archive = workspace.open_archive(config.archive, progress, strict=config.strict)
+    archive = workspace.open_ensemble(config.archives, config.average, progress, strict=config.strict)
     specs, settings = plan_students(config, archive, workspace)
     require_writable(workspace.runs)
     train, test = _canvases(config, archive, workspace, progress)
@@ -122,13 +123,13 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     if fresh:
         size = archive.manifest.policy.size if archive.manifest.policy else train.size
         evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer)
-        _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png", config.allow_drift)
+        _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
         for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
             _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
 
-def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
+def plan_students(config: DistillConfig, archive: Ensemble, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
     """The grid of students with the folder of each, and how they are trained. UsageError for a grid that makes no sense."""
     lists = {"--tau": config.taus, "--method": config.methods, "--control": config.controls, "--seed": config.seeds}
     for option, values in lists.items():
@@ -152,12 +153,12 @@ def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace)
         config.seeds, names.items(), _parse_all(method, config.methods), _parse_all(controls, config.controls), config.taus
     ):
         identity = json.dumps(
-            [archive.manifest.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()],
+            [archive.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()],
             sort_keys=True,
         )
         parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
         label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
-        folder = workspace.runs / archive.path.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
+        folder = workspace.runs / archive.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
         specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
     return list({spec.folder: spec for spec in specs}.values()), settings
 
@@ -174,7 +175,7 @@ class _Lockstep:
         specs: list[StudentSpec],
         settings: TrainConfig,
         config: DistillConfig,
-        archive: Archive,
+        archive: Ensemble,
         train: Canvas,
         evaluation: EvalSet,
         progress: Progress,
@@ -218,7 +219,7 @@ class _Lockstep:
             behind = min(student.learner.steps_in_epoch for student in active)
             for number, batch in enumerate(self.stream.epoch(epoch, behind), behind):
                 made: dict[Any, Targets] = {}  # students of one tau and control share their targets
-                keys = row_keys(self.archive.manifest.digest, batch.view, batch.sample.cpu()).to(self.device)
+                keys = row_keys(self.archive.digest, batch.view, batch.sample.cpu()).to(self.device)
                 for student in active:
                     if student.learner.steps_in_epoch == number:  # else it has seen this batch before it was suspended
                         student.step(batch, keys, made)
@@ -264,13 +265,14 @@ class _Student:
         spec: StudentSpec,
         settings: TrainConfig,
         config: DistillConfig,
-        archive: Archive,
+        archive: Ensemble,
         evaluation: EvalSet,
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
         self.spec = spec
-        self.control = spec.control.fit(archive.spread_logits(), spec.tau)
+        blocks = (averaged(torch.from_numpy(block), spec.tau).numpy() for block in archive.spread_logits())
+        self.control = spec.control.fit(blocks, spec.tau)
         with seeded(spec.seed):
             model, normalise = create_model(spec.name, archive.num_classes, input_size=evaluation.size)
         self.learner = Learner(
@@ -287,11 +289,12 @@ class _Student:
 
     def step(self, batch: Batch, keys: Tensor, made: dict[Any, Targets]) -> None:
         assert batch.logits is not None
-        shared = (self.control, self.spec.tau)
+        tau, shared = self.spec.tau, (self.control, self.spec.tau)
+        if tau not in made:
+            made[tau] = Targets(averaged(batch.logits, tau), tau, batch.label_a, batch.label_b, batch.lam)
         if shared not in made:
-            plain = Targets(batch.logits, self.spec.tau, batch.label_a, batch.label_b, batch.lam)
-            made[shared] = self.control(plain, keys)
-        targets, teacher = made[shared], batch.logits
+            made[shared] = self.control(made[tau], keys)
+        targets, teacher = made[shared], made[tau].logits
         self.learner.step(
             batch.images,
             lambda logits: self.spec.method(logits, targets),
@@ -299,11 +302,11 @@ class _Student:
         )
 
 
-def _source(config: DistillConfig, archive: Archive) -> Any:
+def _source(config: DistillConfig, archive: Ensemble) -> Any:
     return archive_source(archive, config.dataset)
 
 
-def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
+def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
     source = _source(config, archive)
     recorded = archive.manifest.canvas
     size = recorded.size if recorded else None
@@ -311,7 +314,7 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
     require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
     if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
         raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_classes} classes, "
+            f"archive {archive.location} has {archive.num_classes} classes, "
             f"{dataset_label(source)} has {len(train.card.class_names)}",
             why="the class names must be the same, in the same order",
             fix="name the dataset that was dumped with --dataset, or dump this one",
@@ -321,7 +324,7 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
     return train, test
 
 
-def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Archive) -> None:
+def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Ensemble) -> None:
     """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
     file = spec.folder / "args.yaml"
     session = {
@@ -338,13 +341,15 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         args.setdefault("resumed", []).append(session)
         write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
         return
-    teacher = archive.manifest.teacher
     args = {
-        "archive": str(archive.path),
-        "archive_name": archive.path.name,
-        "archive_digest": archive.manifest.digest,
+        "archive": archive.location,
+        "archive_name": archive.name,
+        "archive_digest": archive.digest,
+        **_members(archive),
         "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
-        "teacher": teacher.alias if teacher else "unknown",
+        "teacher": "+".join(
+            member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
+        ),
         "student": spec.name,
         "method": method.to_dict(spec.method),
         "method_spec": method.spec(spec.method),
@@ -356,6 +361,14 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def _members(archive: Ensemble) -> dict[str, Any]:
+    """The archives of an ensemble and how they are averaged; of a single one there is no more to say."""
+    if len(archive.members) == 1:
+        return {}
+    described = [{"archive": m.location, "archive_name": m.name, "archive_digest": m.manifest.digest} for m in archive.members]
+    return {"archives": described, "average": archive.average}
 
 
 def _read_args(file: Path) -> dict[str, Any]:
@@ -372,7 +385,7 @@ def _read_args(file: Path) -> dict[str, Any]:
     )
 
 
-def _write_sheet(archive: Archive, canvas: Canvas, file: Path, allow_drift: int) -> None:
+def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int) -> None:
     """A contact sheet of the archive's views, for the report."""
     if file.is_file() or archive.manifest.policy is None:
         return

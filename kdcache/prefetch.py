@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcache.archive import Archive, Rows
+from kdcache.archive import AnyArchive, Rows
 from kdcache.canvas import Canvas
 from kdcache.errors import KdcacheError, UsageError, unknown_name
 from kdcache.views.policy import PROBE_VERSION, ViewPolicy, ViewTable
@@ -50,7 +50,7 @@ def render_batches(
     items: Iterable[Item],
     *,
     workers: int = 0,
-    archive: Archive | None = None,
+    archive: AnyArchive | None = None,
     renderer: RendererChoice = "auto",
     device: torch.device | str = "cpu",
     probe_version: int = PROBE_VERSION,
@@ -106,7 +106,7 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
     """Its items are rendered batches, asked for by a view and positions in it; this is what worker processes run."""
 
     def __init__(
-        self, canvas: Canvas, policy: ViewPolicy, archive: Archive | None, renderer: Renderer, probe_version: int
+        self, canvas: Canvas, policy: ViewPolicy, archive: AnyArchive | None, renderer: Renderer, probe_version: int
     ) -> None:
         self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
         self._tables = _Tables(policy, len(canvas))
@@ -142,7 +142,7 @@ def _on_gpu(
     canvas: Canvas,
     policy: ViewPolicy,
     items: Iterator[Item],
-    archive: Archive | None,
+    archive: AnyArchive | None,
     device: torch.device,
     probe_version: int,
     resident: Resident,

@@ -39,7 +39,7 @@ def quickstart(
     )
     results = distill(
         DistillConfig(
-            archive=str(archive.path),
+            archives=(str(archive.path),),
             taus=TAUS,
             controls=CONTROLS,
             students=(STUDENT,),

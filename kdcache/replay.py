@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, Failure, Verification
+from kdcache.archive import AnyArchive, Archive, Failure, Verification
 from kdcache.canvas import Canvas
 from kdcache.errors import IncompatibleError
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
@@ -17,19 +17,19 @@ from kdcache.views.probe import grids
 __all__ = ["check_views", "replay", "require_replayable"]
 
 
-def require_replayable(archive: Archive, canvas: Canvas) -> ViewPolicy:
+def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
     """The policy of the archive's views. Raises IncompatibleError if they are not views of this canvas's samples."""
     policy = archive.manifest.policy
     if policy is None:
         raise IncompatibleError(
-            f"archive {archive.path} cannot be replayed",
+            f"archive {archive.location} cannot be replayed",
             why="it was written without a view policy, so nobody knows which views its logits belong to",
             fix="make one with: kdcache dump-teacher",
         )
     source = archive.manifest.source
     if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
         raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_samples} samples of other images than the {len(canvas)} here",
+            f"archive {archive.location} has {archive.num_samples} samples of other images than the {len(canvas)} here",
             why="the files, their names or their labels changed since the dump",
             fix="restore the dataset as it was, or dump again",
         )
@@ -44,14 +44,15 @@ def require_replayable(archive: Archive, canvas: Canvas) -> ViewPolicy:
     if labels is not None and (labels != canvas.labels).any():
         changed = np.flatnonzero(labels != canvas.labels)
         raise IncompatibleError(
-            f"{len(changed)} samples have another label than in archive {archive.path}, the first is {canvas.keys[changed[0]]}",
+            f"{len(changed)} samples have another label than in archive {archive.location}, "
+            f"the first is {canvas.keys[changed[0]]}",
             why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
             fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
         )
     return policy
 
 
-def check_views(item: Rendered, archive: Archive, canvas: Canvas, allow_drift: int = 0) -> int:
+def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift: int = 0) -> int:
     """Compare rendered views with the archive's digests; returns how many were accepted as drifted.
 
     Raises IncompatibleError, with a diagnosis, at views that differ; but views of a canvas that was decoded otherwise are
@@ -134,12 +135,12 @@ def _extent(item: Rendered, differs: NDArray[np.bool_]) -> str:
     return f"positions {shown} ({len(positions)} in all), grid means up to {_levels(item, differs)} grey levels apart"
 
 
-def _decoded_otherwise(archive: Archive, canvas: Canvas) -> bool:
+def _decoded_otherwise(archive: AnyArchive, canvas: Canvas) -> bool:
     recorded = archive.manifest.canvas
     return recorded is not None and recorded.digest != canvas.digest
 
 
-def _diagnose(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray[np.bool_]) -> Diagnosis:
+def _diagnose(item: Rendered, archive: AnyArchive, canvas: Canvas, differs: NDArray[np.bool_]) -> Diagnosis:
     """What is wrong with a batch of which some views differ from the stored ones."""
     assert item.stored is not None
     if (moved := _moved(item)).any():
@@ -160,7 +161,7 @@ def _diagnose(item: Rendered, archive: Archive, canvas: Canvas, differs: NDArray
     )
 
 
-def _fix(cause: Cause, levels: int, archive: Archive, canvas: Canvas) -> str:
+def _fix(cause: Cause, levels: int, archive: AnyArchive, canvas: Canvas) -> str:
     if cause == "canvas" and _decoded_otherwise(archive, canvas):
         accepting = f"--allow-drift {max(1, levels)} would accept this batch"
         return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"

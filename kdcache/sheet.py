@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive
+from kdcache.archive import AnyArchive
 from kdcache.canvas import Canvas
 from kdcache.errors import UsageError
 from kdcache.prefetch import render_batches
@@ -20,7 +20,7 @@ _MOST = 300  # matplotlib draws pictures of up to 65,536 pixels a side
 
 
 def contact_sheet(
-    archive: Archive,
+    archive: AnyArchive,
     canvas: Canvas,
     samples: Sequence[int] | NDArray[np.int64],
     views: Sequence[int],
@@ -56,9 +56,9 @@ def contact_sheet(
         check_views(item, archive, canvas, allow_drift)
         assert item.stored is not None
         for row, image in enumerate(item.images.numpy()):
-            logits = item.stored.logits[row]
-            top = np.argsort(-logits)[:3]
-            guess = "\n".join(f"{archive.class_names[c][:12]} {p:.2f}" for c, p in zip(top, softmax(logits)[top], strict=True))
+            # The mean over the teachers, where the logits of several are kept apart.
+            probs = softmax(item.stored.logits[row]).reshape(-1, archive.num_classes).mean(axis=0)
+            guess = "\n".join(f"{archive.class_names[c][:12]} {probs[c]:.2f}" for c in np.argsort(-probs)[:3])
             mixed = _mixing(table, int(where[row]), canvas, archive)
             _show(axes[row, column + 1], image, f"{mixed}\n{guess}")
     for column, view in enumerate(views):
@@ -69,7 +69,7 @@ def contact_sheet(
     return buffer.getvalue()
 
 
-def _mixing(table: ViewTable, position: int, canvas: Canvas, archive: Archive) -> str:
+def _mixing(table: ViewTable, position: int, canvas: Canvas, archive: AnyArchive) -> str:
     if table.mix[position] == MIX_NONE:
         return "not mixed"
     kind = "CutMix" if table.mix[position] == MIX_CUTMIX else "MixUp"

@@ -8,7 +8,16 @@ argmax class and renormalises, that is, the softmax of the remaining logits.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["entropies_and_argmax", "entropy", "logit_moments", "power_sum", "relative_entropy", "softmax", "sorted_mean_softmax"]
+__all__ = [
+    "entropies_and_argmax",
+    "entropy",
+    "log_softmax",
+    "logit_moments",
+    "power_sum",
+    "relative_entropy",
+    "softmax",
+    "sorted_mean_softmax",
+]
 
 Floats = NDArray[np.float64]
 CACHED = 1 << 16  # float64 numbers, 512 kB: with their exponentials, a core's second-level cache
@@ -27,6 +36,13 @@ def softmax(logits: ArrayLike, tau: float = 1.0) -> Floats:
     e = np.exp(_tempered(logits, tau))
     probs: Floats = e / e.sum(axis=-1, keepdims=True)
     return probs
+
+
+def log_softmax(logits: ArrayLike, tau: float = 1.0) -> Floats:
+    """Log of the softmax of `logits [..., C]` at temperature `tau`: float64 `[..., C]`, finite for finite logits."""
+    z = _tempered(logits, tau)
+    log_probs: Floats = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return log_probs
 
 
 def _entropy(z: Floats) -> Floats:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.archive import Archive
+from kdcache.archive import AnyArchive
 from kdcache.canvas import Canvas
 from kdcache.errors import UsageError
 from kdcache.prefetch import Rendered, RendererChoice, Resident, render_batches
@@ -26,7 +26,10 @@ BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`."""
+    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`.
+
+    Of an `Ensemble` that averages probabilities, `logits` are `[B, K, C]`: `kdcache.targets.averaged` is what to make of them.
+    """
 
     images: Tensor
     sample: Tensor
@@ -70,7 +73,7 @@ def _draws(seed: int, purpose: int, number: int, count: int) -> NDArray[np.uint6
 class ViewStream:
     """Batches of fresh views without targets, for training a teacher. Epoch `e` shows view `e`."""
 
-    archive: Archive | None = None
+    archive: AnyArchive | None = None
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class ViewStream:
 
 
 class CachedTargets(ViewStream):
-    """Batches of an archive: its views rendered again from the canvas, each checked against the stored fingerprint.
+    """Batches of an archive, or an ensemble: its views rendered again from the canvas, each checked against its fingerprint.
 
     Iterating yields epoch after epoch's batches (`for batch in stream` is one epoch; `epoch(e)` is any). Raises
     IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
@@ -138,11 +141,11 @@ class CachedTargets(ViewStream):
     counts them.
     """
 
-    archive: Archive
+    archive: AnyArchive
 
     def __init__(
         self,
-        archive: Archive,
+        archive: AnyArchive,
         canvas: Canvas,
         batch_size: int = 64,
         seed: int = 0,

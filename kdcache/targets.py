@@ -20,7 +20,7 @@ from kdcache.errors import UsageError
 from kdcache.registry import FITTED, Registry
 from kdcache.stats import entropy, softmax, sorted_mean_softmax
 
-__all__ = ["Control", "Targets", "control", "controls", "match_entropy", "row_keys"]
+__all__ = ["Control", "Targets", "averaged", "control", "controls", "match_entropy", "row_keys"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ class Targets:
 
     def with_logits(self, logits: Tensor) -> "Targets":
         return dataclasses.replace(self, logits=logits)
+
+
+def averaged(logits: Tensor, tau: float) -> Tensor:
+    """Target logits float32 `[B, C]` at `tau` of several teachers' `logits [B, K, C]`; those of one, `[B, C]`, stay as they are.
+
+    With p = mean_k softmax(z_k / tau) they are tau log p, whose softmax at tau is p. Computed from log softmaxes in float64,
+    so that no p is 0.
+    """
+    if logits.ndim == 2:
+        return logits
+    log_p = torch.log_softmax(logits.double() / tau, dim=2).logsumexp(dim=1) - math.log(logits.shape[1])
+    return (tau * log_p).float()
 
 
 class Control(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kdcache.archive import Archive, open_archive
+from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Source, Split, dataset
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
@@ -38,12 +38,12 @@ def parse_dataset(spec: str) -> Source:
     return dataset.parse(spec)
 
 
-def archive_source(archive: Archive, spec: str | None = None) -> Source:
+def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
     """Where an archive's images come from: `spec`, or what its dump recorded. UsageError if it did not."""
     spec = spec or archive.manifest.provenance.get("dataset")
     if not isinstance(spec, str):
         raise UsageError(
-            f"archive {archive.path} does not say where its images are",
+            f"archive {archive.location} does not say where its images are",
             why="it was not written by dump-teacher",
             fix="name them: --dataset NAME",
         )
@@ -209,6 +209,14 @@ class Workspace:
             return open_archive(newest)
         progress.say(f"archive: {finished[0]}")
         return open_archive(finished[0])
+
+    def open_ensemble(self, names: Sequence[str], average: Average, progress: Progress, *, strict: bool = False) -> Ensemble:
+        """The archives `names` as one; without names, the one that `open_archive` finds."""
+        ensemble = Ensemble([self.open_archive(name, progress, strict=strict) for name in names or (None,)], average)
+        for archive in ensemble.members:
+            if archive.views != ensemble.views:
+                progress.say(f"{archive.location} has {archive.num_views} views; the {ensemble.num_views} that all have are used")
+        return ensemble
 
     def teacher_records(self, progress: Progress) -> Sequence[tuple[Path, dict[str, Any]]]:
         """Folder and record of every trained teacher, newest first; damaged ones are named and left out."""

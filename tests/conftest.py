@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,38 @@ def make_dump() -> Callable[..., Dump]:
         return Dump(writer.finalize(), canvas, logits)
 
     return make
+
+
+FINGERPRINT = ("sample", "digest", "probe")
+
+
+def made_up(seed: int, dump: Dump) -> NDArray[np.float32]:
+    """Logits `[V, N, C]` of another teacher: far from those of `dump`."""
+    return np.random.default_rng(seed).normal(0, 4, dump.logits.shape).astype(np.float32)
+
+
+def redump(path: Path, dump: Dump, logits: NDArray[np.float32], **changes: Any) -> Archive:
+    """Another teacher's archive of the very views of `dump`, with `changes` of what its writer is told.
+
+    `views`, `sample`, `digest`: which views it has, and what is stored instead of the columns `[V, N]` of `dump`.
+    """
+    manifest, views = dump.archive.manifest, changes.pop("views", dump.archive.views)
+    stored = {name: np.stack([dump.archive.column(name, view) for view in dump.archive.views]) for name in FINGERPRINT}
+    stored |= {name: changes.pop(name) for name in ("sample", "digest") if name in changes}
+    options: dict[str, Any] = {
+        "num_samples": logits.shape[1],
+        "class_names": manifest.class_names,
+        "labels": dump.archive.labels(),
+        "keys": dump.archive.keys(),
+        "policy": manifest.policy,
+        "source": manifest.source,
+        "canvas": manifest.canvas,
+    }
+    writer = ArchiveWriter(path, first_view=views.start, num_views=len(views), **options | changes)
+    for view, block in writer.missing():
+        rows = slice(writer.positions(block).start, writer.positions(block).stop)
+        writer.write(view, block, logits[view, rows], **{name: column[view, rows] for name, column in stored.items()})
+    return writer.finalize()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from kdcache.archive.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
+from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.layouts import layout
 from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
@@ -12,9 +14,15 @@ from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
 
 __all__ = [
     "PAPER_TAUS",
+    "AnyArchive",
     "Archive",
     "ArchiveWriter",
+    "Average",
     "CanvasCard",
+    "Comparison",
+    "Distance",
+    "Ensemble",
+    "Fact",
     "Failure",
     "Licences",
     "Manifest",
@@ -26,6 +34,7 @@ __all__ = [
     "TauStatistics",
     "TeacherCard",
     "Verification",
+    "compare",
     "derive",
     "derived_plan",
     "layout",

@@ -1,5 +1,6 @@
 """What a finished archive says about its teacher, computed once when it is finished."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from kdcache.progress import Progress
 from kdcache.stats import relative_entropy, sorted_mean_softmax
 from kdcache.views.policy import CenterCrop
 
-__all__ = ["PAPER_TAUS", "compute_statistics", "spread_logits"]
+__all__ = ["PAPER_TAUS", "compute_statistics", "spread", "spread_logits"]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
@@ -43,6 +44,19 @@ def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64
         )
         progress.update("statistics", number + 1, len(PAPER_TAUS))
     return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=_top1(plan, reader, labels))
+
+
+def spread(
+    views: range, num_samples: int, most: int = MAX_ROWS, block: int = BLOCK
+) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
+    """At most `most` rows, evenly spaced over `views` and their positions, `block` at a time: (view, positions) pairs."""
+    total = len(views) * num_samples
+    count = min(total, most)
+    for first in range(0, count, block):
+        rows = np.arange(first, min(first + block, count)) * total // count
+        view, position = np.divmod(rows, num_samples)
+        starts = np.flatnonzero(np.diff(view, prepend=-1))
+        yield [(views[view[i]], position[i:j]) for i, j in itertools.pairwise([*starts, len(rows)])]
 
 
 def spread_logits(plan: Plan, reader: ShardReader) -> Iterator[NDArray[np.float32]]:

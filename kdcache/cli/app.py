@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import kdcache
-from kdcache.cli import making, reading
+from kdcache.cli import making, reading, sharing
 
 __all__ = ["app", "command"]
 
@@ -48,8 +48,14 @@ for function in (
     reading.datasets,
     reading.methods,
     reading.bench,
+    sharing.diff,
 ):
     app.command()(function)
+
+
+def _listed(text: str) -> list[str]:
+    """Values of an option in the environment, separated by commas: at spaces, names of folders would fall apart."""
+    return text.split(",")
 
 
 def command() -> Any:
@@ -58,4 +64,6 @@ def command() -> Any:
     for one in (group, *group.commands.values()):  # type: ignore[attr-defined]
         for parameter in one.params:
             parameter.show_envvar = parameter.envvar is not None
+            if getattr(parameter, "multiple", False):
+                parameter.split_envvar_value = _listed
     return group

@@ -242,7 +242,14 @@ def distill(
     control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K.")] = "none",
     student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
     seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
-    archive: Annotated[str | None, typer.Option("--archive", help="Archive folder or name [the only or newest one]")] = None,
+    archive: Annotated[
+        list[str] | None,
+        typer.Option("--archive", help="Archive folder or name [the only or newest one]; given several times: their average."),
+    ] = None,
+    average: Annotated[
+        Literal["logits", "probabilities"],
+        typer.Option("--average", help="Of several archives: their logits, or their softmaxes at each student's tau."),
+    ] = "logits",
     epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
     batch_size: BatchOption = 64,
     opt: Annotated[str, typer.Option(help="Optimiser, a timm name.")] = "adamw",
@@ -267,7 +274,8 @@ def distill(
     from kdcache.distill import distill as run
 
     settings = DistillConfig(
-        archive=archive,
+        archives=archive or (),
+        average=average,
         taus=floats(tau, "--tau"),
         methods=specs(method),
         controls=specs(control),
@@ -291,7 +299,8 @@ def distill(
     place = workspace(home, data_dir, skip_corrupt)
     with bars() as progress:
         if dry_run:
-            planned, train = plan_students(settings, place.open_archive(archive, progress, strict=strict), place)
+            opened = place.open_ensemble(settings.archives, average, progress, strict=strict)
+            planned, train = plan_students(settings, opened, place)
             done = [(spec.folder / "summary.json").is_file() for spec in planned]
             progress.say(f"{len(planned)} students of {train.epochs} epochs, {sum(done)} of them trained already")
         else:

@@ -56,13 +56,16 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
         raise UsageError(
             f"configuration {file} holds no mapping", why="it maps options to values", fix="write for example: tau: [1, 4, 20]"
         )
-    known = {param.name for param in context.command.params}
+    known = {param.name: getattr(param, "multiple", False) for param in context.command.params}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise unknown_name(f"option in {file}", str(key), [str(name).replace("_", "-") for name in known])
-        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        if known[name]:
+            defaults[name] = list(map(str, value)) if isinstance(value, list) else [str(value)]
+        else:
+            defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return file
 

@@ -21,7 +21,7 @@ from kdcache.archive import Archive, TauStatistics, open_archive, translated_os_
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.report.figures import Drawing, control_dots, entropy_histograms, render, tau_curves, training_curves
-from kdcache.report.records import RunRecord, collect
+from kdcache.report.records import ArchiveArgs, RunRecord, collect
 from kdcache.report.table import ROW_FIELDS, UNPAIRED, Row, Table, answers, contrasts, rows_of, signed, summarise
 
 __all__ = ["Report", "write_report"]
@@ -43,7 +43,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _ArchivePart:
-    """What the page shows of one archive. `drawing` and `sheet` may be missing; then the texts say why."""
+    """What the page shows of one archive. `drawing` and `sheet` may be missing; then the texts say why, if it has to be said."""
 
     name: str
     digest: str
@@ -66,7 +66,7 @@ def write_report(paths: Sequence[Path], out: Path, *, progress: Progress | None 
         raise UsageError(f"{out} is a file", why="a report is a folder", fix="name another place for the report")
     records = collect(paths, progress=progress)
     table = summarise(records)
-    archives = [_archive_part(runs) for runs in _by_archive(records).values()]
+    archives = _archive_parts(records)
     drawings = _drawings(table, archives)
     every = [drawing for kind in drawings.values() for drawing in kind]
     names = _file_names(every)
@@ -106,22 +106,37 @@ def _by_archive(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return found
 
 
-def _archive_part(runs: Sequence[RunRecord]) -> _ArchivePart:
-    args = runs[0].args
-    part: dict[str, Any] = {"name": args.archive_name, "digest": args.archive_digest}
-    part |= _contact_sheet(runs)
-    archive, reason = _find_archive(runs[0])
+def _archive_parts(records: Sequence[RunRecord]) -> list[_ArchivePart]:
+    """Every archive that students were trained from; averages of several are followed by these."""
+    parts: dict[str, _ArchivePart] = {}
+    members: dict[str, _ArchivePart] = {}
+    for digest, runs in _by_archive(records).items():
+        args = runs[0].args
+        if args.archives:
+            names = " and ".join(member.archive_name for member in args.archives)
+            sheet: dict[str, Any] = _contact_sheet(runs)
+            reason = f"it is the average of the {args.average} of {names}, which was never stored"
+            parts[digest] = _ArchivePart(args.archive_name, digest, no_drawing=reason, **sheet)
+            members |= {member.archive_digest: _archive_part(runs[0], member, {}) for member in args.archives}
+        else:
+            parts[digest] = _archive_part(runs[0], args, _contact_sheet(runs))
+    return list((parts | {digest: part for digest, part in members.items() if digest not in parts}).values())
+
+
+def _archive_part(run: RunRecord, args: ArchiveArgs, sheet: dict[str, str]) -> _ArchivePart:
+    part: dict[str, Any] = {"name": args.archive_name, "digest": args.archive_digest, **sheet}
+    archive, reason = _find_archive(run, args)
     try:
         return _ArchivePart(**part, **(_teacher(archive, args.archive_name) if archive else {"no_drawing": reason}))
     except (KdcacheError, OSError) as error:
         return _ArchivePart(**part, no_drawing=getattr(error, "what", str(error)))
 
 
-def _find_archive(run: RunRecord) -> tuple[Archive | None, str]:
-    """The archive of a run, or why it cannot be shown. It may have moved together with the workspace of the run."""
-    args, home = run.args, run.folder.resolve().parent.parent.parent
+def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, str]:
+    """An archive of a run, or why it cannot be shown. It may have moved together with the workspace of the run."""
+    home = run.folder.resolve().parent.parent.parent
     reason = ""
-    for path in dict.fromkeys((Path(args.archive), home / args.archive, home / "archives" / args.archive_name)):
+    for path in dict.fromkeys((args.archive, str(home / args.archive), str(home / "archives" / args.archive_name))):
         try:
             archive = open_archive(path)
         except (KdcacheError, OSError) as error:
@@ -238,7 +253,7 @@ def _csv(records: Sequence[RunRecord]) -> str:
     last = sorted({name for run in records for name in run.curves} - {"epoch", "seconds"})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    args = [name for name in type(records[0].args).model_fields if name not in {"method", "control"}]
+    args = [name for name in type(records[0].args).model_fields if name not in {"method", "control", "archives"}]
     results = ("epochs", "final_top1", "best_top1", "best_epoch", "final_loss", "seconds", "reason")
     writer.writerow(["run_folder", "status", *args, "epochs_done", *results[1:], *(f"last_{name}" for name in last)])
     for run in records:

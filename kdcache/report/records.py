@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["RunArgs", "RunRecord", "Summary", "collect"]
+__all__ = ["ArchiveArgs", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY = "args.yaml", "metrics.jsonl", "summary.json"
 _Text = Annotated[str, BeforeValidator(str)]  # YAML reads a bare date as one
@@ -29,14 +29,23 @@ def _finite(value: Any) -> Any:
 _Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
-class RunArgs(BaseModel):
-    """`args.yaml`: the resolved configuration of a run. Keys that this version does not know are kept in `model_extra`."""
+class ArchiveArgs(BaseModel):
+    """Where an archive was, its name, and what it was."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", coerce_numbers_to_str=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
     archive: str
     archive_digest: str
     archive_name: str
+
+
+class RunArgs(ArchiveArgs):
+    """`args.yaml`: the resolved configuration of a run. Keys that this version does not know are kept in `model_extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", coerce_numbers_to_str=True)
+
+    archives: tuple[ArchiveArgs, ...] = ()  # several, of which `archive` is the average
+    average: str = ""
     dataset: str
     teacher: str
     student: str

@@ -29,7 +29,7 @@ __all__ = [
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
-RECIPE = ("archive_digest", "epochs", "batch_size", "opt", "lr", "weight_decay")
+RECIPE = ("archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
 # Keys of newer versions that would not change a result.
 HARMLESS = frozenset({"workers", "threads", "home", "data_dir", "out", "output", "run", "run_name", "host", "hostname"})
 _SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}

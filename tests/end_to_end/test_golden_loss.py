@@ -45,7 +45,7 @@ def test_five_steps_give_the_golden_losses(tmp_path):
     write_shards(writer, teacher, canvas, batch_size=64)
     writer.finalize()
     config = DistillConfig(
-        archive=str(tmp_path / "archive"), taus=(1.0, 20.0), controls=("none", "ls-global", "ls-instance", "bottom:3"),
+        archives=(str(tmp_path / "archive"),), taus=(1.0, 20.0), controls=("none", "ls-global", "ls-instance", "bottom:3"),
         students=("test_resnet",), epochs=1, batch_size=256, dataset="digits",
     )  # fmt: skip
     results = distill(config, place)

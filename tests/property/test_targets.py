@@ -13,7 +13,7 @@ from scipy import special
 from scipy import stats as statistics
 
 from kdcache.errors import UsageError
-from kdcache.targets import Targets, control, match_entropy, row_keys
+from kdcache.targets import Targets, averaged, control, match_entropy, row_keys
 
 TAUS = st.sampled_from([1.0, 2.0, 4.0, 7.0, 20.0, 40.0])
 AVERAGES = ("sorted-mean", "mean-entropy", "plain-mean")
@@ -31,6 +31,36 @@ def entropy(logits: NDArray | torch.Tensor, tau: float) -> NDArray[np.float64]:
 
 def keys(count: int, view: int = 0) -> torch.Tensor:
     return row_keys("ab" * 32, view, torch.arange(count))
+
+
+# ---------------------------------------------------------------- several teachers
+
+
+@given(logits=rows(largest=60), teachers=st.integers(2, 4), tau=TAUS, seed=st.integers(0, 99))
+def test_averaged_targets_have_the_mean_of_the_teachers_softmaxes(
+    logits: NDArray[np.float32], teachers: int, tau: float, seed: int
+) -> None:
+    stacked = np.random.default_rng(seed).permuted(np.repeat(logits[:, None], teachers, axis=1), axis=2)
+    found = averaged(torch.from_numpy(stacked), tau)
+    assert found.dtype == torch.float32
+    mean = special.softmax(stacked.astype(np.float64) / tau, axis=2).mean(axis=1)
+    np.testing.assert_allclose(Targets(found, tau).probs, mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(special.softmax(found.double().numpy() / tau, axis=1), mean, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0, 40.0])
+def test_averages_of_teachers_who_contradict_each_other_by_120_stay_finite(tau: float) -> None:
+    """Each is certain of another class, and a third has next to no probability: its log is still right, not -inf."""
+    logits = torch.tensor([[[120.0, 0.0, -1.0], [0.0, 120.0, -3.0]]])
+    found = averaged(logits, tau)[0]
+    z = logits[0].double().numpy() / tau
+    expected = tau * (special.logsumexp(z - special.logsumexp(z, axis=1, keepdims=True), axis=0) - math.log(2))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_targets_of_one_teacher_are_its_logits() -> None:
+    logits = torch.randn(4, 5)
+    assert averaged(logits, 7.0) is logits
 
 
 # ---------------------------------------------------------------- label smoothing
