@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
     CARD_NAME,
@@ -23,8 +25,9 @@ from kdcache.archive.manifest import (
     archive_digest,
     load_manifest,
 )
+from kdcache.archive.remote import MissingError, is_url, open_remote
 from kdcache.archive.statistics import spread_logits
-from kdcache.archive.store import LocalStore, Store, sha256, sha256_of
+from kdcache.archive.store import LocalStore, Store, open_local, sha256, sha256_of
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
@@ -33,6 +36,7 @@ __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
 MANIFEST_LIMIT = 64 << 20
 TABLE_LIMIT = 1 << 30
+AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
@@ -89,14 +93,14 @@ class Verification:
 
 
 def open_archive(path: str | os.PathLike[str]) -> "Archive":
-    """Open a finished archive. Raises NotFoundError, IncompleteError, IntegrityError or IncompatibleError."""
+    """Open a finished archive: a folder, or a URL such as https://HOST/FOLDER, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME.
+
+    Raises NotFoundError, IncompleteError, IntegrityError, IncompatibleError, or RetryError where a server cannot be reached.
+    Files of remote archives are fetched when they are first needed, checked, and kept in a cache.
+    """
+    if is_url(path):
+        return _open_remote(str(path))
     store = LocalStore(path)
-    if "://" in str(path):
-        raise UsageError(
-            f"{str(path)!r} is not a local folder",
-            why="this version reads archives from local folders only",
-            fix="copy the archive here first, then give its folder",
-        )
     if not store.exists(MANIFEST_NAME):
         if (Path(path) / WORK).is_dir():
             raise IncompleteError(
@@ -110,6 +114,29 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
             fix="list the archives with: kdcache ls",
         )
     return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path), fix=_manifest_fix(store)))
+
+
+def _open_remote(url: str) -> "Archive":
+    store = CachedStore(open_remote(url))
+    try:
+        text = store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    except NotFoundError as error:
+        if isinstance(error, MissingError) and _has_begun(store):
+            raise IncompleteError(
+                f"archive {url} is not finished",
+                why=f"there are files, but no {MANIFEST_NAME}, which is written last",
+                fix="finish its dump or upload, by repeating the command that began it",
+            ) from None
+        raise NotFoundError(f"no archive at {url}", why=f"{error.what}: {error.why}", fix=error.fix) from None
+    fix = "ask whoever published the archive to upload it again"
+    return Archive(store, load_manifest(text, store.name, fix=fix))
+
+
+def _has_begun(store: CachedStore) -> bool:
+    """Whether there is something where an archive without manifest should be, as far as the server lets us know."""
+    with suppress(NotFoundError):
+        return any(True for _ in store.remote.names()) or store.exists(f"{WORK}/plan.json")
+    return False
 
 
 def _manifest_fix(store: LocalStore) -> str:
@@ -180,8 +207,9 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The last part of its location: what folders of runs are called after."""
-        return self.location.rstrip("/").rpartition("/")[2]
+        """The last part of its location, less a revision: what folders of runs are called after."""
+        last = self.location.rstrip("/").rpartition("/")[2]
+        return last.partition("@")[0] if is_url(self.location) else last
 
     @property
     def path(self) -> Path:
@@ -290,9 +318,19 @@ class Archive:
         rows = slice(0, self.manifest.block_rows(block))
         return {name: self.reader.gather(name, view, block, rows) for name in self._types}
 
-    def prefetch(self, view: int) -> None:
-        """Begin to fetch the files of a view, where they are not on this machine. Returns at once."""
-        self.store.prefetch(name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
+    def prefetch(self, *views: int) -> None:
+        """Begin to fetch the files of these views, where they are not on this machine. Returns at once.
+
+        The first ones matter most: what would not fit into the cache beside them is left for later.
+        """
+        self.store.prefetch(name for view in views for name in self._files_of(view))
+
+    def fetch(self, view: int, progress: Progress | None = None) -> None:
+        """Have all files of a view on this machine, for readers in whatever process."""
+        self.store.fetch(self._files_of(view), progress or Silent())
+
+    def _files_of(self, view: int) -> Iterator[str]:
+        return (name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
 
     def _slice(self, name: str, view: int, start: int, stop: int) -> NDArray:
         size = self.manifest.shard_rows
@@ -315,6 +353,7 @@ class Archive:
         if not self._files_checked:
             result = Verification("full")
             replaced = self._replaced()
+            self.store.prefetch(record.path for record in self.manifest.files if record.path != CARD_NAME)
             for record in self.manifest.files:
                 if record.path != CARD_NAME:
                     self._verify_file(record, "full", result, replaced.get(record.path, ()))
@@ -393,6 +432,8 @@ class Archive:
         for record in self.manifest.files:
             self._verify_file(record, level, result, replaced.get(record.path, ()))
         for number, shard in enumerate(shards):
+            if level == "full":
+                self.store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
             found = len(result.failures)
             for record in shard.files:
                 self._verify_file(record, level, result)
@@ -420,10 +461,14 @@ class Archive:
 
     def _difference(self, record: FileRecord, level: Level) -> Failure | None:
         try:
-            size = self.store.size(record.path)
+            if level == "quick":
+                size, actual = self.store.size(record.path), record.sha256
+            else:
+                with open_local(self.store, record.path) as file:
+                    size, actual = os.fstat(file.fileno()).st_size, sha256_of(file)
             if size != record.bytes:
                 return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
-            if level == "full" and (actual := sha256_of(self.store.local(record.path))) != record.sha256:
+            if actual != record.sha256:
                 return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
         except IntegrityError as error:
             return Failure(record.path, "a file of the archive", error.what)
