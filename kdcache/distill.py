@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 import kdcache
-from kdcache.archive import Archive
+from kdcache.archive import Archive, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import Method, method
@@ -122,7 +122,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     if fresh:
         size = archive.manifest.policy.size if archive.manifest.policy else train.size
         evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer)
-        _write_sheet(archive, train, workspace.runs / archive.path.name / "views.png", config.allow_drift)
+        _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
         for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
             _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
@@ -157,7 +157,7 @@ def plan_students(config: DistillConfig, archive: Archive, workspace: Workspace)
         )
         parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
         label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
-        folder = workspace.runs / archive.path.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
+        folder = workspace.runs / archive.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
         specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
     return list({spec.folder: spec for spec in specs}.values()), settings
 
@@ -191,6 +191,7 @@ class _Lockstep:
             workers=config.workers,
             renderer=config.renderer,
             allow_drift=config.allow_drift,
+            progress=progress,
         )
         _allow_open_files(len(specs))
         self.students = [
@@ -311,7 +312,7 @@ def _canvases(config: DistillConfig, archive: Archive, workspace: Workspace, pro
     require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
     if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
         raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_classes} classes, "
+            f"archive {archive.location} has {archive.num_classes} classes, "
             f"{dataset_label(source)} has {len(train.card.class_names)}",
             why="the class names must be the same, in the same order",
             fix="name the dataset that was dumped with --dataset, or dump this one",
@@ -340,8 +341,8 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         return
     teacher = archive.manifest.teacher
     args = {
-        "archive": str(archive.path),
-        "archive_name": archive.path.name,
+        "archive": archive.location,
+        "archive_name": archive.name,
         "archive_digest": archive.manifest.digest,
         "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
         "teacher": teacher.alias if teacher else "unknown",
@@ -377,5 +378,5 @@ def _write_sheet(archive: Archive, canvas: Canvas, file: Path, allow_drift: int)
     if file.is_file() or archive.manifest.policy is None:
         return
     samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
-    views = archive.views[:8]
+    views = archive.views[: 1 if is_url(archive.location) else 8]  # each view may be gigabytes to fetch
     write_atomically(file, contact_sheet(archive, canvas, samples, views, allow_drift=allow_drift))

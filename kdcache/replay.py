@@ -22,14 +22,14 @@ def require_replayable(archive: Archive, canvas: Canvas) -> ViewPolicy:
     policy = archive.manifest.policy
     if policy is None:
         raise IncompatibleError(
-            f"archive {archive.path} cannot be replayed",
+            f"archive {archive.location} cannot be replayed",
             why="it was written without a view policy, so nobody knows which views its logits belong to",
             fix="make one with: kdcache dump-teacher",
         )
     source = archive.manifest.source
     if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
         raise IncompatibleError(
-            f"archive {archive.path} has {archive.num_samples} samples of other images than the {len(canvas)} here",
+            f"archive {archive.location} has {archive.num_samples} samples of other images than the {len(canvas)} here",
             why="the files, their names or their labels changed since the dump",
             fix="restore the dataset as it was, or dump again",
         )
@@ -44,7 +44,8 @@ def require_replayable(archive: Archive, canvas: Canvas) -> ViewPolicy:
     if labels is not None and (labels != canvas.labels).any():
         changed = np.flatnonzero(labels != canvas.labels)
         raise IncompatibleError(
-            f"{len(changed)} samples have another label than in archive {archive.path}, the first is {canvas.keys[changed[0]]}",
+            f"{len(changed)} samples have another label than in archive {archive.location}, "
+            f"the first is {canvas.keys[changed[0]]}",
             why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
             fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
         )
