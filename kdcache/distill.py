@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 import kdcache
-from kdcache.archive import Average, Ensemble
+from kdcache.archive import Average, Ensemble, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import Method, method
@@ -192,6 +192,7 @@ class _Lockstep:
             workers=config.workers,
             renderer=config.renderer,
             allow_drift=config.allow_drift,
+            progress=progress,
         )
         _allow_open_files(len(specs))
         self.students = [
@@ -390,5 +391,6 @@ def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int
     if file.is_file() or archive.manifest.policy is None:
         return
     samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
-    views = archive.views[:8]
+    elsewhere = any(is_url(member.location) for member in archive.members)
+    views = archive.views[: 1 if elsewhere else 8]  # a view may be gigabytes to fetch
     write_atomically(file, contact_sheet(archive, canvas, samples, views, allow_drift=allow_drift))

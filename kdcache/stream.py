@@ -16,6 +16,7 @@ from kdcache.archive import AnyArchive
 from kdcache.canvas import Canvas
 from kdcache.errors import UsageError
 from kdcache.prefetch import Rendered, RendererChoice, Resident, render_batches
+from kdcache.progress import Progress
 from kdcache.replay import check_views, require_replayable
 from kdcache.views.policy import ViewPolicy
 
@@ -154,17 +155,26 @@ class CachedTargets(ViewStream):
         workers: int = 0,
         renderer: RendererChoice = "auto",
         allow_drift: int = 0,
+        progress: Progress | None = None,
     ) -> None:
         policy = require_replayable(archive, canvas)
         super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers, renderer=renderer)
         self.archive = archive
         self.allow_drift = allow_drift
+        self._progress = progress
         self.drifted = 0
         self._next_epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         yield from self.epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on. A remote archive's view is fetched first, the next one meanwhile."""
+        view = self.view(epoch)
+        self.archive.fetch(view, self._progress)
+        self.archive.prefetch(view, self.view(epoch + 1))
+        yield from super().epoch(epoch, start)
 
     def view(self, epoch: int) -> int:
         return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
+from kdcache.archive import AnyArchive, Archive, Average, Ensemble, is_url, open_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Source, Split, dataset
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
@@ -178,10 +178,12 @@ class Workspace:
         return sorted(p for p in self.archives.iterdir() if (p / "kdcache.json").is_file() or (p / ".dump").is_dir())
 
     def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
-        """The archive `name` (a folder, or a name below `archives/`); without a name, the only one or the newest finished one.
+        """The archive `name` (a URL, a folder, or a name below `archives/`); without a name, the only or the newest finished one.
 
         `strict` refuses to choose between several.
         """
+        if name is not None and is_url(name):
+            return open_archive(name)
         if name is not None:
             if (self.archives / name).is_dir() and not Path(name).is_dir():
                 return open_archive(self.archives / name)

@@ -965,8 +965,6 @@ def test_what_is_no_archive_is_not_found(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError) as caught:
             open_archive(path)
         assert caught.value.exit_code == 3
-    with pytest.raises(UsageError, match="not a local folder"):
-        open_archive("s3://bucket/archive")
 
 
 def test_the_manifest_fits_its_published_schema(finished: Path) -> None:

@@ -8,6 +8,7 @@ from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.layouts import layout
 from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
+from kdcache.archive.remote import is_url
 from kdcache.archive.statistics import PAPER_TAUS
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
@@ -37,6 +38,7 @@ __all__ = [
     "compare",
     "derive",
     "derived_plan",
+    "is_url",
     "layout",
     "manifest_schema",
     "open_archive",

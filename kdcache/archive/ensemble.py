@@ -1,6 +1,5 @@
 """Archives of several teachers over the same views, read as one."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from kdcache.archive.manifest import Manifest
 from kdcache.archive.reader import Archive, Rows
 from kdcache.archive.statistics import spread
 from kdcache.errors import IncompatibleError, UsageError, unknown_name
+from kdcache.progress import Progress
 
 __all__ = ["AnyArchive", "Average", "Ensemble"]
 
@@ -103,12 +103,17 @@ class Ensemble:
         logits = np.stack([part.logits for part in rows], axis=1)
         if self.average == "logits":
             logits = logits.mean(axis=1, dtype=np.float64).astype(np.float32)
-        return dataclasses.replace(rows[0], logits=logits)
+        return rows[0].with_logits(logits)
 
-    def prefetch(self, view: int) -> None:
-        """Begin to fetch the files of a view, of archives that are not on this machine. Returns at once."""
+    def prefetch(self, *views: int) -> None:
+        """Begin to fetch the files of these views, of archives that are not on this machine. Returns at once."""
         for archive in self.members:
-            archive.prefetch(view)
+            archive.prefetch(*views)
+
+    def fetch(self, view: int, progress: Progress | None = None) -> None:
+        """Have all files of a view on this machine, for readers in whatever process."""
+        for archive in self.members:
+            archive.fetch(view, progress)
 
     def spread_logits(self) -> Iterator[NDArray[np.float32]]:
         """Logits of at most 65,536 evenly spaced rows, in blocks `[n, C]`, or `[n, K, C]` as `take` gives them."""

@@ -1,10 +1,12 @@
 """Reading an archive: NumPy and the layout's library, nothing else."""
 
+import copy
 import json
 import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
     CARD_NAME,
@@ -24,8 +27,9 @@ from kdcache.archive.manifest import (
     archive_digest,
     load_manifest,
 )
+from kdcache.archive.remote import MissingError, is_url, open_remote
 from kdcache.archive.statistics import spread_logits
-from kdcache.archive.store import LocalStore, Store, sha256, sha256_of
+from kdcache.archive.store import LocalStore, Store, open_local, sha256, sha256_of
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
@@ -35,6 +39,7 @@ __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 MANIFEST_LIMIT = 64 << 20
 TABLE_LIMIT = 1 << 30
 ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
+AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
@@ -53,13 +58,22 @@ class Rows:
         return _count(self._where)
 
     def __getstate__(self) -> dict[str, NDArray]:
-        return {name: values for name, values in vars(self.load()).items() if not name.startswith("_")}
+        return self.fields()
+
+    def with_logits(self, logits: NDArray[np.float32]) -> "Rows":
+        """These rows with other `logits`, float32 `[n, ...]`."""
+        changed = copy.copy(self)
+        changed.__dict__["logits"] = logits
+        return changed
 
     def load(self) -> "Rows":
         """Read all fields now."""
-        for name in ROW_FIELDS:
-            getattr(self, name)
+        self.fields()
         return self
+
+    def fields(self) -> dict[str, NDArray]:
+        """All fields by their names."""
+        return {name: getattr(self, name) for name in ROW_FIELDS}
 
     @cached_property
     def logits(self) -> NDArray[np.float32]:
@@ -138,14 +152,14 @@ class Verification:
 
 
 def open_archive(path: str | os.PathLike[str]) -> "Archive":
-    """Open a finished archive. Raises NotFoundError, IncompleteError, IntegrityError or IncompatibleError."""
+    """Open a finished archive: a folder, or a URL such as https://HOST/FOLDER, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME.
+
+    Raises NotFoundError, IncompleteError, IntegrityError, IncompatibleError, or RetryError where a server cannot be reached.
+    Files of remote archives are fetched when they are first needed, checked, and kept in a cache.
+    """
+    if is_url(path):
+        return _open_remote(str(path))
     store = LocalStore(path)
-    if "://" in str(path):
-        raise UsageError(
-            f"{str(path)!r} is not a local folder",
-            why="this version reads archives from local folders only",
-            fix="copy the archive here first, then give its folder",
-        )
     if not store.exists(MANIFEST_NAME):
         if (Path(path) / WORK).is_dir():
             raise IncompleteError(
@@ -159,6 +173,29 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
             fix="list the archives with: kdcache ls",
         )
     return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path), fix=_manifest_fix(store)))
+
+
+def _open_remote(url: str) -> "Archive":
+    store = CachedStore(open_remote(url))
+    try:
+        text = store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    except NotFoundError as error:
+        if isinstance(error, MissingError) and _has_begun(store):
+            raise IncompleteError(
+                f"archive {url} is not finished",
+                why=f"there are files, but no {MANIFEST_NAME}, which is written last",
+                fix="finish its dump or upload, by repeating the command that began it",
+            ) from None
+        raise NotFoundError(f"no archive at {url}", why=f"{error.what}: {error.why}", fix=error.fix) from None
+    fix = "ask whoever published the archive to upload it again"
+    return Archive(store, load_manifest(text, store.name, fix=fix))
+
+
+def _has_begun(store: CachedStore) -> bool:
+    """Whether there is something where an archive without manifest should be, as far as the server lets us know."""
+    with suppress(NotFoundError):
+        return any(True for _ in store.remote.names()) or store.exists(f"{WORK}/plan.json")
+    return False
 
 
 def _count(rows: slice | NDArray[np.int64]) -> int:
@@ -233,8 +270,9 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The last part of its location: what folders of runs are called after."""
-        return self.location.rstrip("/").rpartition("/")[2]
+        """The last part of its location, less a revision: what folders of runs are called after."""
+        last = self.location.rstrip("/").rpartition("/")[2]
+        return last.partition("@")[0] if is_url(self.location) else last
 
     @property
     def path(self) -> Path:
@@ -330,9 +368,19 @@ class Archive:
         rows = slice(0, self.manifest.block_rows(block))
         return {name: self.reader.gather(name, view, block, rows) for name in self._types}
 
-    def prefetch(self, view: int) -> None:
-        """Begin to fetch the files of a view, where they are not on this machine. Returns at once."""
-        self.store.prefetch(name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
+    def prefetch(self, *views: int) -> None:
+        """Begin to fetch the files of these views, where they are not on this machine. Returns at once.
+
+        The first ones matter most: what would not fit into the cache beside them is left for later.
+        """
+        self.store.prefetch(name for view in views for name in self._files_of(view))
+
+    def fetch(self, view: int, progress: Progress | None = None) -> None:
+        """Have all files of a view on this machine, for readers in whatever process."""
+        self.store.fetch(self._files_of(view), progress or Silent())
+
+    def _files_of(self, view: int) -> Iterator[str]:
+        return (name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
 
     def gather(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
         """A stored field at a slice of positions or at any positions, `[n, ...]`; perhaps mapped, and not to be changed."""
@@ -400,6 +448,7 @@ class Archive:
         if not self._files_checked:
             result = Verification("full")
             replaced = self._replaced()
+            self.store.prefetch(record.path for record in self.manifest.files if record.path != CARD_NAME)
             for record in self.manifest.files:
                 if record.path != CARD_NAME:
                     self._verify_file(record, "full", result, replaced.get(record.path, ()))
@@ -470,6 +519,8 @@ class Archive:
         for record in self.manifest.files:
             self._verify_file(record, level, result, replaced.get(record.path, ()))
         for number, shard in enumerate(shards):
+            if level == "full":
+                self.store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
             found = len(result.failures)
             for record in shard.files:
                 self._verify_file(record, level, result)
@@ -497,10 +548,14 @@ class Archive:
 
     def _difference(self, record: FileRecord, level: Level) -> Failure | None:
         try:
-            size = self.store.size(record.path)
+            if level == "quick":
+                size, actual = self.store.size(record.path), record.sha256
+            else:
+                with open_local(self.store, record.path) as file:
+                    size, actual = os.fstat(file.fileno()).st_size, sha256_of(file)
             if size != record.bytes:
                 return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
-            if level == "full" and (actual := sha256_of(self.store.local(record.path))) != record.sha256:
+            if actual != record.sha256:
                 return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
         except IntegrityError as error:
             return Failure(record.path, "a file of the archive", error.what)

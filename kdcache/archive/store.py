@@ -5,7 +5,8 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -14,8 +15,19 @@ from numpy.typing import NDArray
 
 from kdcache.archive.manifest import FileRecord
 from kdcache.errors import IntegrityError, RetryError
+from kdcache.progress import Progress
 
-__all__ = ["Buffers", "LocalStore", "Store", "as_bytes", "sha256", "sha256_of", "translated_os_errors"]
+__all__ = [
+    "Buffers",
+    "LocalStore",
+    "Store",
+    "as_bytes",
+    "inner_name",
+    "open_local",
+    "sha256",
+    "sha256_of",
+    "translated_os_errors",
+]
 
 Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
 
@@ -35,14 +47,13 @@ def sha256(data: bytes | memoryview | Buffers) -> str:
     return digest.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(file: BufferedReader) -> str:
     """sha256 of a file, which need not fit into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def translated_os_errors(path: Path) -> Iterator[None]:
+def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[None]:
     """Turn a full disk or a forbidden folder into an error that says so; what was written before stays."""
     try:
         yield
@@ -57,9 +68,21 @@ def translated_os_errors(path: Path) -> Iterator[None]:
             raise RetryError(
                 f"not allowed to write {path}",
                 why=os.strerror(error.errno or 0),
-                fix=f"make {path.parent} writable, or choose another place with --home",
+                fix=f"make {path.parent} writable, or choose another place with {elsewhere}",
             ) from error
         raise
+
+
+def inner_name(name: str) -> str:
+    """`name`, if it names a file below the archive's own folder; IntegrityError if not."""
+    pure = PurePosixPath(name)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+        raise IntegrityError(
+            f"file name {name!r} leads out of the archive",
+            why="an archive may only name files below its own folder",
+            fix="do not use this archive; get it again from whoever made it",
+        )
+    return name
 
 
 class Store(Protocol):
@@ -78,8 +101,23 @@ class Store(Protocol):
     def prefetch(self, names: Iterable[str]) -> None:
         """These files are wanted soon. Returns at once."""
 
+    def fetch(self, names: Iterable[str], progress: Progress) -> None:
+        """Returns when all these files are on this machine; UsageError if they cannot be, at the same time."""
+
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
         """From now on, files must be as they are recorded: `record_of` knows the size and sha256 of each by its name."""
+
+
+def open_local(store: Store, name: str) -> BufferedReader:
+    """A file of the archive, open: from now on its bytes stay, even if a cache gives the file up for another."""
+    for _ in range(3):
+        with suppress(FileNotFoundError):
+            return store.local(name).open("rb")
+    raise RetryError(
+        f"{name} of {store.name} was fetched and given up again three times",
+        why="the processes that share the cache read more files at a time than fit into it",
+        fix="export KDCACHE_CACHE_LIMIT=200GB, or as much as there is room for",
+    )
 
 
 class LocalStore:
@@ -93,14 +131,7 @@ class LocalStore:
         return str(self.root)
 
     def path(self, name: str) -> Path:
-        pure = PurePosixPath(name)
-        if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-            raise IntegrityError(
-                f"file name {name!r} leads out of the archive",
-                why="an archive may only name files below its own folder",
-                fix="do not use this archive; get it again from whoever made it",
-            )
-        return self.root / pure
+        return self.root / inner_name(name)
 
     def exists(self, name: str) -> bool:
         return self.path(name).is_file()
@@ -130,6 +161,9 @@ class LocalStore:
 
     def prefetch(self, names: Iterable[str]) -> None:
         return  # the operating system reads ahead
+
+    def fetch(self, names: Iterable[str], progress: Progress) -> None:
+        return
 
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
         return  # files that are here are compared by `Archive.verify`, and their rows when they are read

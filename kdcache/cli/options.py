@@ -155,12 +155,13 @@ def integers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def view_range(text: str, known: range) -> range:
-    """`0:8`, `5:`, `:3` or `4` as numbers of views, all of which must be among the `known` ones."""
+def view_range(text: str, known: range, *, clip: bool = False) -> range:
+    """`0:8`, `5:`, `:3` or `4` as numbers of views, among the `known` ones; `clip` takes those of them that there are."""
     first, colon, stop = text.partition(":")
     try:
         begin = int(first) if first else known.start
-        chosen = range(begin, (int(stop) if stop else known.stop) if colon else begin + 1)
+        end = (int(stop) if stop else known.stop) if colon else begin + 1
+        chosen = range(begin, min(end, known.stop) if clip else end)
         if not chosen or chosen[0] not in known or chosen[-1] not in known:
             raise ValueError(text)
     except ValueError:

@@ -19,7 +19,7 @@ from kdcache.cli.options import (
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import UsageError
 
-ArchiveArgument = Annotated[Path, typer.Argument(help="Folder of an archive.")]
+ArchiveArgument = Annotated[str, typer.Argument(help="Folder or URL (https, s3, hf, ...) of an archive.")]
 
 
 def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
@@ -33,7 +33,7 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         return
     source, teacher, policy, statistics = manifest.source, manifest.teacher, manifest.policy, manifest.statistics
     rows: list[list[Any]] = [
-        ["archive", opened.path],
+        ["archive", opened.location],
         ["digest", manifest.digest],
         ["views x samples x classes", f"{opened.num_views} x {opened.num_samples} x {opened.num_classes}"],
         ["size", f"{opened.nbytes / 1e6:.1f} MB, codec {manifest.codec['name']}, layout {manifest.layout['name']}"],
@@ -130,7 +130,7 @@ def view(
 
     opened = open_archive(archive)
     samples = list(dict.fromkeys(integers(sample, "--sample")))
-    chosen = view_range(views or f"{opened.views.start}:{opened.views[:8].stop}", opened.views)
+    chosen = view_range(views, opened.views, clip=True) if views else opened.views[:8]
     if max(samples) >= opened.num_samples:
         raise UsageError(
             f"--sample {sample}", why=f"the archive has samples 0 to {opened.num_samples - 1}", fix="choose within them"

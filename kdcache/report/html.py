@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import kdcache
-from kdcache.archive import Archive, TauStatistics, open_archive, translated_os_errors
+from kdcache.archive import Archive, TauStatistics, is_url, open_archive, translated_os_errors
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.report.figures import Drawing, control_dots, entropy_histograms, render, tau_curves, training_curves
@@ -136,7 +136,9 @@ def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, st
     """An archive of a run, or why it cannot be shown. It may have moved together with the workspace of the run."""
     home = run.folder.resolve().parent.parent.parent
     reason = ""
-    for path in dict.fromkeys((args.archive, str(home / args.archive), str(home / "archives" / args.archive_name))):
+    copy = home / "archives" / args.archive_name
+    places: list[Path | str] = [copy, args.archive] if is_url(args.archive) else [Path(args.archive), home / args.archive, copy]
+    for path in dict.fromkeys(places):
         try:
             archive = open_archive(path)
         except (KdcacheError, OSError) as error:

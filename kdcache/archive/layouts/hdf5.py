@@ -129,8 +129,7 @@ class _File:
 
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
-        path = store.local(name)
-        self.data = map_file(path, name, path.stat().st_size)
+        self.data = map_file(store, name)
         try:
             datasets = json.loads(self.data[:USER_BLOCK].tobytes())["datasets"]
             self._datasets = {

@@ -6,15 +6,16 @@ none of the libraries that wrote the files is needed, and no structure that a st
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts.fields import RowType
+from kdcache.archive.store import Store, open_local
 from kdcache.errors import IntegrityError
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
@@ -38,12 +39,13 @@ class Run:
     crc_stride: int
 
 
-def map_file(path: Path, name: str, expected: int) -> NDArray[np.uint8]:
-    """The bytes of a file, `[expected]`; IntegrityError if it has another size."""
-    size = path.stat().st_size
-    if size != expected:
-        raise damaged(name, f"has {size:,} bytes, expected {expected:,}")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np.uint8]:
+    """The bytes of a file; IntegrityError if they are not as many as `expected`."""
+    with open_local(store, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if expected not in {None, size}:
+            raise damaged(name, f"has {size:,} bytes, expected {expected:,}")
+        return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 class MappedRows:

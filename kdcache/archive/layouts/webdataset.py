@@ -170,7 +170,7 @@ class WebDatasetReader:
     def _open(self, view: int, block: int) -> NDArray[np.uint8]:
         name, records = _shard(view, block), self._records(block)
         expected = sum(count * places.length for _, count, places in records) + len(END)
-        data = map_file(self._store.local(name), name, expected)
+        data = map_file(self._store, name, expected)
         start = 0
         for first, count, places in records:
             keys = [_key(view, block, first + number) for number in range(count)]
@@ -216,8 +216,7 @@ class WebDatasetReader:
         """One of the (at most two) members of the file of labels and keys."""
         if not self._store.exists(SAMPLES):
             return None
-        path = self._store.local(SAMPLES)
-        data, at = map_file(path, SAMPLES, path.stat().st_size), 0
+        data, at = map_file(self._store, SAMPLES), 0
         while at + BLOCK <= len(data) - len(END):
             try:
                 info = tarfile.TarInfo.frombuf(data[at : at + BLOCK].tobytes(), "utf-8", "strict")

@@ -248,19 +248,19 @@ class ZarrReader:
         name = _chunk(plan, field, view, block)
         dtype, shape = self._fields[field]
         row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        rows, path = plan.block_rows(block), self._store.local(name)
+        rows = plan.block_rows(block)
         if field != "logits":
             size = plan.shard_rows * row_bytes
-            data = map_file(path, name, size + CRC)
+            data = map_file(self._store, name, size + CRC)
             run = Run(units=1, rows=rows, stored=plan.shard_rows, start=0, stride=size, crc_start=size, crc_stride=CRC)
             return MappedRows(name, data, (dtype, shape), [run])
         used, chunks, payload = -(-rows // inner), plan.shard_rows // inner, inner * row_bytes
         index_bytes = chunks * 16 + CRC
         if self._layout.compression != "none":
-            data = map_file(path, name, path.stat().st_size)
+            data = map_file(self._store, name)
             return _CompressedRows(name, data, _index(name, data, chunks, used), (dtype, shape), self._layout)
         stride = payload + CRC
-        data = map_file(path, name, used * stride + index_bytes)
+        data = map_file(self._store, name, used * stride + index_bytes)
         index = _index(name, data, chunks, used)
         if not np.array_equal(index[:, 0], np.arange(used) * stride) or (index[:, 1] != stride).any():
             raise damaged(name, "does not hold its chunks in order")
@@ -300,8 +300,7 @@ class ZarrReader:
         if not self._store.exists(f"{name}/zarr.json"):
             return None
         chunk = f"{name}/c/0"
-        path = self._store.local(chunk)
-        data = map_file(path, chunk, path.stat().st_size)
+        data = map_file(self._store, chunk)
         if len(data) < CRC or crc32c(data[:-CRC].data) != int.from_bytes(data[-CRC:].tobytes(), "little"):
             raise damaged(chunk, "has another crc32c than is stored in it")
         return data[:-CRC]
