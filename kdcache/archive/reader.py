@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
-    CARD_NAME,
+    FOR_PEOPLE,
     MANIFEST_NAME,
     FileRecord,
     Manifest,
@@ -349,13 +349,13 @@ class Archive:
             )
 
     def _check_files(self) -> None:
-        """Compare the files that belong to no shard with the manifest, once; the card is for people, who may edit it."""
+        """Compare the files that belong to no shard with the manifest, once; what is for people they may edit."""
         if not self._files_checked:
             result = Verification("full")
             replaced = self._replaced()
-            self.store.prefetch(record.path for record in self.manifest.files if record.path != CARD_NAME)
+            self.store.prefetch(record.path for record in self.manifest.files if record.path not in FOR_PEOPLE)
             for record in self.manifest.files:
-                if record.path != CARD_NAME:
+                if record.path not in FOR_PEOPLE:
                     self._verify_file(record, "full", result, replaced.get(record.path, ()))
             result.raise_if_failed()
             self._files_checked = True
