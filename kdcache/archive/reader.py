@@ -38,6 +38,7 @@ MANIFEST_LIMIT = 64 << 20
 TABLE_LIMIT = 1 << 30
 AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
+PULL = ".pull"  # of transfers, likewise
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
 
@@ -107,6 +108,12 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
                 f"archive {path} is not finished",
                 why="its dump was stopped before the manifest was written",
                 fix=_resume_command(store),
+            )
+        if (Path(path) / PULL).is_dir():
+            raise IncompleteError(
+                f"archive {path} is not complete",
+                why="the transfer that brings it here was stopped before the manifest was written",
+                fix="repeat the kdcache pull or push command that began it; it goes on where it stopped",
             )
         raise NotFoundError(
             f"no archive at {path}",
@@ -371,11 +378,16 @@ class Archive:
             )
         return found
 
+    def records(self) -> Iterator[FileRecord]:
+        """The records of all files but the manifest."""
+        yield self.manifest.shards
+        yield from self.manifest.files
+        for shard in self.shards():
+            yield from shard.files
+
     @cached_property
     def _records(self) -> dict[str, FileRecord]:
-        manifest = self.manifest
-        known = [manifest.shards, *manifest.files, *(file for shard in self.shards() for file in shard.files)]
-        return {record.path: record for record in known}
+        return {record.path: record for record in self.records()}
 
     def _positions(self, view: int) -> NDArray[np.int64]:
         """Where each sample sits in a view: `[N]`."""

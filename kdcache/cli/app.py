@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import kdcache
-from kdcache.cli import making, reading
+from kdcache.cli import making, reading, sharing
 
 __all__ = ["app", "command"]
 
@@ -48,6 +48,9 @@ for function in (
     reading.datasets,
     reading.methods,
     reading.bench,
+    sharing.push,
+    sharing.pull,
+    sharing.sign,
 ):
     app.command()(function)
 
