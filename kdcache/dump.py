@@ -32,7 +32,7 @@ from kdcache.canvas import Canvas, canvas_path, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
-from kdcache.models import Normalisation, resolve
+from kdcache.models import Normalisation, licence, resolve
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
 from kdcache.replay import replay
@@ -235,6 +235,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             training=record["training"],
             top1_clean=record["top1_clean"],
             noise=begun.noise if begun and begun.noise else _noise(forward, plan, config.batch_size),
+            # Weights finetuned from timm's are under timm's licence; of others only their owner knows.
+            weights_licence=licence(record["name"]) if record["training"].get("start") == "timm" else None,
         ),
         provenance={
             "command": config.command,

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, unknown_name
 
-__all__ = ["ALIASES", "Normalisation", "create_model", "list_models", "load_weights", "resolve", "save_weights", "weights_digest"]
+__all__ = [
+    "ALIASES",
+    "Normalisation",
+    "create_model",
+    "licence",
+    "list_models",
+    "load_weights",
+    "resolve",
+    "save_weights",
+    "weights_digest",
+]
 
 # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
 ALIASES: dict[str, str] = {
@@ -62,6 +72,14 @@ def resolve(name: str, kind: str = "model") -> str:
     if tag and exact not in tagged:
         raise unknown_name(f"{kind} with pretrained weights", name, [architecture, *tagged], error=NotFoundError)
     return exact
+
+
+def licence(name: str) -> str | None:
+    """The licence of timm's pretrained weights by exact name, as timm states it; None where it does not."""
+    import timm
+
+    config = timm.models.get_pretrained_cfg(name)
+    return (config.license or None) if config is not None else None
 
 
 def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:

@@ -175,7 +175,9 @@ class Workspace:
         """Folders with a finished or unfinished archive, by name."""
         if not self.archives.is_dir():
             return []
-        return sorted(p for p in self.archives.iterdir() if (p / "kdcache.json").is_file() or (p / ".dump").is_dir())
+        return sorted(
+            p for p in self.archives.iterdir() if any((p / name).exists() for name in ("kdcache.json", ".dump", ".pull"))
+        )
 
     def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
         """The archive `name` (a URL, a folder, or a name below `archives/`); without a name, the only or the newest finished one.

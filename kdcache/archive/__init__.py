@@ -9,6 +9,8 @@ from kdcache.archive.layouts import layout
 from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
 from kdcache.archive.remote import is_url
+from kdcache.archive.sharing import Shipment, part_label, pull, push, shipment
+from kdcache.archive.signing import sign_archive, verify_signature
 from kdcache.archive.statistics import PAPER_TAUS
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
@@ -30,6 +32,7 @@ __all__ = [
     "Noise",
     "Plan",
     "Rows",
+    "Shipment",
     "Statistics",
     "SubsetOf",
     "TauStatistics",
@@ -42,10 +45,16 @@ __all__ = [
     "layout",
     "manifest_schema",
     "open_archive",
+    "part_label",
+    "pull",
+    "push",
     "recorded_plan",
     "sha256",
+    "shipment",
+    "sign_archive",
     "stored_bytes",
     "translated_os_errors",
+    "verify_signature",
     "write_archive",
 ]
 

@@ -28,7 +28,7 @@ from kdcache.archive.store import inner_name, sha256_of, translated_os_errors
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["Cache", "CachedStore"]
+__all__ = ["Cache", "CachedStore", "download"]
 
 WORKERS = 8  # downloads at a time
 READ_LIMIT = 64 << 20  # bytes of a file that is read into memory
@@ -96,7 +96,7 @@ class Cache:
                 if found := self.find(record):
                     return found
                 part = path.with_name(f"{path.name}.part")
-                _download(record, where, part, stream)
+                download(record, where, part, stream)
                 part.replace(path)
             self._checked.add(record.sha256)
             self._make_room(path, record.bytes)
@@ -145,7 +145,7 @@ class Cache:
         return False
 
 
-def _download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> None:
+def download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> None:
     """Bring `part` to the bytes of `record`. Bytes beyond those recorded are never written; wrong ones are fetched once more."""
     for last in (False, True):
         with part.open("a+b") as file:

@@ -32,8 +32,16 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "kdcache.json"
 CARD_NAME = "README.md"
+FIGURE_NAME = "entropies.svg"
+CROISSANT_NAME = "croissant.json"
+FOR_PEOPLE = frozenset({CARD_NAME, FIGURE_NAME, CROISSANT_NAME})  # who may edit them; nothing is read from them
 INT32 = 2**31 - 1
 READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
+
+
+def _left_out(default: Any) -> Callable[[Any], bool]:
+    """Fields at their default are not written: manifests from before there was the field keep their bytes."""
+    return lambda value: bool(value == default)
 
 
 class _Record(BaseModel):
@@ -82,6 +90,7 @@ class TeacherCard(_Record):
     training: dict[str, Any] | None = None  # how it was trained, as train-teacher recorded it
     top1_clean: float | None = None  # percent, on the clean test images
     noise: Noise | None = None
+    weights_licence: str | None = Field(None, exclude_if=_left_out(None))
 
 
 class TauStatistics(_Record):
@@ -116,11 +125,6 @@ class Licences(_Record):
     weights: str | None = None
 
 
-def _left_out(default: Any) -> Callable[[Any], bool]:
-    """Fields at their default are not written: manifests from before there was the field keep their bytes."""
-    return lambda value: bool(value == default)
-
-
 class Plan(_Record):
     """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
 
@@ -142,6 +146,15 @@ class Plan(_Record):
     licences: Licences | None = Field(None, exclude_if=_left_out(None))
     teacher: TeacherCard | None = None
     provenance: dict[str, Any] = {}
+
+    @property
+    def known_licences(self) -> Licences:
+        """The declared licences, or what was known of data and weights when the archive was made."""
+        declared = self.licences or Licences()
+        return Licences(
+            data=declared.data or (self.source.licence if self.source else None),
+            weights=declared.weights or (self.teacher.weights_licence if self.teacher else None),
+        )
 
     @property
     def num_classes(self) -> int:
@@ -171,7 +184,7 @@ class Plan(_Record):
                 "rows_hash": True,
                 "licences": True,
                 "provenance": True,
-                "teacher": {"noise"},
+                "teacher": {"noise", "weights_licence"},
             },
         )
 

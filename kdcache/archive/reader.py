@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
-    CARD_NAME,
+    FOR_PEOPLE,
     MANIFEST_NAME,
     FileRecord,
     Manifest,
@@ -41,6 +41,7 @@ TABLE_LIMIT = 1 << 30
 ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
 AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
+PULL = ".pull"  # of transfers, likewise
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 Level = Literal["quick", "full"]
 
@@ -166,6 +167,12 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
                 f"archive {path} is not finished",
                 why="its dump was stopped before the manifest was written",
                 fix=_resume_command(store),
+            )
+        if (Path(path) / PULL).is_dir():
+            raise IncompleteError(
+                f"archive {path} is not complete",
+                why="the transfer that brings it here was stopped before the manifest was written",
+                fix="repeat the kdcache pull or push command that began it; it goes on where it stopped",
             )
         raise NotFoundError(
             f"no archive at {path}",
@@ -444,13 +451,13 @@ class Archive:
             )
 
     def _check_files(self) -> None:
-        """Compare the files that belong to no shard with the manifest, once; the card is for people, who may edit it."""
+        """Compare the files that belong to no shard with the manifest, once; what is for people they may edit."""
         if not self._files_checked:
             result = Verification("full")
             replaced = self._replaced()
-            self.store.prefetch(record.path for record in self.manifest.files if record.path != CARD_NAME)
+            self.store.prefetch(record.path for record in self.manifest.files if record.path not in FOR_PEOPLE)
             for record in self.manifest.files:
-                if record.path != CARD_NAME:
+                if record.path not in FOR_PEOPLE:
                     self._verify_file(record, "full", result, replaced.get(record.path, ()))
             result.raise_if_failed()
             self._files_checked = True
@@ -466,11 +473,16 @@ class Archive:
             )
         return found
 
+    def records(self) -> Iterator[FileRecord]:
+        """The records of all files but the manifest."""
+        yield self.manifest.shards
+        yield from self.manifest.files
+        for shard in self.shards():
+            yield from shard.files
+
     @cached_property
     def _records(self) -> dict[str, FileRecord]:
-        manifest = self.manifest
-        known = [manifest.shards, *manifest.files, *(file for shard in self.shards() for file in shard.files)]
-        return {record.path: record for record in known}
+        return {record.path: record for record in self.records()}
 
     def _positions(self, view: int) -> NDArray[np.int64]:
         """Where each sample sits in a view: `[N]`."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -20,7 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 from kdcache import errors
 from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, RetryError, UsageError, unknown_name
 
-__all__ = ["SCHEMES", "MissingError", "Remote", "ending", "is_url", "open_remote"]
+__all__ = ["SCHEMES", "MissingError", "Remote", "ending", "hub_address", "is_url", "open_remote"]
 
 SCHEMES = ("https", "http", "s3", "gs", "az", "hf")
 FIRST_ATTEMPTS = 4  # of a server that never answered: its name may be mistyped, and somebody is waiting
@@ -54,6 +55,7 @@ class Remote(Protocol):
         """Names of all files below `folder`, in order; none where the server lists nothing."""
 
     def put(self, name: str, data: bytes | Path) -> None: ...
+    def delete(self, name: str) -> None: ...
 
 
 def is_url(location: object) -> bool:
@@ -264,13 +266,22 @@ class _Objects:
     def put(self, name: str, data: bytes | Path) -> None:
         import obstore
 
+        self._require_writable()
+        self._repeated(name, lambda: obstore.put(self._store, name, data))
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        self._require_writable()
+        self._repeated(name, lambda: obstore.delete(self._store, name))
+
+    def _require_writable(self) -> None:
         if not self._writable:
             raise UsageError(
                 f"{self.url} cannot be written to",
                 why="files are put on object stores only",
                 fix="use a URL such as s3://BUCKET/FOLDER",
             )
-        self._repeated(name, lambda: obstore.put(self._store, name, data))
 
     def _repeated(self, name: str, request: Any) -> Any:
         _require_threads(self._where(name))
@@ -366,28 +377,35 @@ class _Hub(_Objects):
 
     def names(self, folder: str = "") -> Iterator[str]:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import EntryNotFoundError
 
         below = "/".join(filter(None, (self._folder, folder)))
-        tree = _ask_hub(
-            self.url,
-            lambda: list(
-                HfApi().list_repo_tree(self._repo, below or None, recursive=True, repo_type="dataset", revision=self._commit)
-            ),
-        )
+
+        def tree() -> list[Any]:
+            options: dict[str, Any] = {"recursive": True, "repo_type": "dataset", "revision": self._commit}
+            with suppress(EntryNotFoundError):  # a folder that is not there holds nothing
+                return list(HfApi().list_repo_tree(self._repo, below or None, **options))
+            return []
+
         start = len(self._folder) + 1 if self._folder else 0
-        yield from sorted(item.path[start:] for item in tree if hasattr(item, "size"))  # folders have none
+        yield from sorted(item.path[start:] for item in _ask_hub(self.url, tree) if hasattr(item, "size"))  # folders have none
 
 
-def _open_hub(url: str) -> Remote:
-    found = _HUB.fullmatch(url)
+def hub_address(url: str) -> tuple[str, str | None, str]:
+    """Repository, revision (None: not said) and folder of `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`."""
+    found = _HUB.fullmatch(url.rstrip("/"))
     if not found:
         raise UsageError(
             f"{url} is not a dataset on the Hub",
             why="archives lie in dataset repositories",
             fix="hf://datasets/ORGANISATION/NAME[@REVISION][/FOLDER]",
         )
-    repo, folder = found["repo"], found["folder"] or ""
-    revision = unquote(found["revision"] or "main")
+    return found["repo"], unquote(found["revision"]) if found["revision"] else None, found["folder"] or ""
+
+
+def _open_hub(url: str) -> Remote:
+    repo, said, folder = hub_address(url)
+    revision = said or "main"
     if not _COMMIT.fullmatch(revision):
         from huggingface_hub import HfApi
 

@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from kdcache.archive.card import write_card
+from kdcache.archive.card import card_files
 from kdcache.archive.encoding import encode_rows
 from kdcache.archive.layouts import Buffers, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.manifest import (
-    CARD_NAME,
     MANIFEST_NAME,
     CanvasCard,
     FileRecord,
@@ -349,7 +348,9 @@ class ArchiveWriter:
             statistics=statistics,
         )
         closing = self._layout.closing_files(self.plan, labels, samples["keys"])
-        closing[CARD_NAME] = [write_card(draft, self._layout.reading_lines(draft)).encode()]
+        described = [draft.shards, *(_record(name, data) for name, data in sorted(closing.items()))]
+        people = card_files(draft, described, shards, self._layout.reading_lines(draft))
+        closing |= {name: [data] for name, data in people.items()}
         records = tuple(_record(name, data) for name, data in sorted(closing.items()))
         if self.store.exists(MANIFEST_NAME):
             # Views are appended: until the new manifest is there, the old one is to accept these files beside its own.

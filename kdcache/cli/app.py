@@ -49,6 +49,9 @@ for function in (
     reading.methods,
     reading.bench,
     sharing.diff,
+    sharing.push,
+    sharing.pull,
+    sharing.sign,
 ):
     app.command()(function)
 

@@ -209,15 +209,15 @@ def convert(
     config: ConfigOption = None,
 ) -> None:
     """Write an archive in another layout (its digest stays), by another codec, or in part. Run again to resume."""
-    from kdcache.archive import derive, derived_plan, stored_bytes
+    from kdcache.archive import derive, derived_plan, part_label, stored_bytes
 
     place = workspace(home)
     with bars() as progress:
         source = place.open_archive(archive, progress)
         chosen = view_range(views, source.views) if views else None
         contents: Literal["all", "statistics"] = "statistics" if stats_only else "all"
-        changed = [word for word in (layout, codec, views and f"views {views}", stats_only and "stats") if word]
-        name = "-".join([source.name, *(re.sub(r"[^\w.]+", "-", word) for word in changed)])
+        changed = [source.name, layout, codec, part_label(source, chosen, contents)]
+        name = "-".join(re.sub(r"[^\w.+-]+", "-", word) for word in changed if word)
         path = output or place.archives / name
         if dry_run:
             plan = derived_plan(source, layout=layout, codec=codec, views=chosen, contents=contents)

@@ -51,6 +51,12 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
             rows.append(
                 ["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"]
             )
+    known = manifest.known_licences
+    rows.append(["licences", f"data {known.data or 'unknown'}, teacher's weights {known.weights or 'unknown'}"])
+    if part := manifest.subset_of:
+        whole = f"views {part.first_view} to {part.first_view + part.num_views - 1}"
+        mine = f"views {opened.views.start} to {opened.views.stop - 1}" + ("" if manifest.contents == "all" else ", no logits")
+        rows.append(["part of", f"{part.digest[:12]}... with {whole}: here are {mine}"])
     if policy:
         rows.append(["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}..."])
     rows.append(["made by", manifest.provenance.get("command")])
@@ -73,6 +79,9 @@ def verify(
         int,
         typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here)."),
     ] = 0,
+    signed_by: Annotated[
+        Path | None, typer.Option("--signed-by", help="Also check the signature, by this public key in PEM.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     renderer: RendererOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
@@ -81,11 +90,12 @@ def verify(
     data_dir: DataDirOption = None,
 ) -> None:
     """Check an archive against its manifest: sizes, sha256 of every file and of the decoded rows, views rendered again."""
-    from kdcache.archive import open_archive
+    from kdcache.archive import open_archive, verify_signature
 
     opened = open_archive(archive)
     with bars() as progress:
-        results = [opened.verify("quick" if quick else "full", progress)]
+        results = [verify_signature(opened, signed_by)] if signed_by else []
+        results.append(opened.verify("quick" if quick else "full", progress))
         if replay:
             from kdcache.dump import matching_teacher, replay_with_teacher
             from kdcache.workspace import archive_source

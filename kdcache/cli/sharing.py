@@ -1,12 +1,89 @@
-"""Commands about archives of others: how they differ from one's own."""
+"""Commands about archives of others: bring them from one place to another, compare them with one's own."""
 
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import JsonOption, floats
+from kdcache.cli.options import DryRunOption, HomeOption, JsonOption, floats, view_range, workspace
 from kdcache.cli.output import bars, print_json, print_table
+from kdcache.cli.reading import ArchiveArgument
 from kdcache.errors import IncompatibleError, UsageError
+
+LocalArchive = Annotated[str, typer.Argument(help="Folder or name of an archive.")]
+ViewsOption = Annotated[str, typer.Option("--views", help="Only views FIRST:STOP, as in Python.")]
+StatsOnlyOption = Annotated[
+    bool, typer.Option("--stats-only", help="Only argmax, entropies, sample numbers and fingerprints: no logits.")
+]
+
+
+def push(
+    archive: LocalArchive,
+    destination: Annotated[str, typer.Argument(help="A folder, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME[@BRANCH].")],
+    views: ViewsOption = "",
+    stats_only: StatsOnlyOption = False,
+    licence: Annotated[
+        str, typer.Option("--license", help="Licences that the archive does not know: data=cc-by-4.0,weights=apache-2.0")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="A dataset repository that is made for it is private.")] = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = Path(),
+) -> None:
+    """Share an archive: verified, with the licences of data and weights, without names of local places; goes on if repeated."""
+    from kdcache.archive import derived_plan, part_label, push, shipment, stored_bytes
+
+    declared = _licences(licence)
+    with bars() as progress:
+        opened = workspace(home).open_archive(archive, progress)
+        part: dict[str, Any] = _part(opened, views, stats_only)
+        if not dry_run:
+            print(push(opened, destination, licences=declared, private=private, progress=progress, **part))
+            return
+        sending = shipment(opened, declared, progress)
+        plan = derived_plan(opened, **part)
+    licences = sending.manifest.known_licences
+    what = "logits and statistics" if plan.contents == "all" else "statistics"
+    rows: list[list[Any]] = [
+        ["would send", f"{what} of views {plan.views.start} to {plan.views.stop - 1}"],
+        ["to", destination],
+        ["licences", f"data {licences.data}, teacher's weights {licences.weights}"],
+        ["changed for it", ", ".join(sending.changed) or "nothing"],
+    ]
+    size = stored_bytes(plan) if part_label(opened, **part) else sending.nbytes
+    rows.append(["size", f"{size / 1e6:,.1f} MB"])
+    print_table(["", ""], rows)
+
+
+def pull(
+    source: ArchiveArgument,
+    folder: Annotated[Path | None, typer.Argument(help="Where it is to be [HOME/archives/NAME]")] = None,
+    views: ViewsOption = "",
+    stats_only: StatsOnlyOption = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Trust the checks of each file on arrival.")] = False,
+    home: HomeOption = Path(),
+) -> None:
+    """Bring an archive, or a part of it, to this machine and verify it; an interrupted pull goes on if repeated."""
+    from kdcache.archive import open_archive, part_label, pull
+
+    opened = open_archive(source)
+    part: dict[str, Any] = _part(opened, views, stats_only)
+    target = folder or workspace(home).archives / "-".join(filter(None, (_name(source), part_label(opened, **part))))
+    with bars() as progress:
+        print(pull(opened, target, verify=not no_verify, progress=progress, **part).path)
+
+
+def sign(
+    archive: LocalArchive,
+    key: Annotated[Path, typer.Option("--key", help="Private key in PEM, on the curve P-256, P-384 or P-521.")],
+    home: HomeOption = Path(),
+) -> None:
+    """Sign an archive; who has the public key checks it with: kdcache verify ARCHIVE --signed-by pub.pem"""
+    from kdcache.archive import sign_archive
+
+    with bars() as progress:
+        opened = workspace(home).open_archive(archive, progress)
+    print(sign_archive(opened, key))
 
 
 def diff(
@@ -69,3 +146,41 @@ def diff(
             why="with --strict that is an error",
             fix="leave --strict out to compare them all the same",
         )
+
+
+def _part(opened: Any, views: str, stats_only: bool) -> dict[str, Any]:
+    contents = "statistics" if stats_only else opened.manifest.contents
+    return {"views": view_range(views, opened.views) if views else opened.views, "contents": contents}
+
+
+def _name(source: str) -> str:
+    """The last part of where an archive comes from, without the revision of a repository."""
+    name = source.rstrip("/").rpartition("/")[2].partition("@")[0]
+    if name in {"", ".", ".."}:
+        raise UsageError(
+            f"{source!r} has no name to call a folder by",
+            why="without a second argument the archive is named after where it comes from",
+            fix=f"say where it is to be: kdcache pull {shlex.quote(source)} FOLDER",
+        )
+    return name
+
+
+def _licences(text: str) -> Any:
+    """`data=NAME,weights=NAME`, or one of the two."""
+    from kdcache.archive import Licences
+
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name not in Licences.model_fields or name in found or not 0 < len(value) <= 100 or not value.isprintable():
+            raise UsageError(
+                f"--license {text!r}", why=f"{part!r} is not data=NAME or weights=NAME", fix="--license data=cc-by-4.0"
+            )
+        if value.lower() in {"unknown", "none", "null", "?"}:
+            raise UsageError(
+                f"--license {text!r}",
+                why="what is unknown cannot be passed on: those who get it must know the terms",
+                fix="ask whoever made the data or the weights, and name their licence",
+            )
+        found[name] = value
+    return Licences(**found)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcache.archive.manifest import FOR_PEOPLE
 from kdcache.cli import run
 
 DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]
@@ -63,9 +64,9 @@ def archive(home) -> Path:
 
 
 def data_files(folder: Path) -> dict[str, bytes]:
-    """Every file of an archive that holds data, by name (the manifest and the card also say who made it and when)."""
+    """Every file of an archive that holds data, by name (the manifest also says who made it and when)."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in {"kdcache.json", "README.md"}
+        if path.is_file() and path.name not in {"kdcache.json", *FOR_PEOPLE}
     }

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from kdcache.archive import ArchiveWriter, open_archive
+from kdcache.archive import ArchiveWriter, Licences, open_archive
 from kdcache.dump import write_shards
 from kdcache.views.policy import ViewPolicy
 from tests.end_to_end.conftest import DUMP, data_files, start
@@ -281,3 +281,17 @@ def test_no_finetune_makes_a_missing_teacher_an_error(trained, kdcache):
 def test_another_recipe_is_another_archive(home, kdcache, flags):
     assert kdcache(*DUMP, "--views", 1, *flags, "--home", home).status == 0
     assert len(list((home / "archives").iterdir())) == 2
+
+
+def test_an_archive_knows_the_licence_of_weights_that_were_finetuned_from_timm(home, archive, kdcache, tmp_path):
+    """A teacher that was trained from scratch is its owner's, whose terms nobody else can know."""
+    assert open_archive(archive).manifest.known_licences == Licences(data="CC-BY-4.0")
+    assert kdcache("push", archive, tmp_path / "out").status == 2
+    [record] = home.glob("teachers/*/teacher.json")
+    fields = json.loads(record.read_text())
+    fields["training"]["start"] = "timm"
+    record.write_text(json.dumps(fields))
+    assert kdcache(*DUMP, "--views", 1, "--home", home, "--output", tmp_path / "finetuned").status == 0
+    assert open_archive(tmp_path / "finetuned").manifest.known_licences == Licences(data="CC-BY-4.0", weights="apache-2.0")
+    assert kdcache("push", tmp_path / "finetuned", tmp_path / "out").status == 0
+    assert str(home) not in (tmp_path / "out" / "kdcache.json").read_text()
