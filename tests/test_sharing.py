@@ -150,7 +150,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def assert_same_rows(one: Archive, other: Archive) -> None:
     for view in one.views:
-        ours, theirs = (vars(archive.read(view, 0, SAMPLES)) for archive in (one, other))
+        ours, theirs = (archive.read(view, 0, SAMPLES).fields() for archive in (one, other))
         for name, values in theirs.items():
             np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
