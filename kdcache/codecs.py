@@ -117,7 +117,8 @@ class I16:
     def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
         logits = _finite(logits)
         _within(logits, 63.99902, "i16", "dump with --codec f32")  # 32767 steps, and not quite a half
-        return {"logits": np.rint(logits * np.float32(1 / I16_STEP)).astype(self.dtype)}
+        steps = logits * np.float32(1 / I16_STEP)
+        return {"logits": np.rint(steps, out=steps).astype(self.dtype)}
 
     def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         logits = _as_float32(stored["logits"], out)
