@@ -5,6 +5,7 @@ from typing import Any
 from kdcache.archive.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
+from kdcache.archive.fidelity import CodecFidelity, TauFidelity, measure_fidelity
 from kdcache.archive.layouts import layout
 from kdcache.archive.manifest import (
     CanvasCard,
@@ -36,6 +37,7 @@ __all__ = [
     "ArchiveWriter",
     "Average",
     "CanvasCard",
+    "CodecFidelity",
     "Comparison",
     "Distance",
     "Ensemble",
@@ -52,6 +54,7 @@ __all__ = [
     "StatisticsDetails",
     "SubsetOf",
     "TauDetail",
+    "TauFidelity",
     "TauStatistics",
     "TeacherCard",
     "Verification",
@@ -61,6 +64,7 @@ __all__ = [
     "is_url",
     "layout",
     "manifest_schema",
+    "measure_fidelity",
     "measure_logits",
     "open_archive",
     "part_label",
