@@ -11,12 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "entropies_and_argmax",
     "entropy",
+    "label_smoothing",
     "log_softmax",
     "logit_moments",
+    "matched_smoothing",
     "power_sum",
     "relative_entropy",
     "softmax",
     "sorted_mean_softmax",
+    "summarise_ranked",
 ]
 
 Floats = NDArray[np.float64]
@@ -86,20 +89,19 @@ def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, F
         tempered = np.divide(flat[rows], tau, out=z[: rows.stop - first], dtype=np.float64)
         top[rows] = flat[rows].argmax(axis=1)
         h[rows], rest[rows] = _entropies(tempered, top[rows])
-    h /= np.log(classes)
-    rest = rest / np.log(classes - 1) if classes > 2 else np.ones(len(flat))
+    h, rest = _relative(h, rest, classes)
     shape = logits.shape[:-1]
-    return np.clip(h, 0, 1).reshape(shape), np.clip(rest, 0, 1).reshape(shape), top.reshape(shape)
+    return h.reshape(shape), rest.reshape(shape), top.reshape(shape)
+
+
+def _relative(h: Floats, rest: Floats, classes: int) -> tuple[Floats, Floats]:
+    """Entropies in nats as fractions of the largest possible ones; a single remaining class is all there is."""
+    rest = rest / np.log(classes - 1) if classes > 2 else np.ones_like(rest)
+    return np.clip(h / np.log(classes), 0, 1), np.clip(rest, 0, 1)
 
 
 def _entropies(z: Floats, top: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Entropies in nats of the softmax of `z [n, C]`, with and without the class `top [n]` of each row. Overwrites z.
-
-    One exponential per logit serves both. Shifted by the second largest logit, the rest has the sum s of e^z and the sum
-    d of e^z z; the top class stands g above it, that is, the rest weighs w = e^-g against it, and the sums join without
-    cancellation, however large g is: H(p) = log t - (d - g s) w / t with t = 1 + s w, and H(p-bar) = log s - d / s.
-    (log1p(s w) would be closer by 1e-16, and give archives of format version 1 other last digits in their surest rows.)
-    """
+    """Entropies in nats of the softmax of `z [n, C]`, with and without the class `top [n]` of each row. Overwrites z."""
     row = np.arange(len(z))
     gap = z[row, top]
     z[row, top] = -np.inf
@@ -108,11 +110,21 @@ def _entropies(z: Floats, top: NDArray[np.int64]) -> tuple[Floats, Floats]:
     z -= second[:, None]
     z[row, top] = UNDERFLOW  # adds exactly nothing to either sum
     e = np.exp(z)
-    s = e.sum(axis=1)
-    d = np.einsum("nc,nc->n", e, z)
+    h, rest, _ = _join(gap, e.sum(axis=1), np.einsum("nc,nc->n", e, z))
+    return h, rest
+
+
+def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
+    """Entropies in nats of rows with and without their top class, and its probability, from sums over the other classes.
+
+    One exponential per logit serves both. Shifted by the second largest logit, the rest has the sum s of e^z and the sum
+    d of e^z z; the top class stands `gap` = g above it, that is, the rest weighs w = e^-g against it, and the sums join
+    without cancellation, however large g is: H(p) = log t - (d - g s) w / t with t = 1 + s w, and H(p-bar) = log s - d / s.
+    (log1p(s w) would be closer by 1e-16, and give archives of format version 1 other last digits in their surest rows.)
+    """
     w = np.exp(-gap)
     t = 1 + s * w
-    return np.log(t) - (d - gap * s) * w / t, np.log(s) - d / s
+    return np.log(t) - (d - gap * s) * w / t, np.log(s) - d / s, 1 / t
 
 
 def power_sum(logits: ArrayLike, tau: float) -> Floats:
@@ -137,3 +149,54 @@ def sorted_mean_softmax(logits: ArrayLike, tau: float) -> Floats:
     probs.sort(axis=-1)
     mean: Floats = probs[..., ::-1].reshape(-1, probs.shape[-1]).mean(axis=0)
     return mean
+
+
+def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats]:
+    """`relative_entropy` of rows of descending logits, `ranked [B, C]`, and the sum of their softmax vectors, float64 `[C]`.
+
+    One sort serves every tau, and one exponential per logit all three results.
+    """
+    classes = ranked.shape[1]
+    h, rest, total = np.empty(len(ranked)), np.empty(len(ranked)), np.zeros(classes)
+    step = max(1, CACHED // classes)
+    for first in range(0, len(ranked), step):
+        rows = slice(first, first + step)
+        z = np.divide(ranked[rows], tau, dtype=np.float64)
+        gap = z[:, 0] - z[:, 1]
+        z = z[:, 1:] - z[:, 1:2]
+        e = np.exp(z)
+        h[rows], rest[rows], top = _join(gap, e.sum(axis=1), np.einsum("nc,nc->n", e, z))
+        total[0] += top.sum()
+        total[1:] += (top * np.exp(-gap)) @ e
+    return *_relative(h, rest, classes), total
+
+
+def matched_smoothing(h: ArrayLike, classes: int) -> Floats:
+    """Coefficient alpha of the label smoothing whose relative entropy is `h [...]`: float64 `[...]` in [0, 1].
+
+    The smoothed vector has 1 - alpha + alpha / C at the top and alpha / C elsewhere. With d = 1 - alpha its entropy lies
+    D(d) = (1 + d (C-1)) / C log1p(d (C-1)) + (C-1) / C (1-d) log1p(-d) below log C, strictly increasing from 0 to log C
+    on [0, 1]. Bisection on log d, since Newton's slope is 0 at one end and infinite at the other, and since alpha comes
+    close to 1 at large tau: that is where 1 - alpha says something, and it is exact to what float64 knows of `h`.
+    """
+    deficit = np.clip(1 - np.asarray(h, np.float64), 0, 1) * np.log(classes)
+
+    def of(d: Floats) -> Floats:
+        below = np.log1p(-np.minimum(d, np.nextafter(1, 0)))
+        value: Floats = ((1 + d * (classes - 1)) * np.log1p(d * (classes - 1)) + (classes - 1) * (1 - d) * below) / classes
+        return value
+
+    low, high = np.full_like(deficit, -60.0), np.zeros_like(deficit)  # log d
+    for _ in range(64):
+        middle = (low + high) / 2
+        less = of(np.exp(middle)) < deficit
+        low, high = np.where(less, middle, low), np.where(less, high, middle)
+    alpha: Floats = np.where(deficit > 0, -np.expm1(high), 1.0)
+    return alpha
+
+
+def label_smoothing(alpha: float, classes: int) -> Floats:
+    """The smoothed one-hot vector, its top class first: float64 `[C]`."""
+    smoothed = np.full(classes, alpha / classes)
+    smoothed[0] += 1 - alpha
+    return smoothed

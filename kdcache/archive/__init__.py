@@ -5,36 +5,56 @@ from typing import Any
 from kdcache.archive.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
+from kdcache.archive.fidelity import CodecFidelity, TauFidelity, measure_fidelity
 from kdcache.archive.layouts import layout
-from kdcache.archive.manifest import CanvasCard, Licences, Manifest, Noise, Plan, Statistics, SubsetOf, TauStatistics, TeacherCard
+from kdcache.archive.manifest import (
+    CanvasCard,
+    Licences,
+    LogitMoments,
+    Manifest,
+    Noise,
+    Plan,
+    Statistics,
+    StatisticsDetails,
+    SubsetOf,
+    TauDetail,
+    TauStatistics,
+    TeacherCard,
+)
 from kdcache.archive.reader import Archive, Failure, Rows, Verification, open_archive
 from kdcache.archive.remote import is_url
 from kdcache.archive.sharing import Shipment, part_label, pull, push, shipment
 from kdcache.archive.signing import sign_archive, verify_signature
-from kdcache.archive.statistics import PAPER_TAUS
+from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
 
 __all__ = [
+    "MAX_ROWS",
     "PAPER_TAUS",
     "AnyArchive",
     "Archive",
     "ArchiveWriter",
     "Average",
     "CanvasCard",
+    "CodecFidelity",
     "Comparison",
     "Distance",
     "Ensemble",
     "Fact",
     "Failure",
     "Licences",
+    "LogitMoments",
     "Manifest",
     "Noise",
     "Plan",
     "Rows",
     "Shipment",
     "Statistics",
+    "StatisticsDetails",
     "SubsetOf",
+    "TauDetail",
+    "TauFidelity",
     "TauStatistics",
     "TeacherCard",
     "Verification",
@@ -44,6 +64,8 @@ __all__ = [
     "is_url",
     "layout",
     "manifest_schema",
+    "measure_fidelity",
+    "measure_logits",
     "open_archive",
     "part_label",
     "pull",

@@ -17,12 +17,15 @@ __all__ = [
     "CanvasCard",
     "FileRecord",
     "Licences",
+    "LogitMoments",
     "Manifest",
     "Noise",
     "Plan",
     "ShardRecord",
     "Statistics",
+    "StatisticsDetails",
     "SubsetOf",
+    "TauDetail",
     "TauStatistics",
     "TeacherCard",
     "archive_digest",
@@ -104,10 +107,44 @@ class TauStatistics(_Record):
     sorted_mean_entropy: float  # of the mean of the sorted softmax, relative
 
 
+class LogitMoments(_Record):
+    """Mean and (population) standard deviation of each row's logits, as logit standardization's Fig. 5 shows them."""
+
+    mean: float  # over the rows
+    std: float
+    mean_range: tuple[float, float]
+    std_range: tuple[float, float]
+    counts: tuple[tuple[int, ...], ...]  # rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's
+
+
+class TauDetail(_Record):
+    """More of the teacher at one temperature: distributions that can be drawn."""
+
+    entropy_histogram: tuple[int, ...]  # rows in 32 equal bins of relative entropy, from 0 to 1
+    entropy_rest_histogram: tuple[int, ...]
+    sorted_mean: tuple[float, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
+    smoothing_sorted_mean: float  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
+    smoothing_mean_entropy: float  # and of the one that has entropy_mean
+
+
+class StatisticsDetails(_Record):
+    ranks: tuple[int, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
+    per_tau: tuple[TauDetail, ...]  # as in `Statistics.per_tau`
+    moments: LogitMoments
+
+
 class Statistics(_Record):
     rows: int  # how many rows, evenly spaced over the archive, the figures per temperature rest on
     per_tau: tuple[TauStatistics, ...]
     top1_views: float | None  # percent of all views where the argmax is the (dominant) label
+    details: StatisticsDetails | None = Field(None, exclude_if=lambda details: details is None)  # archives made before have none
+
+    def at(self, taus: Iterable[float]) -> "Statistics":
+        """The same of the given temperatures only, in their order. KeyError for one that is not there."""
+        place = {figures.tau: number for number, figures in enumerate(self.per_tau)}
+        chosen = [place[tau] for tau in taus]
+        details = self.details and self.details.model_copy(update={"per_tau": tuple(self.details.per_tau[n] for n in chosen)})
+        return self.model_copy(update={"per_tau": tuple(self.per_tau[n] for n in chosen), "details": details})
 
 
 class SubsetOf(_Record):

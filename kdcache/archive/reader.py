@@ -28,7 +28,7 @@ from kdcache.archive.manifest import (
     load_manifest,
 )
 from kdcache.archive.remote import MissingError, is_url, open_remote
-from kdcache.archive.statistics import spread_logits
+from kdcache.archive.statistics import MAX_ROWS, spread_logits
 from kdcache.archive.store import LocalStore, Store, open_local, sha256, sha256_of
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
@@ -361,9 +361,10 @@ class Archive:
         self._check_range(view, 0, 0)
         return self.take(view, self._position_of(view)[samples])
 
-    def spread_logits(self) -> Iterator[NDArray[np.float32]]:
-        """Logits of at most 65,536 evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
-        return spread_logits(self.manifest, self.reader)
+    def spread_logits(self, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
+        """Logits of at most `most` evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
+        self._require_logits()
+        return spread_logits(self.manifest, self.reader, most)
 
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""

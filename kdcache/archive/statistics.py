@@ -1,37 +1,68 @@
 """What a finished archive says about its teacher, computed once when it is finished."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts import ShardReader
-from kdcache.archive.manifest import Plan, Statistics, TauStatistics
+from kdcache.archive.manifest import LogitMoments, Plan, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.codecs import codec
 from kdcache.progress import Progress
-from kdcache.stats import relative_entropy, sorted_mean_softmax
+from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.views.policy import CenterCrop
 
-__all__ = ["PAPER_TAUS", "compute_statistics", "spread", "spread_logits"]
+__all__ = ["MAX_ROWS", "PAPER_TAUS", "compute_statistics", "measure_logits", "spread", "spread_logits"]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
-BLOCK = 1 << 12
+BLOCK = 1 << 12  # rows
+BLOCK_LOGITS = 1 << 22  # 16 MB
+BINS = 32
+MOMENT_BINS = 24
+RANKS = 64
+FIRST_RANKS = 20  # what the temperature study's Fig. 4 shows
 MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None, "jitter": None, "erase": None}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress) -> Statistics:
-    """Entropies per temperature over at most 65,536 evenly spaced rows, and top-1 over all views."""
-    blocks = list(spread_logits(plan, reader))
-    rows = sum(len(block) for block in blocks)
-    per_tau = []
-    for number, tau in enumerate(PAPER_TAUS):
-        pairs = [relative_entropy(block, tau) for block in blocks]
-        h, rest = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        mean = np.sum([sorted_mean_softmax(block, tau) * len(block) for block in blocks], axis=0) / rows
+    """Figures per temperature over at most 65,536 evenly spaced rows, and top-1 over all views."""
+    rows = min(plan.num_views * plan.num_samples, MAX_ROWS)
+    measured = measure_logits(spread_logits(plan, reader), rows, PAPER_TAUS, progress)
+    return measured.model_copy(update={"top1_views": _top1(plan, reader, labels)})
+
+
+def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Sequence[float], progress: Progress) -> Statistics:
+    """Statistics of `blocks` of logits float32 `[n, C]`, `rows` of them in all, at every tau; without top-1.
+
+    One block is held at a time, and of the rows nothing but two entropies per tau.
+    """
+    entropies = np.empty((2, len(taus), rows))
+    moments = np.empty((2, rows))
+    totals = np.zeros(())
+    done = 0
+    for block in blocks:
+        part = slice(done, done + len(block))
+        moments[:, part] = logit_moments(block)
+        ranked = np.sort(block, axis=1)[:, ::-1]
+        summed = []
+        for number, tau in enumerate(taus):
+            entropies[0, number, part], entropies[1, number, part], total = summarise_ranked(ranked, tau)
+            summed.append(total)
+        totals = totals + np.array(summed)
+        done += len(block)
+        progress.update("statistics", done, rows)
+    if done != rows:
+        raise ValueError(f"{done} rows, not {rows}")
+    means = totals / rows
+    classes = means.shape[1]
+    ranks = spread_ranks(classes)
+    per_tau, details = [], []
+    for tau, h, rest, mean in zip(taus, *entropies, means, strict=True):
         positive = mean[mean > 0]
+        whole = float(-(positive * np.log(positive)).sum() / np.log(classes))
         per_tau.append(
             TauStatistics(
                 tau=tau,
@@ -39,11 +70,48 @@ def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64
                 entropy_quantiles=tuple(float(q) for q in np.quantile(h, QUANTILES)),
                 entropy_rest_mean=float(rest.mean()),
                 entropy_rest_quantiles=tuple(float(q) for q in np.quantile(rest, QUANTILES)),
-                sorted_mean_entropy=float(-(positive * np.log(positive)).sum() / np.log(plan.num_classes)),
+                sorted_mean_entropy=whole,
             )
         )
-        progress.update("statistics", number + 1, len(PAPER_TAUS))
-    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=_top1(plan, reader, labels))
+        details.append(
+            TauDetail(
+                entropy_histogram=_histogram(h),
+                entropy_rest_histogram=_histogram(rest),
+                sorted_mean=tuple(float(p) for p in mean[np.array(ranks) - 1]),
+                smoothing_sorted_mean=float(matched_smoothing(whole, classes)),
+                smoothing_mean_entropy=float(matched_smoothing(h.mean(), classes)),
+            )
+        )
+    found = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=_moments(*moments))
+    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=found)
+
+
+def spread_ranks(classes: int) -> tuple[int, ...]:
+    """Ranks at which the mean sorted softmax is kept: all of few; of many the first 20, then evenly spaced on a log scale."""
+    if classes <= RANKS:
+        return tuple(range(1, classes + 1))
+    later = np.geomspace(FIRST_RANKS, classes, RANKS - FIRST_RANKS + 1).round().astype(int)
+    return tuple(sorted({*range(1, FIRST_RANKS + 1), *later.tolist()}))
+
+
+def _histogram(values: NDArray[np.float64]) -> tuple[int, ...]:
+    return tuple(np.histogram(values, BINS, (0, 1))[0].tolist())
+
+
+def _moments(mean: NDArray[np.float64], std: NDArray[np.float64]) -> LogitMoments:
+    def extent(values: NDArray[np.float64]) -> tuple[float, float]:
+        low, high = float(values.min()), float(values.max())
+        return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # bins of some width also where all are as good as equal
+
+    ranges = extent(mean), extent(std)
+    counts = np.histogram2d(mean, std, MOMENT_BINS, ranges)[0].astype(int)
+    return LogitMoments(
+        mean=float(mean.mean()),
+        std=float(std.mean()),
+        mean_range=ranges[0],
+        std_range=ranges[1],
+        counts=tuple(map(tuple, counts.tolist())),
+    )
 
 
 def spread(
@@ -59,26 +127,23 @@ def spread(
         yield [(views[view[i]], position[i:j]) for i, j in itertools.pairwise([*starts, len(rows)])]
 
 
-def spread_logits(plan: Plan, reader: ShardReader) -> Iterator[NDArray[np.float32]]:
-    """Logits float32 of at most 65,536 rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]`."""
+def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
+    """Logits float32 of at most `most` rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]` of 16 MB."""
     coding = codec.from_dict(plan.codec)
-    total = plan.num_views * plan.num_samples
-    count = min(total, MAX_ROWS)
-    for first in range(0, count, BLOCK):
-        rows = np.arange(first, min(first + BLOCK, count)) * total // count
-        view, position = np.divmod(rows, plan.num_samples)
-        block, inside = np.divmod(position, plan.shard_rows)
-        starts = np.flatnonzero(np.diff(view * plan.num_blocks + block, prepend=-1))
+    step = max(1, min(BLOCK, BLOCK_LOGITS // plan.num_classes))
+    for pairs in spread(plan.views, plan.num_samples, most, step):
+        parts = [(view, *part) for view, positions in pairs for part in _by_block(positions, plan.shard_rows)]
         stored: dict[str, NDArray] = {
-            name: np.concatenate(
-                [
-                    reader.gather(name, plan.first_view + int(view[i]), int(block[i]), inside[i:j])
-                    for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)
-                ]
-            )
-            for name in ("logits", *coding.parameters)
+            name: np.concatenate([reader.gather(name, *part) for part in parts]) for name in ("logits", *coding.parameters)
         }
         yield coding.decode(stored)
+
+
+def _by_block(positions: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Ascending `positions` of a view by the block that holds them: its number, and the rows within it."""
+    block, inside = np.divmod(positions, shard_rows)
+    starts = np.flatnonzero(np.diff(block, prepend=-1))
+    return ((int(block[i]), inside[i:j]) for i, j in itertools.pairwise([*starts, len(block)]))
 
 
 def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:

@@ -40,6 +40,7 @@ for function in (
     making.distill,
     making.report,
     reading.info,
+    reading.stats,
     reading.verify,
     reading.view,
     reading.policy,

@@ -1,5 +1,6 @@
 """Commands that only look: archives, lists, benchmarks."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from kdcache.cli.options import (
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import UsageError
 
+FIDELITY_ROWS = 4096
 ArchiveArgument = Annotated[str, typer.Argument(help="Folder or URL (https, s3, hf, ...) of an archive.")]
 
 
@@ -70,6 +72,85 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
 
 def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f} %"
+
+
+def stats(
+    archive: ArchiveArgument,
+    tau: Annotated[str, typer.Option("--tau", help="Temperatures, such as 1,4,20 [those of the temperature study]")] = "",
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Read this many rows, evenly spaced [65536; --fidelity: 4096]")
+    ] = None,
+    fidelity: Annotated[bool, typer.Option("--fidelity", help="Measure what other codecs would cost.")] = False,
+    codec: Annotated[str, typer.Option("--codec", help="Codecs for --fidelity, such as i16,u8 [all]")] = "",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the figures: a folder for all of them, or one .svg or .png.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the teacher knows at each temperature, which to try first and why; or what a codec would cost."""
+    from kdcache.archive import MAX_ROWS, PAPER_TAUS, measure_fidelity, measure_logits, open_archive
+    from kdcache.cli import statistics as show
+    from kdcache.codecs import codec as codecs
+    from kdcache.report.advice import advise, first_temperatures
+
+    opened = open_archive(archive)
+    manifest, total = opened.manifest, opened.num_views * opened.num_samples
+    taus = show.temperatures(tau) if tau else list(PAPER_TAUS)
+    if fidelity or codec:
+        if plot or not fidelity:
+            raise UsageError(
+                "--plot with --fidelity" if plot else "--codec without --fidelity",
+                why="figures are drawn of the archive as it is"
+                if plot
+                else "an archive has one codec, and only --fidelity tries others",
+                fix="leave one of them out" if plot else f"kdcache stats {shlex.quote(archive)} --fidelity --codec {codec}",
+            )
+        named = [name.strip() for name in codec.split(",") if name.strip()]
+        names = list(dict.fromkeys([manifest.codec["name"], *(named or codecs)]))  # its own states what it may have lost
+        count = min(total, rows or FIDELITY_ROWS)
+        with bars() as progress:
+            found = measure_fidelity(opened.spread_logits(count), count, names, taus, progress)
+        if as_json:
+            print_json(
+                {"archive": opened.location, "codec": manifest.codec, "codecs": [dataclasses.asdict(one) for one in found]}
+            )
+        else:
+            show.print_fidelity(opened, found)
+        return
+    # Archives made before there were details have logits to get them from; those that hold no logits have what they have.
+    enough = manifest.statistics.details is not None or manifest.contents == "statistics"
+    recorded = enough and not rows and {figures.tau for figures in manifest.statistics.per_tau} >= set(taus)
+    if recorded:
+        statistics = manifest.statistics.at(taus)
+    else:
+        count = min(total, rows or MAX_ROWS)
+        with bars() as progress:
+            measured = measure_logits(opened.spread_logits(count), count, taus, progress)
+        statistics = measured.model_copy(update={"top1_views": manifest.statistics.top1_views})
+    pieces = advise(manifest, statistics)
+    figures: list[Path] = []
+    if plot:
+        from kdcache.report.archive_figures import archive_drawings
+
+        name = opened.name
+        figures = show.write_figures(archive_drawings(statistics, opened.num_classes, name), name, plot)
+    if as_json:
+        print_json(
+            {
+                "archive": opened.location,
+                "digest": manifest.digest,
+                "recorded": recorded,
+                "statistics": statistics.model_dump(mode="json"),
+                "try_first": first_temperatures(pieces),
+                "advice": [show.as_dict(piece) for piece in pieces],
+                "figures": [str(path) for path in figures],
+            }
+        )
+        return
+    show.print_statistics(opened, statistics, recorded)
+    show.print_advice(opened, pieces)
+    for path in figures:
+        print(path)
 
 
 def verify(

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy import stats as statistics
 
-from kdcache.stats import entropies_and_argmax, entropy, logit_moments, power_sum, relative_entropy, softmax, sorted_mean_softmax
+from kdcache.stats import (
+    entropies_and_argmax,
+    entropy,
+    label_smoothing,
+    logit_moments,
+    matched_smoothing,
+    power_sum,
+    relative_entropy,
+    softmax,
+    sorted_mean_softmax,
+    summarise_ranked,
+)
 
 TAUS = st.sampled_from([0.5, 1.0, 3.0, 4.0, 20.0, 40.0])
 
@@ -177,3 +188,43 @@ def test_logit_moments_are_the_population_mean_and_deviation() -> None:
     mean, deviation = logit_moments(np.array([[1, 2, 6], [4, 4, 4]], np.float32))
     np.testing.assert_allclose(mean, [3, 4])
     np.testing.assert_allclose(deviation, [math.sqrt(14 / 3), 0])
+
+
+@given(logits=rows(min_classes=2), tau=TAUS)
+def test_one_pass_over_sorted_rows_gives_what_three_functions_give(logits: NDArray[np.float64], tau: float) -> None:
+    h, rest, total = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], tau)
+    for one, other in zip((h, rest), relative_entropy(logits, tau), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(total / len(logits), sorted_mean_softmax(logits, tau), rtol=1e-12, atol=1e-300)
+
+
+def test_one_pass_over_sorted_rows_adds_up_over_its_blocks() -> None:
+    logits = np.random.default_rng(2).normal(0, 4, (500, 700)).astype(np.float32)  # 93 rows a block
+    h, _, total = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], 2.0)
+    np.testing.assert_allclose(h, relative_entropy(logits, 2.0)[0], rtol=1e-13)
+    np.testing.assert_allclose(total / 500, sorted_mean_softmax(logits, 2.0), rtol=1e-12)
+
+
+def entropy_of(p: NDArray[np.float64]) -> float:
+    wide = p[p > 0].astype(np.longdouble)
+    return float(-(wide * np.log(wide)).sum())
+
+
+@given(h=st.floats(0, 1), classes=st.sampled_from([2, 3, 37, 1000, 21841]))
+def test_matched_smoothing_has_the_entropy_that_was_asked_for(h: float, classes: int) -> None:
+    alpha = float(matched_smoothing(h, classes))
+    assert 0 <= alpha <= 1
+    smoothed = label_smoothing(alpha, classes)
+    assert smoothed.sum() == pytest.approx(1, abs=1e-12)
+    assert entropy_of(smoothed) == pytest.approx(h * math.log(classes), abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 37, 1000])
+def test_matched_smoothing_at_its_ends_and_of_many_entropies(classes: int) -> None:
+    h = np.array([[0.0, 1e-12, 0.25], [0.5, 1 - 1e-12, 1.0]])
+    alpha = matched_smoothing(h, classes)
+    assert alpha[0, 0] == pytest.approx(0, abs=1e-15)
+    assert alpha[1, 2] == 1
+    assert (np.diff(alpha.reshape(-1)) > 0).all()
+    # Close to uniform the entropy falls as d^2 (C - 1) / 2: 1 - alpha is known there, though alpha is nearly 1.
+    assert 1 - alpha[1, 1] == pytest.approx(math.sqrt(2e-12 * math.log(classes) / (classes - 1)), rel=1e-3)

@@ -13,6 +13,7 @@ from scipy import special
 from scipy import stats as statistics
 
 from kdcache.errors import UsageError
+from kdcache.stats import matched_smoothing
 from kdcache.targets import Targets, averaged, control, match_entropy, row_keys
 
 TAUS = st.sampled_from([1.0, 2.0, 4.0, 7.0, 20.0, 40.0])
@@ -76,6 +77,13 @@ def test_match_entropy_finds_the_label_smoothing_of_the_same_entropy(logits: NDA
     smoothed = np.repeat((1 - d)[:, None] / classes, classes, axis=1)
     smoothed[:, 0] += d
     np.testing.assert_allclose(statistics.entropy(smoothed, axis=1), entropy(logits, tau), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 37, 1000])
+def test_the_control_and_the_archives_statistics_smooth_alike(classes: int) -> None:
+    h = np.linspace(0.01, 0.999, 40)
+    d = match_entropy(torch.from_numpy((1 - h) * math.log(classes)), classes).numpy()
+    np.testing.assert_allclose(matched_smoothing(h, classes), 1 - d, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("classes", [3, 10, 1000])

@@ -3,5 +3,16 @@
 from kdcache.archive.layouts import hdf5, webdataset, zarr  # noqa: F401  # registers them
 from kdcache.archive.layouts.base import Buffers, Layout, ShardReader, layout
 from kdcache.archive.layouts.fields import row_fields, rows_digest
+from kdcache.archive.layouts.zarr import COMPRESSIONS, Compression, compressed_bytes
 
-__all__ = ["Buffers", "Layout", "ShardReader", "layout", "row_fields", "rows_digest"]
+__all__ = [
+    "COMPRESSIONS",
+    "Buffers",
+    "Compression",
+    "Layout",
+    "ShardReader",
+    "compressed_bytes",
+    "layout",
+    "row_fields",
+    "rows_digest",
+]

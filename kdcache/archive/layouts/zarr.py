@@ -15,7 +15,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
-from kdcache.archive.layouts.base import Buffers, layout, unit_rows
+from kdcache.archive.layouts.base import Buffers, layout, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.archive.manifest import Plan
@@ -24,11 +24,12 @@ from kdcache.codecs import codec
 from kdcache.errors import IntegrityError, UsageError
 from kdcache.registry import FITTED
 
-__all__ = ["ZarrLayout"]
+__all__ = ["COMPRESSIONS", "ZarrLayout", "compressed_bytes"]
 
 CRC = 4
 BLOSC_HEADER = 16
 Compression = Literal["none", "bitshuffle", "pcodec"]
+COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle", "pcodec")
 
 
 @layout.register("zarr")
@@ -174,6 +175,18 @@ class ZarrLayout:
 
     def open(self, plan: Plan, store: Store) -> "ZarrReader":
         return ZarrReader(plan, store, self)
+
+
+def compressed_bytes(compression: Compression, codes: NDArray) -> int | None:
+    """Bytes of `codes [n, C]` in compressed chunks; None where the compression is not installed, or not for such numbers."""
+    if compression == "pcodec" and codes.dtype.itemsize < 2:
+        return None
+    try:
+        compressor = _compressor(compression, codes.dtype.itemsize)
+    except UsageError:
+        return None
+    rows = unit_bytes_rows(codes[:1].nbytes)
+    return sum(len(compressor.encode(codes[start : start + rows])) for start in range(0, len(codes), rows))
 
 
 PCODEC: dict[str, Any] = {"level": 8, "mode_spec": "classic", "delta_spec": "auto"}
