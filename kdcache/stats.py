@@ -83,12 +83,15 @@ def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, F
     top = np.empty(len(flat), np.int64)
     # As many rows at a time as stay in a core's cache: a pass over memory costs more than the arithmetic on it.
     step = max(1, CACHED // classes)
-    z = np.empty((min(step, len(flat)), classes))
+    z, e = np.empty((2, min(step, len(flat)), classes))  # made once: fresh memory costs more than the exponentials
     for first in range(0, len(flat), step):
         rows = slice(first, min(first + step, len(flat)))
-        tempered = np.divide(flat[rows], tau, out=z[: rows.stop - first], dtype=np.float64)
+        tempered, room = z[: rows.stop - first], e[: rows.stop - first]
+        tempered[...] = flat[rows]
+        if tau != 1:
+            tempered /= tau
         top[rows] = flat[rows].argmax(axis=1)
-        h[rows], rest[rows] = _entropies(tempered, top[rows])
+        h[rows], rest[rows] = _entropies(tempered, top[rows], room)
     h, rest = _relative(h, rest, classes)
     shape = logits.shape[:-1]
     return h.reshape(shape), rest.reshape(shape), top.reshape(shape)
@@ -100,8 +103,11 @@ def _relative(h: Floats, rest: Floats, classes: int) -> tuple[Floats, Floats]:
     return np.clip(h / np.log(classes), 0, 1), np.clip(rest, 0, 1)
 
 
-def _entropies(z: Floats, top: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Entropies in nats of the softmax of `z [n, C]`, with and without the class `top [n]` of each row. Overwrites z."""
+def _entropies(z: Floats, top: NDArray[np.int64], e: Floats) -> tuple[Floats, Floats]:
+    """Entropies in nats of the softmax of `z [n, C]`, with and without the class `top [n]` of each row.
+
+    Overwrites z, and `e`, which is of its shape.
+    """
     row = np.arange(len(z))
     gap = z[row, top]
     z[row, top] = -np.inf
@@ -109,7 +115,7 @@ def _entropies(z: Floats, top: NDArray[np.int64]) -> tuple[Floats, Floats]:
     gap -= second
     z -= second[:, None]
     z[row, top] = UNDERFLOW  # adds exactly nothing to either sum
-    e = np.exp(z)
+    np.exp(z, out=e)
     h, rest, _ = _join(gap, e.sum(axis=1), np.einsum("nc,nc->n", e, z))
     return h, rest
 

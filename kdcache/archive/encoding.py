@@ -11,7 +11,7 @@ from kdcache.stats import entropies_and_argmax
 
 __all__ = ["encode_rows"]
 
-BLOCK = 1 << 16  # logits
+BLOCK = 1 << 18  # logits: each block costs some fresh memory, and the second-level cache holds no more
 
 
 def encode_rows(codec: Codec, logits: NDArray[np.float32]) -> dict[str, NDArray]:
