@@ -1,6 +1,7 @@
 """Makes the golden files from fixed numbers. They say what version 1 of format and policy means: never replace them lightly.
 
-    python -m tests.golden.make archive     data/golden/v1, a tiny archive of format version 1
+    python -m tests.golden.make archive     data/golden/v1, a tiny archive of format version 1 as the first kdcache wrote it
+    python -m tests.golden.make layouts     data/golden/layouts, one for every layout, between them in all codecs, and a part
     python -m tests.golden.make views       tests/golden/views.json, digests of rendered views and written-out draws
     python -m tests.golden.make pieces      tests/golden/pieces.json, the same for what policies gained after that
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard, derive, open_archive
 from kdcache.datasets import SourceCard
 from kdcache.views.policy import (
     PRESETS,
@@ -34,6 +35,15 @@ from kdcache.views.policy import (
 )
 
 ARCHIVE = Path(__file__).parents[2] / "data" / "golden" / "v1"
+LAYOUTS = Path(__file__).parents[2] / "data" / "golden" / "layouts"
+WRITTEN = {  # folder: layout and codec
+    "zarr": ("zarr", "i16"),
+    "zarr-bitshuffle": ("zarr:bitshuffle", "u8"),
+    "zarr-pcodec": ("zarr:pcodec", "f16"),
+    "hdf5": ("hdf5", "u8"),
+    "webdataset": ("webdataset", "f32"),
+}
+PART = "hdf5-part"  # the statistics of view 1 of `hdf5`
 VIEWS = Path(__file__).parent / "views.json"
 PIECES = Path(__file__).parent / "pieces.json"
 NUM_VIEWS, NUM_SAMPLES, NUM_CLASSES = 2, 11, 5
@@ -68,7 +78,7 @@ def fingerprints(view: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     return digest.astype(np.uint32), ((position[:, None] * 31 + np.arange(16) * 7 + view) % 256).astype(np.uint8)
 
 
-def write_golden_archive(path: Path) -> Archive:
+def write_golden_archive(path: Path, layout: str = "zarr", codec: str = "i16") -> Archive:
     policy = ViewPolicy.load("digits", size=16, seed=1)
     names = tuple(f"class {i}" for i in range(NUM_CLASSES))
     writer = ArchiveWriter(
@@ -79,6 +89,8 @@ def write_golden_archive(path: Path) -> Archive:
         labels=np.arange(NUM_SAMPLES) * 3 % NUM_CLASSES,
         keys=[f"picture/{i:02d}" for i in range(NUM_SAMPLES)],
         shard_rows=4,
+        layout=layout,
+        codec=codec,
         policy=policy,
         source=SourceCard(
             name="golden", split="train", num_samples=NUM_SAMPLES, class_names=names, licence="CC0-1.0", digest="1" * 64
@@ -102,6 +114,12 @@ def write_golden_archive(path: Path) -> Archive:
         digest, probe = (column[rows] for column in fingerprints(view))
         writer.write(view, block, logits(view)[rows], policy.parameters(view, NUM_SAMPLES).sample[rows], digest, probe)
     return writer.finalize()
+
+
+def write_golden_layouts(folder: Path) -> None:
+    for name, (layout, codec) in WRITTEN.items():
+        write_golden_archive(folder / name, layout, codec)
+    derive(open_archive(folder / "hdf5"), folder / PART, views=range(1, 2), contents="statistics")
 
 
 def digit_images() -> NDArray[np.uint8]:
@@ -210,7 +228,7 @@ def views(renderer: Any = "reference") -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    targets = {"archive": ARCHIVE, "views": VIEWS, "pieces": PIECES}
+    targets = {"archive": ARCHIVE, "layouts": LAYOUTS, "views": VIEWS, "pieces": PIECES}
     if len(arguments) != 1 or arguments[0] not in targets:
         sys.exit(__doc__)
     target = targets[arguments[0]]
@@ -218,6 +236,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"{target} is there already, and golden files are not overwritten")
     if target is ARCHIVE:
         write_golden_archive(target)
+    elif target is LAYOUTS:
+        write_golden_layouts(target)
     else:
         text = json.dumps(views() if target is VIEWS else pieces(), indent=1)
         target.write_text(text + "\n")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from kdcache.archive import open_archive
+from kdcache.archive import layout, open_archive
 from kdcache.archive.layouts import rows_digest
 from kdcache.codecs import codec
 from kdcache.stats import relative_entropy
@@ -18,6 +18,14 @@ from kdcache.views.rendering import Renderer
 from tests.golden import make
 
 DIGEST = "2d4ccd29"  # of data/golden/v1, its beginning; the whole of it is checked by verify
+DIGESTS = {  # of data/golden/layouts/*, their beginnings
+    "zarr": "?",
+    "zarr-bitshuffle": "?",
+    "zarr-pcodec": "?",
+    "hdf5": "?",
+    "webdataset": "?",
+    make.PART: "?",
+}
 HOW = (
     "The golden file {} is missing. Get it back from git; golden files are never made anew by a test "
     "(tests/golden/make.py says how they were made)."
@@ -118,6 +126,59 @@ def test_an_old_archive_can_be_appended_to(path: Path, tmp_path: Path, monkeypat
     assert list(grown.shards())[:6] == list(open_archive(path).shards())
     coding = codec.from_dict(grown.manifest.codec)
     np.testing.assert_array_equal(grown.read(2, 0, 11).logits, coding.decode(coding.encode(make.logits(2))))
+
+
+# ---------------------------------------------------------------- one for every layout
+
+
+@pytest.fixture(scope="module")
+def layouts() -> Path:
+    assert make.LAYOUTS.is_dir(), HOW.format(make.LAYOUTS)
+    return make.LAYOUTS
+
+
+def test_there_is_a_golden_archive_of_every_layout_and_codec(layouts: Path) -> None:
+    manifests = [open_archive(layouts / name).manifest for name in DIGESTS]
+    assert {manifest.layout["name"] for manifest in manifests} == set(layout)
+    assert {manifest.codec["name"] for manifest in manifests} == set(codec)
+    assert {folder.name for folder in layouts.iterdir()} == {*DIGESTS}
+
+
+@pytest.mark.parametrize("name", list(make.WRITTEN))
+def test_golden_archives_of_every_layout_read_as_what_they_were_made_from(layouts: Path, name: str) -> None:
+    archive = open_archive(layouts / name)
+    assert archive.verify("full").failures == []
+    assert archive.manifest.digest.startswith(DIGESTS[name])
+    np.testing.assert_array_equal(archive.labels(), np.arange(11) * 3 % 5)
+    assert archive.keys() == [f"picture/{i:02d}" for i in range(11)]
+    coding = codec.from_dict(archive.manifest.codec)
+    for view in (0, 1):
+        rows = archive.read(view, 0, 11)
+        np.testing.assert_array_equal(rows.logits, coding.decode(coding.encode(make.logits(view))))
+        np.testing.assert_array_equal(rows.argmax, make.logits(view).argmax(axis=1))
+        for stored, made in zip((rows.digest, rows.probe), make.fingerprints(view), strict=True):
+            np.testing.assert_array_equal(stored, made)
+
+
+@pytest.mark.parametrize("name", list(make.WRITTEN))
+def test_every_layout_still_writes_the_same_rows(layouts: Path, name: str, tmp_path: Path) -> None:
+    """The same bytes too, but where a library compresses or wraps them, which may do so otherwise one day."""
+    old, new = open_archive(layouts / name), make.write_golden_archive(tmp_path / "a", *make.WRITTEN[name])
+    assert new.manifest.digest == old.manifest.digest
+    for before, now in zip(old.shards(), new.shards(), strict=True):
+        assert now.rows_digest == before.rows_digest
+        if name in {"zarr", "webdataset"}:
+            assert now.files == before.files
+
+
+def test_a_golden_part_says_what_it_is_a_part_of(layouts: Path) -> None:
+    part, whole = (open_archive(layouts / name) for name in (make.PART, "hdf5"))
+    assert part.verify("full").failures == []
+    assert part.manifest.digest.startswith(DIGESTS[make.PART])
+    assert part.manifest.subset_of is not None
+    assert part.manifest.subset_of.digest == whole.manifest.digest
+    assert part.views == range(1, 2)
+    np.testing.assert_array_equal(part.column("entropy", 1), whole.column("entropy", 1))
 
 
 # ---------------------------------------------------------------- views and orders
