@@ -1,6 +1,12 @@
 """Shared fixtures: small real images, canvases and archives on disk; and one quick, repeatable hypothesis profile."""
 
 import os
+
+# Tests run side by side, a process a core. The threads of two torch processes spin against each other, and everything that
+# is trained takes ten times as long; so each gets one, before torch is imported, and so do processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# ruff: noqa: E402
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
