@@ -6,7 +6,6 @@ import os
 # is trained takes ten times as long; so each gets one, before torch is imported, and so do processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# ruff: noqa: E402
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
