@@ -4,9 +4,11 @@ import collections
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,16 +27,22 @@ from kdcache.archive import (
     TeacherCard,
     Verification,
     layout,
+    new_plan,
     open_archive,
     recorded_plan,
+    stored_bytes,
+    sweep,
+    translated_os_errors,
 )
 from kdcache.canvas import Canvas, canvas_path, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
+from kdcache.locks import NoLocksError, locked
 from kdcache.models import Normalisation, licence, resolve
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
 from kdcache.progress import Progress, Silent
+from kdcache.ranks import this_rank
 from kdcache.replay import replay
 from kdcache.teacher import Teacher, TeacherConfig, find_teacher, load_teacher, train_teacher
 from kdcache.training import resolve_device
@@ -45,7 +53,6 @@ from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teac
 __all__ = [
     "DumpConfig",
     "DumpPlan",
-    "DumpSketch",
     "Forward",
     "dump_teacher",
     "matching_teacher",
@@ -57,6 +64,7 @@ __all__ = [
 
 Precision = Literal["fp32", "fp16", "bf16"]
 NOISE_VIEWS = 256
+HEAD_START = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class DumpConfig:
     teacher_folder: Path | None = None  # a certain trained teacher instead of the newest
     output: Path | None = None
     start_view: int = 0
+    share: tuple[int, int] | None = None  # (i, n): of the shards, those whose running number modulo n is i
     device: str = "auto"
     workers: int = 0
     renderer: RendererChoice = "auto"
@@ -97,28 +106,58 @@ class DumpPlan:
     precision: Precision
 
 
-@dataclass(frozen=True)
-class DumpSketch:
-    """What can be told of a dump without its canvas, on which the archive's name depends."""
+def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) -> str:
+    """Say what a dump would do, and build, train and write nothing. Returns the archive's folder.
 
-    path: str  # with question marks for what is not known yet
-    views: int
-    samples: int
-    classes: int
-
-
-def sketch_dump(config: DumpConfig, workspace: Workspace) -> DumpSketch | None:
-    """List the samples where there is no canvas of them yet; None where there is, and `plan_dump` says it all."""
+    That ends in question marks where there is no canvas yet, on which its name depends.
+    """
     source = parse_dataset(config.dataset)
     size = config.canvas or source.recipe.canvas
     if canvas_path(source, "train", size, workspace.data).is_dir():
-        return None
-    resolve(config.teacher, "teacher")
-    ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
-    samples = source.samples("train")
-    name = f"{dataset_label(source)}--{config.teacher.replace('/', '_')}--????????"
-    views = config.views or source.recipe.student_epochs
-    return DumpSketch(str(config.output or workspace.archives / name), views, len(samples), len(source.class_names()))
+        plan = plan_dump(config, workspace, progress)
+        path, samples, classes, views = plan.path, len(plan.canvas), plan.canvas.card.class_names, plan.views
+        trained = plan.teacher.folder if plan.teacher else "none yet: it would be trained first"
+    else:
+        resolve(config.teacher, "teacher")
+        ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
+        samples, classes = len(source.samples("train")), tuple(source.class_names())
+        name = f"{dataset_label(source)}--{config.teacher.replace('/', '_')}--????????"
+        path, views = config.output or workspace.archives / name, config.views or source.recipe.student_epochs
+        trained = "whether there is one is known once the canvas is built"
+        progress.say("canvas: none yet; it would be built first, and completes the archive's name")
+    rows = new_plan(
+        num_views=views,
+        num_samples=samples,
+        class_names=classes,
+        codec=config.codec,
+        layout=config.layout,
+        shard_rows=config.shard_rows,
+    )
+    logits = views * samples * len(classes) * codecs.parse(config.codec).dtype.itemsize
+    total = stored_bytes(rows)
+    progress.say(f"teacher: {trained}")
+    progress.say(
+        f"{views} views of {samples} samples, {len(classes)} classes: {logits / 1e6:.1f} MB of logits, "
+        f"{total / 1e6:.1f} MB in all, {views * rows.num_blocks} shards"
+    )
+    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    progress.say(f"free there: {_free_bytes(path) / 1e9:.1f} GB")
+    _warn_of_little_room(path, total - there, progress)
+    return str(path)
+
+
+def _free_bytes(path: Path) -> int:
+    """Of the disk that `path`, which need not exist, is or would be on."""
+    return shutil.disk_usage(next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())).free
+
+
+def _warn_of_little_room(path: Path, needed: int, progress: Progress) -> None:
+    free = _free_bytes(path)
+    if needed > free:
+        progress.say(
+            f"warning: {path} needs {needed / 1e6:,.1f} MB more, and its disk has {free / 1e6:,.1f} MB; "
+            "what fits is kept, and the same command goes on once there is room"
+        )
 
 
 def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> DumpPlan:
@@ -169,35 +208,13 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     It is not finished yet where other processes still write shards of it: the last one finishes it.
     """
     progress = progress or Silent()
-    plan = plan_dump(config, workspace, progress)
-    if plan.teacher is None:
-        if not config.finetune:
-            raise NotFoundError(
-                f"no teacher {config.teacher!r} trained on {config.dataset} at {plan.policy.size} px",
-                why="--no-finetune forbids training one now",
-                fix=f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --size {plan.policy.size}",
-            )
-        progress.say(f"no teacher {config.teacher} trained on {config.dataset} at {plan.policy.size} px yet: training it first")
-        train_teacher(
-            TeacherConfig(
-                teacher=config.teacher,
-                dataset=config.dataset,
-                policy=config.policy,
-                size=config.size,
-                canvas=config.canvas,
-                device=config.device,
-                workers=config.workers,
-                renderer=config.renderer,
-                command=config.command,
-            ),
-            workspace,
-            progress,
-        )
-        plan = plan_dump(config, workspace, progress)
+    share = _own_share(config.share)
+    plan = _prepared(config, workspace, progress)
     assert plan.teacher is not None
     if config.output is None and (plan.path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
         archive = open_archive(plan.path)
         if archive.num_views >= plan.views:
+            sweep(plan.path)
             progress.say(f"{plan.path} is complete with {archive.num_views} views: nothing to do")
             return plan.path
     require_intact(plan.canvas)
@@ -205,6 +222,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     progress.say(f"teacher: {config.teacher} = {record['name']} from {plan.teacher.folder}, {plan.precision}")
 
     device = resolve_device(config.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # else every process takes memory of the first GPU
     model, normalise = load_teacher(plan.teacher)
     model.to(device)
     forward = Forward(model, normalise, device, plan.precision)
@@ -248,24 +267,87 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     )
     if writer.plan.num_views > plan.views:
         progress.say(f"{plan.path} was begun with {writer.plan.num_views} views, and gets them all: views are never taken away")
+    rows = sum(len(writer.positions(block)) for _, block in writer.missing())
+    row_bytes = stored_bytes(writer.plan) // (writer.plan.num_views * writer.plan.num_samples)
+    _warn_of_little_room(plan.path, rows * row_bytes, progress)
     write_shards(
         writer,
         forward,
         plan.canvas,
         batch_size=config.batch_size,
         start_view=config.start_view,
+        share=share,
         workers=config.workers,
         renderer=config.renderer,
         progress=progress,
     )
     if left := writer.missing():
-        progress.say(
-            f"{plan.path}: {len(left)} shards are being written by other processes, the last of which finishes the archive"
-        )
+        where = "left to" if share else "being written by"
+        progress.say(f"{plan.path}: {len(left)} shards are {where} other processes, the last of which finishes the archive")
         return plan.path
     archive = writer.finalize(progress)
     progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
     return plan.path
+
+
+def _prepared(config: DumpConfig, workspace: Workspace, progress: Progress) -> DumpPlan:
+    """The plan of a dump that has a canvas and a teacher: one process makes what is missing of them, and others wait for it."""
+    source = parse_dataset(config.dataset)
+    if not this_rank().first:
+        canvas = canvas_path(source, "train", config.canvas or source.recipe.canvas, workspace.data)
+        _after_the_first(lambda: canvas.is_dir() or canvas.with_name(canvas.name + ".lock").exists())
+    plan = plan_dump(config, workspace, progress)
+    if plan.teacher is not None:
+        return plan
+    if not config.finetune:
+        raise NotFoundError(
+            f"no teacher {config.teacher!r} trained on {config.dataset} at {plan.policy.size} px",
+            why="--no-finetune forbids training one now",
+            fix=f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --size {plan.policy.size}",
+        )
+    lock = workspace.teachers / f".{dataset_label(source)}--{config.teacher.replace('/', '_')}.lock"
+    _after_the_first(lock.exists)
+    with contextlib.ExitStack() as held:
+        with translated_os_errors(lock), contextlib.suppress(NoLocksError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock, waiting=lambda: progress.say("waiting for another process to train the teacher")))
+        plan = plan_dump(config, workspace, progress)
+        if plan.teacher is None:
+            wanted = f"{config.teacher} trained on {config.dataset} at {plan.policy.size} px"
+            progress.say(f"no teacher {wanted} yet: training it first")
+            train_teacher(
+                TeacherConfig(
+                    teacher=config.teacher,
+                    dataset=config.dataset,
+                    policy=config.policy,
+                    size=config.size,
+                    canvas=config.canvas,
+                    device=config.device,
+                    workers=config.workers,
+                    renderer=config.renderer,
+                    command=config.command,
+                ),
+                workspace,
+                progress,
+            )
+            plan = plan_dump(config, workspace, progress)
+        lock.unlink(missing_ok=True)
+    return plan
+
+
+def _after_the_first(has_begun: Callable[[], bool]) -> None:
+    """Of processes that torchrun started, let the first begin what all of them need: it is the one that tells how far it is."""
+    deadline = time.monotonic() + HEAD_START
+    while not (this_rank().first or has_begun()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _own_share(share: tuple[int, int] | None) -> tuple[int, int] | None:
+    """This process's: processes that torchrun started divide a share among them."""
+    if share is None:
+        return None
+    rank = this_rank()
+    return share[0] * rank.of + rank.number, share[1] * rank.of
 
 
 def write_shards(
@@ -275,6 +357,7 @@ def write_shards(
     *,
     batch_size: int,
     start_view: int = 0,
+    share: tuple[int, int] | None = None,
     workers: int = 0,
     renderer: RendererChoice = "auto",
     progress: Progress | None = None,
@@ -282,18 +365,21 @@ def write_shards(
     """Write the missing shards, from `start_view` on and around, but for those that other processes have claimed.
 
     A shard is claimed when rendering, which runs ahead across shards, reaches it; no batch crosses a shard's border.
+    Of a `share` (i, n), only shards whose running number modulo n is i, which are no other process's by agreement.
     """
     progress = progress or Silent()
     policy = writer.plan.policy
     assert policy is not None
-    total = writer.plan.num_views * writer.plan.num_samples
-    done = total - sum(len(writer.positions(block)) for _, block in writer.missing())
+    number, parts = share or (0, 1)
+    mine = set(itertools.islice(writer.shards(), number, None, parts))
+    total = sum(len(writer.positions(block)) for _, block in mine)
+    done = total - sum(len(writer.positions(block)) for _, block in mine.intersection(writer.missing()))
     started, at_start = time.monotonic(), done
-    while missing := writer.missing():  # again, for shards of processes that ended before they had written them
+    while missing := mine.intersection(writer.missing()):  # again, for shards that another process left unwritten
         order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
         with contextlib.ExitStack() as claims:
-            claimed = _Claimed(writer, order, batch_size, claims)
-            shard = _Shard()
+            claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
+            rows = _Rows()
             rendered = render_batches(
                 canvas,
                 policy,
@@ -304,15 +390,16 @@ def write_shards(
                 probe_version=writer.plan.probe_version,
             )
             for item in rendered:
-                shard.add(item, forward(item.images))
                 view, block, claim = claimed.shards[0]
                 size = len(writer.positions(block))
-                if len(shard) < size:
+                rows.add(item, forward(item.images), size)
+                if len(rows) < size:
                     continue
-                writer.write(view, block, *shard.columns())
+                if not writer.finished(view, block):  # by another process, where locks do not tell
+                    writer.write(view, block, *rows.columns)
                 claim.close()
                 claimed.shards.popleft()
-                shard = _Shard()
+                rows = _Rows()
                 done += size
                 speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
                 progress.update("dump", done, total, f"{speed:.0f} views/s")
@@ -324,16 +411,22 @@ class _Claimed:
     """Batches (view, positions) of all shards that can be claimed; each is when its first batch is asked for."""
 
     def __init__(
-        self, writer: ArchiveWriter, order: Sequence[tuple[int, int]], batch_size: int, claims: contextlib.ExitStack
+        self,
+        writer: ArchiveWriter,
+        order: Sequence[tuple[int, int]],
+        batch_size: int,
+        claims: contextlib.ExitStack,
+        *,
+        owned: bool,
     ) -> None:
-        self._writer, self._order, self._batch_size, self._claims = writer, order, batch_size, claims
+        self._writer, self._order, self._batch_size, self._claims, self._owned = writer, order, batch_size, claims, owned
         self.shards: collections.deque[tuple[int, int, contextlib.ExitStack]] = collections.deque()  # claimed, not written
         self.any = False
 
     def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for view, block in self._order:
             claim = self._claims.enter_context(contextlib.ExitStack())
-            if claim.enter_context(self._writer.claim(view, block)):
+            if claim.enter_context(self._writer.claim(view, block, owned=self._owned)):
                 self.any = True
                 self.shards.append((view, block, claim))
                 for rows in _batches(self._writer.positions(block), self._batch_size):
@@ -342,22 +435,26 @@ class _Claimed:
                 claim.close()
 
 
-class _Shard:
-    """Columns of a shard, collected batch by batch; the pixels are let go."""
+class _Rows:
+    """The rows of one shard, batch by batch, each copied once to where it stays; the pixels are let go."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[NDArray, ...]] = []
+        self.columns: tuple[NDArray, ...] = ()  # logits, sample numbers, digests and grids
+        self._filled = 0
 
     def __len__(self) -> int:
         """Rows so far."""
-        return sum(len(part[0]) for part in self._parts)
+        return self._filled
 
-    def add(self, item: Rendered, logits: NDArray[np.float32]) -> None:
-        self._parts.append((logits, item.rows.sample, item.digest, grids(item.images)))
-
-    def columns(self) -> tuple[NDArray, ...]:
-        """Logits, sample numbers, digests and grids of all rows."""
-        return tuple(np.concatenate(column) for column in zip(*self._parts, strict=True))
+    def add(self, item: Rendered, logits: NDArray[np.float32], size: int) -> None:
+        """The next batch of a shard of `size` rows."""
+        batch = (logits, item.rows.sample, item.digest, grids(item.images))
+        if not self.columns:
+            self.columns = tuple(np.empty((size, *part.shape[1:]), part.dtype) for part in batch)
+        rows = slice(self._filled, self._filled + len(logits))
+        for column, part in zip(self.columns, batch, strict=True):
+            column[rows] = part
+        self._filled = rows.stop
 
 
 def _batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:

@@ -26,6 +26,7 @@ from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
 from kdcache.models import Normalisation
 from kdcache.prefetch import RendererChoice, render_batches
+from kdcache.ranks import this_rank
 from kdcache.views.policy import ViewPolicy
 
 __all__ = [
@@ -102,9 +103,14 @@ class EvalSet:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one. Raises UsageError for a device that this machine lacks."""
+    """`auto` is a GPU if there is one; of processes that torchrun started, each gets its own for `auto` and `cuda`.
+
+    Raises UsageError for a device that this machine lacks.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := this_rank().local) is not None:
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them

@@ -27,7 +27,7 @@ from kdcache.archive.sharing import Shipment, part_label, pull, push, shipment
 from kdcache.archive.signing import sign_archive, verify_signature
 from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits
 from kdcache.archive.store import sha256, translated_os_errors
-from kdcache.archive.writer import ArchiveWriter, recorded_plan, write_archive
+from kdcache.archive.writer import ArchiveWriter, new_plan, recorded_plan, sweep, write_archive
 
 __all__ = [
     "MAX_ROWS",
@@ -66,6 +66,7 @@ __all__ = [
     "manifest_schema",
     "measure_fidelity",
     "measure_logits",
+    "new_plan",
     "open_archive",
     "part_label",
     "pull",
@@ -75,6 +76,7 @@ __all__ = [
     "shipment",
     "sign_archive",
     "stored_bytes",
+    "sweep",
     "translated_os_errors",
     "verify_signature",
     "write_archive",

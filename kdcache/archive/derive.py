@@ -53,7 +53,7 @@ def derive(
         )
     total = plan.num_views * plan.num_blocks
     for view, block in writer.missing():
-        with writer.claim(view, block) as mine:
+        with writer.claim(view, block, owned=True) as mine:  # whoever writes it writes the same bytes
             if not mine:
                 continue  # another process has it
             stored = source.stored(view, block)

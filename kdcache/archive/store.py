@@ -151,7 +151,10 @@ class LocalStore:
                 why=f"at most {limit:,} are expected there",
                 fix="do not use this archive; get it again from whoever made it",
             )
-        return self.path(name).read_bytes()
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:  # gone since its size was asked
+            raise self._missing(name) from None
 
     def local(self, name: str) -> Path:
         path = self.path(name)
@@ -170,17 +173,30 @@ class LocalStore:
 
     def write(self, name: str, data: bytes | Buffers) -> None:
         """Write atomically: to a temporary name beside it, synced to disk, then renamed."""
+        self._write(name, data, Path.replace)
+
+    def create(self, name: str, data: bytes | Buffers) -> bool:
+        """Write atomically what is not there yet; False if it is. Of several processes that try at once, one gets True."""
+        try:
+            self._write(name, data, _link)
+        except FileExistsError:
+            if not self.exists(name):  # it is a folder on the way there that cannot be made
+                raise
+            return False
+        return True
+
+    def _write(self, name: str, data: bytes | Buffers, publish: Callable[[Path, Path], object]) -> None:
         path = self.path(name)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         with translated_os_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with temporary.open("wb") as file:
                     for piece in [data] if isinstance(data, bytes) else data:
                         file.write(piece)
                     file.flush()
                     os.fsync(file.fileno())
-                temporary.replace(path)
+                publish(temporary, path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -202,9 +218,32 @@ class LocalStore:
         )
 
 
+def _link(temporary: Path, path: Path) -> None:
+    """Rename, but never onto a file that is there. Where the file system has no links, the last one wins."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}:
+            raise
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Each is an entry in another one, which is as good as nothing until it is synced."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     # A rename is durable only once its directory is; not every filesystem lets a directory be synced.
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # swept away by the process that has finished the archive meanwhile: nothing is left to be lost
+        return
     try:
         os.fsync(handle)
     except OSError as error:

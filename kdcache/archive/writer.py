@@ -3,6 +3,8 @@
 Until it is finished an archive holds the folder `.dump` with the plan and one sidecar per finished shard. A shard is
 finished when its sidecar is there, and the sidecar is written after all of the shard's files; nothing is inferred from
 the presence of a data file. `finalize` turns the sidecars into the manifest, whose appearance makes the archive one.
+
+Who begins, extends or finishes a dump holds the archive's lock meanwhile; who writes a shard holds the shard's.
 """
 
 import datetime
@@ -12,10 +14,9 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
-import filelock
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -39,17 +40,19 @@ from kdcache.archive.manifest import (
 )
 from kdcache.archive.reader import CLOSING, WORK, Archive, dump_command, open_archive
 from kdcache.archive.statistics import compute_statistics
-from kdcache.archive.store import LocalStore, sha256
+from kdcache.archive.store import LocalStore, sha256, translated_os_errors
 from kdcache.codecs import UnstorableError
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.locks import NoLocksError, locked
 from kdcache.progress import Progress, Silent
 from kdcache.views.policy import PROBE_VERSION, ViewPolicy
 
-__all__ = ["ArchiveWriter", "recorded_plan", "write_archive"]
+__all__ = ["ArchiveWriter", "new_plan", "recorded_plan", "sweep", "write_archive"]
 
 PLAN, SAMPLES, SIDECARS = f"{WORK}/plan.json", f"{WORK}/samples.json", f"{WORK}/shards"
+LOCK = ".lock"  # not in WORK, which is deleted under it
 SHARD_BYTES = 64 << 20  # of logits
 HASHERS = 2  # threads
 
@@ -114,24 +117,20 @@ class ArchiveWriter:
                 why=f"labels are numbers of classes, 0 to {len(class_names) - 1}",
                 fix="pass the place of each sample's class in class_names",
             )
-        coding = codecs.parse(codec)
-        plan = Plan(
-            first_view=first_view,
+        plan = new_plan(
             num_views=num_views,
             num_samples=num_samples,
-            class_names=tuple(class_names),
-            codec=codecs.to_dict(coding),
-            layout={},
-            shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
+            class_names=class_names,
+            codec=codec,
+            layout=layout,
+            shard_rows=shard_rows,
+            first_view=first_view,
+            policy=policy,
             source=source,
             canvas=canvas,
-            policy=policy,
-            probe_version=PROBE_VERSION,
-            rows_hash="blake3",
             teacher=teacher,
             provenance=provenance or {},
         )
-        plan = plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
         self._start(LocalStore(path), plan, _samples(labels, keys))
 
     @classmethod
@@ -160,17 +159,26 @@ class ArchiveWriter:
     def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
         self.store = store
         self._done: dict[tuple[int, int], ShardRecord] = {}
-        earlier = recorded_plan(store.root)
+        covered = store.exists(MANIFEST_NAME) and open_archive(store.root).num_views >= plan.num_views
+        with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
+            self._begin(plan, samples)
+
+    def _begin(self, plan: Plan, samples: dict[str, Any] | None) -> None:
+        """Be the dump that the folder is, or is to be; begin it, or the appending of views, if nobody has."""
+        store = self.store
         if store.exists(MANIFEST_NAME):
             self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
-        if earlier is not None:
+        if (earlier := recorded_plan(store.root)) is not None:
             _require_same(store, earlier, plan)
             if samples is not None:
                 _require_same_samples(store, earlier, samples)
+            views, begun = max(plan.num_views, earlier.num_views), _begun(store)
+            if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
+                views = max(views, begun.num_views)
             # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
             plan = plan.model_copy(
                 update={
-                    "num_views": max(plan.num_views, earlier.num_views),
+                    "num_views": views,
                     "probe_version": earlier.probe_version,
                     "rows_hash": earlier.rows_hash,
                     "teacher": earlier.teacher,
@@ -181,9 +189,13 @@ class ArchiveWriter:
         self._codec = codecs.from_dict(plan.codec)
         self._layout = layouts.from_dict(plan.layout)
         if self.missing() or not store.exists(MANIFEST_NAME):
-            if samples is not None:
+            if samples is not None and not store.exists(SAMPLES):
                 store.write(SAMPLES, json.dumps(samples).encode())
-            store.write(PLAN, plan.model_dump_json(indent=1).encode())
+            text = plan.model_dump_json(indent=1).encode()
+            if earlier is None and not store.create(PLAN, text):  # another process began it just now, without a lock
+                self._begin(plan, samples)
+            elif earlier is not None and _begun(store) != plan:
+                store.write(PLAN, text)
 
     def _collect(self) -> None:
         """Take note of shards that were finished meanwhile, by this process or another."""
@@ -220,23 +232,33 @@ class ArchiveWriter:
         return range(start, start + self.plan.block_rows(block))
 
     @contextmanager
-    def claim(self, view: int, block: int) -> Iterator[bool]:
+    def claim(self, view: int, block: int, *, owned: bool = False) -> Iterator[bool]:
         """Own one shard while writing it: True, or False if another process has it or has finished it.
 
-        The lock is the operating system's and ends with its process, however that ends.
+        The lock is the operating system's and ends with its process, however that ends. `owned` shards are no other
+        process's by agreement: they are claimed even where there are no locks, which is a UsageError otherwise.
         """
-        lock = filelock.FileLock(self.store.path(f"{WORK}/{view}-{block}.lock"), timeout=0, thread_local=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            if self.store.exists(MANIFEST_NAME):
-                self._collect()
-            yield (view, block) not in self._done and self._read_sidecar(view, block) is None
-        finally:
-            lock.release()
+        path = self.store.path(f"{WORK}/{view}-{block}.lock")
+        with ExitStack() as held:
+            try:
+                with translated_os_errors(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    free = held.enter_context(locked(path, wait=False))
+            except NoLocksError as error:
+                if not owned:
+                    raise UsageError(
+                        f"the file system of {self.store.root} has no locks",
+                        why=f"they keep two processes from writing one shard ({error.strerror})",
+                        fix="say who writes what: --shard 0/1 for a single process, --shard 0/4 to --shard 3/4 for four of them",
+                    ) from None
+                free = True
+            yield free and not self.finished(view, block)
+
+    def finished(self, view: int, block: int) -> bool:
+        """Whether a shard is written, by this process or another."""
+        if self.store.exists(MANIFEST_NAME):  # another process may have finished the archive, and swept the records away
+            self._collect()
+        return (view, block) in self._done or self._read_sidecar(view, block) is not None
 
     def write(
         self,
@@ -309,12 +331,24 @@ class ArchiveWriter:
 
         `statistics` are computed from the rows, unless they are known better than the rows can tell.
         """
-        # Processes that share a dump may all come here last; one of them does it, the others find it done.
-        lock = self.store.path(".finalize.lock")
-        with filelock.FileLock(lock):
-            archive = self._finalize(progress or Silent(), statistics)
-            lock.unlink(missing_ok=True)
+        store = self.store
+        if (done := self._finished()) and not store.path(WORK).is_dir() and not store.exists(LOCK):
+            return done  # by another process, to the end
+        with _alone(store):  # processes that share a dump may all come here last; one of them does it
+            try:
+                archive = self._finished() or self._finalize(progress or Silent(), statistics)
+            except (IntegrityError, OSError):
+                # Where there are no locks, another may do it at the same time, and sweep away what this one has yet to read.
+                if (done := self._finished()) is None:
+                    raise
+                archive = done
+            _sweep(store, archive)
         return archive
+
+    def _finished(self) -> Archive | None:
+        """The archive, if it is there with all views that are planned."""
+        archive = open_archive(self.store.root) if self.store.exists(MANIFEST_NAME) else None
+        return archive if archive is not None and archive.num_views >= self.plan.num_views else None
 
     def _finalize(self, progress: Progress, statistics: Statistics | None) -> Archive:
         missing = self.missing()
@@ -325,11 +359,6 @@ class ArchiveWriter:
                 why="the dump did not finish",
                 fix=dump_command(self.plan.provenance),
             )
-        if self.store.exists(MANIFEST_NAME):
-            existing = open_archive(self.store.root)
-            if existing.num_views == self.plan.num_views:
-                shutil.rmtree(self.store.path(WORK), ignore_errors=True)
-                return existing
         shards = [self._done[shard] for shard in self.shards()]
         samples = _load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
@@ -362,12 +391,6 @@ class ArchiveWriter:
             self.store.write(name, data)
         manifest = draft.model_copy(update={"files": records})
         self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
-        for old in self.store.root.glob("shards-*.jsonl"):
-            if old.name != table_name:
-                old.unlink()
-        for left in self.store.root.rglob(".*.tmp"):  # of writers that were killed
-            left.unlink(missing_ok=True)
-        shutil.rmtree(self.store.path(WORK), ignore_errors=True)
         return open_archive(self.store.root)
 
 
@@ -413,12 +436,85 @@ def write_archive(
     return writer.finalize()
 
 
+def new_plan(
+    *,
+    num_views: int,
+    num_samples: int,
+    class_names: Sequence[str],
+    codec: str = "i16",
+    layout: str = "zarr",
+    shard_rows: int | None = None,
+    **described: Any,
+) -> Plan:
+    """What `ArchiveWriter` would begin to write; `described` are the plan's other fields."""
+    coding = codecs.parse(codec)
+    plan = Plan(
+        num_views=num_views,
+        num_samples=num_samples,
+        class_names=tuple(class_names),
+        codec=codecs.to_dict(coding),
+        layout={},
+        shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
+        probe_version=PROBE_VERSION,
+        rows_hash="blake3",
+        **described,
+    )
+    return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
+
+
 def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
     """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
     store = LocalStore(path)
     if store.exists(MANIFEST_NAME):
         return open_archive(path).manifest
     return _load_plan(store) if store.exists(PLAN) else None
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Delete what a killed writer has left behind in a finished archive; nothing while views are appended to it."""
+    store = LocalStore(path)
+    if store.path(WORK).is_dir() or store.exists(LOCK):
+        with _alone(store):
+            _sweep(store, open_archive(path))
+
+
+def _sweep(store: LocalStore, archive: Archive) -> None:
+    begun = _begun(store)
+    if begun is not None and begun.num_views > archive.num_views:
+        return
+    for old in store.root.glob("shards-*.jsonl"):
+        if old.name != archive.manifest.shards.path:
+            old.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # where there are no locks, another process may have come to the next line already
+        for left in store.root.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+    shutil.rmtree(store.path(WORK), ignore_errors=True)
+
+
+@contextmanager
+def _alone(store: LocalStore) -> Iterator[None]:
+    """Be the only process that begins, extends or finishes an archive.
+
+    Where there are no locks, all go on at once: processes of one dump write the same bytes, each file whole.
+    """
+    path = store.path(LOCK)
+    with ExitStack() as held:
+        with translated_os_errors(path), suppress(NoLocksError):
+            store.root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path))
+        try:
+            yield
+        finally:
+            if not store.path(WORK).is_dir():  # nothing is being written any more
+                path.unlink(missing_ok=True)
+
+
+def _begun(store: LocalStore) -> Plan | None:
+    """The plan of what is being written, if anything is; a damaged one is as good as none."""
+    try:
+        return _load_plan(store) if store.exists(PLAN) else None
+    except IntegrityError:
+        return None
 
 
 def _load_plan(store: LocalStore) -> Plan:

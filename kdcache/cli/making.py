@@ -21,11 +21,13 @@ from kdcache.cli.options import (
     command_line,
     floats,
     integers,
+    share,
     specs,
     view_range,
     workspace,
 )
 from kdcache.cli.output import bars, print_table
+from kdcache.errors import NotFoundError
 
 TeacherOption = Annotated[str, typer.Option("--teacher", help="Alias (vit_s, rn50, ...) or timm name.")]
 PolicyOption = Annotated[
@@ -137,6 +139,9 @@ def dump_teacher(
     teacher_folder: Annotated[Path | None, typer.Option(help="This trained teacher, not the newest.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Archive folder [HOME/archives/NAME]")] = None,
     start_view: Annotated[int, typer.Option(min=0, help="View to begin with; changes nothing in the archive.")] = 0,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: write every N-th shard only, from number I on; for arrays of jobs [all shards]")
+    ] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     renderer: RendererOption = "auto",
@@ -147,9 +152,9 @@ def dump_teacher(
     config: ConfigOption = None,
 ) -> None:
     """Run a teacher over all views and keep its logits. The last line is the archive's folder; run again to resume."""
-    from kdcache.codecs import codec as codecs
-    from kdcache.dump import DumpConfig, DumpSketch, plan_dump, sketch_dump
+    from kdcache.dump import DumpConfig, sketch_dump
     from kdcache.dump import dump_teacher as dump
+    from kdcache.ranks import this_rank
 
     settings = DumpConfig(
         teacher=teacher,
@@ -168,31 +173,18 @@ def dump_teacher(
         teacher_folder=teacher_folder,
         output=output,
         start_view=start_view,
+        share=None if shard is None else share(shard),
         device=device,
         workers=workers,
         renderer=renderer,
         command=command_line(),
     )
-    with bars() as progress:
+    speaker = this_rank().first
+    with bars(quiet=not speaker) as progress:
         place = workspace(home, data_dir, skip_corrupt)
-        if not dry_run:
-            path: Path | str = dump(settings, place, progress)
-        else:
-            sketch = sketch_dump(settings, place)
-            if sketch is None:
-                plan = plan_dump(settings, place, progress)
-                trained = plan.teacher.folder if plan.teacher else "none yet: it would be trained first"
-                sketch = DumpSketch(str(plan.path), plan.views, len(plan.canvas), len(plan.canvas.card.class_names))
-            else:
-                trained = "whether there is one is known once the canvas is built"
-                progress.say("canvas: none yet; it would be built first, and completes the archive's name")
-            size_mb = sketch.views * sketch.samples * sketch.classes * codecs.build(codec).dtype.itemsize / 1e6
-            progress.say(f"teacher: {trained}")
-            progress.say(
-                f"{sketch.views} views of {sketch.samples} samples, {sketch.classes} classes: {size_mb:.1f} MB of logits"
-            )
-            path = sketch.path
-    print(path)
+        path = str(sketch_dump(settings, place, progress) if dry_run else dump(settings, place, progress))
+    if speaker:
+        print(path)
 
 
 def convert(
@@ -229,10 +221,15 @@ def convert(
 
 def finalize(archive: Annotated[Path, typer.Argument(help="Folder of an unfinished archive.")]) -> None:
     """Write the manifest of an archive whose shards were dumped by several processes."""
-    from kdcache.archive import ArchiveWriter
+    from kdcache.archive import ArchiveWriter, open_archive, sweep
 
     with bars() as progress:
-        finished = ArchiveWriter.resume(archive).finalize(progress)
+        try:
+            finished = ArchiveWriter.resume(archive).finalize(progress)
+        except NotFoundError:  # nothing is being written there
+            finished = open_archive(archive)
+            sweep(archive)
+            progress.say(f"{archive} is complete with {finished.num_views} views: nothing to do")
     print(finished.path)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "command_line",
     "floats",
     "integers",
+    "share",
     "specs",
     "workspace",
 ]
@@ -153,6 +154,22 @@ def integers(text: str, option: str) -> list[int]:
             fix=f"{option} 0-2",
         ) from None
     return numbers
+
+
+def share(text: str) -> tuple[int, int]:
+    """`2/8`, the third of eight parts, as (2, 8)."""
+    try:
+        number, parts = text.split("/")
+        chosen = int(number), int(parts)
+        if not 0 <= chosen[0] < chosen[1] <= MOST_NUMBERS:
+            raise ValueError(text)
+    except ValueError:
+        raise UsageError(
+            f"--shard {text!r}",
+            why=f"it takes I/N: the number of this process, from 0 to N - 1, and how many there are, {MOST_NUMBERS:,} at most",
+            fix="--shard 0/8",
+        ) from None
+    return chosen
 
 
 def view_range(text: str, known: range, *, clip: bool = False) -> range:

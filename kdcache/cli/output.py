@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kdcache.errors import printable
+from kdcache.progress import Progress, Silent
 
 __all__ = ["Bars", "bars", "print_json", "print_table"]
 
@@ -17,14 +18,15 @@ class Bars:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
 
         class Quietly(Console):
             def on_broken_pipe(self) -> None:
                 self.quiet = True  # work goes on although nobody reads the notes any more
 
         self.console = Quietly(stderr=True, highlight=False)
-        self.rich = Progress(
+        self.rich = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -55,7 +57,11 @@ class Bars:
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
+def bars(*, quiet: bool = False) -> Iterator[Progress]:
+    """Progress on stderr; none of it where another process shows its own."""
+    if quiet:
+        yield Silent()
+        return
     shown = Bars()
     with shown.rich:
         yield shown

@@ -4,15 +4,27 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from kdcache import dump
 from kdcache.archive import ArchiveWriter, Licences, open_archive
 from kdcache.dump import write_shards
+from kdcache.prefetch import Rendered
+from kdcache.progress import Silent
+from kdcache.training import resolve_device
 from kdcache.views.policy import ViewPolicy
+from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start
 
 
@@ -101,6 +113,130 @@ def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     assert kdcache("verify", target).status == 0
 
 
+def contents(folder):
+    """All files; of the manifest, what does not say who made the archive when."""
+    manifest = json.loads((folder / "kdcache.json").read_text())
+    for who in ("command", "created"):
+        manifest["provenance"].pop(who)
+    return {**data_files(folder), "kdcache.json": manifest, "README.md": (folder / "README.md").read_bytes()}
+
+
+def test_shares_of_a_dump_add_up_to_the_same_archive(home, archive, kdcache, tmp_path, monkeypatch):
+    share = [*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a", "--shard"]
+    first = kdcache(*share, "1/2")
+    assert (first.status, first.out.strip()) == (0, str(tmp_path / "a"))
+    assert "2 shards are left to other processes" in first.err
+    assert sorted(path.stem for path in (tmp_path / "a/.dump/shards").iterdir()) == ["1-0"]
+    again = kdcache(*share, "1/2")
+    assert again.status == 0
+    unfinished = kdcache("info", tmp_path / "a")
+    assert unfinished.status == 6
+    assert "dump-teacher" in unfinished.err
+    assert "--shard" not in unfinished.err  # which would not finish it
+    monkeypatch.setenv("KDCACHE_DUMP_TEACHER_SHARD", "0/2")
+    assert kdcache(*share[:-1]).status == 0
+    assert contents(tmp_path / "a") == contents(archive)
+    late = kdcache("finalize", tmp_path / "a")  # as the last step of a job whose processes have seen to it themselves
+    assert (late.status, late.out.strip()) == (0, str(tmp_path / "a"))
+    assert "nothing to do" in late.err
+    assert kdcache("finalize", tmp_path).status == 3
+
+
+@pytest.mark.parametrize("share", ["2/2", "-1/2", "0/0", "1", "a/b", "1/2/3", "", "0/20000"])
+def test_a_share_that_is_none_is_a_usage_error(kdcache, share, tmp_path):
+    result = kdcache(*DUMP, "--shard", share, "--home", tmp_path)
+    assert result.status == 2
+    assert f"--shard {share!r}" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_a_torchrun_share_a_dump_and_the_first_speaks_for_all(home, archive, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdcache"]
+    arguments = [*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a"]
+    done = subprocess.run([*torchrun, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "a")]
+    assert done.stderr.count("teacher: test_vit = test_vit from") == 1
+    assert contents(tmp_path / "a") == contents(archive)
+
+
+def test_processes_of_a_torchrun_divide_a_share_and_only_the_first_is_heard(home, archive, kdcache, tmp_path, monkeypatch):
+    arguments = [*DUMP, "--views", 3, "--shard", "0/1", "--home", home, "--output", tmp_path / "a"]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = kdcache(*arguments)
+    assert (result.status, result.out, result.err) == (0, "", "")
+    assert [path.stem for path in (tmp_path / "a/.dump/shards").iterdir()] == ["1-0"]
+    monkeypatch.setenv("RANK", "2")
+    wrong = kdcache(*arguments)
+    assert wrong.status == 2
+    assert "RANK=2 WORLD_SIZE=2 LOCAL_RANK=1" in wrong.err
+    monkeypatch.setenv("RANK", "0")
+    assert kdcache(*arguments).out.strip() == str(tmp_path / "a")
+    assert contents(tmp_path / "a") == contents(archive)
+
+
+def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:1")
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_a_missing_teacher_is_trained_by_one_process_while_others_wait(trained, tmp_path, monkeypatch):
+    calls = []
+
+    def train(config, workspace, progress):
+        calls.append(config.teacher)
+        time.sleep(0.3)
+        shutil.copytree(trained / "teachers", workspace.teachers, dirs_exist_ok=True)
+
+    monkeypatch.setattr(dump, "train_teacher", train)
+    place = Workspace(tmp_path, trained / "data")
+    config = dump.DumpConfig(teacher="test_vit", dataset="digits")
+    with ThreadPoolExecutor(3) as pool:
+        plans = list(pool.map(lambda _: dump._prepared(config, place, Silent()), range(3)))
+    assert calls == ["test_vit"]
+    assert len({plan.teacher.folder for plan in plans}) == 1
+    assert not list(tmp_path.glob("teachers/.*"))
+
+
+def test_a_dump_that_will_not_fit_is_told_before_and_fills_the_disk_all_the_same(home, archive, kdcache, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    told = kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", tmp_path / "a")
+    assert told.status == 0
+    assert "0.1 MB of logits, 0.2 MB in all, 3 shards" in told.err
+    assert f"warning: {tmp_path / 'a'} needs 0.2 MB more, and its disk has 0.1 MB" in told.err
+    assert not (tmp_path / "a").exists()
+    assert "warning" not in kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", archive).err  # it is there
+    made = kdcache(*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a")
+    assert made.status == 0
+    assert "warning" in made.err
+
+
+def test_the_rows_of_a_shard_are_held_once():
+    rows, classes, batch = 4096, 500, 128
+    views = ViewPolicy.load("none", size=8).parameters(0, rows)
+    item = Rendered(
+        torch.zeros(batch, 3, 8, 8, dtype=torch.uint8), np.zeros(batch, np.uint32), views[:batch], None, np.arange(batch)
+    )
+    logits = np.zeros((batch, classes), np.float32)
+    tracemalloc.start()
+    try:
+        collected = dump._Rows()
+        for _ in range(rows // batch):
+            collected.add(item, logits.copy(), rows)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(collected) == rows
+    assert peak < 1.1 * 4 * rows * classes
+
+
 def test_a_shard_of_another_process_is_left_to_it(home, archive, kdcache):
     import filelock
 
@@ -119,12 +255,12 @@ def test_a_shard_that_another_process_gave_up_is_written_after_all(home, archive
     claim, refused = ArchiveWriter.claim, []
 
     @contextlib.contextmanager
-    def claimed_by_another_at_first(self, view, block):
+    def claimed_by_another_at_first(self, view, block, **options):
         if (view, block) not in refused:
             refused.append((view, block))
             yield view != 3
         else:
-            with claim(self, view, block) as mine:
+            with claim(self, view, block, **options) as mine:
                 yield mine
 
     monkeypatch.setattr(ArchiveWriter, "claim", claimed_by_another_at_first)
@@ -139,7 +275,7 @@ def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
         tmp_path / "a", num_views=4, num_samples=len(canvas), class_names=list("abc"), shard_rows=8, policy=policy
     )
     claims, claim = [], writer.claim
-    writer.claim = lambda view, block: claims.append((view, block)) or claim(view, block)
+    writer.claim = lambda view, block, **options: claims.append((view, block)) or claim(view, block, **options)
     seen = []
 
     def forward(images):
