@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from kdcache.codecs import codec
 from kdcache.datasets import SourceCard
@@ -29,6 +31,7 @@ __all__ = [
     "TauStatistics",
     "TeacherCard",
     "archive_digest",
+    "first_error",
     "load_manifest",
 ]
 
@@ -39,6 +42,11 @@ FIGURE_NAME = "entropies.svg"
 CROISSANT_NAME = "croissant.json"
 FOR_PEOPLE = frozenset({CARD_NAME, FIGURE_NAME, CROISSANT_NAME})  # who may edit them; nothing is read from them
 INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+MANIFEST_LIMIT = 64 << 20  # bytes
+TABLE_LIMIT = 1 << 30  # bytes of the table of shards
+SHORTEST_RECORD = 100  # bytes of a shard's record in it: the names of its fields and a digest take more
+MANY_ERRORS = 100
 READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
 
 
@@ -48,23 +56,23 @@ def _left_out(default: Any) -> Callable[[Any], bool]:
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileRecord(_Record):
     path: str
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=INT64)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class ShardRecord(_Record):
     """One (view, block of positions): its files, and the digest of its rows (`Plan.rows_hash`), which no layout changes."""
 
-    view: int = Field(ge=0)
-    block: int = Field(ge=0)
-    rows: int = Field(ge=1)
+    view: int = Field(ge=0, le=INT64)
+    block: int = Field(ge=0, le=INT32)
+    rows: int = Field(ge=1, le=INT32)
     rows_digest: str = Field(pattern="^[0-9a-f]{64}$", validation_alias=AliasChoices("rows_digest", "rows_sha256"))
-    files: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...] = Field(fail_fast=True)
 
 
 class CanvasCard(_Record):
@@ -169,7 +177,7 @@ class Plan(_Record):
     first_view: int = Field(0, ge=0, le=INT32, exclude_if=_left_out(0))
     num_views: int = Field(ge=1, le=INT32)
     num_samples: int = Field(ge=1, le=INT32)  # sample numbers are stored as int32
-    class_names: tuple[str, ...] = Field(min_length=2)
+    class_names: tuple[str, ...] = Field(min_length=2, fail_fast=True)
     codec: dict[str, Any]
     layout: dict[str, Any]
     shard_rows: int = Field(ge=1, le=INT32)
@@ -232,7 +240,7 @@ class Manifest(Plan):
     readable_by: str = READABLE_BY
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     policy_digest: str | None
-    files: tuple[FileRecord, ...]  # everything that belongs to no shard
+    files: tuple[FileRecord, ...] = Field(fail_fast=True)  # everything that belongs to no shard
     shards: FileRecord  # the table of shards, one ShardRecord a line
     statistics: Statistics
     optional: dict[str, Any] = {}  # what a reader may ignore
@@ -243,6 +251,13 @@ class Manifest(Plan):
             raise ValueError("policy_digest is not the digest of the policy")
         if self.source and self.source.num_samples != self.num_samples:
             raise ValueError("the source card has another number of samples")
+        if self.shard_rows > 4 * self.num_samples:  # there is padding to whole units, and a unit has no more rows than twice that
+            raise ValueError(f"shards of {self.shard_rows:,} rows, of {self.num_samples:,} samples")
+        # No loop over shards is longer than the table that the archive must have.
+        if self.num_views * self.num_blocks * SHORTEST_RECORD > min(self.shards.bytes, TABLE_LIMIT):
+            raise ValueError(f"{self.num_views * self.num_blocks:,} shards in a table of {self.shards.bytes:,} bytes")
+        if len({record.path for record in self.files}) < len(self.files):
+            raise ValueError("a file is recorded twice")
         codec.from_dict(self.codec)
         return self
 
@@ -260,30 +275,43 @@ def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
     return digest.hexdigest()
 
 
+def first_error(error: ValidationError) -> tuple[str, str, str]:
+    """Which field of a record is wrong, its value (shortened), and why."""
+    if error.error_count() > MANY_ERRORS:  # describing each of a million takes minutes
+        return "", "", f"{error.error_count():,} of its fields are wrong"
+    first = error.errors(include_url=False)[0]
+    wrong = first["input"]
+    shown = str(wrong) if isinstance(wrong, str | int | float | None) else f"a {type(wrong).__name__}"
+    return ".".join(map(str, first["loc"]))[:200], shown[:80], first["msg"][:1000]
+
+
 def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
     """Parse and check `kdcache.json`; errors name the archive as `where`, and say `fix` where it is damaged."""
     broken = {"why": "it is damaged, or was not written by kdcache", "fix": fix}
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
+        fields = from_json(text, allow_inf_nan=False)  # which knows neither half characters nor endless nesting
+    except ValueError:
         raise IntegrityError(f"{where}: kdcache.json is not JSON", **broken) from None
     if not isinstance(fields, dict) or fields.get("format") != "kdcache":
         raise IntegrityError(f"{where}: kdcache.json is not a kdcache manifest", **broken)
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        reader = str(fields.get("readable_by", "a newer kdcache"))[:40]
+        reader = str(fields.get("readable_by"))
+        known = re.fullmatch(r"\d[\w.]{0,30}", reader, re.ASCII)  # it becomes part of a command
         raise IncompatibleError(
             f"{where}: the archive has format version {version}",
-            why=f"this kdcache reads versions up to {FORMAT_VERSION}; this archive needs kdcache {reader} or newer",
-            fix=f"pip install --upgrade 'kdcache>={reader}'",
+            why=f"this kdcache reads versions up to {FORMAT_VERSION}; "
+            f"this archive needs {f'kdcache {reader} or newer' if known else 'a newer kdcache'}",
+            fix=f"pip install --upgrade 'kdcache{f'>={reader}' if known else ''}'",
         )
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "manifest"
+        field, wrong, why = first_error(error)
         raise IntegrityError(
-            f"{where}: kdcache.json has a wrong field {field} = {str(first['input'])[:80]!r}", why=first["msg"], fix=broken["fix"]
+            f"{where}: kdcache.json has a wrong field {field or 'manifest'}" + (f" = {wrong!r}" if field else ""),
+            why=why,
+            fix=fix,
         ) from None
     except KdcacheError as error:
         raise IncompatibleError(

@@ -1,6 +1,7 @@
 """Reading an archive: NumPy and the layout's library, nothing else."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -20,11 +21,14 @@ from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
     FOR_PEOPLE,
+    MANIFEST_LIMIT,
     MANIFEST_NAME,
+    TABLE_LIMIT,
     FileRecord,
     Manifest,
     ShardRecord,
     archive_digest,
+    first_error,
     load_manifest,
 )
 from kdcache.archive.remote import MissingError, is_url, open_remote
@@ -36,8 +40,6 @@ from kdcache.progress import Progress, Silent
 
 __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
-MANIFEST_LIMIT = 64 << 20
-TABLE_LIMIT = 1 << 30
 ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
 AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
@@ -220,9 +222,9 @@ def _manifest_fix(store: LocalStore) -> str:
 
 def _resume_command(store: LocalStore) -> str:
     try:
-        plan = json.loads(store.read(f"{WORK}/plan.json"))
+        plan = json.loads(store.read(f"{WORK}/plan.json", limit=MANIFEST_LIMIT))
         return dump_command(plan["provenance"])
-    except (KdcacheError, ValueError, KeyError, TypeError):
+    except (KdcacheError, ValueError, KeyError, TypeError, RecursionError):
         return dump_command({})
 
 
@@ -316,7 +318,14 @@ class Archive:
     def labels(self) -> NDArray[np.int64] | None:
         """Label of every sample, int64 `[N]`; None if the archive was written without."""
         self._check_files()
-        return self.reader.labels()
+        labels = self.reader.labels()
+        if labels is not None and (wrong := (labels < 0) | (labels >= self.num_classes)).any():
+            raise IntegrityError(
+                f"{self.location}: label {labels[wrong][0]} with {self.num_classes} classes",
+                why="labels are numbers of classes; these were not written by kdcache",
+                fix="do not use this archive; get it again from whoever made it",
+            )
+        return labels
 
     def keys(self) -> list[str] | None:
         """Key of every sample, `[N]`; None if the archive was written without."""
@@ -334,10 +343,11 @@ class Archive:
                 fix="restore it from a copy of the archive",
             )
         try:
-            return iter([ShardRecord.model_validate_json(line) for line in data.splitlines()])
+            return iter([ShardRecord.model_validate_json(line) for line in io.BytesIO(data)])
         except ValidationError as error:
+            field, wrong, why = first_error(error)
             raise IntegrityError(
-                f"{table.path}: {error.errors()[0]['msg']}",
+                f"{table.path}: {why} ({field} = {wrong!r})",
                 why="the table of shards was not written by kdcache",
                 fix="do not use this archive; get it again from whoever made it",
             ) from None
@@ -460,6 +470,7 @@ class Archive:
             for record in self.manifest.files:
                 if record.path not in FOR_PEOPLE:
                     self._verify_file(record, "full", result, replaced.get(record.path, ()))
+            self._verify_no_others(result)
             result.raise_if_failed()
             self._files_checked = True
 
@@ -531,27 +542,57 @@ class Archive:
         replaced = self._replaced()
         for record in self.manifest.files:
             self._verify_file(record, level, result, replaced.get(record.path, ()))
+        self._verify_no_others(result)
+        samples: dict[int, list[NDArray]] = {}  # of each view, block by block
         for number, shard in enumerate(shards):
             if level == "full":
                 self.store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
             found = len(result.failures)
-            for record in shard.files:
-                self._verify_file(record, level, result)
-            if level == "full" and len(result.failures) == found and (shard.view, shard.block) in present:
-                self._verify_rows(shard, result)
+            if (shard.view, shard.block) in present and self._verify_record(shard, result):
+                for record in shard.files:
+                    self._verify_file(record, level, result)
+                if level == "full" and len(result.failures) == found:
+                    self._verify_rows(shard, samples.setdefault(shard.view, []), result)
+                if len(samples.get(shard.view, ())) == self.manifest.num_blocks:
+                    self._verify_order(shard.view, samples.pop(shard.view), result)
             progress.update(f"verify {level}", number + 1, len(shards))
         return result
 
     def _replaced(self) -> dict[str, list[FileRecord]]:
-        """Files that an append replaces before its manifest is there: should it be stopped in between, they are right too."""
+        """Files that an append replaces before its manifest is there: should it be stopped in between, they are right too.
+
+        Labels and keys are never among them: more views have the same samples.
+        """
         found: dict[str, list[FileRecord]] = {}
         try:
-            for line in self.store.read(CLOSING, limit=MANIFEST_LIMIT).splitlines() if self.store.exists(CLOSING) else ():
+            for line in io.BytesIO(self.store.read(CLOSING, limit=MANIFEST_LIMIT) if self.store.exists(CLOSING) else b""):
                 record = FileRecord.model_validate_json(line)
-                found.setdefault(record.path, []).append(record)
+                if record.path not in self.reader.sample_files():
+                    found.setdefault(record.path, []).append(record)
         except (IntegrityError, ValidationError):
             return {}
         return found
+
+    def _verify_no_others(self, result: Verification) -> None:
+        """Labels and keys that lie there without being recorded would be read as if they were."""
+        recorded = {record.path for record in self.manifest.files}
+        for name in self.reader.sample_files():
+            if name not in recorded and self.store.exists(name):
+                result.failures.append(Failure(name, "no such file, since the manifest records none", "a file"))
+
+    def _verify_record(self, shard: ShardRecord, result: Verification) -> bool:
+        """Whether a record is about the rows and files that its shard has."""
+        where, rows = f"view {shard.view} block {shard.block}", self.manifest.block_rows(shard.block)
+        if shard.rows != rows:
+            result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
+            return False
+        found, names = sorted(record.path for record in shard.files), sorted(self.reader.files(shard.view, shard.block))
+        if found != names:
+            got = ", ".join(name for name in found if name not in names) or "a record without them"
+            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
+            result.failures.append(Failure(where, expected, got[:1000]))
+            return False
+        return True
 
     def _verify_file(self, record: FileRecord, level: Level, result: Verification, replaced: Sequence[FileRecord] = ()) -> None:
         result.checked += 1
@@ -574,12 +615,24 @@ class Archive:
             return Failure(record.path, "a file of the archive", error.what)
         return None
 
-    def _verify_rows(self, shard: ShardRecord, result: Verification) -> None:
+    def _verify_rows(self, shard: ShardRecord, samples: list[NDArray], result: Verification) -> None:
+        """Compare the rows of a shard with their digest; their sample numbers are added to `samples`."""
         where = f"view {shard.view} block {shard.block}"
         try:
-            actual = rows_digest(self.manifest, self.stored(shard.view, shard.block))
+            stored = self.stored(shard.view, shard.block)
+            actual = rows_digest(self.manifest, stored)
         except KdcacheError as error:
             result.failures.append(Failure(where, "readable rows", error.what))
             return
         if actual != shard.rows_digest:
             result.failures.append(Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}..."))
+        numbers = [values for values in stored.values() if values.dtype.kind == "f"]
+        if self._codec.parameters and "logits" in stored:
+            numbers.append(self._codec.decode(stored))
+        if not all(np.isfinite(values).all() for values in numbers):
+            result.failures.append(Failure(where, "finite numbers", "others among them"))
+        samples.append(np.array(stored["sample"]))
+
+    def _verify_order(self, view: int, samples: list[NDArray], result: Verification) -> None:
+        if not np.array_equal(np.sort(np.concatenate(samples)), np.arange(self.num_samples)):
+            result.failures.append(Failure(f"view {view}", "every sample once", "other sample numbers"))
