@@ -168,6 +168,7 @@ def _check_keys(archive: Archive) -> None:
 
 
 def _check_rows(archive: Archive, rows: Any) -> None:
-    assert rows.logits.dtype == np.float32
-    assert rows.logits.shape[1:] == (archive.num_classes,)
-    assert len({len(column) for column in vars(rows).values()}) == 1
+    fields = rows.fields()
+    assert fields["logits"].dtype == np.float32
+    assert fields["logits"].shape == (len(rows), archive.num_classes)
+    assert {len(column) for column in fields.values()} == {len(rows)}

@@ -771,11 +771,10 @@ def test_a_compressed_bomb_is_refused_by_its_size(tmp_path: Path, layout: str) -
 
 
 @pytest.mark.parametrize("layout", COMPRESSED)
-def test_a_chunk_as_large_as_a_shard_may_be_is_not_allocated(copy: Callable[[str], Path], layout: str) -> None:
-    path = copy(layout)
-    edit_manifest(path, lambda m: m.update(num_samples=2**30, shard_rows=2**31, num_views=1))
+def test_a_chunk_as_large_as_a_shard_may_be_is_not_allocated(tmp_path: Path, layout: str) -> None:
+    path = build(tmp_path / "archive", layout, codec={"name": "i16"})
+    edit_manifest(path, lambda m: m.update(num_samples=2**30, shard_rows=2**31 - 1, num_views=1))
     edit_manifest(path, lambda m: m["layout"].update(inner_rows=2**31 - 1))
-    edit_manifest(path, lambda m: m.update(shard_rows=2**31 - 1))
     file = shard_file(path)
     chunk = with_crc(first_chunk(file))
     file.write_bytes(chunk + with_crc(np.array([0, len(chunk)], "<u8").tobytes()))
