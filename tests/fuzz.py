@@ -172,8 +172,8 @@ class Archives:
             self._record(layout, name, data, manifest)
         with _crc_agrees() if sealed else contextlib.nullcontext():
             outcome = exercise(path, self.folder / "copy" if rng.random() < 0.03 else None)
-            if rng.random() < 0.03:
-                _command_line(path)
+            if rng.random() < 0.05:
+                _command_line(path, self.folder)
         shutil.rmtree(self.folder / "copy", ignore_errors=True)
         if not sealed and data != files[name] and name != "kdcache.json":
             assert outcome.get("open") or outcome["verify full"], f"verify does not notice that {name} was changed"
@@ -221,19 +221,22 @@ def _crc_agrees() -> Iterator[None]:
         yield
 
 
-def _command_line(path: Path) -> None:
+def _command_line(path: Path, folder: Path) -> None:
     from kdcache.cli import run
 
     for command in (
         ["info", str(path)],
         ["info", str(path), "--json"],
+        ["stats", str(path)],
         ["verify", str(path)],
-        ["ls", "--home", str(path.parent)],
+        ["diff", str(path), str(folder / "sound/zarr")],
+        ["pull", str(path), str(folder / "copy/pulled")],
+        ["push", str(path), str(folder / "copy/pushed"), "--license", "data=mit,weights=mit"],
     ):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             status = run(command)
-        assert status in {0, 3, 4, 5}, (command, status, printed.getvalue()[-2000:])
+        assert status in {0, 2, 3, 4, 5}, (command, status, printed.getvalue()[-2000:])
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -253,7 +256,7 @@ def work(folder: Path, first: int, stop: int, seconds: float, trace: bool) -> No
     os.fsync = lambda handle: None  # nothing here is to survive
     archives = Archives(folder)
     exercise(folder / "sound" / "zarr", folder / "warm")  # imports everything
-    _command_line(folder / "sound" / "zarr")
+    _command_line(folder / "sound" / "zarr", folder)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, _too_slow)

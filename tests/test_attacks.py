@@ -565,6 +565,8 @@ ROWS: dict[str, tuple[str, Callable[[dict[str, NDArray]], object], str]] = {
     "sample-beyond": ("i16", lambda f: f["sample"].__setitem__(0, SAMPLES), "find 0"),
     "sample-below": ("i16", lambda f: f["sample"].__setitem__(0, -1), "find 0"),
     "sample-extreme": ("i16", lambda f: f["sample"].__setitem__(0, -(2**31)), "find 0"),
+    "argmax-beyond": ("i16", lambda f: f["argmax"].__setitem__(0, CLASSES), "read 0"),
+    "argmax-below": ("i16", lambda f: f["argmax"].__setitem__(0, -1), "all 0"),
     "sample-twice": ("i16", lambda f: f["sample"].__setitem__(0, 5), "find 0"),
 }
 

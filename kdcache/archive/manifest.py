@@ -1,10 +1,11 @@
 """`kdcache.json`, format version 1: what an archive is, and the record of every byte in it."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -104,48 +105,69 @@ class TeacherCard(_Record):
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
 
 
+# What figures are drawn from: no more of it, and none larger, than is computed.
+Count = Annotated[int, Field(ge=0, le=INT64)]
+Share = Annotated[float, Field(ge=-0.001, le=1.001)]  # of the most that there can be, give or take rounding
+Logit = Annotated[float, Field(ge=-4e38, le=4e38)]
+Quantiles = Annotated[tuple[Share, ...], Field(min_length=5, max_length=5)]
+Histogram = Annotated[tuple[Count, ...], Field(min_length=32, max_length=32)]
+MomentRow = Annotated[tuple[Count, ...], Field(min_length=24, max_length=24)]
+
+
 class TauStatistics(_Record):
     """Entropies of the teacher at one temperature. Means and quantiles (5, 25, 50, 75, 95 %) of relative entropies."""
 
-    tau: float
-    entropy_mean: float
-    entropy_quantiles: tuple[float, ...]
-    entropy_rest_mean: float
-    entropy_rest_quantiles: tuple[float, ...]
-    sorted_mean_entropy: float  # of the mean of the sorted softmax, relative
+    tau: float = Field(gt=0, le=1e6)
+    entropy_mean: Share
+    entropy_quantiles: Quantiles
+    entropy_rest_mean: Share
+    entropy_rest_quantiles: Quantiles
+    sorted_mean_entropy: Share  # of the mean of the sorted softmax, relative
 
 
 class LogitMoments(_Record):
     """Mean and (population) standard deviation of each row's logits, as logit standardization's Fig. 5 shows them."""
 
-    mean: float  # over the rows
-    std: float
-    mean_range: tuple[float, float]
-    std_range: tuple[float, float]
-    counts: tuple[tuple[int, ...], ...]  # rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's
+    mean: Logit  # over the rows
+    std: Logit
+    mean_range: tuple[Logit, Logit]
+    std_range: tuple[Logit, Logit]
+    # Rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's.
+    counts: tuple[MomentRow, ...] = Field(min_length=24, max_length=24)
 
 
 class TauDetail(_Record):
     """More of the teacher at one temperature: distributions that can be drawn."""
 
-    entropy_histogram: tuple[int, ...]  # rows in 32 equal bins of relative entropy, from 0 to 1
-    entropy_rest_histogram: tuple[int, ...]
-    sorted_mean: tuple[float, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
-    smoothing_sorted_mean: float  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
-    smoothing_mean_entropy: float  # and of the one that has entropy_mean
+    entropy_histogram: Histogram  # rows in 32 equal bins of relative entropy, from 0 to 1
+    entropy_rest_histogram: Histogram
+    sorted_mean: tuple[Share, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
+    smoothing_sorted_mean: Share  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
+    smoothing_mean_entropy: Share  # and of the one that has entropy_mean
 
 
 class StatisticsDetails(_Record):
-    ranks: tuple[int, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
+    ranks: tuple[Count, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
     per_tau: tuple[TauDetail, ...]  # as in `Statistics.per_tau`
     moments: LogitMoments
 
 
 class Statistics(_Record):
-    rows: int  # how many rows, evenly spaced over the archive, the figures per temperature rest on
-    per_tau: tuple[TauStatistics, ...]
+    rows: Count  # how many rows, evenly spaced over the archive, the figures per temperature rest on
+    per_tau: tuple[TauStatistics, ...] = Field(min_length=1)
     top1_views: float | None  # percent of all views where the argmax is the (dominant) label
     details: StatisticsDetails | None = Field(None, exclude_if=lambda details: details is None)  # archives made before have none
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Statistics":
+        if found := self.details:
+            low_to_high = (found.ranks, found.moments.mean_range, found.moments.std_range)
+            if any(below >= above for values in low_to_high for below, above in itertools.pairwise(values)):
+                raise ValueError("ranks or ranges that do not ascend")
+            lengths = {len(found.ranks), *(len(detail.sorted_mean) for detail in found.per_tau)}
+            if len(found.per_tau) != len(self.per_tau) or len(lengths) > 1:
+                raise ValueError("details of other temperatures or ranks")
+        return self
 
     def at(self, taus: Iterable[float]) -> "Statistics":
         """The same of the given temperatures only, in their order. KeyError for one that is not there."""
@@ -251,6 +273,8 @@ class Manifest(Plan):
             raise ValueError("policy_digest is not the digest of the policy")
         if self.source and self.source.num_samples != self.num_samples:
             raise ValueError("the source card has another number of samples")
+        if (found := self.statistics.details) and (found.ranks[:1], found.ranks[-1:]) != ((1,), (self.num_classes,)):
+            raise ValueError("the statistics are of another number of classes")
         if self.shard_rows > 4 * self.num_samples:  # there is padding to whole units, and a unit has no more rows than twice that
             raise ValueError(f"shards of {self.shard_rows:,} rows, of {self.num_samples:,} samples")
         # No loop over shards is longer than the table that the archive must have.

@@ -114,7 +114,7 @@ class Rows:
         return self._column("probe")
 
     def _column(self, name: str) -> NDArray:
-        return np.array(self._archive.gather(name, self._view, self._where))
+        return self._archive._column(name, self._view, self._where)
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,19 @@ class Archive:
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
         self._check_range(view, 0, self.num_samples)
-        return np.array(self.gather(name, view, slice(0, self.num_samples)))
+        return self._column(name, view, slice(0, self.num_samples))
+
+    def _column(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        """A copy of what `gather` gives. Numbers of samples and classes, which people take places by, are within their range."""
+        values = np.array(self.gather(name, view, rows))
+        numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
+        if numbers and values.size and not 0 <= values.min() <= values.max() < numbers:
+            raise IntegrityError(
+                f"{self.location}: view {view} has {name} {values[(values < 0) | (values >= numbers)][0]}",
+                why=f"they are numbered 0 to {numbers - 1}; these were not written by kdcache",
+                fix="kdcache verify names the damage",
+            )
+        return values
 
     def stored(self, view: int, block: int) -> dict[str, NDArray]:
         """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
@@ -627,6 +639,8 @@ class Archive:
             return
         if actual != shard.rows_digest:
             result.failures.append(Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}..."))
+        if not ((stored["argmax"] >= 0) & (stored["argmax"] < self.num_classes)).all():
+            result.failures.append(Failure(where, f"argmax from 0 to {self.num_classes - 1}", "others among them"))
         numbers = [values for values in stored.values() if values.dtype.kind == "f"]
         if self._codec.parameters and "logits" in stored:
             numbers.append(self._codec.decode(stored))
