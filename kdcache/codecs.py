@@ -216,8 +216,9 @@ class U8:
 
     def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         logits = _as_float32(stored["logits"], out)
-        logits *= stored["scale"][..., None]
-        logits += stored["offset"][..., None]
+        with np.errstate(over="ignore", invalid="ignore"):  # of a stranger's scales, which `verify` names
+            logits *= stored["scale"][..., None]
+            logits += stored["offset"][..., None]
         return logits
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:

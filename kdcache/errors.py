@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_LINE = 4000  # characters of a line that anybody may want to read
+
+
 class KdcacheError(Exception):
     """Base of all: `what` happened, `why`, and the `fix` (a command to paste, where there is one)."""
 
@@ -76,15 +79,17 @@ def _rebuild(kind: type[KdcacheError], what: str, why: str, fix: str) -> Kdcache
 
 
 def printable(text: object) -> str:
-    """`text` on one line and without characters that steer a terminal: names may come from an archive of strangers."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    """`text` on one line, at most 4000 characters long, and without those that steer a terminal: archives are of strangers."""
+    shown = str(text)
+    shown = shown if len(shown) <= _LINE else f"{shown[:_LINE]}..."
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def unknown_name(
     kind: str, name: str, known: Iterable[str], *, error: type[KdcacheError] = UsageError, fix: str = ""
 ) -> KdcacheError:
     """An error for a mistyped name that offers the closest known ones."""
-    names = sorted(known)
+    names, name = sorted(known), name[:200]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = ", ".join(close or names[:20]) + (", ..." if not close and len(names) > 20 else "")
     return error(

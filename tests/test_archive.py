@@ -825,7 +825,12 @@ TABLE_CHANGES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 @pytest.mark.parametrize("name", TABLE_CHANGES)
 def test_a_forged_table_of_shards_is_never_believed(copy: Path, name: str) -> None:
     edit_shards(copy, TABLE_CHANGES[name])
-    assert open_archive(copy).verify("full").failures
+    try:
+        archive = open_archive(copy)
+    except IntegrityError:
+        assert name == "empty"  # no table of shards is as short as that
+        return
+    assert archive.verify("full").failures
 
 
 @pytest.mark.parametrize("outside", ["../secret", "/SECRET", "a/../../secret", "..\\secret", "logits/../../secret"])
@@ -848,13 +853,13 @@ def test_paths_that_lead_out_of_the_archive_are_refused_and_not_read(
     monkeypatch.setattr(Path, "read_bytes", watched)
     archive = open_archive(copy)
     for level in ("quick", "full"):
-        failures = [failure for failure in archive.verify(level).failures if failure.where == name]  # type: ignore[arg-type]
-        assert len(failures) == 2
-        assert "leads out" in failures[0].got
+        failures = {failure.where: failure.got for failure in archive.verify(level).failures}  # type: ignore[arg-type]
+        assert "leads out" in failures[name]
+        assert failures["view 0 block 0"] == name
     with pytest.raises(IntegrityError):
         archive.labels()
     assert all(path.startswith(str(copy.resolve())) for path in opened)
-    edit(copy, lambda m: m["shards"].update(record))
+    edit(copy, lambda m: m["shards"].update(path=name))
     assert not open_archive(copy).verify("full").ok
     with pytest.raises(IntegrityError, match="leads out"):
         open_archive(copy).shards()
@@ -938,6 +943,7 @@ def test_an_absurd_number_of_samples_is_an_error_and_no_allocation(copy: Path, s
 
         def change(manifest: dict[str, Any]) -> None:
             manifest["num_samples"] = samples
+            manifest["shard_rows"] = samples // SHARD_ROWS * SHARD_ROWS  # so that the table need not be longer
             for record in manifest["files"]:
                 if record["path"] == "label/zarr.json":
                     record.update(bytes=len(data), sha256=store_module.sha256(data))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from kdcache.archive.statistics import compute_statistics
 from kdcache.archive.store import LocalStore
 from kdcache.archive.writer import ArchiveWriter
 from kdcache.codecs import codec as codecs
-from kdcache.errors import IncompatibleError, IncompleteError, UsageError
+from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, UsageError
 from kdcache.progress import Progress, Silent
 
 __all__ = ["derive", "derived_plan", "stored_bytes"]
@@ -42,6 +43,7 @@ def derive(
     progress = progress or Silent()
     if isinstance(source.store, LocalStore) and Path(path).resolve() == source.path.resolve():
         raise UsageError(f"{path} is the archive itself", why="it cannot be written while it is read", fix="name another folder")
+    _require_whole(source)
     plan = derived_plan(source, layout=layout, codec=codec, views=views, contents=contents)
     encoder, decoder = codecs.from_dict(plan.codec), codecs.from_dict(source.manifest.codec)
     writer = ArchiveWriter.of_plan(path, plan, source.labels(), source.keys())
@@ -68,6 +70,17 @@ def derive(
             fix="wait for them, then repeat the command",
         )
     return writer.finalize(progress, statistics=_statistics(source, plan, progress))
+
+
+def _require_whole(source: Archive) -> None:
+    """Before anything is written, and before anybody counts shards that are only claimed."""
+    planned, present = source.num_views * source.manifest.num_blocks, sum(1 for _ in source.shards())
+    if present != planned:
+        raise IntegrityError(
+            f"{source.location} has {present:,} shards, not {planned:,}",
+            why="its table of shards is not that of its manifest",
+            fix=f"kdcache verify {shlex.quote(source.location)} names the damage",
+        )
 
 
 def derived_plan(

@@ -1,11 +1,14 @@
 """`kdcache.json`, format version 1: what an archive is, and the record of every byte in it."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from kdcache.codecs import codec
 from kdcache.datasets import SourceCard
@@ -29,6 +32,7 @@ __all__ = [
     "TauStatistics",
     "TeacherCard",
     "archive_digest",
+    "first_error",
     "load_manifest",
 ]
 
@@ -39,6 +43,11 @@ FIGURE_NAME = "entropies.svg"
 CROISSANT_NAME = "croissant.json"
 FOR_PEOPLE = frozenset({CARD_NAME, FIGURE_NAME, CROISSANT_NAME})  # who may edit them; nothing is read from them
 INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+MANIFEST_LIMIT = 64 << 20  # bytes
+TABLE_LIMIT = 1 << 30  # bytes of the table of shards
+SHORTEST_RECORD = 100  # bytes of a shard's record in it: the names of its fields and a digest take more
+MANY_ERRORS = 100
 READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
 
 
@@ -48,23 +57,23 @@ def _left_out(default: Any) -> Callable[[Any], bool]:
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileRecord(_Record):
     path: str
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=INT64)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class ShardRecord(_Record):
     """One (view, block of positions): its files, and the digest of its rows (`Plan.rows_hash`), which no layout changes."""
 
-    view: int = Field(ge=0)
-    block: int = Field(ge=0)
-    rows: int = Field(ge=1)
+    view: int = Field(ge=0, le=INT64)
+    block: int = Field(ge=0, le=INT32)
+    rows: int = Field(ge=1, le=INT32)
     rows_digest: str = Field(pattern="^[0-9a-f]{64}$", validation_alias=AliasChoices("rows_digest", "rows_sha256"))
-    files: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...] = Field(fail_fast=True)
 
 
 class CanvasCard(_Record):
@@ -96,48 +105,69 @@ class TeacherCard(_Record):
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
 
 
+# What figures are drawn from: no more of it, and none larger, than is computed.
+Count = Annotated[int, Field(ge=0, le=INT64)]
+Share = Annotated[float, Field(ge=-0.001, le=1.001)]  # of the most that there can be, give or take rounding
+Logit = Annotated[float, Field(ge=-4e38, le=4e38)]
+Quantiles = Annotated[tuple[Share, ...], Field(min_length=5, max_length=5)]
+Histogram = Annotated[tuple[Count, ...], Field(min_length=32, max_length=32)]
+MomentRow = Annotated[tuple[Count, ...], Field(min_length=24, max_length=24)]
+
+
 class TauStatistics(_Record):
     """Entropies of the teacher at one temperature. Means and quantiles (5, 25, 50, 75, 95 %) of relative entropies."""
 
-    tau: float
-    entropy_mean: float
-    entropy_quantiles: tuple[float, ...]
-    entropy_rest_mean: float
-    entropy_rest_quantiles: tuple[float, ...]
-    sorted_mean_entropy: float  # of the mean of the sorted softmax, relative
+    tau: float = Field(gt=0, le=1e6)
+    entropy_mean: Share
+    entropy_quantiles: Quantiles
+    entropy_rest_mean: Share
+    entropy_rest_quantiles: Quantiles
+    sorted_mean_entropy: Share  # of the mean of the sorted softmax, relative
 
 
 class LogitMoments(_Record):
     """Mean and (population) standard deviation of each row's logits, as logit standardization's Fig. 5 shows them."""
 
-    mean: float  # over the rows
-    std: float
-    mean_range: tuple[float, float]
-    std_range: tuple[float, float]
-    counts: tuple[tuple[int, ...], ...]  # rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's
+    mean: Logit  # over the rows
+    std: Logit
+    mean_range: tuple[Logit, Logit]
+    std_range: tuple[Logit, Logit]
+    # Rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's.
+    counts: tuple[MomentRow, ...] = Field(min_length=24, max_length=24)
 
 
 class TauDetail(_Record):
     """More of the teacher at one temperature: distributions that can be drawn."""
 
-    entropy_histogram: tuple[int, ...]  # rows in 32 equal bins of relative entropy, from 0 to 1
-    entropy_rest_histogram: tuple[int, ...]
-    sorted_mean: tuple[float, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
-    smoothing_sorted_mean: float  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
-    smoothing_mean_entropy: float  # and of the one that has entropy_mean
+    entropy_histogram: Histogram  # rows in 32 equal bins of relative entropy, from 0 to 1
+    entropy_rest_histogram: Histogram
+    sorted_mean: tuple[Share, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
+    smoothing_sorted_mean: Share  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
+    smoothing_mean_entropy: Share  # and of the one that has entropy_mean
 
 
 class StatisticsDetails(_Record):
-    ranks: tuple[int, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
+    ranks: tuple[Count, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
     per_tau: tuple[TauDetail, ...]  # as in `Statistics.per_tau`
     moments: LogitMoments
 
 
 class Statistics(_Record):
-    rows: int  # how many rows, evenly spaced over the archive, the figures per temperature rest on
-    per_tau: tuple[TauStatistics, ...]
+    rows: Count  # how many rows, evenly spaced over the archive, the figures per temperature rest on
+    per_tau: tuple[TauStatistics, ...] = Field(min_length=1)
     top1_views: float | None  # percent of all views where the argmax is the (dominant) label
     details: StatisticsDetails | None = Field(None, exclude_if=lambda details: details is None)  # archives made before have none
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Statistics":
+        if found := self.details:
+            low_to_high = (found.ranks, found.moments.mean_range, found.moments.std_range)
+            if any(below >= above for values in low_to_high for below, above in itertools.pairwise(values)):
+                raise ValueError("ranks or ranges that do not ascend")
+            lengths = {len(found.ranks), *(len(detail.sorted_mean) for detail in found.per_tau)}
+            if len(found.per_tau) != len(self.per_tau) or len(lengths) > 1:
+                raise ValueError("details of other temperatures or ranks")
+        return self
 
     def at(self, taus: Iterable[float]) -> "Statistics":
         """The same of the given temperatures only, in their order. KeyError for one that is not there."""
@@ -169,7 +199,7 @@ class Plan(_Record):
     first_view: int = Field(0, ge=0, le=INT32, exclude_if=_left_out(0))
     num_views: int = Field(ge=1, le=INT32)
     num_samples: int = Field(ge=1, le=INT32)  # sample numbers are stored as int32
-    class_names: tuple[str, ...] = Field(min_length=2)
+    class_names: tuple[str, ...] = Field(min_length=2, fail_fast=True)
     codec: dict[str, Any]
     layout: dict[str, Any]
     shard_rows: int = Field(ge=1, le=INT32)
@@ -232,7 +262,7 @@ class Manifest(Plan):
     readable_by: str = READABLE_BY
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     policy_digest: str | None
-    files: tuple[FileRecord, ...]  # everything that belongs to no shard
+    files: tuple[FileRecord, ...] = Field(fail_fast=True)  # everything that belongs to no shard
     shards: FileRecord  # the table of shards, one ShardRecord a line
     statistics: Statistics
     optional: dict[str, Any] = {}  # what a reader may ignore
@@ -243,6 +273,15 @@ class Manifest(Plan):
             raise ValueError("policy_digest is not the digest of the policy")
         if self.source and self.source.num_samples != self.num_samples:
             raise ValueError("the source card has another number of samples")
+        if (found := self.statistics.details) and (found.ranks[:1], found.ranks[-1:]) != ((1,), (self.num_classes,)):
+            raise ValueError("the statistics are of another number of classes")
+        if self.shard_rows > 4 * self.num_samples:  # there is padding to whole units, and a unit has no more rows than twice that
+            raise ValueError(f"shards of {self.shard_rows:,} rows, of {self.num_samples:,} samples")
+        # No loop over shards is longer than the table that the archive must have.
+        if self.num_views * self.num_blocks * SHORTEST_RECORD > min(self.shards.bytes, TABLE_LIMIT):
+            raise ValueError(f"{self.num_views * self.num_blocks:,} shards in a table of {self.shards.bytes:,} bytes")
+        if len({record.path for record in self.files}) < len(self.files):
+            raise ValueError("a file is recorded twice")
         codec.from_dict(self.codec)
         return self
 
@@ -260,30 +299,43 @@ def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
     return digest.hexdigest()
 
 
+def first_error(error: ValidationError) -> tuple[str, str, str]:
+    """Which field of a record is wrong, its value (shortened), and why."""
+    if error.error_count() > MANY_ERRORS:  # describing each of a million takes minutes
+        return "", "", f"{error.error_count():,} of its fields are wrong"
+    first = error.errors(include_url=False)[0]
+    wrong = first["input"]
+    shown = str(wrong) if isinstance(wrong, str | int | float | None) else f"a {type(wrong).__name__}"
+    return ".".join(map(str, first["loc"]))[:200], shown[:80], first["msg"][:1000]
+
+
 def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
     """Parse and check `kdcache.json`; errors name the archive as `where`, and say `fix` where it is damaged."""
     broken = {"why": "it is damaged, or was not written by kdcache", "fix": fix}
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
+        fields = from_json(text, allow_inf_nan=False)  # which knows neither half characters nor endless nesting
+    except ValueError:
         raise IntegrityError(f"{where}: kdcache.json is not JSON", **broken) from None
     if not isinstance(fields, dict) or fields.get("format") != "kdcache":
         raise IntegrityError(f"{where}: kdcache.json is not a kdcache manifest", **broken)
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        reader = str(fields.get("readable_by", "a newer kdcache"))[:40]
+        reader = str(fields.get("readable_by"))
+        known = re.fullmatch(r"\d[\w.]{0,30}", reader, re.ASCII)  # it becomes part of a command
         raise IncompatibleError(
             f"{where}: the archive has format version {version}",
-            why=f"this kdcache reads versions up to {FORMAT_VERSION}; this archive needs kdcache {reader} or newer",
-            fix=f"pip install --upgrade 'kdcache>={reader}'",
+            why=f"this kdcache reads versions up to {FORMAT_VERSION}; "
+            f"this archive needs {f'kdcache {reader} or newer' if known else 'a newer kdcache'}",
+            fix=f"pip install --upgrade 'kdcache{f'>={reader}' if known else ''}'",
         )
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "manifest"
+        field, wrong, why = first_error(error)
         raise IntegrityError(
-            f"{where}: kdcache.json has a wrong field {field} = {str(first['input'])[:80]!r}", why=first["msg"], fix=broken["fix"]
+            f"{where}: kdcache.json has a wrong field {field or 'manifest'}" + (f" = {wrong!r}" if field else ""),
+            why=why,
+            fix=fix,
         ) from None
     except KdcacheError as error:
         raise IncompatibleError(

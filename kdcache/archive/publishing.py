@@ -14,7 +14,7 @@ from kdcache.archive.store import LocalStore, sha256
 from kdcache.errors import IntegrityError, UsageError
 from kdcache.progress import Progress
 
-__all__ = ["public_files", "without_places"]
+__all__ = ["public_files", "read_here", "without_places"]
 
 CARD_LIMIT = 16 << 20
 # A path from the root or the home folder, to the next option of a specification such as folder:root=/a b,split_fraction=0.2
@@ -76,13 +76,7 @@ def _cards(archive: Archive, public: Manifest, progress: Progress) -> dict[str, 
     recorded = {record.path: record for record in manifest.files if record.path in FOR_PEOPLE}
     edited = {}
     for name, record in recorded.items():
-        if folder.path(name).is_symlink():
-            raise IntegrityError(
-                f"{folder.path(name)} is a link",
-                why="what it leads to is no part of the archive, and must not be shared by mistake",
-                fix="replace it by the file that is meant",
-            )
-        data = folder.read(name, limit=CARD_LIMIT)
+        data = read_here(folder, name, CARD_LIMIT)
         if sha256(data) != record.sha256:
             progress.say(f"{name} was edited after the archive was finished, and is shared as it is now")
             edited[name] = data
@@ -91,6 +85,17 @@ def _cards(archive: Archive, public: Manifest, progress: Progress) -> dict[str, 
     described = [manifest.shards, *(record for record in manifest.files if record.path not in FOR_PEOPLE)]
     lines = layout.from_dict(public.layout).reading_lines(public)
     return {**card_files(public, described, archive.shards(), lines), **edited}
+
+
+def read_here(folder: LocalStore, name: str, limit: int) -> bytes:
+    """A file without a checksum that is to be shared: a link could lead to anything on this machine, and is refused."""
+    if folder.path(name).is_symlink():
+        raise IntegrityError(
+            f"{folder.path(name)} is a link",
+            why="what it leads to is no part of the archive, and must not be shared by mistake",
+            fix="replace it by the file that is meant",
+        )
+    return folder.read(name, limit=limit)
 
 
 def _public_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reading an archive: NumPy and the layout's library, nothing else."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -20,11 +21,14 @@ from kdcache.archive.cache import CachedStore
 from kdcache.archive.layouts import layout, row_fields, rows_digest
 from kdcache.archive.manifest import (
     FOR_PEOPLE,
+    MANIFEST_LIMIT,
     MANIFEST_NAME,
+    TABLE_LIMIT,
     FileRecord,
     Manifest,
     ShardRecord,
     archive_digest,
+    first_error,
     load_manifest,
 )
 from kdcache.archive.remote import MissingError, is_url, open_remote
@@ -36,8 +40,6 @@ from kdcache.progress import Progress, Silent
 
 __all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
 
-MANIFEST_LIMIT = 64 << 20
-TABLE_LIMIT = 1 << 30
 ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
 AHEAD = 4  # shards that `verify` has fetched while it looks at one
 WORK = ".dump"  # of writers; gone from a finished archive
@@ -112,7 +114,7 @@ class Rows:
         return self._column("probe")
 
     def _column(self, name: str) -> NDArray:
-        return np.array(self._archive.gather(name, self._view, self._where))
+        return self._archive._column(name, self._view, self._where)
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,9 @@ def _manifest_fix(store: LocalStore) -> str:
 
 def _resume_command(store: LocalStore) -> str:
     try:
-        plan = json.loads(store.read(f"{WORK}/plan.json"))
+        plan = json.loads(store.read(f"{WORK}/plan.json", limit=MANIFEST_LIMIT))
         return dump_command(plan["provenance"])
-    except (KdcacheError, ValueError, KeyError, TypeError):
+    except (KdcacheError, ValueError, KeyError, TypeError, RecursionError):
         return dump_command({})
 
 
@@ -317,7 +319,14 @@ class Archive:
     def labels(self) -> NDArray[np.int64] | None:
         """Label of every sample, int64 `[N]`; None if the archive was written without."""
         self._check_files()
-        return self.reader.labels()
+        labels = self.reader.labels()
+        if labels is not None and (wrong := (labels < 0) | (labels >= self.num_classes)).any():
+            raise IntegrityError(
+                f"{self.location}: label {labels[wrong][0]} with {self.num_classes} classes",
+                why="labels are numbers of classes; these were not written by kdcache",
+                fix="do not use this archive; get it again from whoever made it",
+            )
+        return labels
 
     def keys(self) -> list[str] | None:
         """Key of every sample, `[N]`; None if the archive was written without."""
@@ -343,10 +352,11 @@ class Archive:
                 fix="restore it from a copy of the archive",
             )
         try:
-            return iter([ShardRecord.model_validate_json(line) for line in data.splitlines()])
+            return iter([ShardRecord.model_validate_json(line) for line in io.BytesIO(data)])
         except ValidationError as error:
+            field, wrong, why = first_error(error)
             raise IntegrityError(
-                f"{table.path}: {error.errors()[0]['msg']}",
+                f"{table.path}: {why} ({field} = {wrong!r})",
                 why="the table of shards was not written by kdcache",
                 fix="do not use this archive; get it again from whoever made it",
             ) from None
@@ -378,7 +388,19 @@ class Archive:
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
         self._check_range(view, 0, self.num_samples)
-        return np.array(self.gather(name, view, slice(0, self.num_samples)))
+        return self._column(name, view, slice(0, self.num_samples))
+
+    def _column(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        """A copy of what `gather` gives. Numbers of samples and classes, which people take places by, are within their range."""
+        values = np.array(self.gather(name, view, rows))
+        numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
+        if numbers and values.size and not 0 <= values.min() <= values.max() < numbers:
+            raise IntegrityError(
+                f"{self.location}: view {view} has {name} {values[(values < 0) | (values >= numbers)][0]}",
+                why=f"they are numbered 0 to {numbers - 1}; these were not written by kdcache",
+                fix="kdcache verify names the damage",
+            )
+        return values
 
     def stored(self, view: int, block: int) -> dict[str, NDArray]:
         """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
@@ -468,6 +490,7 @@ class Archive:
             for record in self.manifest.files:
                 if record.path not in FOR_PEOPLE:
                     self._verify_file(record, "full", result)
+            self._verify_no_others(result)
             result.raise_if_failed()
             self._files_checked = True
 
@@ -538,14 +561,19 @@ class Archive:
             result.failures.append(Failure(where, f"{self.manifest.digest[:12]}...", f"the contents have {actual[:12]}..."))
         for record in self.manifest.files:
             self._verify_file(record, level, result)
+        self._verify_no_others(result)
+        samples: dict[int, list[NDArray]] = {}  # of each view, block by block
         for number, shard in enumerate(shards):
             if level == "full":
                 self.store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
             found = len(result.failures)
-            for record in shard.files:
-                self._verify_file(record, level, result)
-            if level == "full" and len(result.failures) == found and (shard.view, shard.block) in present:
-                self._verify_rows(shard, result)
+            if (shard.view, shard.block) in present and self._verify_record(shard, result):
+                for record in shard.files:
+                    self._verify_file(record, level, result)
+                if level == "full" and len(result.failures) == found:
+                    self._verify_rows(shard, samples.setdefault(shard.view, []), result)
+                if len(samples.get(shard.view, ())) == self.manifest.num_blocks:
+                    self._verify_order(shard.view, samples.pop(shard.view), result)
             progress.update(f"verify {level}", number + 1, len(shards))
         return result
 
@@ -558,16 +586,42 @@ class Archive:
         return now if now.num_views > self.num_views else None
 
     def _replacing(self, path: str) -> list[FileRecord]:
-        """What an append makes of a file: it replaces some before its manifest is there, and they are right before and after."""
+        """What an append makes of a file: it replaces some before its manifest is there, and they are right before and after.
+
+        Labels and keys are never among them: more views have the same samples.
+        """
+        if path in self.reader.sample_files():
+            return []
         found: list[FileRecord] = []
         try:
-            for line in self.store.read(CLOSING, limit=MANIFEST_LIMIT).splitlines() if self.store.exists(CLOSING) else ():
+            for line in io.BytesIO(self.store.read(CLOSING, limit=MANIFEST_LIMIT) if self.store.exists(CLOSING) else b""):
                 found.append(FileRecord.model_validate_json(line))
         except (IntegrityError, ValidationError):
             found = []
         if (grown := self._grown()) is not None:
             found += grown.manifest.files
         return [record for record in found if record.path == path]
+
+    def _verify_no_others(self, result: Verification) -> None:
+        """Labels and keys that lie there without being recorded would be read as if they were."""
+        recorded = {record.path for record in self.manifest.files}
+        for name in self.reader.sample_files():
+            if name not in recorded and self.store.exists(name):
+                result.failures.append(Failure(name, "no such file, since the manifest records none", "a file"))
+
+    def _verify_record(self, shard: ShardRecord, result: Verification) -> bool:
+        """Whether a record is about the rows and files that its shard has."""
+        where, rows = f"view {shard.view} block {shard.block}", self.manifest.block_rows(shard.block)
+        if shard.rows != rows:
+            result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
+            return False
+        found, names = sorted(record.path for record in shard.files), sorted(self.reader.files(shard.view, shard.block))
+        if found != names:
+            got = ", ".join(name for name in found if name not in names) or "a record without them"
+            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
+            result.failures.append(Failure(where, expected, got[:1000]))
+            return False
+        return True
 
     def _verify_file(self, record: FileRecord, level: Level, result: Verification) -> None:
         result.checked += 1
@@ -581,7 +635,8 @@ class Archive:
                 size, actual = self.store.size(record.path), record.sha256
             else:
                 with open_local(self.store, record.path) as file:
-                    size, actual = os.fstat(file.fileno()).st_size, sha256_of(file)
+                    size = os.fstat(file.fileno()).st_size
+                    actual = sha256_of(file) if size == record.bytes else ""  # a file of any other size may be endless
             if size != record.bytes:
                 return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
             if actual != record.sha256:
@@ -590,12 +645,26 @@ class Archive:
             return Failure(record.path, "a file of the archive", error.what)
         return None
 
-    def _verify_rows(self, shard: ShardRecord, result: Verification) -> None:
+    def _verify_rows(self, shard: ShardRecord, samples: list[NDArray], result: Verification) -> None:
+        """Compare the rows of a shard with their digest; their sample numbers are added to `samples`."""
         where = f"view {shard.view} block {shard.block}"
         try:
-            actual = rows_digest(self.manifest, self.stored(shard.view, shard.block))
+            stored = self.stored(shard.view, shard.block)
+            actual = rows_digest(self.manifest, stored)
         except KdcacheError as error:
             result.failures.append(Failure(where, "readable rows", error.what))
             return
         if actual != shard.rows_digest:
             result.failures.append(Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}..."))
+        if not ((stored["argmax"] >= 0) & (stored["argmax"] < self.num_classes)).all():
+            result.failures.append(Failure(where, f"argmax from 0 to {self.num_classes - 1}", "others among them"))
+        numbers = [values for values in stored.values() if values.dtype.kind == "f"]
+        if self._codec.parameters and "logits" in stored:
+            numbers.append(self._codec.decode(stored))
+        if not all(np.isfinite(values).all() for values in numbers):
+            result.failures.append(Failure(where, "finite numbers", "others among them"))
+        samples.append(np.array(stored["sample"]))
+
+    def _verify_order(self, view: int, samples: list[NDArray], result: Verification) -> None:
+        if not np.array_equal(np.sort(np.concatenate(samples)), np.arange(self.num_samples)):
+            result.failures.append(Failure(f"view {view}", "every sample once", "other sample numbers"))

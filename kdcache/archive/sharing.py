@@ -24,9 +24,18 @@ import filelock
 
 from kdcache.archive.cache import CachedStore, download
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
-from kdcache.archive.manifest import CARD_NAME, FOR_PEOPLE, MANIFEST_NAME, FileRecord, Licences, Manifest, load_manifest
-from kdcache.archive.publishing import CARD_LIMIT, public_files
-from kdcache.archive.reader import MANIFEST_LIMIT, PULL, WORK, Archive, Failure, Verification, open_archive
+from kdcache.archive.manifest import (
+    CARD_NAME,
+    FOR_PEOPLE,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    FileRecord,
+    Licences,
+    Manifest,
+    load_manifest,
+)
+from kdcache.archive.publishing import CARD_LIMIT, public_files, read_here
+from kdcache.archive.reader import PULL, WORK, Archive, Failure, Verification, open_archive
 from kdcache.archive.remote import MissingError, ending, hub_address, is_url, open_remote
 from kdcache.archive.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.archive.store import LocalStore, inner_name, sha256, translated_os_errors
@@ -377,11 +386,11 @@ def shipment(archive: Archive, licences: Licences, progress: Progress | None = N
     store, records = LocalStore(archive.path), _records(archive)
     text = public.get(MANIFEST_NAME) or store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
     closing = {
-        name: public.get(name) or store.read(name, limit=CARD_LIMIT)
+        name: public.get(name) or read_here(store, name, CARD_LIMIT)
         for name in sorted(FOR_PEOPLE & (records.keys() | public.keys()))
     }
     if store.exists(SIGNATURE_NAME):
-        closing[SIGNATURE_NAME] = store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
+        closing[SIGNATURE_NAME] = read_here(store, SIGNATURE_NAME, SIGNATURE_LIMIT)
     return Shipment(
         archive,
         load_manifest(text, archive.location, fix=""),

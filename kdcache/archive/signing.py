@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcache.archive.manifest import CARD_NAME, MANIFEST_NAME
-from kdcache.archive.reader import MANIFEST_LIMIT, Archive, Failure, Verification
+from kdcache.archive.manifest import CARD_NAME, MANIFEST_LIMIT, MANIFEST_NAME
+from kdcache.archive.reader import Archive, Failure, Verification
 from kdcache.archive.store import LocalStore
 from kdcache.errors import IntegrityError, NotFoundError, UsageError, printable
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from kdcache.archive.layouts import ShardReader
 from kdcache.archive.manifest import LogitMoments, Plan, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.codecs import codec
+from kdcache.errors import IntegrityError
 from kdcache.progress import Progress
 from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.views.policy import CenterCrop
@@ -120,8 +121,10 @@ def spread(
     """At most `most` rows, evenly spaced over `views` and their positions, `block` at a time: (view, positions) pairs."""
     total = len(views) * num_samples
     count = min(total, most)
+    step, rest = divmod(total, count)
     for first in range(0, count, block):
-        rows = np.arange(first, min(first + block, count)) * total // count
+        numbers = np.arange(first, min(first + block, count))
+        rows = numbers * step + numbers * rest // count  # numbers * total would overflow where a stranger says so
         view, position = np.divmod(rows, num_samples)
         starts = np.flatnonzero(np.diff(view, prepend=-1))
         yield [(views[view[i]], position[i:j]) for i, j in itertools.pairwise([*starts, len(rows)])]
@@ -136,7 +139,10 @@ def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iter
         stored: dict[str, NDArray] = {
             name: np.concatenate([reader.gather(name, *part) for part in parts]) for name in ("logits", *coding.parameters)
         }
-        yield coding.decode(stored)
+        logits = coding.decode(stored)
+        if not np.isfinite(logits).all():
+            raise _no_logits("logits that are not finite")
+        yield logits
 
 
 def _by_block(positions: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -154,6 +160,8 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
     for view in plan.views:
         blocks = [(b, slice(0, plan.block_rows(b))) for b in range(plan.num_blocks)]
         argmax, sample = (np.concatenate([reader.gather(name, view, *part) for part in blocks]) for name in ("argmax", "sample"))
+        if not ((sample >= 0) & (sample < plan.num_samples)).all():
+            raise _no_logits(f"sample numbers beyond {plan.num_samples:,} in view {view}")
         dominant = sample
         if plan.policy and plan.policy.mix:
             # Each draw has a column of its own, so leaving out all but order and mixing moves none of them.
@@ -161,3 +169,11 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
             dominant = np.where(table.lam >= 0.5, table.sample, table.partner)
         hits += int((labels[dominant] == argmax).sum())
     return 100.0 * hits / (plan.num_views * plan.num_samples)
+
+
+def _no_logits(what: str) -> IntegrityError:
+    return IntegrityError(
+        f"the archive holds {what}",
+        why="kdcache writes none; who wrote these rows computed their checksums too",
+        fix="do not use this archive; get it again from whoever made it",
+    )

@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -73,13 +75,16 @@ def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[N
         raise
 
 
+# Letters that mean the same on every system, in parts that are neither empty nor `.` or `..`, nor too long for a file system.
+_INNER = re.compile(r"(?=.{1,1000}\Z)(?:(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._+-]{1,200}(?:/(?!\Z)|\Z))+")
+
+
 def inner_name(name: str) -> str:
-    """`name`, if it names a file below the archive's own folder; IntegrityError if not."""
-    pure = PurePosixPath(name)
-    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+    """`name`, if it names a file below the archive's own folder on every system; IntegrityError if not."""
+    if not _INNER.fullmatch(name):
         raise IntegrityError(
-            f"file name {name!r} leads out of the archive",
-            why="an archive may only name files below its own folder",
+            f"file name {name[:200]!r} leads out of the archive, or would on some systems",
+            why="an archive may only name files below its own folder, in letters, digits and . _ + -",
             fix="do not use this archive; get it again from whoever made it",
         )
     return name
@@ -111,8 +116,13 @@ class Store(Protocol):
 def open_local(store: Store, name: str) -> BufferedReader:
     """A file of the archive, open: from now on its bytes stay, even if a cache gives the file up for another."""
     for _ in range(3):
-        with suppress(FileNotFoundError):
-            return store.local(name).open("rb")
+        path = store.local(name)
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _unreadable(path, error) from None
     raise RetryError(
         f"{name} of {store.name} was fetched and given up again three times",
         why="the processes that share the cache read more files at a time than fit into it",
@@ -121,7 +131,10 @@ def open_local(store: Store, name: str) -> BufferedReader:
 
 
 class LocalStore:
-    """A folder. Names never lead out of it."""
+    """A folder. Names never lead out of it; links in it do (caches are made of them), to what then must be as recorded.
+
+    Only regular files are read: opening a pipe would wait for whoever writes to it.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -134,13 +147,26 @@ class LocalStore:
         return self.root / inner_name(name)
 
     def exists(self, name: str) -> bool:
-        return self.path(name).is_file()
+        try:
+            return stat.S_ISREG(self.path(name).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _unreadable(self.path(name), error) from None
 
     def size(self, name: str) -> int:
+        path = self.path(name)
         try:
-            return self.path(name).stat().st_size
-        except FileNotFoundError:
-            raise self._missing(name) from None
+            status = path.stat()
+        except OSError as error:
+            raise _unreadable(self.path(name), error) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(
+                f"{path} is not a file",
+                why="a folder, pipe or device is in the place of a file of the archive",
+                fix="do not use this archive; get it again from whoever made it",
+            )
+        return status.st_size
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of `name`; more than `limit` of them are refused before they are read."""
@@ -153,14 +179,12 @@ class LocalStore:
             )
         try:
             return self.path(name).read_bytes()
-        except FileNotFoundError:  # gone since its size was asked
-            raise self._missing(name) from None
+        except OSError as error:
+            raise _unreadable(self.path(name), error) from None
 
     def local(self, name: str) -> Path:
-        path = self.path(name)
-        if not path.is_file():
-            raise self._missing(name)
-        return path
+        self.size(name)
+        return self.path(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
         return  # the operating system reads ahead
@@ -206,16 +230,18 @@ class LocalStore:
         """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
         try:
             found = list(self.path(folder).iterdir())
-        except FileNotFoundError:  # never made, or swept away just now by the process that finished the archive
+        except (FileNotFoundError, NotADirectoryError):  # never made, or swept away just now by who finished the archive
             return []
         return sorted(f"{folder}/{p.name}" for p in found if p.name.endswith(suffix) and not p.name.startswith("."))
 
-    def _missing(self, name: str) -> IntegrityError:
-        return IntegrityError(
-            f"{self.path(name)} does not exist",
-            why="the archive's manifest needs it",
-            fix="restore it from a copy, or run the dump again",
-        )
+
+def _unreadable(path: Path, error: OSError) -> IntegrityError:
+    missing = isinstance(error, FileNotFoundError)
+    return IntegrityError(
+        f"{path} {'does not exist' if missing else 'cannot be read'}",
+        why="the archive's manifest needs it" + ("" if missing else f"; {os.strerror(error.errno or 0).lower()}"),
+        fix="restore it from a copy, or run the dump again",
+    )
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -61,6 +61,13 @@ def run(argv: list[str]) -> int:
                 fix="make room (df -h), correct the path or its permissions, and repeat the command",
             )
             return _report(system, system.exit_code)
+        if isinstance(error, MemoryError):
+            memory = RetryError(
+                "out of memory",
+                why=str(error) or "the system gave no more",
+                fix="end other programs, raise the limit (ulimit -v), or use a larger machine",
+            )
+            return _report(memory, memory.exit_code)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or error.title

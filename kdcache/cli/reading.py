@@ -18,7 +18,7 @@ from kdcache.cli.options import (
     workspace,
 )
 from kdcache.cli.output import bars, print_json, print_table
-from kdcache.errors import UsageError
+from kdcache.errors import IncompatibleError, KdcacheError, UsageError
 
 FIDELITY_ROWS = 4096
 ArchiveArgument = Annotated[str, typer.Argument(help="Folder or URL (https, s3, hf, ...) of an archive.")]
@@ -278,7 +278,11 @@ def ls(as_json: JsonOption = False, home: HomeOption = Path()) -> None:
         if not (folder / "kdcache.json").is_file():
             rows.append({"archive": str(folder), "state": "unfinished"})
             continue
-        manifest = open_archive(folder).manifest
+        try:
+            manifest = open_archive(folder).manifest
+        except KdcacheError as error:  # the others are to be listed all the same
+            rows.append({"archive": str(folder), "state": "incompatible" if isinstance(error, IncompatibleError) else "damaged"})
+            continue
         rows.append(
             {
                 "archive": str(folder),

@@ -20,13 +20,18 @@ class ShardReader(Protocol):
     def files(self, view: int, block: int) -> list[str]:
         """Names of the files of one shard."""
 
+    def sample_files(self) -> list[str]:
+        """Names of the files that labels and keys are read from, if the archive has any."""
+
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
         """Stored numbers of `field` at `rows` of a shard, `[n, ...]`; raises IntegrityError for damaged bytes."""
 
     def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
         """What `gather` gives for a slice, as it lies in the file, in pieces `[m, ...]` or `[units, rows, ...]`: no copies."""
 
-    def labels(self) -> NDArray[np.int64] | None: ...
+    def labels(self) -> NDArray[np.int64] | None:
+        """Stored label of every sample, `[N]`, whatever numbers these are."""
+
     def keys(self) -> list[str] | None: ...
 
 

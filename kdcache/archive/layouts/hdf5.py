@@ -136,6 +136,8 @@ class _File:
                 str(key): (int(value["start"]), str(value["dtype"]), tuple(int(n) for n in value["shape"]))
                 for key, value in datasets.items()
             }
+            if any(length < 0 for _, _, shape in self._datasets.values() for length in shape):
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             raise damaged(name, "does not say in its user block where its rows are") from None
 
@@ -165,7 +167,7 @@ class Hdf5Reader:
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(lambda view, block: _File(store, _shard(view, block)))
         self._rows = lru_cache(maxsize=4096)(self._map)
-        if not 1 <= unit <= plan.shard_rows:
+        if type(unit) is not int or not 1 <= unit <= plan.shard_rows:
             raise IntegrityError(
                 f"shards of {plan.shard_rows} rows in units of {unit}",
                 why="a shard has at least one unit; the manifest is damaged",
@@ -196,6 +198,9 @@ class Hdf5Reader:
         if left:
             runs.append(Run(1, left, left, start + units * size, size, crcs + 4 * units, 4))
         return MappedRows(file.name, file.data, row, runs)
+
+    def sample_files(self) -> list[str]:
+        return [SAMPLES]
 
     def _samples(self, *names: str) -> _File | None:
         if not self._store.exists(SAMPLES):

@@ -40,11 +40,11 @@ class Run:
 
 
 def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np.uint8]:
-    """The bytes of a file; IntegrityError if they are not as many as `expected`."""
+    """The bytes of a file; IntegrityError if there are none, or not as many as `expected`."""
     with open_local(store, name) as file:
         size = os.fstat(file.fileno()).st_size
-        if expected not in {None, size}:
-            raise damaged(name, f"has {size:,} bytes, expected {expected:,}")
+        if not size or expected not in {None, size}:
+            raise damaged(name, f"has {size:,} bytes" + ("" if expected is None else f", expected {expected:,}"))
         return np.memmap(file, dtype=np.uint8, mode="r")
 
 

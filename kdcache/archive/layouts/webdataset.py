@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
@@ -28,6 +29,7 @@ __all__ = ["WebDatasetLayout"]
 
 BLOCK = 512  # of tar
 END = bytes(2 * BLOCK)
+BATCH = 1024  # records whose headers are compared at a time
 UNITS = 4  # that make a record: a tar header for each field is then 2 % of it
 SAMPLES = "samples.tar"
 INDEX = "index.json"
@@ -88,7 +90,7 @@ class WebDatasetLayout:
         return f"{opening}\nlogits = {logits}  # {what}"
 
     def open(self, plan: Plan, store: Store) -> "WebDatasetReader":
-        if not isinstance(self.record_rows, int) or not 1 <= self.record_rows <= plan.shard_rows:
+        if type(self.record_rows) is not int or not 1 <= self.record_rows <= plan.shard_rows:
             raise IntegrityError(
                 f"shards of {plan.shard_rows} rows in records of {self.record_rows!r}",
                 why="a shard has at least one record; the manifest is damaged",
@@ -126,6 +128,7 @@ class _Places:
     """Where the members of a record of `rows` rows are, from the record's start: header, data, and the bytes of each."""
 
     rows: int
+    heads: dict[str, bytes]  # of NumPy, behind those of tar
     headers: dict[str, int]
     data: dict[str, int]
     sizes: dict[str, int]
@@ -133,14 +136,14 @@ class _Places:
 
     @classmethod
     def of(cls, fields: Mapping[str, RowType], rows: int) -> "_Places":
-        headers, data, sizes, at = {}, {}, {}, 0
+        heads, headers, data, sizes, at = {}, {}, {}, {}, 0
         shapes = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in fields.items()}
         for name, (dtype, shape) in {**shapes, "crc32c": (CRC32C[0], (len(fields),))}.items():
-            head = len(_npy_header(dtype, shape))
-            headers[name], data[name] = at, at + BLOCK + head
-            sizes[name] = head + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            heads[name] = _npy_header(dtype, shape)
+            headers[name], data[name] = at, at + BLOCK + len(heads[name])
+            sizes[name] = len(heads[name]) + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
             at += BLOCK + sizes[name] + -sizes[name] % BLOCK
-        return cls(rows, headers, data, sizes, at)
+        return cls(rows, heads, headers, data, sizes, at)
 
 
 class WebDatasetReader:
@@ -173,11 +176,13 @@ class WebDatasetReader:
         data = map_file(self._store, name, expected)
         start = 0
         for first, count, places in records:
-            keys = [_key(view, block, first + number) for number in range(count)]
-            for member, at in places.headers.items():
-                headers = np.ndarray((count, BLOCK), np.uint8, data, start + at, (places.length, 1))
-                _check_headers(name, headers, [f"{key}.{member}.npy" for key in keys], places.sizes[member])
-            start += count * places.length
+            for begin in range(0, count, BATCH):
+                keys = [_key(view, block, first + number) for number in range(begin, min(begin + BATCH, count))]
+                for member, at in places.headers.items():
+                    head = places.heads[member]
+                    headers = np.ndarray((len(keys), BLOCK + len(head)), np.uint8, data, start + at, (places.length, 1))
+                    _check_headers(name, headers, [f"{key}.{member}.npy" for key in keys], places.sizes[member], head)
+                start += len(keys) * places.length
         return data
 
     def _map(self, field: str, view: int, block: int) -> MappedRows:
@@ -189,6 +194,9 @@ class WebDatasetReader:
             runs.append(Run(count, places.rows, places.rows, begin, places.length, crcs, places.length))
             start += count * places.length
         return MappedRows(_shard(view, block), data, self._fields[field], runs)
+
+    def sample_files(self) -> list[str]:
+        return [SAMPLES]
 
     def labels(self) -> NDArray[np.int64] | None:
         data = self._sample_member("samples.label.npy")
@@ -205,8 +213,8 @@ class WebDatasetReader:
         if data is None:
             return None
         try:
-            keys = json.loads(data)
-        except (ValueError, RecursionError):
+            keys = from_json(data)
+        except ValueError:
             keys = None
         if not isinstance(keys, list) or len(keys) != self._plan.num_samples or not all(isinstance(key, str) for key in keys):
             raise damaged(SAMPLES, f"does not hold {self._plan.num_samples:,} keys")
@@ -222,7 +230,7 @@ class WebDatasetReader:
                 info = tarfile.TarInfo.frombuf(data[at : at + BLOCK].tobytes(), "utf-8", "strict")
             except (tarfile.TarError, ValueError):
                 raise damaged(SAMPLES, "is not a tar file") from None
-            if not info.isreg() or not 0 <= info.size <= len(data) - at - BLOCK:
+            if info.type != tarfile.REGTYPE or not 0 <= info.size <= len(data) - at - BLOCK:
                 raise damaged(SAMPLES, f"has a member {info.name!r} that is no plain file in it")
             if info.name == name:
                 return data[at + BLOCK : at + BLOCK + info.size].tobytes()
@@ -230,12 +238,19 @@ class WebDatasetReader:
         return None
 
 
-def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], size: int) -> None:
-    """Each of the tar headers `[n, 512]` must be that of a plain file of this name and size."""
+def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], size: int, head: bytes) -> None:
+    """Each of the headers `[n, 512 + len(head)]` must be tar's of a plain file of this name and size, and NumPy's `head`.
+
+    Rows are found without them; but other software believes them, and is to see the same rows.
+    """
     expected = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
     sizes = np.frombuffer(f"{size:011o}\0".encode(), np.uint8)
+    if sizes.size > 12:
+        raise damaged(file, f"has members of {size:,} bytes, which tar cannot")
     wrong = (headers[:, :100] != expected).any(axis=1)
     wrong |= (headers[:, 124:136] != sizes).any(axis=1)
     wrong |= (headers[:, 156] != ord("0")) | (headers[:, 157:257] != 0).any(axis=1)
+    wrong |= (headers[:, 345:BLOCK] != 0).any(axis=1)  # what tar puts before the name
+    wrong |= (headers[:, BLOCK:] != np.frombuffer(head, np.uint8)).any(axis=1)
     if wrong.any():
-        raise damaged(file, f"has another tar header than that of {names[int(np.argmax(wrong))]} ({size:,} bytes)")
+        raise damaged(file, f"has another header than that of {names[int(np.argmax(wrong))]} ({size:,} bytes)")

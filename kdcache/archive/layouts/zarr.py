@@ -28,6 +28,8 @@ __all__ = ["COMPRESSIONS", "ZarrLayout", "compressed_bytes"]
 
 CRC = 4
 BLOSC_HEADER = 16
+# A shard that decompresses to more than either is a bomb: logits shrink to a tenth, not to a thousandth.
+MOST_EXPANSION, HARMLESS = 1024, 64 << 20
 Compression = Literal["none", "bitshuffle", "pcodec"]
 COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle", "pcodec")
 
@@ -45,7 +47,7 @@ class ZarrLayout:
     inner_rows: int = field(default=0, metadata=FITTED)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner_rows, int) or self.inner_rows < 0:
+        if type(self.inner_rows) is not int or self.inner_rows < 0:
             raise UsageError(
                 f"layout zarr with inner_rows {self.inner_rows!r}",
                 why="a chunk holds a whole number of rows, and at least one",
@@ -271,6 +273,8 @@ class ZarrReader:
         index_bytes = chunks * 16 + CRC
         if self._layout.compression != "none":
             data = map_file(self._store, name)
+            if (decoded := used * payload) > max(HARMLESS, MOST_EXPANSION * len(data)):
+                raise damaged(name, f"would decompress from {len(data):,} to {decoded:,} bytes")
             return _CompressedRows(name, data, _index(name, data, chunks, used), (dtype, shape), self._layout)
         stride = payload + CRC
         data = map_file(self._store, name, used * stride + index_bytes)
@@ -279,6 +283,9 @@ class ZarrReader:
             raise damaged(name, "does not hold its chunks in order")
         run = Run(units=used, rows=inner, stored=inner, start=0, stride=stride, crc_start=payload, crc_stride=stride)
         return MappedRows(name, data, (dtype, shape), [run])
+
+    def sample_files(self) -> list[str]:
+        return [f"{name}/{file}" for name in ("label", "key") for file in ("zarr.json", "c/0")]
 
     def labels(self) -> NDArray[np.int64] | None:
         data = self._per_sample("label")
@@ -327,8 +334,11 @@ def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArra
         raise damaged(name, "has a damaged shard index")
     entries = index[:-CRC].view("<u8").reshape(chunks, 2)[:used]
     room = len(data) - size
-    if (entries > room).any() or (entries.sum(axis=1) > room).any() or (entries[:, 1] < CRC).any():
+    if len(entries) < used or (entries > room).any() or (entries.sum(axis=1) > room).any() or (entries[:, 1] <= CRC).any():
         raise damaged(name, "has chunks that lie outside the file")
+    starts = entries[:, 0].astype(np.int64)
+    if (starts[1:] < starts[:-1] + entries[:-1, 1].astype(np.int64)).any():
+        raise damaged(name, "has chunks that overlap")
     return entries.astype(np.int64)
 
 
@@ -375,13 +385,27 @@ class _CompressedRows:
         return out
 
     def _decompress(self, data: bytes, out: NDArray, chunk: int) -> None:
+        """Fill `out`. The libraries write what the data claim to be: that must be what there is room for, and all of it."""
         compressor = _compressor(self._layout.compression, self._dtype.itemsize)
-        if self._layout.compression == "bitshuffle":
-            # Blosc writes what its header claims: that must be what there is room for, before it may start.
-            size, stored = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-            if len(data) < BLOSC_HEADER or size != out.nbytes or stored != len(data):
-                raise damaged(self._name, f"chunk {chunk} claims to hold {size:,} bytes, expected {out.nbytes:,}")
         try:
-            compressor.decode(data, out=out.reshape(-1))
+            if self._layout.compression == "bitshuffle":
+                _require_blosc(data, out)
+                compressor.decode(data, out=out.reshape(-1))
+            else:
+                from pcodec import standalone
+
+                done = standalone.simple_decompress_into(data, out.reshape(-1))
+                if not done.finished or done.n_processed != out.size:  # else the rest is what was in memory before
+                    raise ValueError
         except Exception as error:  # whatever the library calls it: these bytes are not what it wrote
             raise damaged(self._name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
+
+
+def _require_blosc(data: bytes, out: NDArray) -> None:
+    """Raise ValueError unless the header is what we write: version, lz4, bitshuffle, and the sizes."""
+    size, stored = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
+    flags = data[2] & 0xE5  # but for two that depend on the contents
+    if len(data) < BLOSC_HEADER or (data[0], data[1], flags, data[3]) != (2, 1, 0x24, out.itemsize):
+        raise ValueError
+    if (size, stored) != (out.nbytes, len(data)):
+        raise ValueError
