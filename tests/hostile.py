@@ -21,7 +21,7 @@ from kdcache.errors import KdcacheError
 
 __all__ = ["CLASSES", "CODECS", "LAYOUTS", "SAMPLES", "build", "edit_manifest", "edit_table", "exercise", "reseal"]
 
-VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 11, 5, 4  # three shards a view, the last one not full; two units a shard
+VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 7, 5, 4  # two shards a view, the second not full; two units a shard
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zarr": {"name": "zarr", "compression": "none", "inner_rows": 2},
     "zarr:bitshuffle": {"name": "zarr", "compression": "bitshuffle", "inner_rows": 2},

@@ -7,6 +7,7 @@ says where the data lie: reading maps them from there, and libhdf5 never sees a 
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -146,7 +147,7 @@ class _File:
         found = self._datasets.get(name)
         if found is None or found[1:] != (dtype.str, shape):
             raise damaged(self.name, f"has dataset {name} as {found and found[1:]}, expected {(dtype.str, shape)}")
-        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        size = dtype.itemsize * math.prod(shape)  # NumPy's product overflows
         if not USER_BLOCK <= found[0] <= len(self.data) - size:
             raise damaged(self.name, f"has dataset {name} outside the file")
         return found[0]
