@@ -30,6 +30,7 @@ from kdcache.archive import (
     push,
     shipment,
     sign_archive,
+    stored_bytes,
     verify_signature,
 )
 from kdcache.archive import remote as remote_module
