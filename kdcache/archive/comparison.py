@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.archive.manifest import Manifest
-from kdcache.archive.reader import Archive, Rows
+from kdcache.archive.reader import Archive
+from kdcache.archive.rows import Rows
 from kdcache.archive.statistics import PAPER_TAUS, spread
 from kdcache.codecs import codec
 from kdcache.progress import Progress, Silent

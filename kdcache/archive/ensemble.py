@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kdcache.archive.comparison import facts, other_views, shared_views, view_range
 from kdcache.archive.manifest import Manifest
-from kdcache.archive.reader import Archive, Rows
+from kdcache.archive.reader import Archive
+from kdcache.archive.rows import Rows
 from kdcache.archive.statistics import spread
 from kdcache.errors import IncompatibleError, UsageError, unknown_name
 from kdcache.progress import Progress

@@ -1,6 +1,5 @@
 """Reading an archive: NumPy and the layout's library, nothing else."""
 
-import copy
 import io
 import json
 import math
@@ -8,22 +7,22 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kdcache.archive.cache import CachedStore
-from kdcache.archive.layouts import layout, row_fields, rows_digest
+from kdcache.archive.layouts import layout, row_fields
 from kdcache.archive.manifest import (
-    FOR_PEOPLE,
     MANIFEST_LIMIT,
     MANIFEST_NAME,
+    PULL,
     TABLE_LIMIT,
+    WORK,
     FileRecord,
     Manifest,
     ShardRecord,
@@ -32,126 +31,15 @@ from kdcache.archive.manifest import (
     load_manifest,
 )
 from kdcache.archive.remote import MissingError, is_url, open_remote
+from kdcache.archive.rows import Rows, count_of
 from kdcache.archive.statistics import MAX_ROWS, spread_logits
-from kdcache.archive.store import LocalStore, Store, open_local, sha256, sha256_of
+from kdcache.archive.store import LocalStore, Store, sha256
+from kdcache.archive.verification import Level, Verification, Verifier
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["Archive", "Failure", "Rows", "Verification", "open_archive"]
-
-ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
-AHEAD = 4  # shards that `verify` has fetched while it looks at one
-WORK = ".dump"  # of writers; gone from a finished archive
-PULL = ".pull"  # of transfers, likewise
-CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
-Level = Literal["quick", "full"]
-
-
-class Rows:
-    """Rows of one view. Each field is read, checked and decoded when it is first asked for; the arrays are the caller's own.
-
-    Reading can raise IntegrityError, and IncompatibleError for the logits of an archive that has none.
-    """
-
-    def __init__(self, archive: "Archive", view: int, rows: slice | NDArray[np.int64]) -> None:
-        self._archive, self._view, self._where = archive, view, rows
-
-    def __len__(self) -> int:
-        return _count(self._where)
-
-    def __getstate__(self) -> dict[str, NDArray]:
-        return self.fields()
-
-    def with_logits(self, logits: NDArray[np.float32]) -> "Rows":
-        """These rows with other `logits`, float32 `[n, ...]`."""
-        changed = copy.copy(self)
-        changed.__dict__["logits"] = logits
-        return changed
-
-    def load(self) -> "Rows":
-        """Read all fields now."""
-        self.fields()
-        return self
-
-    def fields(self) -> dict[str, NDArray]:
-        """All fields by their names."""
-        return {name: getattr(self, name) for name in ROW_FIELDS}
-
-    @cached_property
-    def logits(self) -> NDArray[np.float32]:
-        """Float32 `[n, C]`."""
-        return self._archive.logits(self._view, self._where)
-
-    @cached_property
-    def sample(self) -> NDArray[np.int64]:
-        """Which sample sits at each position: int64 `[n]`."""
-        return self._column("sample").astype(np.int64)
-
-    @cached_property
-    def argmax(self) -> NDArray[np.int64]:
-        """Of the float32 logits, before they were stored: int64 `[n]`."""
-        return self._column("argmax").astype(np.int64)
-
-    @cached_property
-    def entropy(self) -> NDArray[np.float32]:
-        """H^(p) at tau 1, relative: float32 `[n]`."""
-        return self._column("entropy")
-
-    @cached_property
-    def entropy_rest(self) -> NDArray[np.float32]:
-        """H^(p-bar) at tau 1, relative: float32 `[n]`."""
-        return self._column("entropy_rest")
-
-    @cached_property
-    def digest(self) -> NDArray[np.uint32]:
-        """Of each view's pixels: uint32 `[n]`."""
-        return self._column("digest")
-
-    @cached_property
-    def probe(self) -> NDArray[np.uint8]:
-        """Grey means of each view on a 4 x 4 grid: uint8 `[n, 16]`."""
-        return self._column("probe")
-
-    def _column(self, name: str) -> NDArray:
-        return self._archive._column(name, self._view, self._where)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One thing that is not as recorded."""
-
-    where: str
-    expected: str
-    got: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.got}, expected {self.expected}"
-
-
-@dataclass
-class Verification:
-    """What `Archive.verify` found."""
-
-    level: str
-    checked: int = 0  # files, or views for a replay
-    failures: list[Failure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    error: KdcacheError | None = None  # what failures mean, if not that the archive is damaged
-
-    @property
-    def ok(self) -> bool:
-        return not self.failures
-
-    def raise_if_failed(self) -> None:
-        if self.error:
-            raise self.error
-        if self.failures:
-            raise IntegrityError(
-                f"verify ({self.level}) found {len(self.failures)} damaged place(s); first: {self.failures[0]}",
-                why="the archive is not what its manifest says",
-                fix="restore the named files from a copy, or delete the archive and run its dump again",
-            )
+__all__ = ["Archive", "open_archive"]
 
 
 def open_archive(path: str | os.PathLike[str]) -> "Archive":
@@ -205,10 +93,6 @@ def _has_begun(store: CachedStore) -> bool:
     with suppress(NotFoundError):
         return any(True for _ in store.remote.names()) or store.exists(f"{WORK}/plan.json")
     return False
-
-
-def _count(rows: slice | NDArray[np.int64]) -> int:
-    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
 
 
 def _manifest_fix(store: LocalStore) -> str:
@@ -333,13 +217,21 @@ class Archive:
         self._check_files()
         return self.reader.keys()
 
+    def grown(self) -> "Archive | None":
+        """The archive as it is now, if views have been appended to it since it was opened."""
+        try:
+            now = open_archive(self.location) if isinstance(self.store, LocalStore) else self
+        except KdcacheError:
+            return None
+        return now if now.num_views > self.num_views else None
+
     def shards(self) -> Iterator[ShardRecord]:
         """The table of shards, checked against the manifest's sha256."""
         table = self.manifest.shards
         try:
             data = self.store.read(table.path, limit=min(table.bytes, TABLE_LIMIT))
         except IntegrityError:
-            if (grown := self._grown()) is None:
+            if (grown := self.grown()) is None:
                 raise
             mine = [shard for shard in grown.shards() if shard.view in self.views]
             if archive_digest(self.manifest, mine) != self.manifest.digest:
@@ -388,9 +280,9 @@ class Archive:
     def column(self, name: str, view: int) -> NDArray:
         """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
         self._check_range(view, 0, self.num_samples)
-        return self._column(name, view, slice(0, self.num_samples))
+        return self.checked(name, view, slice(0, self.num_samples))
 
-    def _column(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+    def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
         """A copy of what `gather` gives. Numbers of samples and classes, which people take places by, are within their range."""
         values = np.array(self.gather(name, view, rows))
         numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
@@ -428,7 +320,7 @@ class Archive:
         if len(parts) == 1:
             return parts[0][1]
         dtype, shape = self._types[name]
-        found = np.empty((_count(rows), *shape), dtype)
+        found = np.empty((count_of(rows), *shape), dtype)
         for where, values in parts:
             found[where] = values
         return found
@@ -485,13 +377,7 @@ class Archive:
     def _check_files(self) -> None:
         """Compare the files that belong to no shard with the manifest, once; what is for people they may edit."""
         if not self._files_checked:
-            result = Verification("full")
-            self.store.prefetch(record.path for record in self.manifest.files if record.path not in FOR_PEOPLE)
-            for record in self.manifest.files:
-                if record.path not in FOR_PEOPLE:
-                    self._verify_file(record, "full", result)
-            self._verify_no_others(result)
-            result.raise_if_failed()
+            Verifier(self, "full").verify_files_of_no_shard().raise_if_failed()
             self._files_checked = True
 
     def _record_of(self, name: str) -> FileRecord:
@@ -542,129 +428,5 @@ class Archive:
         return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
 
     def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
-        """Compare the files with the manifest: `quick` looks at sizes, `full` at sha256 of bytes and of decoded rows."""
-        progress = progress or Silent()
-        result = Verification(level)
-        try:
-            shards = list(self.shards())
-        except KdcacheError as error:
-            result.failures.append(Failure(self.manifest.shards.path, "the recorded table of shards", error.what))
-            return result
-        planned = self.num_views * self.manifest.num_blocks
-        present = {(s.view, s.block) for s in shards if s.view in self.views and s.block < self.manifest.num_blocks}
-        if not len(shards) == len(present) == planned:
-            got = f"{len(present)} of them in {len(shards)} records"
-            result.failures.append(Failure(self.manifest.shards.path, f"{planned} shards", got))
-        actual = archive_digest(self.manifest, shards)
-        if actual != self.manifest.digest:
-            where = f"{MANIFEST_NAME}: digest"
-            result.failures.append(Failure(where, f"{self.manifest.digest[:12]}...", f"the contents have {actual[:12]}..."))
-        for record in self.manifest.files:
-            self._verify_file(record, level, result)
-        self._verify_no_others(result)
-        samples: dict[int, list[NDArray]] = {}  # of each view, block by block
-        for number, shard in enumerate(shards):
-            if level == "full":
-                self.store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
-            found = len(result.failures)
-            if (shard.view, shard.block) in present and self._verify_record(shard, result):
-                for record in shard.files:
-                    self._verify_file(record, level, result)
-                if level == "full" and len(result.failures) == found:
-                    self._verify_rows(shard, samples.setdefault(shard.view, []), result)
-                if len(samples.get(shard.view, ())) == self.manifest.num_blocks:
-                    self._verify_order(shard.view, samples.pop(shard.view), result)
-            progress.update(f"verify {level}", number + 1, len(shards))
-        return result
-
-    def _grown(self) -> "Archive | None":
-        """The archive as it is now, if views have been appended to it since it was opened."""
-        try:
-            now = open_archive(self.location) if isinstance(self.store, LocalStore) else self
-        except KdcacheError:
-            return None
-        return now if now.num_views > self.num_views else None
-
-    def _replacing(self, path: str) -> list[FileRecord]:
-        """What an append makes of a file: it replaces some before its manifest is there, and they are right before and after.
-
-        Labels and keys are never among them: more views have the same samples.
-        """
-        if path in self.reader.sample_files():
-            return []
-        found: list[FileRecord] = []
-        try:
-            for line in io.BytesIO(self.store.read(CLOSING, limit=MANIFEST_LIMIT) if self.store.exists(CLOSING) else b""):
-                found.append(FileRecord.model_validate_json(line))
-        except (IntegrityError, ValidationError):
-            found = []
-        if (grown := self._grown()) is not None:
-            found += grown.manifest.files
-        return [record for record in found if record.path == path]
-
-    def _verify_no_others(self, result: Verification) -> None:
-        """Labels and keys that lie there without being recorded would be read as if they were."""
-        recorded = {record.path for record in self.manifest.files}
-        for name in self.reader.sample_files():
-            if name not in recorded and self.store.exists(name):
-                result.failures.append(Failure(name, "no such file, since the manifest records none", "a file"))
-
-    def _verify_record(self, shard: ShardRecord, result: Verification) -> bool:
-        """Whether a record is about the rows and files that its shard has."""
-        where, rows = f"view {shard.view} block {shard.block}", self.manifest.block_rows(shard.block)
-        if shard.rows != rows:
-            result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
-            return False
-        found, names = sorted(record.path for record in shard.files), sorted(self.reader.files(shard.view, shard.block))
-        if found != names:
-            got = ", ".join(name for name in found if name not in names) or "a record without them"
-            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
-            result.failures.append(Failure(where, expected, got[:1000]))
-            return False
-        return True
-
-    def _verify_file(self, record: FileRecord, level: Level, result: Verification) -> None:
-        result.checked += 1
-        failure = self._difference(record, level)
-        if failure and all(self._difference(other, level) for other in self._replacing(record.path)):
-            result.failures.append(failure)
-
-    def _difference(self, record: FileRecord, level: Level) -> Failure | None:
-        try:
-            if level == "quick":
-                size, actual = self.store.size(record.path), record.sha256
-            else:
-                with open_local(self.store, record.path) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    actual = sha256_of(file) if size == record.bytes else ""  # a file of any other size may be endless
-            if size != record.bytes:
-                return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
-            if actual != record.sha256:
-                return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
-        except IntegrityError as error:
-            return Failure(record.path, "a file of the archive", error.what)
-        return None
-
-    def _verify_rows(self, shard: ShardRecord, samples: list[NDArray], result: Verification) -> None:
-        """Compare the rows of a shard with their digest; their sample numbers are added to `samples`."""
-        where = f"view {shard.view} block {shard.block}"
-        try:
-            stored = self.stored(shard.view, shard.block)
-            actual = rows_digest(self.manifest, stored)
-        except KdcacheError as error:
-            result.failures.append(Failure(where, "readable rows", error.what))
-            return
-        if actual != shard.rows_digest:
-            result.failures.append(Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}..."))
-        if not ((stored["argmax"] >= 0) & (stored["argmax"] < self.num_classes)).all():
-            result.failures.append(Failure(where, f"argmax from 0 to {self.num_classes - 1}", "others among them"))
-        numbers = [values for values in stored.values() if values.dtype.kind == "f"]
-        if self._codec.parameters and "logits" in stored:
-            numbers.append(self._codec.decode(stored))
-        if not all(np.isfinite(values).all() for values in numbers):
-            result.failures.append(Failure(where, "finite numbers", "others among them"))
-        samples.append(np.array(stored["sample"]))
-
-    def _verify_order(self, view: int, samples: list[NDArray], result: Verification) -> None:
-        if not np.array_equal(np.sort(np.concatenate(samples)), np.arange(self.num_samples)):
-            result.failures.append(Failure(f"view {view}", "every sample once", "other sample numbers"))
+        """Compare the files with the manifest: `quick` looks at sizes, `full` at sha256 of bytes and at every row."""
+        return Verifier(self, level).verify(progress or Silent())

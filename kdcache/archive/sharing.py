@@ -29,16 +29,19 @@ from kdcache.archive.manifest import (
     FOR_PEOPLE,
     MANIFEST_LIMIT,
     MANIFEST_NAME,
+    PULL,
+    WORK,
     FileRecord,
     Licences,
     Manifest,
     load_manifest,
 )
 from kdcache.archive.publishing import CARD_LIMIT, public_files, read_here
-from kdcache.archive.reader import PULL, WORK, Archive, Failure, Verification, open_archive
+from kdcache.archive.reader import Archive, open_archive
 from kdcache.archive.remote import MissingError, ending, hub_address, is_url, open_remote
 from kdcache.archive.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.archive.store import LocalStore, inner_name, sha256, translated_os_errors
+from kdcache.archive.verification import Failure, Verification
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.progress import Progress, Silent
 

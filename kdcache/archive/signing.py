@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.archive.manifest import CARD_NAME, MANIFEST_LIMIT, MANIFEST_NAME
-from kdcache.archive.reader import Archive, Failure, Verification
+from kdcache.archive.reader import Archive
 from kdcache.archive.store import LocalStore
+from kdcache.archive.verification import Failure, Verification
 from kdcache.errors import IntegrityError, NotFoundError, UsageError, printable
 
 __all__ = ["SIGNATURE_NAME", "sign_archive", "verify_signature"]

@@ -28,7 +28,9 @@ from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.manifest import (
+    CLOSING,
     MANIFEST_NAME,
+    WORK,
     CanvasCard,
     FileRecord,
     Manifest,
@@ -38,7 +40,7 @@ from kdcache.archive.manifest import (
     TeacherCard,
     archive_digest,
 )
-from kdcache.archive.reader import CLOSING, WORK, Archive, dump_command, open_archive
+from kdcache.archive.reader import Archive, dump_command, open_archive
 from kdcache.archive.statistics import compute_statistics
 from kdcache.archive.store import LocalStore, sha256, translated_os_errors
 from kdcache.codecs import UnstorableError
