@@ -7,13 +7,10 @@ In a folder that is being filled, `.pull` holds the beginnings of files; on an o
 is on its way there; a dataset repository on the Hub remembers by itself what it was sent.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from typing import Any, Literal
 
 import filelock
 
-from kdcache.archive.cache import CachedStore, download
+from kdcache.archive.cache import CachedStore
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.manifest import (
     CARD_NAME,
@@ -38,16 +35,16 @@ from kdcache.archive.manifest import (
 )
 from kdcache.archive.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.archive.reader import Archive, open_archive
-from kdcache.archive.remote import MissingError, ending, hub_address, is_url, open_remote
+from kdcache.archive.remote import MissingError, hub_address, is_url, open_remote
 from kdcache.archive.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.archive.store import LocalStore, inner_name, sha256, translated_os_errors
+from kdcache.archive.transfer import File, Meter, Stopped, bring, in_parallel, require_room
 from kdcache.archive.verification import Failure, Verification
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.progress import Progress, Silent
 
 __all__ = ["Shipment", "part_label", "pull", "push", "shipment"]
 
-WORKERS = 8  # files on their way at a time
 PIECE = 1 << 20
 LONGEST_NAME = 240  # bytes of a file's name that every file system holds
 MARKER = ".push.json"
@@ -86,7 +83,7 @@ def pull(
         if not (folder / MANIFEST_NAME).is_file():
             _require_empty(folder, WORK)
             here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            _require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
+            require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
         part = derive(archive, folder, **kept, progress=progress)
         if verify:
             part.verify("full", progress).raise_if_failed()
@@ -109,17 +106,9 @@ def pull(
     with suppress(NotFoundError):  # a server that lists nothing to strangers does not even say that a file is missing
         if archive.store.exists(SIGNATURE_NAME):
             extras[SIGNATURE_NAME] = archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
-    files = [_File(record, _reader(archive, name)) for name, record in records.items()]
+    files = [File(record, _reader(archive, name)) for name, record in records.items()]
     closing = {**extras, MANIFEST_NAME: text}
     return _fill(folder, archive.manifest, files, closing, f"pull {archive.name}", verify=verify, progress=progress)
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file on its way: what it must be, and its bytes from any byte on."""
-
-    record: FileRecord
-    stream: Callable[[int], Iterator[bytes]]
 
 
 def _records(archive: Archive) -> dict[str, FileRecord]:
@@ -200,7 +189,7 @@ def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
 def _fill(
     folder: Path,
     manifest: Manifest,
-    files: Sequence[_File],
+    files: Sequence[File],
     closing: Mapping[str, bytes],
     task: str,
     *,
@@ -218,7 +207,7 @@ def _fill(
                 f"another process is filling {folder}", why="it holds the folder's lock", fix="wait for it, or stop it"
             ) from None
         with lock:
-            _bring(files, folder, task, progress)
+            bring(files, folder, task, progress)
             *others, last = closing.items()
             for name, data in others:
                 store.write(name, data)
@@ -238,131 +227,6 @@ def _damage(result: Verification) -> list[Failure]:
 def _require_sound(result: Verification) -> None:
     result.failures = _damage(result)
     result.raise_if_failed()
-
-
-def _bring(files: Sequence[_File], folder: Path, task: str, progress: Progress) -> None:
-    total = sum(file.record.bytes for file in files)
-    _require_room(folder, _missing_bytes(files, folder))
-    meter = _Meter()
-
-    def bring(file: _File) -> None:
-        target = folder / file.record.path
-        try:
-            if _is(target, file.record):
-                meter.add(file.record.bytes)
-                return
-            part = _part(folder, file.record)
-            download(file.record, file.record.path, part, meter.watched(file.stream))
-            with part.open("rb") as whole:
-                os.fsync(whole.fileno())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
-        except OSError as error:
-            with translated_os_errors(target):
-                raise
-            raise RetryError(
-                f"{target} cannot be written", why=error.strerror or str(error), fix="choose another folder, and repeat"
-            ) from error
-
-    _in_parallel(bring, files, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
-    progress.update(task, total, total)
-
-
-def _part(folder: Path, record: FileRecord) -> Path:
-    return folder / PULL / f"{hashlib.sha256(record.path.encode()).hexdigest()[:32]}.part"
-
-
-def _is(target: Path, record: FileRecord) -> bool:
-    if target.is_symlink() or not target.is_file() or target.stat().st_size != record.bytes:
-        return False
-    with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-
-
-def _missing_bytes(files: Sequence[_File], folder: Path) -> int:
-    missing = 0
-    for record in (file.record for file in files):
-        held = next((p.stat().st_size for p in (folder / record.path, _part(folder, record)) if p.is_file()), 0)
-        missing += max(0, record.bytes - held)
-    return missing
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise RetryError(
-            f"{folder} needs {needed / 1e9:,.2f} GB more",
-            why=f"{free / 1e9:,.2f} GB are free there",
-            fix="make room, choose a folder on another disk, or pull less: --views 0:10 or --stats-only",
-        )
-
-
-class _Meter:
-    """Counts the bytes that several threads move, and lets all of them stop."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.stop = threading.Event()
-        self._lock = threading.Lock()
-        self._began = time.monotonic()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.bytes += count
-
-    def watched(self, stream: Callable[[int], Iterator[bytes]]) -> Callable[[int], Iterator[bytes]]:
-        counted = 0  # of this file, which may be begun anew
-
-        def pieces(start: int) -> Iterator[bytes]:
-            nonlocal counted
-            self.add(start - counted)
-            counted = start
-            for piece in stream(start):
-                if self.stop.is_set():
-                    raise _Stopped
-                self.add(len(piece))
-                counted += len(piece)
-                yield piece
-
-        return pieces
-
-    def note(self, total: int) -> str:
-        speed = self.bytes / max(time.monotonic() - self._began, 1e-9)
-        return f"{self.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s"
-
-
-class _Stopped(BaseException):
-    """Another file's error, or whoever waits for all of them, ended this one's transfer. Nobody gets to see it."""
-
-
-def _in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: _Meter, report: Callable[[], None]) -> None:
-    """`action` on all items, several at a time; the first error, or an interruption, ends all."""
-    waiting, errors = deque(items), deque[BaseException]()
-
-    def work() -> None:
-        with suppress(IndexError):
-            while not meter.stop.is_set() and not ending():
-                item = waiting.popleft()
-                try:
-                    action(item)
-                except BaseException as error:
-                    errors.append(error)
-                    meter.stop.set()
-
-    # No executor: a process that is interrupted would wait for its threads, which try for minutes to reach a lost server.
-    threads = [threading.Thread(target=work, name="kdcache-transfer") for _ in range(min(WORKERS, len(items)))]
-    for thread in threads:
-        thread.start()
-    try:
-        while any(thread.is_alive() for thread in threads) and not errors:
-            next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(0.2)
-            report()
-    except BaseException:
-        meter.stop.set()
-        raise
-    if errors:
-        raise errors[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- push
@@ -443,7 +307,7 @@ def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None
     if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
         progress.say(f"{folder} is complete: nothing to do")
         return
-    files = [_File(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
+    files = [File(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
     _fill(folder, sending.manifest, files, sending.closing, f"push {folder}", verify=False, progress=progress)
 
 
@@ -495,18 +359,18 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
     if marked is None:
         _require_free(url, () if begun else sorted(there))
         remote.put(MARKER, mark)
-    meter, task, total = _Meter(), f"push {url}", sum(record.bytes for record in sending.files.values())
+    meter, task, total = Meter(), f"push {url}", sum(record.bytes for record in sending.files.values())
     store = LocalStore(sending.archive.path)
 
     def send(record: FileRecord) -> None:
         if meter.stop.is_set():
-            raise _Stopped
+            raise Stopped
         if record.path not in there or remote.size(record.path) != record.bytes:
             remote.put(record.path, store.path(record.path))
         meter.add(record.bytes)
 
     records = list(sending.files.values())
-    _in_parallel(send, records, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    in_parallel(send, records, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
     for name, data in sending.closing.items():
         remote.put(name, data)
     remote.delete(MARKER)
