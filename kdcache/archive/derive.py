@@ -53,8 +53,10 @@ def derive(
             why="views are never taken away",
             fix="name another folder, or delete that one",
         )
-    total = plan.num_views * plan.num_blocks
-    for view, block in writer.missing():
+    total, missing = plan.num_views * plan.num_blocks, writer.missing()
+    for number, (view, block) in enumerate(missing):
+        if contents == "all":  # else most of what would be fetched ahead is not wanted
+            source.prefetch(*range(view, min(view + 2, plan.views.stop)))
         with writer.claim(view, block, owned=True) as mine:  # whoever writes it writes the same bytes
             if not mine:
                 continue  # another process has it
@@ -62,7 +64,7 @@ def derive(
             if contents == "all" and encoder != decoder:
                 stored.update(encoder.encode(decoder.decode(stored)))
             writer.write_stored(view, block, stored)
-        progress.update("convert", total - len(writer.missing()), total)
+        progress.update("convert", total - len(missing) + number + 1, total)
     if left := writer.missing():
         raise IncompleteError(
             f"{path}: {len(left)} shards are being written by other processes",
