@@ -99,7 +99,9 @@ class Registry(Generic[T]):
                     raise UsageError(
                         f"{self.kind} {spec!r} has the bare value {item!r}",
                         why="only the first option of a component may be given without its name",
-                        fix=f"write {name}:" + ",".join(f"{field}=..." for field in fields) + r" (a comma in a value: \,)",
+                        fix=f"write {name}:" + ",".join(f"{field}=..." for field in fields) + r" (a comma in a value: \,)"
+                        if fields
+                        else f"write {name} alone: it has no options",
                     )
                 key, value = fields[0], key
             if key not in fields:

@@ -135,7 +135,7 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
         "",
         "```sh",
         "kdcache pull SOURCE FOLDER   # hf://datasets/ORG/NAME, https://..., s3://... or a folder; an interrupted pull goes on",
-        "kdcache verify FOLDER        # every file and every row against the sha256 that kdcache.json records",
+        "kdcache verify FOLDER        # every file and every row against the digests that were recorded",
         "```",
         "",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdcache.archive.layouts import layout as layouts
-from kdcache.archive.layouts import row_fields
+from kdcache.archive.layouts import row_fields, rows_digest
 from kdcache.archive.manifest import Plan, Statistics, SubsetOf
 from kdcache.archive.reader import Archive
 from kdcache.archive.statistics import compute_statistics
@@ -54,6 +54,7 @@ def derive(
             fix="name another folder, or delete that one",
         )
     total, missing = plan.num_views * plan.num_blocks, writer.missing()
+    records = {(shard.view, shard.block): shard for shard in source.shards()} if missing else {}
     for number, (view, block) in enumerate(missing):
         if contents == "all":  # else most of what would be fetched ahead is not wanted
             source.prefetch(*range(view, min(view + 2, plan.views.stop)))
@@ -61,6 +62,12 @@ def derive(
             if not mine:
                 continue  # another process has it
             stored = source.stored(view, block)
+            if rows_digest(source.manifest, stored) != records[view, block].rows_digest:
+                raise IntegrityError(
+                    f"{source.location}: view {view} block {block} does not hold the rows that its table of shards records",
+                    why="its bytes were changed after they were written, and their checksums with them",
+                    fix=f"kdcache verify {shlex.quote(source.location)} names all damage; get the archive again",
+                )
             if contents == "all" and encoder != decoder:
                 stored.update(encoder.encode(decoder.decode(stored)))
             writer.write_stored(view, block, stored)

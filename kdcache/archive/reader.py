@@ -58,6 +58,12 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
                 why="its dump was stopped before the manifest was written",
                 fix=_resume_command(store),
             )
+        if any(Path(path).glob("shards-*.jsonl")):
+            raise IncompleteError(
+                f"archive {path} is not complete",
+                why=f"its table of shards is there, and no {MANIFEST_NAME}, which comes last",
+                fix="finish the copy or the command that made it",
+            )
         if (Path(path) / PULL).is_dir():
             raise IncompleteError(
                 f"archive {path} is not complete",

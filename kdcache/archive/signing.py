@@ -35,7 +35,7 @@ def sign_archive(archive: Archive, key: Path) -> Path:
         made = Path(beside) / SIGNATURE_NAME
         try:
             signing.Config().set_hashing_config(_hashing()).use_elliptic_key_signer(private_key=key).sign(folder, made)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:  # the last for keys that are on no curve
             raise UsageError(
                 f"{key} is not a key that can sign",
                 why=_first_line(error),
@@ -57,7 +57,7 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
         )
     try:
         checker = verifying.Config().set_hashing_config(_hashing()).use_elliptic_key_verifier(public_key=public_key)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last for keys that are on no curve
         raise UsageError(
             f"{public_key} is not a public key", why=_first_line(error), fix=f"give one in PEM: {MAKE_KEYS}"
         ) from error

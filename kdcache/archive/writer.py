@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from kdcache.archive.card import card_files
 from kdcache.archive.encoding import encode_rows
-from kdcache.archive.layouts import Buffers, row_fields, rows_digest
+from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.layouts.fields import PROBE_BYTES
@@ -94,6 +95,10 @@ class ArchiveWriter:
         teacher: TeacherCard | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        if num_views < 1 or num_samples < 1:
+            raise UsageError(
+                f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
+            )
         if len(class_names) < 2:
             raise UsageError(
                 f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
@@ -111,6 +116,11 @@ class ArchiveWriter:
                     f"{len(values)} {name} for {num_samples} samples",
                     why=f"there is one of the {name} per sample",
                     fix="pass them all",
+                )
+        for key in keys or ():
+            if not isinstance(key, str) or any(0xD800 <= ord(c) <= 0xDFFF for c in key):
+                raise UsageError(
+                    f"key {key!r}", why="keys are text that UTF-8 can hold", fix="pass strings, str(key) for example"
                 )
         if labels is not None and not np.isin(labels, np.arange(len(class_names))).all():
             wrong = np.asarray(labels)[~np.isin(labels, np.arange(len(class_names)))]
@@ -364,8 +374,10 @@ class ArchiveWriter:
         shards = [self._done[shard] for shard in self.shards()]
         samples = _load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
+        reader = self._layout.open(self.plan, self.store)
+        _require_every_sample_once(self.plan, reader)
         if statistics is None:
-            statistics = compute_statistics(self.plan, self._layout.open(self.plan, self.store), labels, progress)
+            statistics = compute_statistics(self.plan, reader, labels, progress)
         digest = archive_digest(self.plan, shards)
         # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
         table_name = f"shards-{digest[:8]}.jsonl"
@@ -421,6 +433,31 @@ def write_archive(
             why="these logits cannot be compared with those that made it",
             fix="write to another folder, or delete that one",
         )
+    if sample is not None and np.shape(sample) != logits.shape[:2]:
+        raise UsageError(
+            f"sample numbers of shape {list(np.shape(sample))} for logits {list(logits.shape)}",
+            why="they must be [V, N]: which sample sits at each position of each view",
+            fix="pass one row of numbers for every view",
+        )
+    existed = Path(path).exists()
+    try:
+        return _write_whole(path, logits, class_names, sample, labels, keys, codec, layout)
+    except KdcacheError:
+        if not existed:  # nothing to go on with: whoever mends the logits begins anew
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write_whole(
+    path: str | os.PathLike[str],
+    logits: NDArray[np.float32],
+    class_names: Sequence[str],
+    sample: NDArray[np.int64] | None,
+    labels: NDArray[np.int64] | None,
+    keys: Sequence[str] | None,
+    codec: str,
+    layout: str,
+) -> Archive:
     writer = ArchiveWriter(
         path,
         num_views=logits.shape[0],
@@ -557,6 +594,19 @@ def _samples(labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> di
         "labels": None if labels is None else [int(label) for label in labels],
         "keys": None if keys is None else list(keys),
     }
+
+
+def _require_every_sample_once(plan: Plan, reader: ShardReader) -> None:
+    for view in plan.views:
+        present = np.zeros(plan.num_samples, np.bool_)
+        for block in range(plan.num_blocks):
+            present[reader.gather("sample", view, block, slice(0, plan.block_rows(block)))] = True
+        if not present.all():
+            raise UsageError(
+                f"view {view} does not hold sample {int(np.argmin(present))}",
+                why="every view holds every sample once, in any order; this one holds others twice",
+                fix="delete the archive, and pass which sample sits at each position of the whole view",
+            )
 
 
 def _sidecar(view: int, block: int) -> str:

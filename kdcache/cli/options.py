@@ -1,5 +1,6 @@
 """Options that several commands share, and how their text is read."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -135,6 +136,22 @@ def floats(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UsageError(f"{option} {text!r}", why="it takes numbers separated by commas", fix=f"{option} 1,4,20") from None
+
+
+def temperatures(text: str) -> list[float]:
+    """`1,4,20` as temperatures, each once."""
+    taus = list(dict.fromkeys(floats(text, "--tau")))
+    if not taus or not all(0 < tau < float("inf") for tau in taus):
+        raise UsageError(f"--tau {text!r}", why="a temperature is a finite number above 0", fix="--tau 1,4,20")
+    return taus
+
+
+def find_archive(place: str) -> Any:
+    """The archive in a folder, at a URL, or of a name below `archives/` of the workspace (KDCACHE_HOME, or this folder)."""
+    from kdcache.archive import is_url, open_archive
+
+    named = Path(os.environ.get("KDCACHE_HOME") or ".") / "archives" / place
+    return open_archive(named if place and not is_url(place) and not Path(place).exists() and named.is_dir() else place)
 
 
 def integers(text: str, option: str) -> list[int]:

@@ -14,6 +14,8 @@ from kdcache.cli.options import (
     JsonOption,
     RendererOption,
     SkipCorruptOption,
+    find_archive,
+    temperatures,
     view_range,
     workspace,
 )
@@ -21,14 +23,13 @@ from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import IncompatibleError, KdcacheError, UsageError
 
 FIDELITY_ROWS = 4096
-ArchiveArgument = Annotated[str, typer.Argument(help="Folder or URL (https, s3, hf, ...) of an archive.")]
+ArchiveArgument = Annotated[str, typer.Argument(help="Folder, name below archives/, or URL (https, s3, hf, ...) of an archive.")]
 
 
 def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
     """Say what an archive is. --json prints the whole manifest."""
-    from kdcache.archive import open_archive
 
-    opened = open_archive(archive)
+    opened = find_archive(archive)
     manifest = opened.manifest
     if as_json:
         print_json(manifest.model_dump(mode="json"))
@@ -88,14 +89,14 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Say what the teacher knows at each temperature, which to try first and why; or what a codec would cost."""
-    from kdcache.archive import MAX_ROWS, PAPER_TAUS, measure_fidelity, measure_logits, open_archive
+    from kdcache.archive import MAX_ROWS, PAPER_TAUS, measure_fidelity, measure_logits
     from kdcache.cli import statistics as show
     from kdcache.codecs import codec as codecs
     from kdcache.report.advice import advise, first_temperatures
 
-    opened = open_archive(archive)
+    opened = find_archive(archive)
     manifest, total = opened.manifest, opened.num_views * opened.num_samples
-    taus = show.temperatures(tau) if tau else list(PAPER_TAUS)
+    taus = temperatures(tau) if tau else list(PAPER_TAUS)
     if fidelity or codec:
         if plot or not fidelity:
             raise UsageError(
@@ -170,10 +171,10 @@ def verify(
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
-    """Check an archive against its manifest: sizes, sha256 of every file and of the decoded rows, views rendered again."""
-    from kdcache.archive import open_archive, verify_signature
+    """Check an archive against its manifest: sizes, sha256 of every file, digests of all rows, views rendered again."""
+    from kdcache.archive import verify_signature
 
-    opened = open_archive(archive)
+    opened = find_archive(archive)
     with bars() as progress:
         results = [verify_signature(opened, signed_by)] if signed_by else []
         results.append(opened.verify("quick" if quick else "full", progress))
@@ -214,12 +215,11 @@ def view(
     data_dir: DataDirOption = None,
 ) -> None:
     """Draw a contact sheet: what the teacher saw, the mixing partner and lambda, and the teacher's top-3."""
-    from kdcache.archive import open_archive
     from kdcache.cli.options import integers
     from kdcache.sheet import contact_sheet
     from kdcache.workspace import archive_source
 
-    opened = open_archive(archive)
+    opened = find_archive(archive)
     samples = list(dict.fromkeys(integers(sample, "--sample")))
     chosen = view_range(views, opened.views, clip=True) if views else opened.views[:8]
     if max(samples) >= opened.num_samples:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import DryRunOption, HomeOption, JsonOption, floats, view_range, workspace
+from kdcache.cli.options import DryRunOption, HomeOption, JsonOption, find_archive, temperatures, view_range, workspace
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.cli.reading import ArchiveArgument
 from kdcache.errors import IncompatibleError, UsageError
@@ -64,9 +64,9 @@ def pull(
     home: HomeOption = Path(),
 ) -> None:
     """Bring an archive, or a part of it, to this machine and verify it; an interrupted pull goes on if repeated."""
-    from kdcache.archive import open_archive, part_label, pull
+    from kdcache.archive import part_label, pull
 
-    opened = open_archive(source)
+    opened = find_archive(source)
     part: dict[str, Any] = _part(opened, views, stats_only)
     target = folder or workspace(home).archives / "-".join(filter(None, (_name(source), part_label(opened, **part))))
     with bars() as progress:
@@ -102,13 +102,11 @@ def diff(
     Codec, layout, shards and names may differ between archives of the same contents. Logits are compared where the views are
     the same, row by row.
     """
-    from kdcache.archive import compare, open_archive
+    from kdcache.archive import compare
 
-    taus = floats(tau, "--tau")
-    if not taus or min(taus) <= 0:
-        raise UsageError(f"--tau {tau!r}", why="a temperature is a positive number", fix="--tau 1,4,20")
+    taus = temperatures(tau)
     with bars() as progress:
-        found = compare(open_archive(a), open_archive(b), taus, rows, progress)
+        found = compare(find_archive(a), find_archive(b), taus, rows, progress)
     if as_json:
         print_json(found.to_dict())
     else:

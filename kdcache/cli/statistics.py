@@ -15,20 +15,10 @@ from kdcache.report.advice import Advice, first_temperatures
 if TYPE_CHECKING:
     from kdcache.report.figures import Drawing  # brings matplotlib
 
-__all__ = ["as_dict", "print_advice", "print_fidelity", "print_statistics", "temperatures", "write_figures"]
+__all__ = ["as_dict", "print_advice", "print_fidelity", "print_statistics", "write_figures"]
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 110
-
-
-def temperatures(text: str) -> list[float]:
-    """`1,4,20` as temperatures, each once."""
-    from kdcache.cli.options import floats
-
-    taus = list(dict.fromkeys(floats(text, "--tau")))
-    if not taus or not all(0 < tau < float("inf") for tau in taus):
-        raise UsageError(f"--tau {text!r}", why="a temperature is a finite number above 0", fix="--tau 1,4,20")
-    return taus
 
 
 def print_statistics(archive: Archive, statistics: Statistics, recorded: bool) -> None:
@@ -178,8 +168,10 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
         svg, png = render(one_page(drawings, place), target.stem)
         target.write_bytes(svg if target.suffix.lower() == ".svg" else png)
         return [target]
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"--plot {target} is a file", why="figures are .svg or .png", fix=f"--plot {target.with_suffix('.svg')}")
+    if (target.exists() or target.suffix) and not target.is_dir():
+        raise UsageError(
+            f"--plot {target} is no folder", why="figures are .svg or .png", fix=f"--plot {target.with_suffix('.svg')}"
+        )
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for drawing in drawings:

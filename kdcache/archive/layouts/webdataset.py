@@ -23,7 +23,7 @@ from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.archive.manifest import Plan
 from kdcache.archive.store import Store, as_bytes
 from kdcache.codecs import codec
-from kdcache.errors import IntegrityError
+from kdcache.errors import IntegrityError, UsageError
 
 __all__ = ["WebDatasetLayout"]
 
@@ -42,6 +42,14 @@ class WebDatasetLayout:
     """Tar shards for webdataset pipelines; `record_rows` rows make a record (1: one record for every row)."""
 
     record_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.record_rows is not None and not (isinstance(self.record_rows, int) and self.record_rows >= 1):
+            raise UsageError(
+                f"layout webdataset with record_rows {self.record_rows!r}",
+                why="a record holds a whole number of rows, and at least one",
+                fix="--layout webdataset, or webdataset:1 for a record of each row",
+            )
 
     def fit(self, plan: Plan) -> "WebDatasetLayout":
         return WebDatasetLayout(min(self.record_rows or UNITS * unit_rows(plan), plan.shard_rows))
@@ -82,7 +90,7 @@ class WebDatasetLayout:
     def reading_lines(self, plan: Plan) -> str:
         shard = f'"PATH/{_shard(plan.first_view, 0)}"'
         opening = f"import webdataset; r = next(iter(webdataset.WebDataset({shard}, shardshuffle=False).decode()))"
-        what = f"the first {min(self._size, plan.block_rows(0))} positions of view {plan.first_view}"
+        what = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
         if plan.contents == "statistics":
             return f'{opening}\nentropy = r["entropy.npy"]  # {what}'
         names = ("logits", *codec.from_dict(plan.codec).parameters)
