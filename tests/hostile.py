@@ -104,8 +104,8 @@ def reseal(path: Path) -> None:
     edit_manifest(path, lambda m: m.update(digest=archive_digest(archive.manifest, records)))
 
 
-def exercise(path: Path, copy: Path | None = None) -> dict[str, object]:
-    """Everything that reads an archive, at `path`; and what turns it into another one, at `copy`.
+def exercise(path: Path | str, copy: Path | None = None) -> dict[str, object]:
+    """Everything that reads an archive, at a path or URL; and what turns it into another one, at `copy`.
 
     Returns what each of them raised: a KdcacheError or None. Anything else passes through, and what is returned to the
     caller must be what the manifest promises.
