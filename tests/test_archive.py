@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive, ArchiveWriter, Noise, TeacherCard, manifest_schema, open_archive, write_archive
 from kdcache.archive import store as store_module
+from kdcache.archive import writer as writer_module
 from kdcache.archive.manifest import FOR_PEOPLE
 from kdcache.archive.store import LocalStore
 from kdcache.errors import (
@@ -310,12 +311,19 @@ def test_class_names_must_differ(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_find_refuses_an_archive_whose_samples_are_no_permutation(tmp_path: Path) -> None:
+def test_an_archive_whose_views_lack_a_sample_is_never_finished_nor_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = ArchiveWriter(tmp_path / "a", num_views=1, num_samples=4, class_names=NAMES, shard_rows=2)
     for block in (0, 1):
         session.write(0, block, np.zeros((2, CLASSES), np.float32), sample=np.array([0, 1]))  # each shard alone is fine
+    with pytest.raises(UsageError, match="view 0 does not hold sample 2"):
+        session.finalize()
+    monkeypatch.setattr(writer_module, "_require_every_sample_once", lambda *_: None)  # as somebody else's software may
+    archive = session.finalize()
     with pytest.raises(IntegrityError, match="every sample once"):
-        session.finalize().find(0, np.array([1]))
+        archive.find(0, np.array([1]))
+    assert not archive.verify("full").ok
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"view": 0}', "another", "\xff"])
@@ -1014,3 +1022,38 @@ def test_the_top1_over_views_counts_the_label_with_the_larger_share(tmp_path: Pa
         dominant = np.where(table.lam >= 0.5, table.sample, table.partner)
         hits += list(LABELS[dominant] == logits(view)[rows].argmax(axis=1))
     assert session.finalize().manifest.statistics.top1_views == 100 * np.mean(hits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((0, 4, 3), {}, "0 views"),
+        ((2, 0, 3), {}, "0 samples"),
+        ((2, 4, 3), {"sample": np.arange(4)}, "sample numbers of shape"),
+        ((2, 4, 3), {"keys": [1, 2, 3, 4]}, "key 1"),
+        ((2, 4, 3), {"keys": ["a", "b", "c", "\udcff"]}, "key"),
+        ((2, 4, 3), {"layout": "webdataset:0"}, "record_rows"),
+        ((2, 4, 3), {"codec": "i16", "high": 100.0}, "100"),
+    ],
+)
+def test_what_cannot_be_an_archive_is_refused_and_leaves_nothing(
+    tmp_path: Path, shape: tuple[int, ...], options: dict[str, Any], words: str
+) -> None:
+    values = np.full(shape, options.pop("high", 0.0), np.float32)
+    with pytest.raises(UsageError) as caught:
+        write_archive(tmp_path / "a", values, ["a", "b", "c"], **options)
+    assert words in caught.value.what
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_edited_card_is_told_from_damage(copy: Path) -> None:
+    (copy / "README.md").write_text("my own words")
+    with pytest.raises(IntegrityError, match="for people") as caught:
+        open_archive(copy).verify("full").raise_if_failed()
+    assert "delete" not in caught.value.fix
+
+
+def test_a_copy_that_lacks_the_manifest_yet_is_not_finished(copy: Path) -> None:
+    (copy / "kdcache.json").unlink()
+    with pytest.raises(IncompleteError, match="not complete"):
+        open_archive(copy)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from kdcache.archive import Archive, ArchiveWriter, derive, open_archive, stored_bytes, write_archive
 from kdcache.cli import run
 from kdcache.codecs import codec, kl_bound
-from kdcache.errors import IncompatibleError, KdcacheError, UsageError
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
 from kdcache.views.policy import ViewPolicy
 from tests.contracts.test_layouts import LAYOUTS
 
@@ -198,3 +199,18 @@ def test_convert_on_the_command_line(source: Archive, tmp_path: Path, capsys: py
         error = capsys.readouterr().err
         assert error.count("\n") >= 3
         assert words in error or "known" in error
+
+
+def test_rows_that_were_changed_are_not_made_into_another_archive(source: Archive, tmp_path: Path) -> None:
+    """With their checksum changed as well, so that only the recorded digest tells."""
+    from fastcrc.crc32 import iscsi as crc32c
+
+    path = Path(shutil.copytree(source.path, tmp_path / "changed"))
+    file = path / "argmax/c/1/0"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    data[-4:] = crc32c(bytes(data[:-4])).to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(IntegrityError, match="view 1 block 0"):
+        derive(open_archive(path), tmp_path / "made", layout="hdf5")
+    assert not (tmp_path / "made" / "kdcache.json").exists()

@@ -600,7 +600,8 @@ def _require_every_sample_once(plan: Plan, reader: ShardReader) -> None:
     for view in plan.views:
         present = np.zeros(plan.num_samples, np.bool_)
         for block in range(plan.num_blocks):
-            present[reader.gather("sample", view, block, slice(0, plan.block_rows(block)))] = True
+            numbers = reader.gather("sample", view, block, slice(0, plan.block_rows(block)))
+            present[numbers[(numbers >= 0) & (numbers < plan.num_samples)]] = True
         if not present.all():
             raise UsageError(
                 f"view {view} does not hold sample {int(np.argmin(present))}",
