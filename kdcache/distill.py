@@ -26,6 +26,7 @@ import kdcache
 from kdcache.archive import Average, Ensemble, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
+from kdcache.interrupts import Stopped, stopped_between_steps
 from kdcache.methods import Method, method
 from kdcache.metrics import agreement
 from kdcache.models import create_model, resolve
@@ -38,11 +39,9 @@ from kdcache.targets import Control, Targets, averaged, controls, row_keys
 from kdcache.training import (
     EvalSet,
     Learner,
-    Stopped,
     TrainConfig,
     resolve_device,
     seeded,
-    stopped_between_steps,
     write_atomically,
 )
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable

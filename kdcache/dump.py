@@ -38,6 +38,7 @@ from kdcache.canvas import Canvas, canvas_path, require_intact
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
 from kdcache.errors import IncompatibleError, NotFoundError
+from kdcache.interrupts import stopped_between_steps
 from kdcache.locks import NoLocksError, locked
 from kdcache.models import Normalisation, licence, resolve
 from kdcache.prefetch import Rendered, RendererChoice, render_batches
@@ -377,7 +378,7 @@ def write_shards(
     started, at_start = time.monotonic(), done
     while missing := mine.intersection(writer.missing()):  # again, for shards that another process left unwritten
         order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
-        with contextlib.ExitStack() as claims:
+        with stopped_between_steps() as check, contextlib.ExitStack() as claims:
             claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
             rows = _Rows()
             rendered = render_batches(
@@ -390,6 +391,7 @@ def write_shards(
                 probe_version=writer.plan.probe_version,
             )
             for item in rendered:
+                check()
                 view, block, claim = claimed.shards[0]
                 size = len(writer.positions(block))
                 rows.add(item, forward(item.images), size)
@@ -403,6 +405,7 @@ def write_shards(
                 done += size
                 speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
                 progress.update("dump", done, total, f"{speed:.0f} views/s")
+            check()
         if not claimed.any:
             break
 

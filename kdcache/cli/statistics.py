@@ -170,7 +170,9 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
         return [target]
     if (target.exists() or target.suffix) and not target.is_dir():
         raise UsageError(
-            f"--plot {target} is no folder", why="figures are .svg or .png", fix=f"--plot {target.with_suffix('.svg')}"
+            f"--plot {target} is neither a figure's name nor a folder",
+            why="it is a file" if target.exists() else "figures are .svg or .png",
+            fix=f"--plot {target.with_suffix('.svg')}",
         )
     target.mkdir(parents=True, exist_ok=True)
     written = []

@@ -73,7 +73,8 @@ def test_a_second_round_changes_nothing_more(name: str, logits: NDArray[np.float
     coding = codec.build(name)
     once = coding.decode(coding.encode(logits))
     if coding.parameters:  # a row's step may be rounded to another last digit, no more
-        np.testing.assert_allclose(coding.decode(coding.encode(once)), once, rtol=1e-6, atol=1e-30)
+        changes = np.abs(coding.decode(coding.encode(once)) - once).max(axis=1)
+        assert (changes <= 1e-6 * np.abs(once).max(axis=1) + 1e-30).all()
     else:
         np.testing.assert_array_equal(coding.decode(coding.encode(once)), once)
 
