@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from kdcache.archive import Archive, ArchiveWriter, CanvasCard
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Folder
 from kdcache.views.policy import ViewPolicy, ViewTable
@@ -145,6 +145,21 @@ def make_dump() -> Callable[..., Dump]:
 
 
 FINGERPRINT = ("sample", "digest", "probe")
+
+
+def teacher_card(**changes: Any) -> TeacherCard:
+    """The card of some teacher."""
+    card = TeacherCard(
+        alias="t",
+        name="test_resnet",
+        weights_sha256="3" * 64,
+        input_size=16,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        precision="fp32",
+        batch_size=8,
+    )
+    return card.model_copy(update=changes)
 
 
 def made_up(seed: int, dump: Dump) -> NDArray[np.float32]:

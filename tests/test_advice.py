@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.archive import PAPER_TAUS, Plan, Statistics, TeacherCard, measure_logits
+from kdcache.archive import PAPER_TAUS, Plan, Statistics, measure_logits
 from kdcache.datasets import SourceCard
 from kdcache.progress import Silent
 from kdcache.report.advice import BOTH, LARGE, SMALL, Advice, advise, first_temperatures
 from kdcache.views.policy import ViewPolicy
+from tests.conftest import teacher_card
 
 ORIGIN, OVERLAP, TRAINING, DIFFERENCES, SCORES, MATCHING = range(6)
 TITLES = ("other classes", "pretraining", "student is trained", "small differences", "z-score", "temper the teacher only")
@@ -29,18 +30,7 @@ def plan(
         shard_rows=10,
         policy=ViewPolicy.load("pets" if mix else "none"),
         source=data and SourceCard(name=data, split="train", num_samples=10, class_names=names, licence=None, digest="1" * 64),
-        teacher=TeacherCard(
-            alias="vit_s",
-            name="vit_small",
-            weights_sha256="0" * 64,
-            input_size=224,
-            mean=(0.5,),
-            std=(0.5,),
-            precision="fp32",
-            batch_size=8,
-            training=training,
-            top1_clean=top1,
-        ),
+        teacher=teacher_card(alias="vit_s", training=training, top1_clean=top1),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, ArchiveWriter, Noise, TeacherCard, manifest_schema, open_archive, write_archive
+from kdcache.archive import Archive, ArchiveWriter, Noise, manifest_schema, open_archive, write_archive
 from kdcache.archive import store as store_module
 from kdcache.archive import writer as writer_module
 from kdcache.archive.manifest import FOR_PEOPLE
@@ -33,22 +33,14 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.views import ViewPolicy
+from tests.conftest import teacher_card
+from tests.hostile import edit_manifest, edit_table
 
 SAMPLES, CLASSES, SHARD_ROWS = 21, 4, 8  # three shards a view
 NAMES = [f"class {i}" for i in range(CLASSES)]
 LABELS = np.arange(SAMPLES) % CLASSES
 KEYS = [f"k/{i}" for i in range(SAMPLES)]
-TEACHER = TeacherCard(
-    alias="t",
-    name="timm_t",
-    weights_sha256="ab" * 32,
-    input_size=16,
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    precision="fp32",
-    batch_size=4,
-    noise=Noise(views=4, kl_mean=1e-7, kl_max=1e-6, max_logit_difference=0.01),
-)
+TEACHER = teacher_card(noise=Noise(views=4, kl_mean=1e-7, kl_max=1e-6, max_logit_difference=0.01))
 CHANGES: dict[str, Any] = {
     "class_names": [*NAMES[:-1], "another"],
     "codec": "f32",
@@ -735,22 +727,6 @@ def test_shards_that_changed_places_are_noticed(finished: Path, copy: Path) -> N
     assert differing <= failures
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((path / "kdcache.json").read_text())
-    change(manifest)
-    (path / "kdcache.json").write_text(json.dumps(manifest))
-
-
-def edit_shards(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Change the table of shards and make the manifest agree with it, as a forger would."""
-    table = path / json.loads((path / "kdcache.json").read_text())["shards"]["path"]
-    records = [json.loads(line) for line in table.read_text().splitlines()]
-    change(records)
-    data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    table.write_bytes(data)
-    edit(path, lambda m: m["shards"].update(bytes=len(data), sha256=store_module.sha256(data)))
-
-
 MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "digest": lambda m: m.update(digest=m["digest"][::-1]),
     "digest-length": lambda m: m.update(digest=m["digest"][:-1]),
@@ -797,7 +773,7 @@ MANIFEST_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", MANIFEST_CHANGES)
 def test_a_changed_manifest_is_never_believed(copy: Path, name: str) -> None:
-    edit(copy, MANIFEST_CHANGES[name])
+    edit_manifest(copy, MANIFEST_CHANGES[name])
     try:
         archive = open_archive(copy)
     except KdcacheError:
@@ -832,7 +808,7 @@ TABLE_CHANGES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 
 @pytest.mark.parametrize("name", TABLE_CHANGES)
 def test_a_forged_table_of_shards_is_never_believed(copy: Path, name: str) -> None:
-    edit_shards(copy, TABLE_CHANGES[name])
+    edit_table(copy, TABLE_CHANGES[name])
     try:
         archive = open_archive(copy)
     except IntegrityError:
@@ -856,8 +832,8 @@ def test_paths_that_lead_out_of_the_archive_are_refused_and_not_read(
         opened.append(str(path.resolve()))
         return read_bytes(path)
 
-    edit(copy, lambda m: m["files"].append(record))
-    edit_shards(copy, lambda t: t[0]["files"].append(record))
+    edit_manifest(copy, lambda m: m["files"].append(record))
+    edit_table(copy, lambda t: t[0]["files"].append(record))
     monkeypatch.setattr(Path, "read_bytes", watched)
     archive = open_archive(copy)
     for level in ("quick", "full"):
@@ -867,7 +843,7 @@ def test_paths_that_lead_out_of_the_archive_are_refused_and_not_read(
     with pytest.raises(IntegrityError):
         archive.labels()
     assert all(path.startswith(str(copy.resolve())) for path in opened)
-    edit(copy, lambda m: m["shards"].update(path=name))
+    edit_manifest(copy, lambda m: m["shards"].update(path=name))
     assert not open_archive(copy).verify("full").ok
     with pytest.raises(IntegrityError, match="leads out"):
         open_archive(copy).shards()
@@ -882,7 +858,7 @@ def test_a_store_gives_out_no_path_outside_its_folder(tmp_path: Path, name: str)
 
 
 def test_a_newer_format_names_the_version_that_reads_it(copy: Path) -> None:
-    edit(copy, lambda m: m.update(format_version=2, readable_by="0.7.0", something_new={"a": 1}))
+    edit_manifest(copy, lambda m: m.update(format_version=2, readable_by="0.7.0", something_new={"a": 1}))
     with pytest.raises(IncompatibleError) as caught:
         open_archive(copy)
     assert caught.value.exit_code == 5
@@ -892,11 +868,11 @@ def test_a_newer_format_names_the_version_that_reads_it(copy: Path) -> None:
 
 
 def test_an_unknown_key_is_refused_and_an_optional_one_is_accepted(copy: Path) -> None:
-    edit(copy, lambda m: m.update(optional={"colour": {"of": ["the", "cover"]}}))
+    edit_manifest(copy, lambda m: m.update(optional={"colour": {"of": ["the", "cover"]}}))
     archive = open_archive(copy)
     assert archive.manifest.optional == {"colour": {"of": ["the", "cover"]}}
     assert archive.verify("full").ok
-    edit(copy, lambda m: m.update(colour="red"))
+    edit_manifest(copy, lambda m: m.update(colour="red"))
     with pytest.raises(IntegrityError, match="colour"):
         open_archive(copy)
 
@@ -956,7 +932,7 @@ def test_an_absurd_number_of_samples_is_an_error_and_no_allocation(copy: Path, s
                 if record["path"] == "label/zarr.json":
                     record.update(bytes=len(data), sha256=store_module.sha256(data))
 
-        edit(path, change)
+        edit_manifest(path, change)
 
     forge(copy)
     try:

@@ -15,24 +15,15 @@ import numpy as np
 import pytest
 from huggingface_hub import DatasetCard
 
-from kdcache.archive import Archive, TeacherCard, write_archive
+from kdcache.archive import Archive, write_archive
 from kdcache.archive.card import card_files
 from kdcache.archive.manifest import Licences, SubsetOf
 from kdcache.datasets import SourceCard
+from tests.conftest import teacher_card
 
 VIEWS, SAMPLES, CLASSES = 2, 60, 5
 LINES = "first line\nsecond line"
-TEACHER = TeacherCard(
-    alias="t",
-    name="vit_small_patch16_224.augreg_in1k",
-    weights_sha256="3" * 64,
-    input_size=16,
-    mean=(0.5,),
-    std=(0.5,),
-    precision="fp32",
-    batch_size=8,
-    top1_clean=87.5,
-)
+TEACHER = teacher_card(name="vit_small_patch16_224.augreg_in1k", top1_clean=87.5)
 NAMES = tuple(f"class {i}" for i in range(CLASSES))
 SOURCE = SourceCard(name="pets", split="train", num_samples=SAMPLES, class_names=NAMES, licence="CC-BY-SA-4.0", digest="d")
 HOSTILE = "a|b`c`\n# title\n```python\nimport os\n```\n<script>x</script> [link](javascript:x) ![](x)\x1b[2J---" + "z" * 500

@@ -11,16 +11,13 @@ import pytest
 from scipy.special import rel_entr
 from scipy.stats import entropy as shannon
 
-from kdcache.archive import Archive, Comparison, Ensemble, Manifest, TeacherCard, compare, derive, write_archive
+from kdcache.archive import Archive, Comparison, Ensemble, Manifest, compare, derive, write_archive
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.stats import softmax
-from tests.conftest import Dump, made_up, redump
+from tests.conftest import Dump, made_up, redump, teacher_card
 
-TEACHER = TeacherCard(
-    alias="vit_s", name="vit_small", weights_sha256="a" * 64, input_size=16, mean=(0.5,) * 3, std=(0.5,) * 3,
-    precision="fp32", batch_size=64,
-)  # fmt: skip
+TEACHER = teacher_card(alias="vit_s", name="vit_small", weights_sha256="a" * 64, batch_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from kdcache.archive import (
     ArchiveWriter,
     Licences,
     Plan,
-    TeacherCard,
     layout,
     open_archive,
     pull,
@@ -42,6 +41,7 @@ from kdcache.cli import run
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.views import ViewPolicy
+from tests.conftest import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer, Request, faulty_s3
@@ -74,17 +74,8 @@ def write(path: Path, layout: str = "zarr", seed: int = 1, licence: str | None =
         shard_rows=SHARD_ROWS,
         policy=ViewPolicy.load("pets", size=16),
         source=SourceCard(name="folder", split="train", num_samples=SAMPLES, class_names=NAMES, licence=licence, digest="1" * 64),
-        teacher=TeacherCard(
-            alias="t",
-            name="test_resnet",
-            weights_sha256="3" * 64,
-            input_size=16,
-            mean=(0.5,),
-            std=(0.5,),
-            precision="fp32",
-            batch_size=8,
-            training={"start": "checkpoint", "from": [f"{SECRET}/weights.safetensors"]},
-            weights_licence=weights,
+        teacher=teacher_card(
+            training={"start": "checkpoint", "from": [f"{SECRET}/weights.safetensors"]}, weights_licence=weights
         ),
         provenance={
             "command": f"kdcache dump-teacher --teacher t --dataset 'folder:root={SECRET}/x,split_fraction=0.2' --home ~/work",

@@ -21,6 +21,7 @@ from kdcache.archive.manifest import (
     TauStatistics,
     TeacherCard,
 )
+from kdcache.archive.planning import new_plan, recorded_plan
 from kdcache.archive.reader import Archive, open_archive
 from kdcache.archive.remote import is_url
 from kdcache.archive.rows import Rows
@@ -29,7 +30,7 @@ from kdcache.archive.signing import sign_archive, verify_signature
 from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.verification import Failure, Verification
-from kdcache.archive.writer import ArchiveWriter, new_plan, recorded_plan, sweep, write_archive
+from kdcache.archive.writer import ArchiveWriter, sweep, write_archive
 
 __all__ = [
     "MAX_ROWS",

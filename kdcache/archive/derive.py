@@ -31,12 +31,14 @@ def derive(
     views: range | None = None,
     contents: Contents = "all",
     progress: Progress | None = None,
+    task: str = "convert",
 ) -> Archive:
     """Write an archive that holds what `source` holds, or a part of it, at `path`; goes on where it was stopped.
 
     layout, codec: specifications (`"hdf5"`, `"zarr:bitshuffle"`, `"u8"`); the source's own if not given. The rows of an
         archive are the same in every layout, and so is its digest; another codec stores other numbers.
     views: numbers of the views to keep, a range without gaps. contents: `"statistics"` leaves the logits out.
+    task: what progress is shown as.
 
     A part says what it is a part of (`manifest.subset_of`). Raises UsageError for views that are not there.
     """
@@ -71,7 +73,7 @@ def derive(
             if contents == "all" and encoder != decoder:
                 stored.update(encoder.encode(decoder.decode(stored)))
             writer.write_stored(view, block, stored)
-        progress.update("convert", total - len(missing) + number + 1, total)
+        progress.update(task, total - len(missing) + number + 1, total)
     if left := writer.missing():
         raise IncompleteError(
             f"{path}: {len(left)} shards are being written by other processes",

@@ -54,6 +54,9 @@ class Remote(Protocol):
     def names(self, folder: str = "") -> Iterator[str]:
         """Names of all files below `folder`, in order; none where the server lists nothing."""
 
+    def require_writable(self) -> None:
+        """UsageError where files can only be read. Asks no server."""
+
     def put(self, name: str, data: bytes | Path) -> None: ...
     def delete(self, name: str) -> None: ...
 
@@ -266,16 +269,16 @@ class _Objects:
     def put(self, name: str, data: bytes | Path) -> None:
         import obstore
 
-        self._require_writable()
+        self.require_writable()
         self._repeated(name, lambda: obstore.put(self._store, name, data))
 
     def delete(self, name: str) -> None:
         import obstore
 
-        self._require_writable()
+        self.require_writable()
         self._repeated(name, lambda: obstore.delete(self._store, name))
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
         if not self._writable:
             raise UsageError(
                 f"{self.url} cannot be written to",

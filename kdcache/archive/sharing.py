@@ -84,7 +84,7 @@ def pull(
             _require_empty(folder, WORK)
             here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
-        part = derive(archive, folder, **kept, progress=progress)
+        part = derive(archive, folder, **kept, progress=progress, task=f"pull {archive.name}")
         if verify:
             part.verify("full", progress).raise_if_failed()
         return part
@@ -283,10 +283,12 @@ def push(
     compared with its digest first. Returns the destination. `private`: a repository that is made for it is.
     """
     progress, licences = progress or Silent(), licences or Licences()
+    _require_possible(archive, destination)
     if label := part_label(archive, views, contents):
         public_files(archive, licences, Silent())  # an unknown licence is better told before the part is made
         beside = archive.path.with_name(f".{archive.name}.{label}.push")  # kept if this is interrupted
-        part = derive(archive, beside, views=views, contents=contents or archive.manifest.contents, progress=progress)
+        kept: Any = {"views": views, "contents": contents or archive.manifest.contents}
+        part = derive(archive, beside, **kept, progress=progress, task=f"cut {label}")
         sent = push(part, destination, licences=licences, private=private, progress=progress)
         shutil.rmtree(beside)
         return sent
@@ -301,9 +303,18 @@ def push(
     return destination
 
 
+def _require_possible(archive: Archive, destination: str) -> None:
+    """UsageError where no archive can go, before every row of one is read. What is there already is looked at later."""
+    if not is_url(destination):
+        if Path(destination).resolve() == archive.path.resolve():
+            raise UsageError(f"{destination} is the archive itself", why="it is to be sent elsewhere", fix="name another folder")
+        if not (Path(destination) / MANIFEST_NAME).is_file():
+            _require_empty(Path(destination), PULL)
+    elif not destination.startswith("hf://"):
+        open_remote(destination).require_writable()
+
+
 def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None:
-    if folder.resolve() == sending.archive.path.resolve():
-        raise UsageError(f"{folder} is the archive itself", why="it is to be sent elsewhere", fix="name another folder")
     if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
         progress.say(f"{folder} is complete: nothing to do")
         return

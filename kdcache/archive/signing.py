@@ -68,7 +68,7 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
         try:
             checker.verify(folder, signature)
         except Exception as error:  # a stranger's file can make the parsers below fail in any way
-            why = _first_line(error)
+            why = f"{SIGNATURE_NAME} was made with another key, or these files were changed since ({_first_line(error)})"
             result.failures.append(Failure(SIGNATURE_NAME, f"the signature of {' and '.join(SIGNED)} by {public_key}", why))
             result.error = IntegrityError(
                 f"{archive.location} is not what the owner of {public_key} signed",

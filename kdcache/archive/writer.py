@@ -10,7 +10,6 @@ Who begins, extends or finishes a dump holds the archive's lock meanwhile; who w
 import datetime
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,6 @@ from kdcache.archive.card import card_files
 from kdcache.archive.encoding import encode_rows
 from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
-from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.manifest import (
     CLOSING,
@@ -41,22 +39,33 @@ from kdcache.archive.manifest import (
     TeacherCard,
     archive_digest,
 )
+from kdcache.archive.planning import (
+    PLAN,
+    SAMPLES,
+    begun_plan,
+    load_plan,
+    load_samples,
+    new_plan,
+    recorded_plan,
+    require_same,
+    require_same_samples,
+    samples_record,
+)
 from kdcache.archive.reader import Archive, dump_command, open_archive
 from kdcache.archive.statistics import compute_statistics
 from kdcache.archive.store import LocalStore, sha256, translated_os_errors
 from kdcache.codecs import UnstorableError
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
-from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.locks import NoLocksError, locked
 from kdcache.progress import Progress, Silent
-from kdcache.views.policy import PROBE_VERSION, ViewPolicy
+from kdcache.views.policy import ViewPolicy
 
-__all__ = ["ArchiveWriter", "new_plan", "recorded_plan", "sweep", "write_archive"]
+__all__ = ["ArchiveWriter", "sweep", "write_archive"]
 
-PLAN, SAMPLES, SIDECARS = f"{WORK}/plan.json", f"{WORK}/samples.json", f"{WORK}/shards"
+SIDECARS = f"{WORK}/shards"
 LOCK = ".lock"  # not in WORK, which is deleted under it
-SHARD_BYTES = 64 << 20  # of logits
 HASHERS = 2  # threads
 
 
@@ -95,40 +104,6 @@ class ArchiveWriter:
         teacher: TeacherCard | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        if num_views < 1 or num_samples < 1:
-            raise UsageError(
-                f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
-            )
-        if len(class_names) < 2:
-            raise UsageError(
-                f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
-            )
-        if len(set(class_names)) < len(class_names):
-            twice = next(name for number, name in enumerate(class_names) if name in class_names[:number])
-            raise UsageError(
-                f"class name {twice!r} is given twice",
-                why="classes are told apart by their names",
-                fix="give every class a name of its own",
-            )
-        for name, values in (("labels", labels), ("keys", keys)):
-            if values is not None and len(values) != num_samples:
-                raise UsageError(
-                    f"{len(values)} {name} for {num_samples} samples",
-                    why=f"there is one of the {name} per sample",
-                    fix="pass them all",
-                )
-        for key in keys or ():
-            if not isinstance(key, str) or any(0xD800 <= ord(c) <= 0xDFFF for c in key):
-                raise UsageError(
-                    f"key {key!r}", why="keys are text that UTF-8 can hold", fix="pass strings, str(key) for example"
-                )
-        if labels is not None and not np.isin(labels, np.arange(len(class_names))).all():
-            wrong = np.asarray(labels)[~np.isin(labels, np.arange(len(class_names)))]
-            raise UsageError(
-                f"label {wrong[0]} with {len(class_names)} classes",
-                why=f"labels are numbers of classes, 0 to {len(class_names) - 1}",
-                fix="pass the place of each sample's class in class_names",
-            )
         plan = new_plan(
             num_views=num_views,
             num_samples=num_samples,
@@ -143,7 +118,7 @@ class ArchiveWriter:
             teacher=teacher,
             provenance=provenance or {},
         )
-        self._start(LocalStore(path), plan, _samples(labels, keys))
+        self._start(LocalStore(path), plan, samples_record(plan, labels, keys))
 
     @classmethod
     def of_plan(
@@ -151,7 +126,7 @@ class ArchiveWriter:
     ) -> "ArchiveWriter":
         """The writer of an archive that is planned already."""
         writer = cls.__new__(cls)
-        writer._start(LocalStore(path), plan, _samples(labels, keys))
+        writer._start(LocalStore(path), plan, samples_record(plan, labels, keys))
         return writer
 
     @classmethod
@@ -165,7 +140,7 @@ class ArchiveWriter:
                 fix="check the path with: kdcache ls",
             )
         writer = cls.__new__(cls)
-        writer._start(store, _load_plan(store), None)
+        writer._start(store, load_plan(store), None)
         return writer
 
     def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
@@ -181,10 +156,10 @@ class ArchiveWriter:
         if store.exists(MANIFEST_NAME):
             self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
         if (earlier := recorded_plan(store.root)) is not None:
-            _require_same(store, earlier, plan)
+            require_same(store, earlier, plan)
             if samples is not None:
-                _require_same_samples(store, earlier, samples)
-            views, begun = max(plan.num_views, earlier.num_views), _begun(store)
+                require_same_samples(store, earlier, samples)
+            views, begun = max(plan.num_views, earlier.num_views), begun_plan(store)
             if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
                 views = max(views, begun.num_views)
             # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
@@ -206,7 +181,7 @@ class ArchiveWriter:
             text = plan.model_dump_json(indent=1).encode()
             if earlier is None and not store.create(PLAN, text):  # another process began it just now, without a lock
                 self._begin(plan, samples)
-            elif earlier is not None and _begun(store) != plan:
+            elif earlier is not None and begun_plan(store) != plan:
                 store.write(PLAN, text)
 
     def _collect(self) -> None:
@@ -372,7 +347,7 @@ class ArchiveWriter:
                 fix=dump_command(self.plan.provenance),
             )
         shards = [self._done[shard] for shard in self.shards()]
-        samples = _load_samples(self.store, self.plan)
+        samples = load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
         reader = self._layout.open(self.plan, self.store)
         _require_every_sample_once(self.plan, reader)
@@ -475,40 +450,6 @@ def _write_whole(
     return writer.finalize()
 
 
-def new_plan(
-    *,
-    num_views: int,
-    num_samples: int,
-    class_names: Sequence[str],
-    codec: str = "i16",
-    layout: str = "zarr",
-    shard_rows: int | None = None,
-    **described: Any,
-) -> Plan:
-    """What `ArchiveWriter` would begin to write; `described` are the plan's other fields."""
-    coding = codecs.parse(codec)
-    plan = Plan(
-        num_views=num_views,
-        num_samples=num_samples,
-        class_names=tuple(class_names),
-        codec=codecs.to_dict(coding),
-        layout={},
-        shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
-        probe_version=PROBE_VERSION,
-        rows_hash="blake3",
-        **described,
-    )
-    return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
-
-
-def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
-    """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
-    store = LocalStore(path)
-    if store.exists(MANIFEST_NAME):
-        return open_archive(path).manifest
-    return _load_plan(store) if store.exists(PLAN) else None
-
-
 def sweep(path: str | os.PathLike[str]) -> None:
     """Delete what a killed writer has left behind in a finished archive; nothing while views are appended to it."""
     store = LocalStore(path)
@@ -518,7 +459,7 @@ def sweep(path: str | os.PathLike[str]) -> None:
 
 
 def _sweep(store: LocalStore, archive: Archive) -> None:
-    begun = _begun(store)
+    begun = begun_plan(store)
     if begun is not None and begun.num_views > archive.num_views:
         return
     for old in store.root.glob("shards-*.jsonl"):
@@ -548,54 +489,6 @@ def _alone(store: LocalStore) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _begun(store: LocalStore) -> Plan | None:
-    """The plan of what is being written, if anything is; a damaged one is as good as none."""
-    try:
-        return _load_plan(store) if store.exists(PLAN) else None
-    except IntegrityError:
-        return None
-
-
-def _load_plan(store: LocalStore) -> Plan:
-    try:
-        plan = Plan.model_validate_json(store.read(PLAN))
-        codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
-    except (ValidationError, KdcacheError) as error:
-        aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
-        raise IntegrityError(
-            f"{store.path(PLAN)} is not the plan of a dump any more",
-            why=str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.what,
-            fix="run the dump-teacher command again: finished views are kept"
-            if store.exists(MANIFEST_NAME)
-            else f"set the folder aside ({aside}) and run its dump-teacher command again",
-        ) from None
-    return plan
-
-
-def _load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
-    """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
-    try:
-        samples = json.loads(store.read(SAMPLES))
-        for name, kind in (("labels", int), ("keys", str)):
-            values = samples[name]
-            if values is not None and not (len(values) == plan.num_samples and all(type(value) is kind for value in values)):
-                raise ValueError(f"its {name} are not {plan.num_samples} values")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{store.path(SAMPLES)} does not hold the labels and keys of a dump any more",
-            why=str(error).splitlines()[0],
-            fix=f"rm {shlex.quote(str(store.path(SAMPLES)))}; it is written anew by: {dump_command(plan.provenance)}",
-        ) from None
-    return dict(samples)
-
-
-def _samples(labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
-    return {
-        "labels": None if labels is None else [int(label) for label in labels],
-        "keys": None if keys is None else list(keys),
-    }
-
-
 def _require_every_sample_once(plan: Plan, reader: ShardReader) -> None:
     for view in plan.views:
         present = np.zeros(plan.num_samples, np.bool_)
@@ -620,45 +513,3 @@ def _size(data: Buffers) -> int:
 
 def _record(name: str, data: Buffers) -> FileRecord:
     return FileRecord(path=name, bytes=_size(data), sha256=sha256(data))
-
-
-def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
-    """Rows of a shard: whole units, in every layout, so that any archive can be converted into any layout."""
-    unit = min(unit_bytes_rows(row_bytes), num_samples, wanted or num_samples)
-    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
-    rows = wanted or max(1, SHARD_BYTES // row_bytes)
-    return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit
-
-
-def _require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
-    was, now = (_normalised(one.identity) for one in (earlier, plan))
-    for key in (key for key in Plan.model_fields if now.get(key) != was.get(key)):
-        raise IncompatibleError(
-            f"{store.root} holds a dump with another {key}",
-            why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
-            fix="write to another folder, or delete that one",
-        )
-
-
-def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
-    """With every option of codec and layout, those too that there were not yet when it was written."""
-    layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
-    return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
-
-
-def _require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:
-    if store.exists(SAMPLES):
-        earlier = _load_samples(store, plan)
-    elif store.exists(MANIFEST_NAME):
-        finished = open_archive(store.root)
-        labels = finished.labels()
-        earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
-    else:
-        return  # lost before anything was made from them
-    for name, values in samples.items():
-        if values != earlier[name]:
-            raise IncompatibleError(
-                f"{store.root} holds a dump with other {name}",
-                why=f"the {name} of its samples are not those of this dump",
-                fix="write to another folder, or delete that one",
-            )

@@ -16,7 +16,7 @@ from kdcache.archive import ArchiveWriter, CanvasCard, write_archive
 from kdcache.bench.turns import Result, taking_turns
 from kdcache.canvas import Canvas
 from kdcache.datasets import dataset
-from kdcache.dump import Forward, write_shards
+from kdcache.inference import Forward, write_shards
 from kdcache.methods import build
 from kdcache.metrics import agreement
 from kdcache.models import create_model

@@ -150,8 +150,10 @@ def find_archive(place: str) -> Any:
     """The archive in a folder, at a URL, or of a name below `archives/` of the workspace (KDCACHE_HOME, or this folder)."""
     from kdcache.archive import is_url, open_archive
 
+    if not place:
+        raise UsageError("an archive without a name", why="the argument is empty", fix="list the archives with: kdcache ls")
     named = Path(os.environ.get("KDCACHE_HOME") or ".") / "archives" / place
-    return open_archive(named if place and not is_url(place) and not Path(place).exists() and named.is_dir() else place)
+    return open_archive(named if not is_url(place) and not Path(place).exists() and named.is_dir() else place)
 
 
 def integers(text: str, option: str) -> list[int]:

@@ -62,7 +62,8 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         rows.append(["part of", f"{part.digest[:12]}... with {whole}: here are {mine}"])
     if policy:
         rows.append(["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}..."])
-    rows.append(["made by", manifest.provenance.get("command")])
+    if made_by := manifest.provenance.get("command"):
+        rows.append(["made by", made_by])
     print_table(["", ""], rows)
     print_table(
         ["tau", "H^(p)", "H^(p-bar)"],
@@ -207,7 +208,7 @@ def view(
     archive: ArchiveArgument,
     sample: Annotated[str, typer.Option("--sample", help="Sample numbers, such as 0-3,12.")] = "0-3",
     views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP, as in Python [the first eight]")] = "",
-    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("sheet.png"),
+    out: Annotated[Path, typer.Option("--output", "-o", "--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     allow_drift: AllowDriftOption = 0,
     skip_corrupt: SkipCorruptOption = False,
@@ -228,7 +229,7 @@ def view(
         )
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(
-            f"--out {out} cannot be written",
+            f"--output {out} cannot be written",
             why="it is a folder" if out.is_dir() else f"there is no folder {out.parent}",
             fix=f"name a file: --out {out / 'sheet.png'}" if out.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}",
         )

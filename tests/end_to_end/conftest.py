@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,15 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start one command line as a process of its own."""
     command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def until(reached: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait for something that a process that runs is to bring about."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

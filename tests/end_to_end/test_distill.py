@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
+from kdcache.cli import run
 from kdcache.training import Learner
-from tests.end_to_end.conftest import start
+from tests.end_to_end.conftest import start, until
 
 STUDENT = ["--student", "test_resnet", "--epochs", "2", "--batch-size", "128"]
 
@@ -24,7 +25,7 @@ def only(folder, pattern):
 
 
 def test_students_in_lockstep_equal_students_alone(home, archive, kdcache, tmp_path):
-    together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3,ls-global", *STUDENT, "--home", home)
+    together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3", *STUDENT, "--home", home)
     assert together.status == 0, together.err
     alone = tmp_path / "alone"
     result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *STUDENT, "--archive", archive, "--home", alone)
@@ -33,7 +34,7 @@ def test_students_in_lockstep_equal_students_alone(home, archive, kdcache, tmp_p
     for name in ("last.safetensors", "best.safetensors"):
         assert (only(home, pattern) / name).read_bytes() == (only(alone, pattern) / name).read_bytes()
     runs = list(home.glob("runs/*/*/last.safetensors"))
-    assert len({run.read_bytes() for run in runs}) == len(runs) == 6  # every combination became something else
+    assert len({run.read_bytes() for run in runs}) == len(runs) == 4  # every combination became something else
 
 
 def test_run_folders_say_everything(home, archive, kdcache):
@@ -53,15 +54,11 @@ def test_run_folders_say_everything(home, archive, kdcache):
 
 
 def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, kdcache, tmp_path):
-    arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "6", "--archive", archive, "--checkpoint-interval", "0"]
+    arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "3", "--archive", archive, "--checkpoint-interval", "0"]
     whole = tmp_path / "whole"
     assert kdcache("distill", *arguments, "--home", whole).status == 0
     process = start("distill", *arguments, "--home", home)
-    deadline = time.monotonic() + 120
-    while not list(home.glob("runs/*/*/checkpoint.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(home.glob("runs/*/*/checkpoint.pt")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     pattern = "runs/*/test_resnet--*"
@@ -79,11 +76,20 @@ def same_run(one, other):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("at", [1, 2, 7, 23, 24, 25, 44])  # of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch
-def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, tmp_path, monkeypatch, at):
-    arguments = ["distill", "--tau", "4,20", "--student", "test_resnet", "--epochs", 2, "--batch-size", 115, "--archive", archive]
-    whole = tmp_path / "whole"
-    assert kdcache(*arguments, "--home", whole).status == 0
+TWO = ["distill", "--tau", "4,20", "--student", "test_resnet", "--epochs", "2", "--batch-size", "115"]  # 12 steps an epoch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory):
+    """A workspace in which the two students were trained at one go."""
+    home = tmp_path_factory.mktemp("uninterrupted")
+    assert run([*TWO, "--archive", str(next((trained / "archives").iterdir())), "--home", str(home)]) == 0
+    return home
+
+
+@pytest.mark.parametrize("at", [1, 7, 23, 24, 25, 44])  # of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch
+def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, uninterrupted, monkeypatch, at):
+    arguments = [*TWO, "--archive", archive]
     step, steps = Learner.step, []
 
     def interrupted(self, *args):
@@ -98,9 +104,8 @@ def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, tmp_path, 
     assert not list(home.glob("runs/*/*/summary.json"))
     assert kdcache(*arguments, "--home", home).status == 0
     assert len(steps) == 48  # not one was done twice
-    for run in whole.glob("runs/*/test_resnet--*"):
-        again = home / run.relative_to(whole)
-        same_run(again, run)
+    for one in uninterrupted.glob("runs/*/test_resnet--*"):
+        same_run(home / one.relative_to(uninterrupted), one)
 
 
 def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache, monkeypatch):
@@ -123,45 +128,45 @@ def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache,
     assert kdcache("report", "--home", home).status == 0
 
 
+@pytest.fixture(scope="module")
+def eight_epochs(trained, tmp_path_factory):
+    """Command lines that train for eight epochs, and the folders that they leave in a workspace if nothing happens."""
+    archive = str(next((trained / "archives").iterdir()))
+    distill = ["distill", "--tau", "4", "--student", "test_resnet", "--archive", archive, "--checkpoint-interval", "1000"]
+    teacher = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--data-dir", str(trained / "data")]
+    found = {}
+    for command, pattern in ((distill, "runs/*/test_resnet--*"), (teacher, "teachers/*test_resnet--*")):
+        home = tmp_path_factory.mktemp("eight-epochs")
+        assert run([*command, "--epochs", "8", "--home", str(home)]) == 0
+        found[command[0]] = [*command, "--epochs", "8"], pattern, only(home, pattern)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "how"),
     [("distill", "SIGINT"), ("train-teacher", "SIGTERM"), ("distill", "SIGTERM to all"), ("train-teacher", "SIGINT to all")],
 )
-def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(home, archive, kdcache, tmp_path, command, how):
-    if command == "distill":
-        arguments = ["distill", "--tau", "4", "--student", "test_resnet", "--epochs", 12, "--archive", archive]
-        arguments += ["--checkpoint-interval", 1000]
-    else:
-        arguments = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--epochs", 12]
-        arguments += ["--data-dir", home / "data"]
+def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, eight_epochs, tmp_path, command, how):
+    arguments, pattern, uninterrupted = eight_epochs[command]
     name, _, to_all = how.partition(" ")
     workers = ["--workers", 1] if to_all else []
-    folder = "runs/*" if command == "distill" else "teachers"
     process = start(*arguments, *workers, "--home", tmp_path, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(f"{folder}/*test_resnet--*/.lock")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob(f"{pattern}/.lock")), process)
     time.sleep(1.5)
     (os.killpg if to_all else os.kill)(process.pid, getattr(signal, name))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith(f"interrupted; what was done is kept. To go on: kdcache {command} ")
-    run = only(tmp_path, f"{folder}/*test_resnet--*")
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    stopped = only(tmp_path, pattern)
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     assert state["steps"] > 0
     # An epoch has 22 steps; after the last one, and before its row is written, the count may be 22.
     assert 22 * len(state["rows"]) + state["count"] == state["steps"]
 
-    whole = tmp_path / "whole"
-    for place in (tmp_path, whole):
-        assert kdcache(*arguments, "--home", place).status == 0
-    weights = "last.safetensors" if command == "distill" else "model.safetensors"
-    uninterrupted = only(whole, f"{folder}/*test_resnet--*")
-    for name in (weights, "best.safetensors"):
-        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert kdcache(*arguments, "--home", tmp_path).status == 0
+    for name in ("last.safetensors" if command == "distill" else "model.safetensors", "best.safetensors"):
+        assert (stopped / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -178,9 +183,10 @@ def test_many_students_need_no_more_open_files_than_the_system_allows(home, arch
     assert "36 students of one seed" in err
     assert not list(home.glob("runs/*/*/args.yaml"))
     process = start(*arguments, preexec_fn=few(1000))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert len(list(home.glob("runs/*/*/summary.json"))) == 36
+    until(lambda: len(list(home.glob("runs/*/*/.lock"))) == 36, process)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in {0, 130}, err
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff", "resumed: 7"])

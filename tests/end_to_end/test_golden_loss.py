@@ -10,7 +10,7 @@ import torch
 from kdcache.bench.pipeline import open_writer
 from kdcache.datasets import dataset
 from kdcache.distill import DistillConfig, distill
-from kdcache.dump import Forward, write_shards
+from kdcache.inference import Forward, write_shards
 from kdcache.models import create_model
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace

@@ -4,7 +4,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_quickstart_ends_in_a_table_and_a_report(tmp_path, kdcache):
+def test_quickstart_ends_in_a_table_and_a_report(tmp_path, kdcache, monkeypatch):
+    monkeypatch.setattr("kdcache.quickstart.EPOCHS", 1)  # of four, which take minutes beside other tests
     first = kdcache("quickstart", "--home", tmp_path)
     assert first.status == 0, first.err
     assert all(name in first.out for name in ("none", "ls-global", "ls-instance", "bottom:3", "tau 1", "tau 4", "tau 20"))

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import kdcache as package
 from kdcache.datasets import dataset
 from kdcache.models import create_model
 from kdcache.workspace import Workspace
-from tests.end_to_end.conftest import DUMP, data_files, start
+from tests.end_to_end.conftest import DUMP, data_files, start, until
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -69,12 +68,9 @@ def test_an_own_training_loop_learns_what_the_teacher_says(home, archive):
 
 
 def test_ctrl_c_keeps_what_is_finished(home, tmp_path, kdcache):
-    arguments = [*DUMP, "--views", 40, "--home", home, "--output", tmp_path / "archive"]
+    arguments = [*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "archive"]
     process = start(*arguments)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "archive/.dump/shards").glob("*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list((tmp_path / "archive/.dump/shards").glob("*.json")), process)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

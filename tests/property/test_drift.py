@@ -245,7 +245,7 @@ def test_a_device_renderer_that_errs_is_told_from_everything_else(dump: Dump, mo
 def test_archives_with_digests_of_version_1_are_still_replayed_and_appended_to(
     tmp_path: Path, canvas: Canvas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.archive.writer.PROBE_VERSION", 1)
+    monkeypatch.setattr("kdcache.archive.planning.PROBE_VERSION", 1)
     table, rows = POLICY.parameters(0, len(canvas)), np.arange(len(canvas))
     options = {
         "num_samples": len(canvas),
