@@ -141,6 +141,9 @@ class Archive:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
+        self.views = manifest.views  # their numbers are the policy's: those of a part of an archive need not begin at 0
+        self.num_views, self.num_samples, self.num_classes = manifest.num_views, manifest.num_samples, manifest.num_classes
+        self.class_names = manifest.class_names
         self._codec = codec.from_dict(manifest.codec)
         try:
             arrangement = layout.from_dict(manifest.layout)
@@ -184,27 +187,6 @@ class Archive:
                 fix=f"kdcache pull {shlex.quote(self.location)}",
             )
         return self.store.root
-
-    @property
-    def views(self) -> range:
-        """The numbers of its views, which are the policy's: those of a part of an archive need not begin at 0."""
-        return self.manifest.views
-
-    @property
-    def num_views(self) -> int:
-        return self.manifest.num_views
-
-    @property
-    def num_samples(self) -> int:
-        return self.manifest.num_samples
-
-    @property
-    def num_classes(self) -> int:
-        return self.manifest.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.manifest.class_names
 
     def labels(self) -> NDArray[np.int64] | None:
         """Label of every sample, int64 `[N]`; None if the archive was written without."""
@@ -344,26 +326,32 @@ class Archive:
 
     def _slice_of_logits(self, view: int, rows: slice) -> NDArray[np.float32]:
         """Decoded piece by piece, each while it is in the cache, from shards that are opened before memory is taken."""
-        parameters, shards = self._codec.parameters, []
-        for block, inside, where in self._in_shards(rows):
-            beside = {name: self.reader.gather(name, view, block, inside) for name in parameters}
-            shards.append((where, beside, self.reader.pieces("logits", view, block, inside)))
+        shards = [
+            (
+                self.reader.pieces("logits", view, block, inside),
+                {name: self.reader.gather(name, view, block, inside) for name in self._codec.parameters},
+            )
+            for block, inside, _ in self._in_shards(rows)
+        ]
         found = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
-        for where, beside, pieces in shards:
-            at, out = 0, found[where]
+        end = 0
+        for pieces, beside in shards:
+            first = end
             for piece in pieces:
                 lead = piece.shape[:-1]
-                part = slice(at, at := at + math.prod(lead))
-                stored = {name: values[part].reshape(lead) for name, values in beside.items()}
-                self._codec.decode({"logits": piece, **stored}, out[part].reshape(piece.shape))
+                start, end = end, end + math.prod(lead)
+                stored = {name: values[start - first : end - first].reshape(lead) for name, values in beside.items()}
+                self._codec.decode({"logits": piece, **stored}, found[start:end].reshape(piece.shape))
         return found
 
     def _in_shards(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
         """The shards that a slice of positions is in: number of the block, rows in it, and where they are in the slice."""
-        size = self.manifest.shard_rows
-        for block in range(rows.start // size, -(-rows.stop // size) if rows.start < rows.stop else 0):
-            first, last = max(rows.start, block * size), min(rows.stop, (block + 1) * size)
-            yield block, slice(first - block * size, last - block * size), slice(first - rows.start, last - rows.start)
+        size, at = self.manifest.shard_rows, rows.start
+        while at < rows.stop:
+            block, first = divmod(at, size)
+            count = min(size - first, rows.stop - at)
+            yield block, slice(first, first + count), slice(at - rows.start, at - rows.start + count)
+            at += count
 
     def _scattered(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         """The same for positions in any order."""

@@ -7,7 +7,7 @@ none of the libraries that wrote the files is needed, and no structure that a st
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np
         size = os.fstat(file.fileno()).st_size
         if not size or expected not in {None, size}:
             raise damaged(name, f"has {size:,} bytes" + ("" if expected is None else f", expected {expected:,}"))
-        return np.memmap(file, dtype=np.uint8, mode="r")
+        return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))  # slices of np.memmap itself are slow to make
 
 
 class MappedRows:
@@ -61,9 +61,12 @@ class MappedRows:
 
         No more at a time than what was just compared with its checksums, and is still in the cache.
         """
-        for run, (first, last) in zip(self._runs, itertools.pairwise(self._firsts), strict=True):
-            if rows.start < last and rows.stop > first:
-                yield from run.pieces(max(rows.start - first, 0), min(rows.stop, last) - first)
+        wanted = [
+            run.pieces(max(rows.start - first, 0), min(rows.stop, last) - first)
+            for run, (first, last) in zip(self._runs, itertools.pairwise(self._firsts), strict=True)
+            if rows.start < last and rows.stop > first
+        ]
+        return wanted[0] if len(wanted) == 1 else itertools.chain.from_iterable(wanted)
 
     def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
         """The rows of a slice (a view of the file where it can be one) or at any places, `[n, ...]`."""
@@ -87,10 +90,11 @@ class _MappedRun:
         row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         inner = np.ndarray(shape, dtype).strides
         self._payload = run.stored * row_bytes
-        self._units = np.ndarray((run.units, self._payload), np.uint8, data, run.start, (run.stride, 1))
-        self._crcs = np.ndarray((run.units, 4), np.uint8, data, run.crc_start, (run.crc_stride, 1))
+        self._bytes = memoryview(data)  # type: ignore[arg-type]  # typeshed: arrays are buffers
+        self._crcs = np.ndarray(run.units, "<u4", data, run.crc_start, (run.crc_stride,))
         self._rows = np.ndarray((run.units, run.rows, *shape), dtype, data, run.start, (run.stride, row_bytes, *inner))
-        self._checked = np.zeros(run.units, np.bool_)
+        self._known = bytearray(run.units)  # 1 for units that were compared with their checksums; looked at faster than an array
+        self._checked = np.frombuffer(self._known, np.bool_)
         self._together = max(1, CACHED // self._payload)
 
     def pieces(self, start: int, stop: int) -> Iterator[NDArray]:
@@ -99,26 +103,25 @@ class _MappedRun:
         while unit * size < stop:
             inside = start - unit * size
             units = 1 if inside > 0 else min(max((stop - unit * size) // size, 1), self._together)
-            if not self._checked[unit : unit + units].all():
-                self._check(range(unit, unit + units))
+            if self._known.find(0, unit, unit + units) >= 0:
+                self._check(unit, unit + units)
             yield self._rows[unit, max(inside, 0) : stop - unit * size] if units == 1 else self._rows[unit : unit + units]
             unit += units
 
     def take(self, rows: NDArray[np.int64]) -> NDArray:
         unit, inside = np.divmod(rows, self._run.rows)
         if not self._checked[unit].all():
-            self._check(np.unique(unit[~self._checked[unit]]).tolist())
+            for one in np.unique(unit[~self._checked[unit]]).tolist():
+                self._check(one, one + 1)
         result: NDArray = self._rows[unit, inside]
         return result
 
-    def _check(self, units: Iterable[int]) -> None:
-        for unit in units:
-            if self._checked[unit]:
-                continue
-            actual, stored = crc32c(self._units[unit].data), int.from_bytes(self._crcs[unit].tobytes(), "little")
-            if actual != stored:
+    def _check(self, first: int, last: int) -> None:
+        for unit, stored in enumerate(self._crcs[first:last].tolist(), first):
+            start = self._run.start + unit * self._run.stride
+            if not self._known[unit] and (actual := crc32c(self._bytes[start : start + self._payload])) != stored:
                 raise damaged(self._name, f"chunk {unit}: crc32c is {actual:08x}, stored beside it is {stored:08x}")
-            self._checked[unit] = True
+            self._known[unit] = True
 
 
 def damaged(name: str, what: str) -> IntegrityError:

@@ -159,7 +159,7 @@ class ZarrLayout:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zarr notes that numcodecs' codecs are not in the v3 specification
             serializer = PCodec(**PCODEC) if self.compression == "pcodec" else BytesCodec()
-        blosc = BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
+        blosc = BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=BLOSC_LEVEL, shuffle="bitshuffle")
         return {
             "serializer": serializer,
             "compressors": [*([blosc] if self.compression == "bitshuffle" else []), Crc32cCodec()],
@@ -191,6 +191,7 @@ def compressed_bytes(compression: Compression, codes: NDArray) -> int | None:
     return sum(len(compressor.encode(codes[start : start + rows])) for start in range(0, len(codes), rows))
 
 
+BLOSC_LEVEL = 9  # as quick as any other, and the smallest
 PCODEC: dict[str, Any] = {"level": 8, "mode_spec": "classic", "delta_spec": "auto"}
 
 
@@ -208,7 +209,7 @@ def _compressor(compression: Compression, itemsize: int) -> Any:
         return PCodec(**PCODEC)
     from numcodecs.blosc import BITSHUFFLE, Blosc
 
-    return Blosc(cname="lz4", clevel=5, shuffle=BITSHUFFLE, typesize=itemsize)
+    return Blosc(cname="lz4", clevel=BLOSC_LEVEL, shuffle=BITSHUFFLE, typesize=itemsize)
 
 
 def _crc32c(*parts: memoryview | bytes) -> bytes:
