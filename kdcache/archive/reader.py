@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -338,9 +337,8 @@ class Archive:
         for pieces, beside in shards:
             first = end
             for piece in pieces:
-                lead = piece.shape[:-1]
-                start, end = end, end + math.prod(lead)
-                stored = {name: values[start - first : end - first].reshape(lead) for name, values in beside.items()}
+                start, end = end, end + piece.size // self.num_classes
+                stored = {name: values[start - first : end - first].reshape(piece.shape[:-1]) for name, values in beside.items()}
                 self._codec.decode({"logits": piece, **stored}, found[start:end].reshape(piece.shape))
         return found
 

@@ -350,11 +350,11 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 def bench(
-    which: Annotated[str, typer.Argument(help="startup, views, dump, distill, or all.")] = "all",
+    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, distill, or all.")] = "all",
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure kdcache against the bare model, as ratios within this run."""
+    """Measure kdcache against what does the same work without it (the bare model, a memory map), as ratios within this run."""
     from kdcache.bench import run_benchmarks
 
     with bars() as progress:

@@ -20,7 +20,7 @@ from kdcache.errors import IntegrityError
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
 
-CACHED = 512 << 10  # bytes that stay in a core's cache until they are used
+CACHED = 128 << 10  # bytes that stay in a core's cache, with what is made of them, until they are used
 
 
 @dataclass(frozen=True)
