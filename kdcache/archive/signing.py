@@ -68,11 +68,11 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
         try:
             checker.verify(folder, signature)
         except Exception as error:  # a stranger's file can make the parsers below fail in any way
-            why = f"{SIGNATURE_NAME} was made with another key, or these files were changed since ({_first_line(error)})"
-            result.failures.append(Failure(SIGNATURE_NAME, f"the signature of {' and '.join(SIGNED)} by {public_key}", why))
+            signed = " and ".join(SIGNED)
+            result.failures.append(Failure(SIGNATURE_NAME, f"the signature of {signed} by {public_key}", "another one"))
             result.error = IntegrityError(
                 f"{archive.location} is not what the owner of {public_key} signed",
-                why=why,
+                why=f"{SIGNATURE_NAME} was made with another key, or {signed} were changed since: {_first_line(error)}",
                 fix="do not use this archive; get it again from whoever signed it, or ask which key they sign with",
             )
     return result
@@ -110,4 +110,4 @@ def _require_file(key: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
-    return printable(lines[0])[:300] or type(error).__name__
+    return printable(lines[0].strip())[:300] or type(error).__name__

@@ -82,7 +82,8 @@ def _bars(counts: Sequence[int]) -> str:
 def print_advice(archive: Archive, pieces: Sequence[Advice]) -> None:
     listed = ",".join(f"{tau:g}" for tau in first_temperatures(pieces))
     print(f"Temperatures to try first: {listed}")
-    print(f"  kdcache distill --archive {shlex.quote(archive.location)} --tau {listed}\n")
+    where = shlex.quote(archive.location) if archive.manifest.contents == "all" else "THE_WHOLE_ARCHIVE"
+    print(f"  kdcache distill --archive {where} --tau {listed}\n")
     for number, piece in enumerate(pieces, 1):
         applies = {"yes": "applies", "in part": "applies in part", "no": "does not apply"}[piece.applies]
         tried = f"; tau {', '.join(f'{tau:g}' for tau in piece.taus)}" if piece.taus else ""
