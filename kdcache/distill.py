@@ -27,7 +27,7 @@ from kdcache.archive import Average, Ensemble, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.interrupts import Stopped, stopped_between_steps
-from kdcache.methods import Method, method
+from kdcache.methods import LogitMethod, Method, method
 from kdcache.metrics import agreement
 from kdcache.models import create_model, resolve
 from kdcache.prefetch import RendererChoice
@@ -71,6 +71,7 @@ class DistillConfig:
     clip_grad: float | None = 1.0
     dataset: str | None = None  # where the images are now, if not where the dump found them
     strict: bool = False
+    force: bool = False  # temperatures at which a method is not meant to be used
     allow_drift: int = 0
     device: str = "auto"
     workers: int = 0
@@ -147,10 +148,12 @@ def plan_students(config: DistillConfig, archive: Ensemble, workspace: Workspace
         clip_grad=config.clip_grad,
     )
     names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
+    hows, whats = _parse_all(method, config.methods), _parse_all(controls, config.controls)
+    for how, what, tau in itertools.product(hows, whats, config.taus):
+        _require_sense(how, what, tau, config)
     specs = []
-    for seed, (student, name), how, what, tau in itertools.product(
-        config.seeds, names.items(), _parse_all(method, config.methods), _parse_all(controls, config.controls), config.taus
-    ):
+    for seed, (student, name), how, what, tau in itertools.product(config.seeds, names.items(), hows, whats, config.taus):
+        tau = tau if getattr(how, "uses_tau", True) else 1.0
         identity = json.dumps(
             [archive.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()],
             sort_keys=True,
@@ -160,6 +163,31 @@ def plan_students(config: DistillConfig, archive: Ensemble, workspace: Workspace
         folder = workspace.runs / archive.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
         specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
     return list({spec.folder: spec for spec in specs}.values()), settings
+
+
+def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
+    """UsageError for a combination of method, control and temperature that means nothing."""
+    name, its_control = method.name_of(how), controls.name_of(what)
+    if not getattr(how, "uses_tau", True):
+        others = [spec for spec in config.methods if spec.partition(":")[0] != name]
+        if tuple(config.taus) != (1.0,) and not others:
+            raise UsageError(
+                f"--method {name} with --tau {tau:g}",
+                why=f"{name} finds its temperature by itself and does not look at tau",
+                fix="leave --tau out",
+            )
+        if its_control.startswith("ls-"):
+            raise UsageError(
+                f"--method {name} with --control {its_control}",
+                why="label smoothing is matched to the entropy at tau, which this method does not use",
+                fix="use --control none or bottom:K, or another method",
+            )
+    if name in {"ttm", "wttm"} and tau >= 10 and not config.force:
+        raise UsageError(
+            f"--method {name} with --tau {tau:g}",
+            why="its student is not tempered, and would be pushed to the uniform distribution; the paper's tau are below 10",
+            fix="use a smaller tau, or --force",
+        )
 
 
 def _parse_all(registry: Registry[Any], specs: Sequence[str]) -> list[Any]:
@@ -273,6 +301,10 @@ class _Student:
         self.spec = spec
         blocks = (averaged(torch.from_numpy(block), spec.tau).numpy() for block in archive.spread_logits())
         self.control = spec.control.fit(blocks, spec.tau)
+        self.state, optimizer = None, None
+        if isinstance(spec.method, LogitMethod):
+            self.state = spec.method.new_state().to(device)
+            optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
             model, normalise = create_model(spec.name, archive.num_classes, input_size=evaluation.size)
         self.learner = Learner(
@@ -284,6 +316,7 @@ class _Student:
             seed=spec.seed,
             device=device,
             checkpoint_interval=config.checkpoint_interval,
+            learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
         )
         _write_args(spec, settings, config, archive)
 
@@ -295,11 +328,18 @@ class _Student:
         if shared not in made:
             made[shared] = self.control(made[tau], keys)
         targets, teacher = made[shared], made[tau].logits
+        if self.state is not None:
+            self.state.epoch = self.learner.epoch + 1
         self.learner.step(
             batch.images,
-            lambda logits: self.spec.method(logits, targets),
-            lambda logits: {"agreement": agreement(logits, teacher)},
+            lambda logits: self.spec.method(logits, targets, self.state),
+            lambda logits: {"agreement": agreement(logits, teacher), **self._learned_figures()},
         )
+
+    def _learned_figures(self) -> dict[str, Tensor]:
+        """What the method has learned, for the log."""
+        found = getattr(self.spec.method, "temperature", lambda state: None)(self.state)
+        return {"temperature": found.detach()} if isinstance(found, Tensor) else {}
 
 
 def _source(config: DistillConfig, archive: Ensemble) -> Any:

@@ -171,7 +171,7 @@ def _options(component: Any) -> list[dataclasses.Field[Any]]:
 
 def _convert(text: str, hint: Any, where: str) -> Any:
     """Read one option's text as its annotated type."""
-    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    candidates = typing.get_args(hint) if typing.get_origin(hint) in {types.UnionType, typing.Union} else (hint,)
     if types.NoneType in candidates and text.lower() in {"none", "null"}:
         return None
     for kind in candidates:

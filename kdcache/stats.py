@@ -136,7 +136,7 @@ def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
 def power_sum(logits: ArrayLike, tau: float) -> Floats:
     """U = sum_c p_c^(1/tau) with p the softmax at tau 1: float64 `[...]` in [1, C^(1 - 1/tau)].
 
-    The sample weight of WTTM (arXiv 2402.11148, eq. 13), as exp(lse(z / tau) - lse(z) / tau), which never underflows.
+    The sample weight of WTTM (arXiv 2402.11148, section 3.3), as exp(lse(z / tau) - lse(z) / tau), which never underflows.
     """
     z = _tempered(logits, 1.0)
     u: Floats = np.exp(np.log(np.exp(z / tau).sum(axis=-1)) - np.log(np.exp(z).sum(axis=-1)) / tau)

@@ -27,7 +27,8 @@ __all__ = ["Control", "Targets", "averaged", "control", "controls", "match_entro
 class Targets:
     """Teacher `logits` float32 `[B, C]` at temperature `tau`, and the labels of the mix where there are any.
 
-    `lam [B]` is the share of `label_a`; the rest is `label_b`'s.
+    `lam [B]` is the share of `label_a`; the rest is `label_b`'s. `second` are the targets of another view of the same
+    samples, for methods that compare two.
     """
 
     logits: Tensor
@@ -35,6 +36,7 @@ class Targets:
     label_a: Tensor | None = None
     label_b: Tensor | None = None
     lam: Tensor | None = None
+    second: "Targets | None" = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 2:

@@ -151,7 +151,8 @@ class Learner:
 
     The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json`;
     `checkpoint.pt` holds what an exact resume needs (tensors and numbers only). A learner made again in the same folder
-    goes on at its last checkpoint: the end of an epoch, or the step after which it was suspended.
+    goes on at its last checkpoint: the end of an epoch, or the step after which it was suspended. `learned` is what the loss
+    itself learns, by an optimiser of its own whose rate follows the same schedule.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Learner:
         seed: int,
         device: torch.device,
         checkpoint_interval: float = 30.0,
+        learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
     ) -> None:
         import timm.optim
 
@@ -178,6 +180,7 @@ class Learner:
             raise UsageError(
                 f"optimiser {config.opt!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
             ) from None
+        self._learned = learned
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.total_steps = steps_per_epoch * config.epochs
         self.steps = 0
@@ -214,9 +217,9 @@ class Learner:
         """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means."""
         started = time.perf_counter()
         self._whole = False
-        lr = self.config.lr * 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
+        share = 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
         with self._own_rng():
             self.model.train()
             logits = self.model(self.normalise(views))
@@ -225,6 +228,8 @@ class Learner:
             loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_per_layer(self.parameters, self.config.clip_grad)
             self.optimizer.step()
+            if self._learned is not None:
+                self._step_learned(share)
         with torch.no_grad():
             logits = logits.detach()
             figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
@@ -234,6 +239,13 @@ class Learner:
         self.steps += 1
         self._seconds += time.perf_counter() - started
         self._whole = True
+
+    def _step_learned(self, share: float) -> None:
+        _, optimizer = self._learned  # type: ignore[misc]
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def predict(self, views: Tensor) -> Tensor:
@@ -288,6 +300,7 @@ class Learner:
                 "sums": {name: value.cpu() for name, value in self._sums.items()},
                 "count": self._count,
                 "seconds": self._seconds,
+                "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
             },
             buffer,
         )
@@ -315,6 +328,10 @@ class Learner:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self._learned is not None:
+                module, optimizer = self._learned
+                module.load_state_dict(state["learned"][0])
+                optimizer.load_state_dict(state["learned"][1])
             best = self.folder / "best.safetensors"
             self._best = load_file(best) if best.is_file() else None
         except Exception as error:  # a damaged file shows in many ways

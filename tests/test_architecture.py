@@ -115,7 +115,7 @@ def test_public_signatures_keep_the_parameters_of_the_design(dump: Dump) -> None
     assert parameters(kdcache.CachedTargets)[:5] == ["archive", "canvas", "batch_size", "seed", "device"]
     assert parameters(kdcache.ViewPolicy.parameters) == ["view", "num_samples"]
     assert parameters(views.render)[:2] == ["images", "rows"]
-    assert parameters(targets.Targets) == ["logits", "tau", "label_a", "label_b", "lam"]
+    assert parameters(targets.Targets)[:5] == ["logits", "tau", "label_a", "label_b", "lam"]
     assert parameters(targets.control)[0] == "name"
     assert parameters(methods.build)[0] == "name"
     assert parameters(methods.build("kd").__call__) == ["student_logits", "targets", "state"]

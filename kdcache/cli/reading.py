@@ -342,11 +342,23 @@ def methods(as_json: JsonOption = False) -> None:
     from kdcache.targets import controls
 
     registries: tuple[Registry[Any], ...] = (method, controls)
-    rows = [[r.kind, name, r.describe(name), (r[name].__doc__ or "").split("\n")[0]] for r in registries for name in r]
+    rows = [
+        [
+            r.kind,
+            name,
+            r.describe(name),
+            ", ".join(getattr(r[name], "needs", ())),
+            getattr(r[name], "source", ""),
+            " ".join((r[name].__doc__ or "").split("\n\n")[0].split()),
+        ]
+        for r in registries
+        for name in r
+    ]
+    names = ("kind", "name", "options", "needs", "source", "description")
     if as_json:
-        print_json([dict(zip(("kind", "name", "options", "description"), row, strict=True)) for row in rows])
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
         return
-    print_table(["kind", "name", "options", "what it is"], rows)
+    print_table([*names[:5], "what it is"], rows)
 
 
 def bench(

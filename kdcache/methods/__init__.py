@@ -11,12 +11,12 @@ from torch import Tensor
 from kdcache.registry import Registry
 from kdcache.targets import Targets
 
-__all__ = ["Method", "build", "method"]
+__all__ = ["LogitMethod", "Method", "State", "build", "method"]
 
 
 class Method(Protocol):
     def __call__(self, student_logits: Tensor, targets: Targets, state: Any = None) -> Tensor:
-        """The loss of `student_logits [B, C]`, a scalar; `state` belongs to methods that learn something."""
+        """The loss of `student_logits [B, C]`, a scalar; `state` is what methods with a schedule or parameters go on with."""
 
 
 method: Registry[Method] = Registry("method", entry_points="kdcache.methods")
@@ -27,4 +27,10 @@ def build(name: str, **options: Any) -> Method:
     return method.build(name, **options)
 
 
-from kdcache.methods import kd as _kd  # noqa: E402, F401  (registers itself)
+# They register themselves.
+from kdcache.methods import curriculum as _curriculum  # noqa: E402, F401
+from kdcache.methods import decoupled as _decoupled  # noqa: E402, F401
+from kdcache.methods import relational as _relational  # noqa: E402, F401
+from kdcache.methods import tempered as _tempered  # noqa: E402, F401
+from kdcache.methods import weighted as _weighted  # noqa: E402, F401
+from kdcache.methods.base import LogitMethod, State  # noqa: E402

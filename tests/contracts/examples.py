@@ -27,7 +27,15 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "bottom": ({"k": 1}, {"k": 3, "seed": 5}),
         "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),
     },
-    "method": {"kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1})},
+    "method": {
+        "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}),
+        "maxlogit": ({}, {"which": "both"}),
+        "dkd": ({}, {"alpha": 2.0, "beta": 0.5, "label_rule": "pair"}),
+        "rld": ({}, {"confidence_tau": None, "label_rule": "pair"}, {"ce_weight": 1.0}),
+        "zrld": ({}, {"std": "population"}),
+        "eakd": ({}, {"entropy_bound": 100.0}),
+        "mlkd": ({}, {"temperatures": "2+6"}),
+    },
     "dataset": {"folder": ({"root": IMAGES}, {"root": f"{IMAGES}/train", "split_fraction": 0.4})},
 }
 

@@ -1,6 +1,9 @@
 """Every method: a finite loss whose gradient a student can follow; and each one against its formula in METHODS.md."""
 
+import copy
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,10 @@ from numpy.typing import NDArray
 from scipy import special
 
 from kdcache.errors import UsageError
-from kdcache.methods import build
+from kdcache.methods import build, method
 from kdcache.targets import Targets
 from tests.contracts.examples import examples
+from tests.contracts.formulas import FORMULAS
 
 TAUS = (1.0, 4.0, 20.0, 40.0)
 
@@ -121,6 +125,238 @@ def test_half_precision_students_lose_no_more_than_their_own_rounding(name: str,
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-5)
     np.testing.assert_allclose(z.grad.double().numpy(), gradient, atol=0.005 * np.abs(gradient).max())  # bf16 keeps 8 bits
+
+
+# ---------------------------------------------------------------- each against its formula
+
+
+def value_and_gradient(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    student: NDArray[np.float64],
+    teacher: NDArray[np.float64],
+    dtype: torch.dtype,
+) -> tuple[float, NDArray[np.float64]]:
+    z = torch.from_numpy(student).to(dtype).requires_grad_()
+    value = loss(z, torch.from_numpy(teacher).to(dtype))
+    value.backward()
+    assert z.grad is not None
+    return value.item(), z.grad.double().numpy()
+
+
+def test_every_method_is_compared_with_a_formula() -> None:
+    assert list(method) == sorted(FORMULAS)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("classes", [3, 37, 100])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_losses_and_gradients_are_those_of_the_formula(name: str, classes: int, tau: float) -> None:
+    student, teacher, targets = problem(classes=classes)
+    label = targets.label_a
+    assert label is not None
+    built = build(name)
+    expected, slope = value_and_gradient(lambda z, v: FORMULAS[name](z, v, label, tau), student, teacher, torch.float64)
+    size = np.abs(slope).max()
+    tolerance = 1e-6 if name.startswith("ea") else 1e-8  # the published code adds 1e-10 within its logarithms
+    exact, gradient = value_and_gradient(lambda z, v: built(z, Targets(v, tau, label)), student, teacher, torch.float64)
+    assert exact == pytest.approx(expected, rel=tolerance)
+    np.testing.assert_allclose(gradient, slope, rtol=0, atol=tolerance * size)
+    single, gradient = value_and_gradient(lambda z, v: built(z, Targets(v, tau, label)), student, teacher, torch.float32)
+    assert single == pytest.approx(expected, rel=1e-3)
+    np.testing.assert_allclose(gradient, slope, rtol=0, atol=1e-4 * size)
+
+
+CASES = {
+    "plain": lambda z: z,
+    "a gap of 120": lambda z: z.index_fill(1, torch.tensor([1]), 120.0),
+    "a gap of -120": lambda z: z.index_fill(1, torch.tensor([1]), -120.0),
+    "constant rows": lambda z: torch.full_like(z, 3.3),
+    "ties": lambda z: z.round(),
+    "far from 0": lambda z: z + 300,
+    "hardly anything": lambda z: z * 0.01,
+}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 1000, 21841])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: int) -> None:
+    student, teacher, targets = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in problem(4, classes))
+    built = build(name)
+    every = list(CASES.items())
+    pairs = list(itertools.product(every, every)) if classes < 1000 else list(zip(every, every[::-1], strict=True))
+    for tau in (1.0, 40.0):
+        usual: tuple[float, float] | None = None  # loss and largest slope of plain logits, the first case
+        for (student_case, change), (teacher_case, other) in pairs:
+            z, v = change(student).float(), other(teacher).float()  # the very numbers that both precisions get
+            made = []
+            for dtype in (torch.float32, torch.float64):
+                leaf = z.to(dtype, copy=True).requires_grad_()
+                loss = built(leaf, Targets(v.to(dtype), tau, targets.label_a, targets.label_b, targets.lam))
+                loss.backward()
+                assert leaf.grad is not None
+                case = f"student: {student_case}; teacher: {teacher_case}; tau {tau}, {dtype}"
+                assert torch.isfinite(loss), case
+                assert torch.isfinite(leaf.grad).all(), case
+                made.append((loss.item(), leaf.grad.double()))
+            (single, gradient), (exact, slope) = made
+            size = slope.abs().max().item()
+            usual = usual or (abs(exact), size)
+            # Where hardly anything is left to learn, float32's rounding of terms that are multiplied by t^2 remains.
+            noise = 1e-5 * max(tau, 16) ** 2 * (10 if classes >= 1000 else 1)
+            if name == "dist" and {student_case, teacher_case} & {"constant rows", "hardly anything"}:
+                continue  # a correlation of roundings, divided by 1e-8
+            assert abs(single - exact) <= 2e-3 * max(abs(exact), 0.01 * usual[0]) + noise, (case, single, exact)
+            error = (gradient - slope).abs().max().item()
+            assert error <= 1e-4 * max(size, 0.1 * usual[1]) + 3e-7 * max(tau, 16), (case, size, error)
+
+
+@pytest.mark.parametrize(("name", "options"), examples("method"))
+def test_gradients_are_those_of_the_loss(name: str, options: dict[str, Any]) -> None:
+    student, teacher, targets = problem(4, 6, scale=1.5)
+    built, v = build(name, **options), torch.from_numpy(teacher)
+    if name in {"eakd", "eadkd", "wsld", "maxlogit"}:
+        pytest.skip("its weights are detached: the gradient is not the slope, but that of the formula with fixed weights")
+    z = torch.from_numpy(student).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: built(z, Targets(v, 3.0, targets.label_a, targets.label_b, targets.lam)), z)
+
+
+@pytest.mark.parametrize(("name", "options"), examples("method"))
+def test_autocast_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    student, _, targets = problem()
+    z, built = torch.from_numpy(student).float(), build(name, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = built(z, targets)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, built(z, targets))
+
+
+@pytest.mark.parametrize(("name", "options"), examples("method"))
+def test_a_shift_of_a_row_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    student, teacher, targets = problem()
+    built, shift = build(name, **options), np.linspace(-9, 9, len(student))[:, None]
+    assert targets.label_a is not None
+    loss, gradient = value_and_gradient(lambda z, v: built(z, Targets(v, 4.0, targets.label_a)), student, teacher, torch.float64)
+    moved, slope = value_and_gradient(
+        lambda z, v: built(z, Targets(v, 4.0, targets.label_a)), student + shift, teacher - shift, torch.float64
+    )
+    assert moved == pytest.approx(loss, rel=1e-9)
+    np.testing.assert_allclose(slope, gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
+
+
+# ---------------------------------------------------------------- what they have to do with each other
+
+
+def rows_of(name: str, student: NDArray[np.float64], teacher: NDArray[np.float64], tau: float, **options: Any) -> float:
+    label = torch.from_numpy(teacher.argmax(axis=1))
+    loss = build(name, **options)(torch.from_numpy(student), Targets(torch.from_numpy(teacher), tau, label))
+    return float(loss)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_kd_is_tckd_and_nckd_weighted_by_what_the_teacher_leaves(tau: float) -> None:
+    for row in range(8):
+        student, teacher = (x[row : row + 1] for x in problem()[:2])
+        p = special.softmax(teacher / tau, axis=1)[0, teacher.argmax()]
+        parts = [rows_of("dkd", student, teacher, tau, alpha=a, beta=b) for a, b in ((1, 0), (0, 1))]
+        assert rows_of("kd", student, teacher, tau) == pytest.approx(parts[0] + (1 - p) * parts[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_rld_of_the_teachers_top_class_is_dkd(tau: float) -> None:
+    student, teacher, targets = problem()
+    z, v = torch.from_numpy(student), torch.from_numpy(teacher)
+    made = [
+        build(name, label_rule="teacher_argmax", **options)(z, Targets(v, tau, targets.label_a))
+        for name, options in (("rld", {"confidence_tau": None}), ("dkd", {}), ("zrld", {}), ("zdkd", {}))
+    ]
+    torch.testing.assert_close(made[0], made[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(made[2], made[3], rtol=1e-12, atol=0)
+    unlabelled = build("rld", confidence_tau=None)(z, Targets(v, tau))
+    assert torch.equal(unlabelled, made[0])
+
+
+@pytest.mark.parametrize("tau", [2.0, 4.0, 20.0])
+def test_ttm_is_kd_and_a_renyi_term(tau: float) -> None:
+    """Transformed teacher matching, eq. 15: D(p_T || q) = T D(p_T || q_T) - (T - 1) H_(1/T)(q) + (T - 1) H(p_T)."""
+    student, teacher, _ = problem()
+    q, p_t = special.softmax(student, axis=1), special.softmax(teacher / tau, axis=1)
+    renyi = np.log((q ** (1 / tau)).sum(axis=1)) / (1 - 1 / tau)
+    shannon = -(p_t * np.log(p_t)).sum(axis=1)
+    kd = rows_of("kd", student, teacher, tau, tau_squared=False)
+    expected = tau * kd - (tau - 1) * renyi.mean() + (tau - 1) * shannon.mean()
+    assert rows_of("ttm", student, teacher, tau) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mixed_labels_by_each_rule() -> None:
+    student, teacher, targets = problem()
+    z, v, a, b, lam = torch.from_numpy(student), torch.from_numpy(teacher), targets.label_a, targets.label_b, targets.lam
+    assert a is not None
+    assert b is not None
+    assert lam is not None
+    mixed = Targets(v, 4.0, a, b, lam)
+    for name in ("dkd", "zdkd", "rld", "nkd", "wsld", "eadkd"):
+        of = {rule: build(name, label_rule=rule)(z, mixed) for rule in ("dominant", "pair", "teacher_argmax")}
+        assert torch.equal(of["dominant"], build(name)(z, mixed))
+        assert torch.equal(of["dominant"], build(name)(z, Targets(v, 4.0, torch.where(lam >= 0.5, a, b))))
+        assert torch.equal(of["teacher_argmax"], build(name)(z, Targets(v, 4.0)))
+        pair = [
+            share * build(name)(z[row : row + 1], Targets(v[row : row + 1], 4.0, label[row : row + 1]))
+            for row in range(len(z))
+            for label, share in ((a, lam[row].double()), (b, 1 - lam[row].double()))
+        ]
+        torch.testing.assert_close(of["pair"], torch.stack(pair).sum() / len(z), rtol=1e-10, atol=0)
+        with pytest.raises(UsageError, match="without labels"):
+            build(name, label_rule="pair")(z, Targets(v, 4.0))
+
+
+def test_warm_up_counts_epochs_from_one() -> None:
+    student, teacher, targets = problem()
+    z, built = torch.from_numpy(student), build("dkd", warmup_epochs=4)
+    whole = built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a))
+    state = built.new_state()  # type: ignore[attr-defined]
+    for epoch, share in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        state.epoch = epoch
+        torch.testing.assert_close(built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a), state), share * whole)
+
+
+def test_ctkds_temperature_is_learned_against_the_student() -> None:
+    student, teacher, _ = problem()
+    z, targets, built = torch.from_numpy(student), Targets(torch.from_numpy(teacher), 1.0), build("ctkd")
+    state = built.new_state().double()  # type: ignore[attr-defined]
+    for epoch, strength in ((1, math.cos(math.pi / 10) / 2 - 0.5), (10, -1.0), (30, -1.0)):
+        state.epoch = epoch
+        [reversed_slope] = torch.autograd.grad(built(z, targets, state), state.theta)
+        ahead, behind = (float(built(z, targets, _moved(state, step))) for step in (1e-5, -1e-5))
+        assert reversed_slope.item() == pytest.approx(strength * (ahead - behind) / 2e-5, rel=1e-5)
+    with pytest.raises(UsageError, match="never published"):
+        build("ctkd", instance=True)
+
+
+def _moved(state: Any, step: float) -> Any:
+    moved = copy.deepcopy(state)
+    with torch.no_grad():
+        moved.theta += step
+    return moved
+
+
+def test_mlkd_of_two_views_adds_the_strong_ones_but_for_two_and_six() -> None:
+    (weak, teacher, _), rng = problem(), np.random.default_rng(9)
+    strong, other = rng.normal(0, 3, (2, *weak.shape))
+    built = build("mlkd")
+    single = rows_of("mlkd", weak, teacher, 4.0)
+    targets = Targets(torch.from_numpy(teacher), 4.0, second=Targets(torch.from_numpy(other), 4.0))
+    both = float(built(torch.from_numpy(np.concatenate([weak, strong])), targets))
+    added = sum(rows_of("kd", strong, other, tau) for tau in (4, 3, 5)) + sum(rows_of("kd", weak, teacher, tau) for tau in (2, 6))
+    assert both - single == pytest.approx(0.9 * added, rel=1e-9)
+
+
+def test_the_published_bound_of_entropies_can_be_had() -> None:
+    student, teacher, _ = problem()
+    plain, shipped = (rows_of("eakd", student, teacher, 4.0, entropy_bound=bound) for bound in ("logC", 100.0))
+    assert shipped < plain
+    assert method.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
+    with pytest.raises(UsageError, match="number above 0"):
+        build("eakd", entropy_bound=-1.0)
 
 
 # ---------------------------------------------------------------- kd, METHODS.md section 1

@@ -1,0 +1,108 @@
+"""A temperature that is learned against the student."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcache.errors import UsageError
+from kdcache.methods import method
+from kdcache.methods.base import LogitMethod, State, ZScored
+from kdcache.targets import Targets
+
+__all__ = ["CTKD", "ZCTKD"]
+
+THETA = 1.0  # at the beginning
+
+
+class _Temperature(State):
+    """theta, from which the temperature is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(THETA))
+
+
+@method.register("ctkd")
+@dataclass(frozen=True, kw_only=True)
+class CTKD(LogitMethod):
+    """T^2 <KL(p_T || q_T)> with T = t_start + t_end sigmoid(theta), theta learned to make the loss larger.
+
+    Its gradient is multiplied by lambda, which falls from 0 to -1 over `lambda_epochs` as a half cosine: the adversary grows.
+    It belongs into an SGD group of its own: AdamW would divide lambda out. tau is not used.
+    """
+
+    t_start: float = 1.0
+    t_end: float = 20.0
+    lambda_epochs: int = 10
+    tau_squared: bool = True
+    instance: bool = False
+
+    source: ClassVar[str] = "curriculum temperature (AAAI 2023), global form of its code"
+    needs: ClassVar[tuple[str, ...]] = ("state",)
+    uses_tau: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.instance:
+            raise UsageError(
+                "ctkd with instance=true",
+                why="the network that gives every sample its temperature was never published with the code",
+                fix="use the global form, ctkd",
+            )
+        if self.t_start <= 0 or self.t_end < 0 or self.lambda_epochs < 1:
+            raise UsageError(
+                f"ctkd with t_start={self.t_start:g}, t_end={self.t_end:g}, lambda_epochs={self.lambda_epochs}",
+                why="temperatures lie between t_start > 0 and t_start + t_end, and lambda takes at least an epoch",
+                fix="ctkd:t_start=1,t_end=20,lambda_epochs=10",
+            )
+
+    def new_state(self) -> State:
+        return _Temperature()
+
+    def new_optimizer(self, state: State) -> torch.optim.Optimizer:
+        return torch.optim.SGD(state.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)  # of the published student
+
+    def strength(self, epoch: int) -> float:
+        """lambda in `epoch`, counted from 1."""
+        done = min(epoch / self.lambda_epochs, 1.0)
+        return (math.cos(math.pi * done) + 1) / 2 - 1
+
+    def temperature(self, state: State | None) -> Tensor | float:
+        """T: a scalar whose gradient reaches theta reversed."""
+        if not isinstance(state, _Temperature):
+            return self.t_start + self.t_end / (1 + math.exp(-THETA))
+        theta: Tensor = _Reversed.apply(state.theta, self.strength(state.epoch))
+        return self.t_start + self.t_end * torch.sigmoid(theta)
+
+    def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
+        tau = self.temperature(state)
+        log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
+        loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return loss * tau**2 if self.tau_squared else loss
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+@method.register("zctkd")
+@dataclass(frozen=True, kw_only=True)
+class ZCTKD(ZScored, CTKD):
+    """ctkd of z-scores."""
+
+    source: ClassVar[str] = "logit standardization (CVPR 2024), section 5, on CTKD"
+
+
+class _Reversed(torch.autograd.Function):
+    """The same number; its gradient times `strength`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
+        ctx.strength = strength
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.strength, None
