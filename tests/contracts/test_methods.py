@@ -326,7 +326,7 @@ def test_ctkds_temperature_is_learned_against_the_student() -> None:
     for epoch, strength in ((1, math.cos(math.pi / 10) / 2 - 0.5), (10, -1.0), (30, -1.0)):
         state.epoch = epoch
         [reversed_slope] = torch.autograd.grad(built(z, targets, state), state.theta)
-        ahead, behind = (float(built(z, targets, _moved(state, step))) for step in (1e-5, -1e-5))
+        ahead, behind = (built(z, targets, _moved(state, step)).item() for step in (1e-5, -1e-5))
         assert reversed_slope.item() == pytest.approx(strength * (ahead - behind) / 2e-5, rel=1e-5)
     with pytest.raises(UsageError, match="never published"):
         build("ctkd", instance=True)

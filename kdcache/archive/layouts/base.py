@@ -27,7 +27,10 @@ class ShardReader(Protocol):
         """Stored numbers of `field` at `rows` of a shard, `[n, ...]`; raises IntegrityError for damaged bytes."""
 
     def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        """What `gather` gives for a slice, as it lies in the file, in pieces `[m, ...]` or `[units, rows, ...]`: no copies."""
+        """What `gather` gives for a slice, as it lies in the file, in pieces `[m, ...]` or `[units, rows, ...]`: no copies.
+
+        Raises IntegrityError for damaged bytes by the end of the last piece, which must be waited for.
+        """
 
     def labels(self) -> NDArray[np.int64] | None:
         """Stored label of every sample, `[N]`, whatever numbers these are."""
