@@ -4,6 +4,7 @@ A method says what it asks of a batch, `distance`; its weight, the labels' cross
 labels are decided here, alike for all of them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class State(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitMethod:
+class LogitMethod(ABC):
     """`kd_weight` times the method's own loss, and `ce_weight` times the labels' cross entropy at temperature 1.
 
     Losses are computed in float32 (float64 for float64 students), also under autocast.
@@ -74,9 +75,13 @@ class LogitMethod:
         """What learns the parameters of `state`, if it has any; its learning rate follows the student's schedule."""
         return None
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What of logits `[B, C]` is compared: they themselves, or their z-scores (see `ZScored`)."""
+        return logits
+
+    @abstractmethod
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
         """The method's own loss of logits `[B, C]` in one precision, a scalar."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +122,14 @@ class Labelled(LogitMethod):
         """What the loss is multiplied by in the state's epoch."""
         return 1.0
 
+    @abstractmethod
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         """The loss of every row, `[B]`, with `label` int64 `[B]`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZScored:
-    """Options of methods that compare z-scores of logits (logit standardization, CVPR 2024, algorithm 1).
+    """To be named before a method: it then compares z-scores of logits (logit standardization, CVPR 2024, algorithm 1).
 
     Algorithm 1 divides by the population's deviation, the published code by the sample's (C - 1): so does the default.
     """

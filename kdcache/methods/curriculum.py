@@ -83,9 +83,6 @@ class CTKD(LogitMethod):
         loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return loss * tau**2 if self.tau_squared else loss
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
-
 
 @method.register("zctkd")
 @dataclass(frozen=True, kw_only=True)

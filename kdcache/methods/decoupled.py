@@ -40,9 +40,6 @@ class DKD(Labelled):
         rows = self.alpha * target_rows(v, z, label) + self.beta * rest_rows(v, z, _is(label, z))
         return rows * tau**2 if self.tau_squared else rows
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
-
 
 @method.register("zdkd")
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +84,6 @@ class RLD(Labelled):
             self.alpha * confidence * (own**2 if self.tau_squared else 1.0)
             + self.beta * masked * (tau**2 if self.tau_squared else 1.0)
         )  # fmt: skip
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
 
 
 @method.register("zrld")

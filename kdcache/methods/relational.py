@@ -97,9 +97,6 @@ class MLKD(LogitMethod):
         log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * tau**2
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
-
 
 @method.register("zmlkd")
 @dataclass(frozen=True, kw_only=True)

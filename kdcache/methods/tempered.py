@@ -33,9 +33,6 @@ class KD(LogitMethod):
         loss = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return loss * tau**2 if self.tau_squared else loss
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
-
 
 @method.register("zkd")
 @dataclass(frozen=True, kw_only=True)
