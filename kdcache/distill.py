@@ -5,15 +5,12 @@ batches, fetched, rendered and checked once. What each of them becomes is what i
 """
 
 import datetime
-import hashlib
 import itertools
-import json
-import math
 import resource
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +20,18 @@ import yaml
 from torch import Tensor
 
 import kdcache
-from kdcache.archive import Average, Ensemble, is_url
+from kdcache.archive import Ensemble, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
+from kdcache.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, views_per_step
 from kdcache.interrupts import Stopped, stopped_between_steps
-from kdcache.methods import LogitMethod, Method, method
-from kdcache.metrics import agreement
-from kdcache.models import create_model, resolve
-from kdcache.prefetch import RendererChoice
+from kdcache.methods import LogitMethod, method
+from kdcache.metrics import agreement, divergence
+from kdcache.models import create_model
 from kdcache.progress import Progress, Silent
-from kdcache.registry import Registry
 from kdcache.sheet import contact_sheet
-from kdcache.stream import Batch, CachedTargets
-from kdcache.targets import Control, Targets, averaged, controls, row_keys
+from kdcache.stream import ORDER_VERSION, BatchTargets, CachedTargets
+from kdcache.targets import averaged, controls
 from kdcache.training import (
     EvalSet,
     Learner,
@@ -46,55 +42,10 @@ from kdcache.training import (
 )
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
-__all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill", "plan_students"]
+__all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill"]
 
 
 OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """What to train: all combinations of the sequences. `train` defaults to the temperature study's recipe."""
-
-    archives: Sequence[str] = ()  # none: the only one, or the newest; several: the average of them
-    average: Average = "logits"  # or of their probabilities at each student's tau
-    taus: Sequence[float] = (1.0,)
-    methods: Sequence[str] = ("kd",)
-    controls: Sequence[str] = ("none",)
-    students: Sequence[str] = ()  # empty: the dataset's own
-    seeds: Sequence[int] = (0,)
-    epochs: int | None = None
-    batch_size: int = 64
-    opt: str = "adamw"
-    lr: float = 0.002
-    weight_decay: float = 0.05
-    clip_grad: float | None = 1.0
-    dataset: str | None = None  # where the images are now, if not where the dump found them
-    strict: bool = False
-    force: bool = False  # temperatures at which a method is not meant to be used
-    allow_drift: int = 0
-    device: str = "auto"
-    workers: int = 0
-    renderer: RendererChoice = "auto"
-    checkpoint_interval: float = 30.0  # seconds
-    command: str = ""
-
-
-@dataclass(frozen=True)
-class StudentSpec:
-    """One student of the grid."""
-
-    student: str  # as typed
-    name: str  # exact timm name
-    method: Method
-    control: Control
-    tau: float
-    seed: int
-    folder: Path
-
-    @property
-    def title(self) -> str:
-        return f"{self.student} {method.spec(self.method)} tau {self.tau:g} {controls.spec(self.control)} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +60,10 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid."""
     progress = progress or Silent()
     resolve_device(config.device)  # better refused before anything is decoded
-    archive = workspace.open_ensemble(config.archives, config.average, progress, strict=config.strict)
-    specs, settings = plan_students(config, archive, workspace)
+    archive, second = open_archives(config, workspace, progress)
+    specs, settings = plan_students(config, archive, second, workspace)
+    for doubt in doubts(specs):
+        progress.say(doubt)
     require_writable(workspace.runs)
     train, test = _canvases(config, archive, workspace, progress)
     if settings.epochs > archive.num_views:
@@ -125,73 +78,8 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
         evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer)
         _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
         for _, group in itertools.groupby(sorted(fresh, key=lambda spec: spec.seed), key=lambda spec: spec.seed):
-            _Lockstep(list(group), settings, config, archive, train, evaluation, progress).run()
+            _Lockstep(list(group), settings, config, archive, second, train, evaluation, progress).run()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
-
-
-def plan_students(config: DistillConfig, archive: Ensemble, workspace: Workspace) -> tuple[list[StudentSpec], TrainConfig]:
-    """The grid of students with the folder of each, and how they are trained. UsageError for a grid that makes no sense."""
-    lists = {"--tau": config.taus, "--method": config.methods, "--control": config.controls, "--seed": config.seeds}
-    for option, values in lists.items():
-        if not values:
-            raise UsageError(f"{option} names nothing", why="the grid of students would be empty", fix=f"give {option} a value")
-    for tau in config.taus:
-        if not (math.isfinite(tau) and tau > 0):
-            raise UsageError(f"tau {tau}", why="a temperature is a positive number", fix="use for example --tau 1,4,20")
-    recipe = _source(config, archive).recipe
-    settings = TrainConfig(
-        epochs=config.epochs or recipe.student_epochs,
-        batch_size=config.batch_size,
-        opt=config.opt,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
-    )
-    names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
-    hows, whats = _parse_all(method, config.methods), _parse_all(controls, config.controls)
-    for how, what, tau in itertools.product(hows, whats, config.taus):
-        _require_sense(how, what, tau, config)
-    specs = []
-    for seed, (student, name), how, what, tau in itertools.product(config.seeds, names.items(), hows, whats, config.taus):
-        tau = tau if getattr(how, "uses_tau", True) else 1.0
-        identity = json.dumps(
-            [archive.digest, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()],
-            sort_keys=True,
-        )
-        parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
-        label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
-        folder = workspace.runs / archive.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
-        specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
-    return list({spec.folder: spec for spec in specs}.values()), settings
-
-
-def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
-    """UsageError for a combination of method, control and temperature that means nothing."""
-    name, its_control = method.name_of(how), controls.name_of(what)
-    if not getattr(how, "uses_tau", True):
-        others = [spec for spec in config.methods if spec.partition(":")[0] != name]
-        if tuple(config.taus) != (1.0,) and not others:
-            raise UsageError(
-                f"--method {name} with --tau {tau:g}",
-                why=f"{name} finds its temperature by itself and does not look at tau",
-                fix="leave --tau out",
-            )
-        if its_control.startswith("ls-"):
-            raise UsageError(
-                f"--method {name} with --control {its_control}",
-                why="label smoothing is matched to the entropy at tau, which this method does not use",
-                fix="use --control none or bottom:K, or another method",
-            )
-    if name in {"ttm", "wttm"} and tau >= 10 and not config.force:
-        raise UsageError(
-            f"--method {name} with --tau {tau:g}",
-            why="its student is not tempered, and would be pushed to the uniform distribution; the paper's tau are below 10",
-            fix="use a smaller tau, or --force",
-        )
-
-
-def _parse_all(registry: Registry[Any], specs: Sequence[str]) -> list[Any]:
-    return [registry.parse(spec) for spec in specs]
 
 
 class _Lockstep:
@@ -203,11 +91,13 @@ class _Lockstep:
         settings: TrainConfig,
         config: DistillConfig,
         archive: Ensemble,
+        second: Ensemble,
         train: Canvas,
         evaluation: EvalSet,
         progress: Progress,
     ) -> None:
-        self.archive, self.evaluation, self.progress, self.settings = archive, evaluation, progress, settings
+        self.archive, self.second = archive, second
+        self.evaluation, self.progress, self.settings = evaluation, progress, settings
         self.device = resolve_device(config.device)
         self.seed = specs[0].seed
         self.stream = CachedTargets(
@@ -220,10 +110,11 @@ class _Lockstep:
             renderer=config.renderer,
             allow_drift=config.allow_drift,
             progress=progress,
+            second=second if any(views_per_step(spec.method) == 2 for spec in specs) else None,
         )
         _allow_open_files(len(specs))
         self.students = [
-            _Student(spec, settings, config, archive, self.evaluation, len(self.stream), self.device) for spec in specs
+            _Student(spec, settings, config, archive, second, self.evaluation, len(self.stream), self.device) for spec in specs
         ]
 
     def run(self) -> None:
@@ -246,11 +137,12 @@ class _Lockstep:
             active = [student for student in active if student.learner.epoch == epoch]
             behind = min(student.learner.steps_in_epoch for student in active)
             for number, batch in enumerate(self.stream.epoch(epoch, behind), behind):
-                made: dict[Any, Targets] = {}  # students of one tau and control share their targets
-                keys = row_keys(self.archive.digest, batch.view, batch.sample.cpu()).to(self.device)
+                shown = [BatchTargets(batch, self.archive.digest)]
+                if batch.second is not None:
+                    shown.append(BatchTargets(batch.second, self.second.digest))
                 for student in active:
                     if student.learner.steps_in_epoch == number:  # else it has seen this batch before it was suspended
-                        student.step(batch, keys, made)
+                        student.step(shown)
                         check()
                 done = self._steps()
                 left = (time.monotonic() - started) * (total - done) / max(done - first, 1)
@@ -258,11 +150,13 @@ class _Lockstep:
                     f"distill seed {self.seed}", done, total, f"epoch {epoch + 1}/{self.settings.epochs}, {left:.0f} s left"
                 )
             tested = self.evaluation.logits([student.learner for student in active], check)
-            figures: dict[str, float] = {"view": self.stream.view(epoch)}
+            figures: dict[str, float] = {"view": self.stream.view(epoch), "batch_order": self.stream.order_digest(epoch)}
             if self.stream.allow_drift:
                 figures["drifted_views"] = self.stream.drifted
             for student, logits in zip(active, tested, strict=True):
-                student.learner.end_epoch(self.evaluation.metrics(logits), **figures)
+                two = views_per_step(student.spec.method) == 2
+                other = {"second_view": self.stream.second_view(epoch)} if two else {}
+                student.learner.end_epoch(self.evaluation.metrics(logits), **figures, **other)
                 if student.learner.status == "diverged":
                     self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
 
@@ -294,6 +188,7 @@ class _Student:
         settings: TrainConfig,
         config: DistillConfig,
         archive: Ensemble,
+        second: Ensemble,
         evaluation: EvalSet,
         steps_per_epoch: int,
         device: torch.device,
@@ -318,23 +213,22 @@ class _Student:
             checkpoint_interval=config.checkpoint_interval,
             learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
         )
-        _write_args(spec, settings, config, archive)
+        _write_args(spec, settings, config, archive, second)
 
-    def step(self, batch: Batch, keys: Tensor, made: dict[Any, Targets]) -> None:
-        assert batch.logits is not None
-        tau, shared = self.spec.tau, (self.control, self.spec.tau)
-        if tau not in made:
-            made[tau] = Targets(averaged(batch.logits, tau), tau, batch.label_a, batch.label_b, batch.lam)
-        if shared not in made:
-            made[shared] = self.control(made[tau], keys)
-        targets, teacher = made[shared], made[tau].logits
+    def step(self, shown: Sequence[BatchTargets]) -> None:
+        """One step on the views of a batch's samples, as many of them as the method wants."""
+        first, tau = shown[0], self.spec.tau
+        targets, teacher = first(tau, self.control), first(tau).logits
+        if (views := views_per_step(self.spec.method)) == 2:
+            targets = replace(targets, second=shown[1](tau, self.control))
         if self.state is not None:
             self.state.epoch = self.learner.epoch + 1
-        self.learner.step(
-            batch.images,
-            lambda logits: self.spec.method(logits, targets, self.state),
-            lambda logits: {"agreement": agreement(logits, teacher), **self._learned_figures()},
-        )
+
+        def measure(logits: Tensor) -> dict[str, Tensor]:
+            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
+            return figures | self._learned_figures()
+
+        self.learner.step([each.images for each in shown[:views]], lambda z: self.spec.method(z, targets, self.state), measure)
 
     def _learned_figures(self) -> dict[str, Tensor]:
         """What the method has learned, for the log."""
@@ -342,12 +236,8 @@ class _Student:
         return {"temperature": found.detach()} if isinstance(found, Tensor) else {}
 
 
-def _source(config: DistillConfig, archive: Ensemble) -> Any:
-    return archive_source(archive, config.dataset)
-
-
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
-    source = _source(config, archive)
+    source = archive_source(archive, config.dataset)
     recorded = archive.manifest.canvas
     size = recorded.size if recorded else None
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
@@ -364,7 +254,7 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     return train, test
 
 
-def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Ensemble) -> None:
+def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig, archive: Ensemble, second: Ensemble) -> None:
     """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
     file = spec.folder / "args.yaml"
     session = {
@@ -386,6 +276,7 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         "archive_name": archive.name,
         "archive_digest": archive.digest,
         **_members(archive),
+        **({"second_archive": second.location, "second_archive_digest": second.digest} if second is not archive else {}),
         "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
         "teacher": "+".join(
             member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
@@ -397,6 +288,7 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         "control_spec": controls.spec(spec.control),
         "tau": spec.tau,
         "seed": spec.seed,
+        "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.seed}, batches of {settings.batch_size}, the last one dropped",
         **settings.model_dump(),
         **session,
     }

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["agreement", "calibration_error", "mean_relative_entropy", "top_k"]
+__all__ = ["agreement", "calibration_error", "divergence", "mean_relative_entropy", "moments", "top_k"]
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
@@ -23,6 +23,18 @@ def mean_relative_entropy(logits: Tensor) -> Tensor:
     """Mean of H(q) / log C at tau 1, a 0-d tensor in [0, 1]."""
     log_q = torch.log_softmax(logits.float(), dim=1)
     return -(log_q.exp() * log_q).sum(dim=1).mean() / math.log(logits.shape[1])
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
+    """Mean of D(p_tau || q) in nats, the student's q at tau 1, a 0-d tensor: what TTM (arXiv 2402.11148) follows in fig. 2."""
+    log_p, log_q = torch.log_softmax(teacher_logits.float() / tau, dim=1), torch.log_softmax(logits.float(), dim=1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the rows of their mean and of their standard deviation (over classes, by C), 0-d tensors."""
+    std, mean = torch.std_mean(logits.float(), dim=1, correction=0)
+    return mean.mean(), std.mean()
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -3,7 +3,8 @@
 What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
 """
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +15,27 @@ from torch import Tensor
 
 from kdcache.archive import AnyArchive
 from kdcache.canvas import Canvas
-from kdcache.errors import UsageError
+from kdcache.errors import IncompatibleError, UsageError
 from kdcache.prefetch import Rendered, RendererChoice, Resident, render_batches
 from kdcache.progress import Progress
 from kdcache.replay import check_views, require_replayable
+from kdcache.targets import Control, Targets, averaged, row_keys
 from kdcache.views.policy import ViewPolicy
 
-__all__ = ["Batch", "CachedTargets", "ViewStream", "epoch_positions", "epoch_view"]
+__all__ = [
+    "ORDER_VERSION",
+    "Batch",
+    "BatchTargets",
+    "CachedTargets",
+    "TargetPairs",
+    "ViewStream",
+    "epoch_positions",
+    "epoch_view",
+    "require_second",
+]
 
-BLOCK = 4096  # positions that are shuffled together; fixed, since it is part of what a seed means
+ORDER_VERSION = 1  # of what a seed means: the order of views and of positions
+BLOCK = 4096  # positions that are shuffled together, part of that meaning
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Batch:
     """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`.
 
     Of an `Ensemble` that averages probabilities, `logits` are `[B, K, C]`: `kdcache.targets.averaged` is what to make of them.
+    `second` is another view of the same samples, in the same order, where the stream was asked for one.
     """
 
     images: Tensor
@@ -40,18 +54,21 @@ class Batch:
     view: int
     positions: NDArray[np.int64]
     logits: Tensor | None = None
+    second: "Batch | None" = None
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
             key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.second is not None:
+            moved["second"] = self.second.to(device)
         return replace(self, **moved)
 
 
-def epoch_view(num_views: int, seed: int, epoch: int) -> int:
-    """The view that epoch `epoch` shows: each cycle through the views has its own order."""
+def epoch_view(num_views: int, seed: int, epoch: int, ahead: int = 0) -> int:
+    """The view that epoch `epoch` shows, or the one `ahead` of it: each cycle through the views has its own order."""
     cycle, turn = divmod(epoch, num_views)
-    return int(np.argsort(_draws(seed, 0, cycle, num_views), kind="stable")[turn])
+    return int(np.argsort(_draws(seed, 0, cycle, num_views), kind="stable")[(turn + ahead) % num_views])
 
 
 def epoch_positions(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -102,9 +119,16 @@ class ViewStream:
         """The view that epoch `epoch` shows."""
         return epoch
 
+    def order_digest(self, epoch: int) -> int:
+        """A crc32 of the positions that an epoch shows, in their order and batches: relations within a batch depend on it."""
+        shown = epoch_positions(len(self.canvas), self.seed, epoch)[: len(self) * self.batch_size]
+        return zlib.crc32(shown.astype("<i8").tobytes(), self.batch_size)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
+        return self._batches(self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch), start)
+
+    def _batches(self, view: int, positions: NDArray[np.int64], start: int) -> Iterator[Batch]:
         items = [(view, positions[i * self.batch_size : (i + 1) * self.batch_size]) for i in range(start, len(self))]
         for item in render_batches(
             self.canvas,
@@ -140,6 +164,9 @@ class CachedTargets(ViewStream):
     IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
     views of a canvas that was decoded otherwise, if their 4 x 4 grid means are within that many grey levels; `drifted`
     counts them.
+
+    With `second`, an archive over the same samples, batches bring a second view of their samples from there. It may be this
+    archive once more: then the second view of an epoch is the one that is half the cycle away.
     """
 
     archive: AnyArchive
@@ -156,14 +183,35 @@ class CachedTargets(ViewStream):
         renderer: RendererChoice = "auto",
         allow_drift: int = 0,
         progress: Progress | None = None,
+        second: AnyArchive | None = None,
     ) -> None:
         policy = require_replayable(archive, canvas)
         super().__init__(canvas, policy, batch_size=batch_size, seed=seed, device=device, workers=workers, renderer=renderer)
         self.archive = archive
         self.allow_drift = allow_drift
         self._progress = progress
-        self.drifted = 0
+        self._drifted = 0
         self._next_epoch = 0
+        self._second: CachedTargets | None = None
+        if second is not None:
+            require_second(archive, second)
+            self._second = CachedTargets(
+                second,
+                canvas,
+                batch_size,
+                seed,
+                device,
+                workers=workers,
+                renderer=renderer,
+                allow_drift=allow_drift,
+                progress=progress,
+            )
+            self._second._resident = self._resident
+
+    @property
+    def drifted(self) -> int:
+        """Views so far that were accepted as drifted."""
+        return self._drifted + (self._second.drifted if self._second else 0)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
@@ -171,17 +219,100 @@ class CachedTargets(ViewStream):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on. A remote archive's view is fetched first, the next one meanwhile."""
-        view = self.view(epoch)
-        self.archive.fetch(view, self._progress)
-        self.archive.prefetch(view, self.view(epoch + 1))
-        yield from super().epoch(epoch, start)
+        view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
+        self._fetch(view, self.view(epoch + 1))
+        batches = self._batches(view, positions, start)
+        if self._second is None:
+            yield from batches
+            return
+        other = self.second_view(epoch)
+        self._second._fetch(other, self.second_view(epoch + 1))
+        theirs = np.argsort(self._second._samples(other))[self._samples(view)[positions]]  # where the same samples sit
+        for batch, second in zip(batches, self._second._batches(other, theirs, start), strict=True):
+            yield replace(batch, second=second)
+
+    def pairs(
+        self, tau: float, normalise: Callable[[Tensor], Tensor] | None = None, control: Control | None = None
+    ) -> "TargetPairs":
+        """The stream for loops over `(input, target)`: images as `normalise` makes them, and `Targets` at `tau`."""
+        return TargetPairs(self, tau, normalise or (lambda images: images), control)
 
     def view(self, epoch: int) -> int:
         return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
 
+    def second_view(self, epoch: int) -> int:
+        """The view of the second archive that epoch `epoch` shows."""
+        assert self._second is not None
+        views = self._second.archive.views
+        itself = self._second.archive.digest == self.archive.digest
+        return views[epoch_view(len(views), self.seed, epoch, ahead=len(views) // 2 if itself else 0)]
+
+    def _fetch(self, view: int, following: int) -> None:
+        self.archive.fetch(view, self._progress)
+        self.archive.prefetch(view, following)
+
+    def _samples(self, view: int) -> NDArray[np.int64]:
+        """The sample at every position of a view, int64 `[N]`."""
+        return self.policy.parameters(view, len(self.canvas)).sample
+
     def _batch(self, item: Rendered) -> Batch:
-        self.drifted += check_views(item, self.archive, self.canvas, self.allow_drift)
+        self._drifted += check_views(item, self.archive, self.canvas, self.allow_drift)
         return super()._batch(item)
+
+
+class BatchTargets:
+    """The targets of a batch: made once for each temperature and each control, however many students ask for them."""
+
+    def __init__(self, batch: Batch, archive_digest: str) -> None:
+        self.images = batch.images
+        self._batch = batch
+        self._keys = row_keys(archive_digest, batch.view, batch.sample.cpu()).to(batch.images.device)
+        self._made: dict[tuple[float, Control | None], Targets] = {}
+
+    def __call__(self, tau: float, control: Control | None = None) -> Targets:
+        """What `control` makes of the teacher's logits at `tau`; without one, the teacher's own."""
+        if (tau, control) not in self._made:
+            self._made[tau, control] = control(self(tau), self._keys) if control else self._teacher(tau)
+        return self._made[tau, control]
+
+    def _teacher(self, tau: float) -> Targets:
+        batch = self._batch
+        assert batch.logits is not None
+        return Targets(averaged(batch.logits, tau), tau, batch.label_a, batch.label_b, batch.lam)
+
+
+@dataclass(frozen=True)
+class TargetPairs:
+    """`(images, Targets)` of a stream's batches; each time that it is iterated it is the next epoch's."""
+
+    stream: CachedTargets
+    tau: float
+    normalise: Callable[[Tensor], Tensor]
+    control: Control | None
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
+        for batch in self.stream:
+            yield self.normalise(batch.images), BatchTargets(batch, self.stream.archive.digest)(self.tau, self.control)
+
+
+def require_second(archive: AnyArchive, second: AnyArchive) -> None:
+    """UsageError or IncompatibleError unless `second` has second views for those of `archive`, of the same size and classes."""
+    if second.digest == archive.digest and archive.num_views < 2:
+        raise UsageError(
+            f"two views of a sample from archive {archive.location}",
+            why="it holds one view",
+            fix="dump more with --views, or name another archive of the same images with --second-archive",
+        )
+    sizes = [found.manifest.policy.size if found.manifest.policy else None for found in (archive, second)]
+    if sizes[0] != sizes[1] or archive.class_names != second.class_names:
+        raise IncompatibleError(
+            f"the views of archive {second.location} do not go with those of {archive.location}",
+            why=f"they are of {sizes[1]} px and {second.num_classes} classes, against {sizes[0]} px and {archive.num_classes}",
+            fix="dump both over the same dataset, with the same --size",
+        )
 
 
 def _check_batch_size(batch_size: int, num_samples: int) -> None:

@@ -1,15 +1,17 @@
 """Targets: what a student is trained towards, made from teacher logits at training time.
 
 A *control* turns targets into other targets, to show what the teacher's knowledge is worth: label smoothing of the
-same entropy, or the teacher's own logits with all but the top k shuffled (temperature study, sections 4.2 and 4.3).
+same entropy, the teacher's own logits with all but the top k shuffled (temperature study, sections 4.2 and 4.3), or what
+is left of them where only the top k were kept.
 """
 
 import dataclasses
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -52,6 +54,11 @@ class Targets:
     def with_logits(self, logits: Tensor) -> "Targets":
         return dataclasses.replace(self, logits=logits)
 
+    def to(self, device: torch.device | str) -> "Targets":
+        parts = vars(self).items()
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, Tensor | Targets)}
+        return dataclasses.replace(self, **moved)
+
 
 def averaged(logits: Tensor, tau: float) -> Tensor:
     """Target logits float32 `[B, C]` at `tau` of several teachers' `logits [B, K, C]`; those of one, `[B, C]`, stay as they are.
@@ -65,11 +72,19 @@ def averaged(logits: Tensor, tau: float) -> Tensor:
     return (tau * log_p).float()
 
 
-class Control(Protocol):
-    """Maps targets to other targets. `fit` looks at the whole archive first, where a control needs that."""
+class Control(ABC):
+    """Maps targets to other targets of the same shape, temperature, labels and dtype."""
 
-    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "Control": ...
-    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets: ...
+    def check(self, num_classes: int) -> None:  # noqa: B027  # most mean something with any number
+        """Raises UsageError where the control means nothing with so many classes."""
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
+        """The control as it is to be used at `tau` on an archive whose logits are the `blocks [n, C]`."""
+        return self
+
+    @abstractmethod
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        """Other targets. `rng_key` int64 `[B, 2]` are the rows' keys (see `row_keys`), for what is random."""
 
 
 controls: Registry[Control] = Registry("control")
@@ -82,11 +97,8 @@ def control(name: str, **options: Any) -> Control:
 
 @controls.register("none")
 @dataclass(frozen=True)
-class Unchanged:
+class Unchanged(Control):
     """The teacher's own logits."""
-
-    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "Unchanged":
-        return self
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         return targets
@@ -94,11 +106,8 @@ class Unchanged:
 
 @controls.register("ls-instance")
 @dataclass(frozen=True)
-class InstanceSmoothing:
+class InstanceSmoothing(Control):
     """Label smoothing of the teacher's argmax, with every sample's own entropy at tau (temperature study, section 4.2)."""
-
-    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "InstanceSmoothing":
-        return self
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         z = targets.logits.double() / targets.tau
@@ -110,7 +119,7 @@ class InstanceSmoothing:
 
 @controls.register("ls-global")
 @dataclass(frozen=True)
-class GlobalSmoothing:
+class GlobalSmoothing(Control):
     """Label smoothing of the teacher's argmax, one strength for all: that of the archive's average softmax at tau.
 
     `average` says how the average is formed, which the paper leaves open: the entropy of the mean of the *sorted*
@@ -122,7 +131,7 @@ class GlobalSmoothing:
         default=None, metadata=FITTED
     )  # log C - H in nats at the tau it was fitted for; found by `fit`
 
-    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "GlobalSmoothing":
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
         rows = 0
         total: Any = 0.0
         for block in blocks:
@@ -151,42 +160,78 @@ class GlobalSmoothing:
 
 @controls.register("bottom")
 @dataclass(frozen=True)
-class BottomShuffled:
+class BottomShuffled(Control):
     """Keep the `k` largest logits where they are and permute the other C - k (temperature study, section 4.2).
 
     Logits are permuted, once for every temperature: softmax follows the permutation, so both entropies stay as they were.
+    The study does not say how long a permutation lasts: `per` view, it is another one each time that a sample is shown; `per`
+    sample, always the same.
     """
 
     k: int
     seed: int = 0
+    per: Literal["view", "sample"] = "view"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UsageError(f"control bottom:{self.k}", why="at least the top class is kept", fix="use k >= 1, such as bottom:5")
+        _require_top("bottom", self.k)
 
-    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> "BottomShuffled":
-        self._check(next(iter(blocks)).shape[1])
-        return self
-
-    def _check(self, classes: int) -> None:
-        if self.k >= classes - 1:
-            raise UsageError(
-                f"control bottom:{self.k} with {classes} classes",
-                why=f"only {max(classes - self.k, 0)} class(es) would be left to permute, so nothing would change",
-                fix=f"use k <= {classes - 2}" if classes > 2 else "use another control",
-            )
+    def check(self, num_classes: int) -> None:
+        _require_rest("bottom", self.k, num_classes, "to permute")
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         logits = targets.logits
-        self._check(logits.shape[1])
-        # A stable sort: ties at rank k are broken by class number.
-        bottom = logits.argsort(dim=1, descending=True, stable=True)[:, self.k :]
+        self.check(logits.shape[1])
+        bottom = _bottom(logits, self.k)
+        key = rng_key[:, 0 if self.per == "view" else 1]
         draws = _mix64(
-            _mix64(rng_key + _signed(self.seed * _GOLDEN))[:, None]
-            + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
+            _mix64(key + _signed(self.seed * _GOLDEN))[:, None] + torch.arange(bottom.shape[1], device=logits.device) * _GOLDEN
         )
         source = bottom.gather(1, draws.argsort(dim=1, stable=True))
         return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))
+
+
+@controls.register("topk")
+@dataclass(frozen=True)
+class TopK(Control):
+    """What a sparse cache keeps: the `k` largest probabilities at tau 1, and what is left in equal parts for the other C - k.
+
+    Such caches (FKD and its kin) store probabilities, so that a larger tau tempers the same flattened rest.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _require_top("topk", self.k)
+
+    def check(self, num_classes: int) -> None:
+        _require_rest("topk", self.k, num_classes, "to flatten")
+
+    def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
+        logits = targets.logits
+        self.check(logits.shape[1])
+        bottom = _bottom(logits, self.k)
+        # The logit of each of n classes that share their whole mass: logsumexp - log n.
+        flat = logits.gather(1, bottom).double().logsumexp(dim=1, keepdim=True) - math.log(bottom.shape[1])
+        return targets.with_logits(logits.scatter(1, bottom, flat.to(logits.dtype).expand(bottom.shape)))
+
+
+def _bottom(logits: Tensor, k: int) -> Tensor:
+    """The classes of all but the `k` largest `logits [B, C]`: int64 `[B, C - k]`; of a tie at rank k, the later ones."""
+    return logits.argsort(dim=1, descending=True, stable=True)[:, k:]
+
+
+def _require_top(name: str, k: int) -> None:
+    if k < 1:
+        raise UsageError(f"control {name}:{k}", why="at least the top class is kept", fix=f"use k >= 1, such as {name}:5")
+
+
+def _require_rest(name: str, k: int, classes: int, purpose: str) -> None:
+    if k >= classes - 1:
+        raise UsageError(
+            f"control {name}:{k} with {classes} classes",
+            why=f"only {max(classes - k, 0)} class(es) would be left {purpose}, so nothing would change",
+            fix=f"use k <= {classes - 2}" if classes > 2 else "use another control",
+        )
 
 
 def match_entropy(deficit: Tensor, classes: int) -> Tensor:
@@ -215,8 +260,8 @@ def _smoothed(targets: Targets, d: Tensor) -> Targets:
     """Targets whose softmax at their tau is the smoothed one: the top logit is tau log(1 + C d / (1 - d)), the others 0."""
     classes = targets.logits.shape[1]
     top = targets.tau * torch.log1p(classes * d / (1 - d).clamp(min=1e-30))
-    logits = torch.zeros_like(targets.logits, dtype=torch.float32)
-    logits.scatter_(1, targets.logits.argmax(dim=1, keepdim=True), top.to(torch.float32)[:, None])
+    logits = torch.zeros_like(targets.logits, dtype=torch.promote_types(targets.logits.dtype, torch.float32))
+    logits.scatter_(1, targets.logits.argmax(dim=1, keepdim=True), top.to(logits.dtype)[:, None])
     return targets.with_logits(logits)
 
 
@@ -237,6 +282,12 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def row_keys(archive_digest: str, view: int, sample: Tensor) -> Tensor:
-    """Random keys int64 `[B]` of rows, from the archive's digest, the view and the `sample` numbers int64 `[B]`."""
-    base = int.from_bytes(hashlib.sha256(f"{archive_digest} {view}".encode()).digest()[:8], "little", signed=True)
-    return _mix64(_mix64(sample * _GOLDEN) ^ base)
+    """Random keys int64 `[B, 2]` of rows, from the archive's digest and the `sample` numbers int64 `[B]`.
+
+    The first is also the view's; the second is one sample's in all views.
+    """
+    return torch.stack([_mix64(_mix64(sample * _GOLDEN) ^ _base(f"{archive_digest} {which}")) for which in (view, "all")], dim=1)
+
+
+def _base(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

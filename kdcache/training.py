@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdcache.archive import translated_os_errors
 from kdcache.canvas import Canvas
 from kdcache.errors import IntegrityError, RetryError, UsageError
-from kdcache.metrics import calibration_error, mean_relative_entropy, top_k
+from kdcache.metrics import calibration_error, mean_relative_entropy, moments, top_k
 from kdcache.models import Normalisation
 from kdcache.prefetch import RendererChoice, render_batches
 from kdcache.ranks import this_rank
@@ -213,8 +213,18 @@ class Learner:
         self._count = 0
         self._seconds = 0.0
 
-    def step(self, views: Tensor, loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]) -> None:
-        """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means."""
+    def step(
+        self,
+        views: Tensor | Sequence[Tensor],
+        loss_of: Callable[[Tensor], Tensor],
+        measure: Callable[[Tensor], dict[str, Tensor]],
+    ) -> None:
+        """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means.
+
+        Of several such views, each goes through the model by itself (batch normalisation sees one at a time), `loss_of` gets
+        their logits one below the other, and figures are those of the first.
+        """
+        each = [views] if isinstance(views, Tensor) else list(views)
         started = time.perf_counter()
         self._whole = False
         share = 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
@@ -222,8 +232,8 @@ class Learner:
             group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
         with self._own_rng():
             self.model.train()
-            logits = self.model(self.normalise(views))
-            loss = loss_of(logits)
+            outputs = [self.model(self.normalise(views)) for views in each]
+            loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_per_layer(self.parameters, self.config.clip_grad)
@@ -231,8 +241,10 @@ class Learner:
             if self._learned is not None:
                 self._step_learned(share)
         with torch.no_grad():
-            logits = logits.detach()
+            logits = outputs[0].detach()
+            mean, std = moments(logits)
             figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
+            figures |= {"logit_mean": mean, "logit_std": std}
             for name, value in (figures | measure(logits)).items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1

@@ -166,6 +166,11 @@ class Archive:
         return open_archive, (self.location,)  # another process maps the files itself
 
     @property
+    def digest(self) -> str:
+        """What identifies it, sha256: of its rows, teacher, policy and data, whatever the layout."""
+        return self.manifest.digest
+
+    @property
     def location(self) -> str:
         """The folder or URL that it was opened at."""
         return self.store.name

@@ -10,7 +10,7 @@ from kdcache.progress import Progress
 
 __all__ = ["Result", "run_benchmarks"]
 
-NAMES = ("startup", "archive", "views", "dump", "distill")
+NAMES = ("startup", "archive", "views", "dump", "methods", "distill")
 
 
 def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
@@ -29,6 +29,10 @@ def _benchmark(name: str) -> Callable[[float, Path, Progress], list[Result]]:
         from kdcache.bench.archive import archive
 
         return archive
+    if name == "methods":
+        from kdcache.bench.methods import methods
+
+        return methods
     from kdcache.bench import pipeline
 
     found: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)

@@ -33,5 +33,6 @@ def taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable
             started = time.perf_counter()
             side()
             times.append(time.perf_counter() - started)
-        progress.update(task, min(int(time.monotonic() - begin), int(seconds)), int(seconds))
+        progress.update(task, min(int(time.monotonic() - begin), int(seconds) - 1), int(seconds))
+    progress.update(task, int(seconds), int(seconds))
     return [float(np.median(times)) for times in taken]

@@ -19,10 +19,10 @@ from kdcache.cli.options import (
     SkipCorruptOption,
     WorkersOption,
     command_line,
-    floats,
     integers,
     share,
     specs,
+    temperatures,
     view_range,
     workspace,
 )
@@ -234,9 +234,12 @@ def finalize(archive: Annotated[Path, typer.Argument(help="Folder of an unfinish
 
 
 def distill(
-    tau: Annotated[str, typer.Option("--tau", help="Temperatures, such as 1,4,20.")] = "1",
-    method: Annotated[str, typer.Option("--method", help="Methods; see kdcache methods.")] = "kd",
-    control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K.")] = "none",
+    tau: Annotated[str | None, typer.Option("--tau", help="Temperatures, such as 1,4,20 [1, or the preset's]")] = None,
+    method: Annotated[str, typer.Option("--method", help="Methods; see kdcache methods [kd, or the preset's]")] = "",
+    preset: Annotated[
+        str, typer.Option("--preset", help="Published settings, paper:METHOD:DATASET; see kdcache methods --presets.")
+    ] = "",
+    control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K, topk:K.")] = "none",
     student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
     seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
     archive: Annotated[
@@ -247,6 +250,9 @@ def distill(
         Literal["logits", "probabilities"],
         typer.Option("--average", help="Of several archives: their logits, or their softmaxes at each student's tau."),
     ] = "logits",
+    second_archive: Annotated[
+        str | None, typer.Option("--second-archive", help="Where mlkd's second views come from [the same archive]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
     batch_size: BatchOption = 64,
     opt: Annotated[str, typer.Option(help="Optimiser, a timm name.")] = "adamw",
@@ -268,14 +274,17 @@ def distill(
     config: ConfigOption = None,
 ) -> None:
     """Train students from an archive: every combination of the lists, all of one seed on one stream of views."""
-    from kdcache.distill import DistillConfig, plan_students
+    from kdcache.distill import DistillConfig
     from kdcache.distill import distill as run
+    from kdcache.grid import doubts, open_archives, plan_students
 
     settings = DistillConfig(
         archives=archive or (),
         average=average,
-        taus=floats(tau, "--tau"),
+        second_archive=second_archive,
+        taus=temperatures(tau) if tau is not None else (),
         methods=specs(method),
+        presets=specs(preset),
         controls=specs(control),
         students=specs(student),
         seeds=integers(seed, "--seed"),
@@ -298,8 +307,9 @@ def distill(
     place = workspace(home, data_dir, skip_corrupt)
     with bars() as progress:
         if dry_run:
-            opened = place.open_ensemble(settings.archives, average, progress, strict=strict)
-            planned, train = plan_students(settings, opened, place)
+            planned, train = plan_students(settings, *open_archives(settings, place, progress), place)
+            for doubt in doubts(planned):
+                progress.say(doubt)
             done = [(spec.folder / "summary.json").is_file() for spec in planned]
             progress.say(f"{len(planned)} students of {train.epochs} epochs, {sum(done)} of them trained already")
         else:

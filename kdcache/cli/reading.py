@@ -335,34 +335,43 @@ def datasets(as_json: JsonOption = False) -> None:
     print_table(["dataset", "what it is", "licence"], rows)
 
 
-def methods(as_json: JsonOption = False) -> None:
-    """List the methods and controls with their options and defaults."""
+def methods(
+    presets: Annotated[bool, typer.Option("--presets", help="List the published settings for distill --preset instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods and controls with their options and defaults, or the published settings of methods."""
     from kdcache.methods import method
+    from kdcache.methods.presets import PRESETS
     from kdcache.registry import Registry
     from kdcache.targets import controls
 
-    registries: tuple[Registry[Any], ...] = (method, controls)
-    rows = [
-        [
-            r.kind,
-            name,
-            r.describe(name),
-            ", ".join(getattr(r[name], "needs", ())),
-            getattr(r[name], "source", ""),
-            " ".join((r[name].__doc__ or "").split("\n\n")[0].split()),
+    names: list[str]
+    if presets:
+        names = ["preset", "method", "tau", "source"]
+        rows = [[found.name, found.method, f"{found.tau:.4g}", found.source] for found in PRESETS.values()]
+    else:
+        registries: tuple[Registry[Any], ...] = (method, controls)
+        names = ["kind", "name", "options", "needs", "source", "description"]
+        rows = [
+            [
+                r.kind,
+                name,
+                r.describe(name),
+                ", ".join(getattr(r[name], "needs", ())),
+                getattr(r[name], "source", ""),
+                " ".join((r[name].__doc__ or "").split("\n\n")[0].split()),
+            ]
+            for r in registries
+            for name in r
         ]
-        for r in registries
-        for name in r
-    ]
-    names = ("kind", "name", "options", "needs", "source", "description")
     if as_json:
         print_json([dict(zip(names, row, strict=True)) for row in rows])
-        return
-    print_table([*names[:5], "what it is"], rows)
+    else:
+        print_table(names, rows)
 
 
 def bench(
-    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, distill, or all.")] = "all",
+    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, methods, distill, or all.")] = "all",
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:

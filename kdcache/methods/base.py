@@ -52,12 +52,13 @@ class LogitMethod(ABC):
     ce_weight: float = 0.0
 
     source: ClassVar[str] = ""  # paper and equation
-    needs: ClassVar[tuple[str, ...]] = ()  # "labels", "batch" (relations of its samples), "state" (it learns)
+    needs: ClassVar[tuple[str, ...]] = ()  # "labels", "two views", "batch" (relations of its samples), "state" (it learns)
     uses_tau: ClassVar[bool] = True
 
     def __call__(self, student_logits: Tensor, targets: Targets, state: State | None = None) -> Tensor:
         """The loss of `student_logits [B, C]`, a scalar in float32 (or float64, for float64 logits).
 
+        A method of two views wants the logits of both, `[2B, C]`, the first view's above the second's, and `targets.second`.
         Without a `state` what depends on the epoch is as it is in the end, and what is learned as it is at first.
         """
         with torch.autocast(student_logits.device.type, enabled=False):
@@ -66,6 +67,11 @@ class LogitMethod(ABC):
             if self.ce_weight:
                 loss = loss + self.ce_weight * cross_entropy(student, targets)
         return loss
+
+    @property
+    def views_per_step(self) -> int:
+        """How many views of each sample a student is shown for one loss: 1 or 2."""
+        return 1
 
     def new_state(self) -> State:
         """A state for the beginning of a training."""
@@ -98,7 +104,6 @@ class Labelled(LogitMethod):
     needs: ClassVar[tuple[str, ...]] = ("labels",)
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        student, teacher = from_largest(student), from_largest(teacher)
         label_a, label_b, lam = targets.label_a, targets.label_b, targets.lam
         if label_a is None and self.label_rule not in {None, "teacher_argmax"}:
             raise UsageError(
@@ -176,7 +181,10 @@ def warm_up(state: State | None, epochs: int) -> float:
 
 
 def cross_entropy(student: Tensor, targets: Targets) -> Tensor:
-    """Mean cross entropy of `student [B, C]` with the labels' mix: lam CE(a) + (1 - lam) CE(b)."""
+    """Mean cross entropy of `student [B, C]` with the labels' mix, lam CE(a) + (1 - lam) CE(b); of two views, the sum of both."""
+    rows = len(targets.logits)
+    if targets.second is not None and len(student) > rows:
+        return cross_entropy(student[:rows], targets) + cross_entropy(student[rows:], targets.second)
     if targets.label_a is None:
         raise UsageError(
             "ce_weight is set, but the targets have no labels",

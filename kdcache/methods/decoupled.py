@@ -1,7 +1,7 @@
 """Losses that treat the label's class apart from the others.
 
-The split of a softmax into the label's probability and the rest is computed from log odds, z_y - lse(rest), and the rest's
-own softmax from its own logsumexp: neither overflows where a probability underflows, as logarithms of summed ones do.
+The split of a softmax into the label's probability and the rest is computed from log odds, z_y - logsumexp(rest), and the
+rest's own softmax without the label's logit: neither overflows where a probability underflows, as logarithms of summed ones do.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import Labelled, State, ZScored, positive, warm_up
+from kdcache.methods.base import Labelled, State, ZScored, kl_rows, positive, warm_up
 
 __all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD"]
+
+FAR = -1e30  # a logit of what is left out
 
 
 @method.register("dkd")
@@ -37,7 +39,9 @@ class DKD(Labelled):
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         z, v = self.scores(student) / tau, self.scores(teacher) / tau
-        rows = self.alpha * target_rows(v, z, label) + self.beta * rest_rows(v, z, _is(label, z))
+        log_p, log_q = (torch.log_softmax(without(x, label), dim=1) for x in (v, z))
+        tckd = binary_rows(log_odds(v, label, log_p), log_odds(z, label, log_q))
+        rows = self.alpha * tckd + self.beta * kl_rows(log_p, log_q)
         return rows * tau**2 if self.tau_squared else rows
 
 
@@ -78,8 +82,10 @@ class RLD(Labelled):
         z, v = self.scores(student), self.scores(teacher)
         own = tau if self.confidence_tau is None else self.confidence_tau
         confidence = binary_rows(log_odds(v / own, v.argmax(dim=1)), log_odds(z / own, label))
-        left_out = v >= v.gather(1, label[:, None])  # ties with the label go too
-        masked = rest_rows(v / tau, z / tau, left_out)
+        left_out = v >= v.gather(1, label[:, None])  # ties with the label go too; where all go, both are uniform
+        less, log_q = (v / tau).masked_fill(left_out, FAR), torch.log_softmax((z / tau).masked_fill(left_out, FAR), dim=1)
+        # Not kl_rows: exponentials of FAR are slow.
+        masked = (torch.softmax(less, dim=1) * (torch.log_softmax(less, dim=1) - log_q)).sum(dim=1)
         return (
             self.alpha * confidence * (own**2 if self.tau_squared else 1.0)
             + self.beta * masked * (tau**2 if self.tau_squared else 1.0)
@@ -107,10 +113,10 @@ class NKD(Labelled):
     source: ClassVar[str] = "normalized knowledge distillation (ICCV 2023); nkd of cls_KD"
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
-        target = -F.logsigmoid(log_odds(teacher, label)).exp() * F.logsigmoid(log_odds(student, label))
-        left_out = _is(label, student)
-        log_p, log_q = (rest_log_softmax(x / tau, left_out) for x in (teacher, student))
-        others = -(log_p.exp() * log_q).sum(dim=1)  # log_q is 0 where the label is
+        target = F.cross_entropy(teacher, label, reduction="none").neg().exp() * F.cross_entropy(student, label, reduction="none")
+        v, z = without(teacher / tau, label), without(student / tau, label)
+        p, log_q = torch.softmax(v, dim=1), torch.log_softmax(z, dim=1)
+        others = -(p * log_q).sum(dim=1)  # p is 0 where the label is
         return target + self.gamma * others * (tau**2 if self.tau_squared else 1.0)
 
 
@@ -132,10 +138,19 @@ class WSLD(Labelled):
         return -self.alpha * (tau**2 if self.tau_squared else 1.0) * weights * (p * log_q).sum(dim=1)
 
 
-def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """log p_y / (1 - p_y) of every row, `[B]`, for the softmax of `logits [B, C]`."""
-    rest = logits.masked_fill(_is(label, logits), -torch.inf).logsumexp(dim=1)
-    return logits.gather(1, label[:, None])[:, 0] - rest
+def without(logits: Tensor, label: Tensor) -> Tensor:
+    """`logits [B, C]` with the label's so far below the others that a softmax has 0 there. It stays finite, as do products."""
+    return logits.scatter(1, label[:, None], FAR)
+
+
+def log_odds(logits: Tensor, label: Tensor, log_rest: Tensor | None = None) -> Tensor:
+    """log p_y / (1 - p_y) of every row, `[B]`, for the softmax of `logits [B, C]`; `log_rest` is that of all but the label."""
+    if log_rest is None:
+        log_rest = torch.log_softmax(without(logits, label), dim=1)
+    # z_y - logsumexp(rest), the latter from any class of the rest: its logit less its log probability.
+    label = label[:, None]
+    other = (label + 1) % logits.shape[1]
+    return (logits.gather(1, label) - logits.gather(1, other) + log_rest.gather(1, other))[:, 0]
 
 
 def binary_rows(odds_p: Tensor, odds_q: Tensor) -> Tensor:
@@ -143,26 +158,3 @@ def binary_rows(odds_p: Tensor, odds_q: Tensor) -> Tensor:
     return odds_p.sigmoid() * (F.logsigmoid(odds_p) - F.logsigmoid(odds_q)) + (-odds_p).sigmoid() * (
         F.logsigmoid(-odds_p) - F.logsigmoid(-odds_q)
     )
-
-
-def target_rows(v: Tensor, z: Tensor, label: Tensor) -> Tensor:
-    """KL of (label, all others) in `v` and in `z` `[B, C]`, both tempered: `[B]`."""
-    return binary_rows(log_odds(v, label), log_odds(z, label))
-
-
-def rest_rows(v: Tensor, z: Tensor, left_out: Tensor) -> Tensor:
-    """KL of the softmaxes over the classes that are not `left_out` (bool `[B, C]`); 0 where fewer than two are left: `[B]`."""
-    log_p, log_q = (rest_log_softmax(x, left_out) for x in (v, z))
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-
-def rest_log_softmax(logits: Tensor, left_out: Tensor) -> Tensor:
-    """Log of the softmax over the classes that are not `left_out`, and 0 at those that are (whose terms then are 0 too)."""
-    alone = left_out.all(dim=1, keepdim=True)  # then there is no rest, whose logsumexp would be -inf
-    total = logits.masked_fill(left_out & ~alone, -torch.inf).logsumexp(dim=1, keepdim=True)
-    return (logits - total).masked_fill(left_out, 0.0)
-
-
-def _is(label: Tensor, logits: Tensor) -> Tensor:
-    """Where the label's class is: bool `[B, C]`."""
-    return torch.arange(logits.shape[1], device=logits.device) == label[:, None]

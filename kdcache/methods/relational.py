@@ -53,18 +53,27 @@ class MLKD(LogitMethod):
 
     f_s sum_T KD_T + f_c sum_T cc_T + f_s sum_T bc_T over T = tau and `temperatures`, cc = |P'P - Q'Q|^2 / C and
     bc = |PP' - QQ'|^2 / B. As in the published code, its masks of confident samples and classes only multiply by the fraction
-    f that they let through. With `targets.second`, a strong view of the same samples whose logits are the second half of the
-    student's `[2B, C]`, KD_T of that view is added for tau and `temperatures`, but for the last two of those (2 and 6), which
-    see the first view; without it this is the code's form for one view.
+    f that they let through. With two `views`, KD_T of the second one (the strong one, published with RandAugment) is added for
+    tau and `temperatures`, but for the last two of those (2 and 6), which see the first; `views=1` is the form for one view.
     """
 
     temperatures: str = "3+5+2+6"
     kd_weight: float = 0.9
+    views: int = 2
+    tau_squared: bool = True  # of the kd terms; the relations have none
 
     source: ClassVar[str] = "multi-level logit distillation (CVPR 2023), KD_ours of its code; MLKD_NOAUG for one view"
-    needs: ClassVar[tuple[str, ...]] = ("batch",)
+    needs: ClassVar[tuple[str, ...]] = ("two views", "batch")
+
+    @property
+    def views_per_step(self) -> int:
+        return self.views
 
     def __post_init__(self) -> None:
+        if self.views not in {1, 2}:
+            raise UsageError(
+                f"mlkd with views={self.views}", why="it is defined for one view and for two", fix="mlkd:views=2 or mlkd:views=1"
+            )
         try:
             fine = all(float(text) > 0 for text in self.temperatures.split("+"))
         except ValueError:
@@ -77,6 +86,13 @@ class MLKD(LogitMethod):
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
         taus = [targets.tau, *map(float, self.temperatures.split("+"))]
         rows = len(teacher)
+        if len(student) != self.views * rows or (self.views == 2 and targets.second is None):
+            raise UsageError(
+                f"mlkd of {self.views} view(s) got {len(student)} rows of logits for {rows} targets"
+                + ("" if targets.second is not None or self.views == 1 else " without those of a second view"),
+                why="with two views, logits are [2B, C], and the second view's targets are targets.second",
+                fix="a stream with CachedTargets(..., second=archive) brings two views of a sample; or use mlkd:views=1",
+            )
         weak, strong = student[:rows], student[rows:]
         confident = torch.softmax(teacher, dim=1)
         top, mass = confident.amax(dim=1), confident.sum(dim=0)
@@ -86,7 +102,7 @@ class MLKD(LogitMethod):
             loss = loss + of_samples * self._kd(weak, teacher, tau)
             classes, samples = relations(torch.softmax(teacher / tau, dim=1), torch.softmax(weak / tau, dim=1))
             loss = loss + of_classes * classes + of_samples * samples
-        if targets.second is not None:
+        if self.views == 2 and targets.second is not None:
             other = targets.second.logits.to(student.dtype)
             for number, tau in enumerate(taus):
                 late = number >= len(taus) - 2 and number > 0  # the published code mixes the views up here
@@ -95,7 +111,8 @@ class MLKD(LogitMethod):
 
     def _kd(self, student: Tensor, teacher: Tensor, tau: float) -> Tensor:
         log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * tau**2
+        loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return loss * tau**2 if self.tau_squared else loss
 
 
 @method.register("zmlkd")

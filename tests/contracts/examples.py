@@ -24,7 +24,8 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "webdataset": ({}, {"record_rows": 1}, {"record_rows": 24}),
     },
     "control": {
-        "bottom": ({"k": 1}, {"k": 3, "seed": 5}),
+        "bottom": ({"k": 1}, {"k": 3, "seed": 5}, {"k": 2, "per": "sample"}),
+        "topk": ({"k": 1}, {"k": 10}),
         "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),
     },
     "method": {
@@ -34,7 +35,8 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "rld": ({}, {"confidence_tau": None, "label_rule": "pair"}, {"ce_weight": 1.0}),
         "zrld": ({}, {"std": "population"}),
         "eakd": ({}, {"entropy_bound": 100.0}),
-        "mlkd": ({}, {"temperatures": "2+6"}),
+        "mlkd": ({"views": 1}, {"views": 1, "temperatures": "2+6"}),  # of two views: test_methods.py
+        "zmlkd": ({"views": 1},),
     },
     "dataset": {"folder": ({"root": IMAGES}, {"root": f"{IMAGES}/train", "split_fraction": 0.4})},
 }

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import special
 
+from kdcache.bench.methods import ONE_VIEW, PLAIN
 from kdcache.errors import UsageError
 from kdcache.methods import build, method
+from kdcache.methods.presets import PRESETS, preset
 from kdcache.targets import Targets
 from tests.contracts.examples import examples
 from tests.contracts.formulas import FORMULAS
@@ -154,7 +156,7 @@ def test_losses_and_gradients_are_those_of_the_formula(name: str, classes: int, 
     student, teacher, targets = problem(classes=classes)
     label = targets.label_a
     assert label is not None
-    built = build(name)
+    built = build(name, **ONE_VIEW.get(name, {}))
     expected, slope = value_and_gradient(lambda z, v: FORMULAS[name](z, v, label, tau), student, teacher, torch.float64)
     size = np.abs(slope).max()
     tolerance = 1e-6 if name.startswith("ea") else 1e-8  # the published code adds 1e-10 within its logarithms
@@ -181,7 +183,7 @@ CASES = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: int) -> None:
     student, teacher, targets = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in problem(4, classes))
-    built = build(name)
+    built = build(name, **ONE_VIEW.get(name, {}))
     every = list(CASES.items())
     pairs = list(itertools.product(every, every)) if classes < 1000 else list(zip(every, every[::-1], strict=True))
     for tau in (1.0, 40.0):
@@ -243,6 +245,37 @@ def test_a_shift_of_a_row_changes_nothing(name: str, options: dict[str, Any]) ->
     )
     assert moved == pytest.approx(loss, rel=1e-9)
     np.testing.assert_allclose(slope, gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_what_the_benchmark_compares_with_is_the_same_loss(name: str) -> None:
+    student, teacher, targets = problem()
+    label = targets.label_a
+    assert label is not None
+    built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
+    ours, slope = value_and_gradient(lambda z, v: built(z, Targets(v, 4.0, label)), student, teacher, torch.float64)
+    theirs, other = value_and_gradient(lambda z, v: plain(z, v, label, 4.0), student, teacher, torch.float64)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    np.testing.assert_allclose(slope, other, rtol=0, atol=1e-6 * np.abs(slope).max())
+
+
+def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
+    for found in PRESETS.values():
+        built = found.build()
+        assert method.name_of(built) == found.name.split(":")[1]
+        assert found.tau > 0
+        assert preset(found.name) == found
+    published = {  # name: kd_weight, ce_weight, tau
+        "kd:cifar100": (0.9, 0.1, 4),
+        "zkd:cifar100": (9, 0.1, 2),
+        "dist:imagenet": (2, 1, 1),
+        "ttm:cifar100:wrn40_2-wrn16_2": (101, 1, 10),
+        "wttm:imagenet:resnet34-resnet18": (1.6, 1, 1.25),
+        "wttm:cifar100:resnet56-resnet20:no-ce": (1, 0, 1 / 0.6),
+    }
+    for name, expected in published.items():
+        how: Any = PRESETS[name].build()
+        assert (how.kd_weight, how.ce_weight, PRESETS[name].tau) == expected
 
 
 # ---------------------------------------------------------------- what they have to do with each other
@@ -341,15 +374,59 @@ def _moved(state: Any, step: float) -> Any:
     return moved
 
 
-def test_mlkd_of_two_views_adds_the_strong_ones_but_for_two_and_six() -> None:
-    (weak, teacher, _), rng = problem(), np.random.default_rng(9)
+def two_views(tau: float = 4.0) -> tuple[NDArray[np.float64], NDArray[np.float64], Targets]:
+    """Student and teacher logits of two views, `[2B, C]` and `[2, B, C]`, and the targets."""
+    (weak, teacher, targets), rng = problem(), np.random.default_rng(9)
     strong, other = rng.normal(0, 3, (2, *weak.shape))
-    built = build("mlkd")
-    single = rows_of("mlkd", weak, teacher, 4.0)
-    targets = Targets(torch.from_numpy(teacher), 4.0, second=Targets(torch.from_numpy(other), 4.0))
-    both = float(built(torch.from_numpy(np.concatenate([weak, strong])), targets))
-    added = sum(rows_of("kd", strong, other, tau) for tau in (4, 3, 5)) + sum(rows_of("kd", weak, teacher, tau) for tau in (2, 6))
+    labels = (targets.label_a, targets.label_b, targets.lam)
+    both = Targets(torch.from_numpy(teacher), tau, *labels, second=Targets(torch.from_numpy(other), tau, *labels))
+    return np.concatenate([weak, strong]), np.stack([teacher, other]), both
+
+
+@pytest.mark.parametrize("name", ["mlkd", "zmlkd"])
+def test_mlkd_of_two_views_adds_the_strong_ones_but_for_two_and_six(name: str) -> None:
+    student, (teacher, other), targets = two_views()
+    weak, strong = student[:16], student[16:]
+    kd = "kd" if name == "mlkd" else "zkd"
+    single = rows_of(name, weak, teacher, 4.0, views=1)
+    both = float(build(name)(torch.from_numpy(student), targets))
+    added = sum(rows_of(kd, strong, other, tau) for tau in (4, 3, 5)) + sum(rows_of(kd, weak, teacher, tau) for tau in (2, 6))
     assert both - single == pytest.approx(0.9 * added, rel=1e-9)
+    with_ce = float(build(name, ce_weight=0.1)(torch.from_numpy(student), targets))
+    alone = build("kd", kd_weight=0.0, ce_weight=0.1)
+    second = targets.second
+    assert second is not None
+    labels = sum(float(alone(torch.from_numpy(z), x)) for z, x in ((weak, targets), (strong, second)))
+    assert with_ce - both == pytest.approx(labels, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlkd", "zmlkd"])
+def test_mlkd_of_two_views_is_differentiable_and_the_same_in_float32(name: str) -> None:
+    student, _, targets = two_views()
+    built = build(name, ce_weight=0.1)
+    assert torch.autograd.gradcheck(lambda z: built(z, targets), torch.from_numpy(student[:, :]).requires_grad_())
+    single, double = (built(torch.from_numpy(student).to(dtype), targets) for dtype in (torch.float32, torch.float64))
+    assert single.item() == pytest.approx(double.item(), rel=1e-4)
+
+
+def test_mlkd_without_tau_squared_weighs_its_temperatures_alike() -> None:
+    student, teacher, _ = problem()
+    made = [rows_of("mlkd", student, teacher, 4.0, views=1, tau_squared=squared) for squared in (True, False)]
+    confident = special.softmax(teacher, axis=1).max(axis=1)
+    share = (confident <= np.sort(confident)[(len(confident) - 1) // 2]).mean()  # torch's median is the lower one
+    kds = [rows_of("kd", student, teacher, tau, tau_squared=False) * (tau**2 - 1) for tau in (4, 3, 5, 2, 6)]
+    assert made[0] - made[1] == pytest.approx(0.9 * share * sum(kds), rel=1e-9)
+
+
+def test_mlkd_says_which_views_are_missing() -> None:
+    student, _, targets = two_views()
+    z = torch.from_numpy(student)
+    alone = Targets(targets.logits, 4.0)
+    for views, logits, what in ((2, z, alone), (2, z[:16], targets), (1, z, targets)):
+        with pytest.raises(UsageError, match=f"mlkd of {views} view"):
+            build("mlkd", views=views)(logits, what)
+    with pytest.raises(UsageError, match="views=3"):
+        build("mlkd", views=3)
 
 
 def test_the_published_bound_of_entropies_can_be_had() -> None:

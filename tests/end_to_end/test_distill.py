@@ -282,7 +282,7 @@ def test_a_diverging_student_is_stopped_and_reported(home, kdcache):
         (["--control", "bottom"], 2, "give it its options: k"),
         (["--control", "bottom:x"], 2, "'x'"),
         (["--student", "test_resnt"], 3, "test_resnet"),
-        (["--tau", "0"], 2, "tau 0"),
+        (["--tau", "0"], 2, "--tau '0'"),
         (["--tau", "warm"], 2, "warm"),
         (["--opt", "adamx"], 2, "adamx"),
         (["--dataset", "digts"], 3, "digits"),

@@ -5,9 +5,15 @@ import os
 import signal
 
 import pytest
+import yaml
 
+from kdcache import CachedTargets, open_archive
+from kdcache.datasets import dataset
 from kdcache.methods import method
+from kdcache.methods.presets import PRESETS
 from kdcache.training import Learner
+from kdcache.workspace import Workspace
+from tests.end_to_end.conftest import DUMP
 from tests.end_to_end.test_distill import only, same_run
 
 QUICK = ["--student", "test_resnet", "--epochs", "1", "--batch-size", "719"]  # two steps
@@ -25,20 +31,105 @@ def test_every_method_trains_beside_the_others(home, archive, kdcache):
     assert "temperature" not in rows["kd"]
 
 
-def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_path, monkeypatch):
-    arguments = ["distill", "--method", "ctkd:lambda_epochs=2", "--student", "test_resnet", "--epochs", 2]
-    arguments += ["--batch-size", 359, "--archive", archive]
+def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
+    assert kdcache("distill", "--method", "kd", "--tau", "4", *QUICK, "--home", home).status == 0
+    run = only(home, "runs/*/test_resnet--*")
+    row = json.loads((run / "metrics.jsonl").read_text())
+    assert 0 < row["student_entropy"] < 1
+    assert 0 <= row["agreement"] <= 100
+    assert row["divergence"] > 0
+    assert row["logit_std"] > 0
+    assert row["grad_norm"] > 0
+    assert "logit_mean" in row
+    assert "second_view" not in row
+    stream = CachedTargets(open_archive(archive), Workspace(home).canvas(dataset.build("digits"), "train", 32), 719, seed=0)
+    assert row["batch_order"] == stream.order_digest(0) != stream.order_digest(1)
+    assert yaml.safe_load((run / "args.yaml").read_text())["batch_order"].endswith("seed 0, batches of 719, the last one dropped")
+
+
+def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(home, archive, kdcache, tmp_path, monkeypatch):
+    arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_resnet", "--epochs", 2]
+    arguments += ["--batch-size", 719, "--archive", archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
+    assert kdcache(*arguments[:2], "paper:kd:cifar100", *arguments[3:], "--home", tmp_path / "alone").status == 0
+    one, two = "runs/*/test_resnet--kd-*", "runs/*/test_resnet--mlkd-*"
+    same_run(only(whole, one), only(tmp_path / "alone", one))  # whoever trains beside it
+    rows = [json.loads(line) for line in (only(whole, two) / "metrics.jsonl").open()]
+    assert all(row["view"] != row["second_view"] for row in rows)
+    stop_after(monkeypatch, 5)  # in the second epoch: a step of mlkd, none of kd
+    assert kdcache(*arguments, "--home", home).status == 130
+    assert kdcache(*arguments, "--home", home).status == 0
+    for pattern in (one, two):
+        same_run(only(home, pattern), only(whole, pattern))
+
+
+def test_second_views_from_an_archive_of_a_stronger_policy(home, archive, kdcache):
+    strong = home / "archives" / "strong"
+    policy = "digits:randaugment.n=3"
+    dumped = kdcache(*DUMP, "--views", 1, "--policy", policy, "--output", strong, "--home", home)
+    assert dumped.status == 0, dumped.err
+    arguments = ["distill", "--method", "mlkd", "--archive", archive, *QUICK, "--home", home]
+    assert kdcache(*arguments).status == 0
+    assert kdcache(*arguments, "--second-archive", "strong").status == 0
+    runs = sorted(home.glob("runs/*/test_resnet--mlkd*"))
+    assert len(runs) == 2  # not taken for each other
+    recorded = [yaml.safe_load((run / "args.yaml").read_text()) for run in runs]
+    digests = {args.get("second_archive_digest") for args in recorded}
+    assert digests == {None, open_archive(strong).digest}
+    alone = kdcache("distill", "--method", "mlkd", "--archive", strong, *QUICK, "--home", home)
+    assert alone.status == 2
+    assert "holds one view" in alone.err
+    assert kdcache("distill", "--method", "mlkd:views=1", "--archive", strong, *QUICK, "--dry-run", "--home", home).status == 0
+
+
+def test_presets_set_what_was_published_and_tau_overrides_theirs(home, archive, kdcache):
+    dry = [*QUICK, "--dry-run", "--home", home]
+    found = kdcache("distill", "--preset", "paper:dkd:cifar100:vgg13-vgg8,paper:wttm:cifar100:vgg13-vgg8", *dry)
+    assert found.status == 0, found.err
+    assert "dkd:ce_weight=1.0,beta=6.0 tau 4 " in found.out
+    assert "wttm:kd_weight=2.25,ce_weight=1.0 tau 10 " in found.out  # published: no --force is asked for
+    assert " kd " not in found.out
+    others = kdcache("distill", "--preset", "paper:dkd:cifar100", "--method", "kd", "--tau", "2,3", *dry)
+    assert [others.out.count(f"{name} tau {tau} ") for name in ("kd", "dkd:ce_weight=1.0") for tau in (2, 3)] == [1] * 4
+    listed = json.loads(kdcache("methods", "--presets", "--json").out)
+    assert [row["preset"] for row in listed] == [preset.name for preset in PRESETS.values()]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("paper:dkd:cifar10", "paper:dkd:cifar100"),
+        ("dkd:cifar100", "paper:dkd:cifar100"),
+        ("paper:ttm:cifar100", "name the pair"),
+    ],
+)
+def test_an_unknown_preset_is_refused_with_what_is_close(home, archive, kdcache, spec, words):
+    result = kdcache("distill", "--preset", spec, *QUICK, "--home", home)
+    assert result.status == 2
+    assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
+    assert words in result.err
+
+
+def stop_after(monkeypatch, count: int) -> None:
+    """Ctrl-C after so many steps of students."""
     step, steps = Learner.step, []
 
     def interrupted(self, *args):
         step(self, *args)
         steps.append(self)
-        if len(steps) == 3:
+        if len(steps) == count:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Learner, "step", interrupted)
+
+
+def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_path, monkeypatch):
+    arguments = ["distill", "--method", "ctkd:lambda_epochs=2", "--student", "test_resnet", "--epochs", 2]
+    arguments += ["--batch-size", 359, "--archive", archive]
+    whole = tmp_path / "whole"
+    assert kdcache(*arguments, "--home", whole).status == 0
+    stop_after(monkeypatch, 3)
     assert kdcache(*arguments, "--home", home).status == 130
     assert kdcache(*arguments, "--home", home).status == 0
     runs = [only(place, "runs/*/test_resnet--*") for place in (home, whole)]
@@ -58,6 +149,11 @@ def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_pa
         (["--method", "rld:confidence_tau=0"], "number above 0"),
         (["--method", "mlkd:temperatures=3+x"], "numbers above 0"),
         (["--method", "dkd:label_rule=both"], "teacher_argmax"),
+        (["--method", "mlkd:views=3"], "one view and for two"),
+        (["--control", "topk:9"], "9 with 10 classes"),
+        (["--control", "bottom:9"], "9 with 10 classes"),
+        (["--control", "bottom:k=3,per=epoch"], "view or sample"),
+        (["--preset", "paper:maxlogit:cifar100", "--control", "ls-instance"], "entropy at tau"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, arguments, said):
@@ -65,6 +161,22 @@ def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, argu
     assert result.status == 2
     assert said in result.err
     assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "rld:label_rule=teacher_argmax"], "rld is dkd"),
+        (["--method", "dist", "--tau", "1,20"], "dist:tau_squared=0"),
+        (["--method", "zkd", "--tau", "20"], "unit variance"),
+        (["--method", "kd,dist:tau_squared=0,zkd,rld", "--tau", "1,4"], ""),
+    ],
+)
+def test_grids_that_may_not_show_what_they_are_meant_to_are_commented_on(home, archive, kdcache, arguments, said):
+    result = kdcache("distill", *arguments, *QUICK, "--dry-run", "--home", home)
+    assert result.status == 0
+    assert said in result.err
+    assert said or not any(word in result.err for word in ("rld is", "tau_squared=0", "variance"))
 
 
 def test_force_and_mixed_grids(home, archive, kdcache):

@@ -1,12 +1,12 @@
 """What the README tells people to type works as typed."""
 
+import itertools
 import os
 import re
 import shlex
 import signal
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import kdcache as package
@@ -44,27 +44,51 @@ def test_every_command_is_in_the_readme(kdcache):
     assert [name for name in commands if f"`{name}`" not in README] == []
 
 
-def test_an_own_training_loop_learns_what_the_teacher_says(home, archive):
+def loops() -> list[str]:
+    """The two training loops, the second of which goes on with what the first one made."""
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "for " in block]
+    assert len(blocks) == 2
+    assert all(len(block.splitlines()) <= 21 for block in blocks)
+    return blocks
+
+
+def test_the_loops_of_the_readme_run_as_they_stand_and_learn(home, archive, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    torch.manual_seed(0)
+    plain, tasks = loops()
+    names: dict[str, object] = {}
+    exec(plain.replace("archives/digits--test_vit--...", str(archive)), names)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[2] < 0.6 * losses[0]
+    stream, student = names["stream"], names["student"]
+    assert len(stream) == 22
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    exec(tasks, names)
+    assert names["result"].keys() == {"loss", "output"}
+    assert names["result"]["output"].shape == (64, 10)
+    assert any(not torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+def test_timms_tasks_keep_an_average_of_a_student_from_the_cache(home, archive):
+    from timm.task import ClassificationTask
+
     opened = package.open_archive(archive)
     canvas = Workspace(home).canvas(dataset.build("digits"), "train", opened.manifest.canvas.size)
-    stream = package.CachedTargets(opened, canvas, batch_size=64, seed=0)
-    kd = package.methods.build("kd")
-    torch.manual_seed(0)
     student, normalise = create_model("test_resnet", 10, input_size=32)
+    task = ClassificationTask(student, criterion=package.methods.build("kd"), verbose=False)
+    average = task.setup_ema(decay=0.5)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
-    means = []
-    for _ in range(3):
-        losses = []
-        for batch in stream:
-            targets = package.targets.Targets(batch.logits, tau=4.0)
-            loss = kd(student(normalise(batch.images)), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        means.append(np.mean(losses))
-    assert len(losses) == len(stream) == 22
-    assert means[2] < 0.6 * means[0]
+    stream = package.CachedTargets(opened, canvas, batch_size=64, seed=0)
+    losses = []
+    for images, targets in itertools.islice(stream.pairs(4.0, normalise), 6):
+        loss = task(images, targets.to("cpu"))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        task.update_ema()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not all(torch.equal(a, b) for a, b in zip(average.module.parameters(), student.parameters(), strict=True))
 
 
 def test_ctrl_c_keeps_what_is_finished(home, tmp_path, kdcache):

@@ -177,7 +177,7 @@ def orders() -> dict[str, Any]:
     return {
         "positions of epoch 2, 13 samples, seed 5": epoch_positions(13, 5, 2).tolist(),
         "views of epochs 0 to 11, 6 views, seed 5": [epoch_view(6, 5, epoch) for epoch in range(12)],
-        "row keys": keys.tolist(),
+        "row keys": keys[:, 0].tolist(),
         "bottom:k=2,seed=7 of 0 to 9": shuffled.int().tolist(),
     }
 

@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 from kdcache.archive import layout, open_archive
 from kdcache.archive.layouts import rows_digest
 from kdcache.codecs import codec
 from kdcache.stats import relative_entropy
+from kdcache.targets import row_keys
 from kdcache.views.rendering import Renderer
 from tests.golden import make
 
@@ -228,6 +230,8 @@ def test_policies_with_the_later_pieces_still_have_the_same_digests_and_draws(
 
 def test_seeds_still_mean_the_same_orders_and_shuffles(golden: dict[str, Any], now: dict[str, Any]) -> None:
     assert now["orders"] == golden["orders"], "runs of an earlier version can no longer be repeated"
+    of_samples = [1730665916399432775, -5700082632300381997, -3822483288148661232]
+    assert row_keys("5" * 64, 3, torch.arange(3))[:, 1].tolist() == of_samples
 
 
 def test_golden_files_hold_nothing_that_is_no_longer_checked(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kdcache.datasets import Folder
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.prefetch import render_batches
 from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
+from kdcache.targets import Targets, control, row_keys
 from kdcache.views import ViewPolicy, render_positions
 from tests.conftest import Dump
 
@@ -82,6 +84,76 @@ def test_batches_hold_the_archives_logits_of_their_samples_and_the_views_of_the_
         mixed = table.partner[batch.positions] >= 0
         np.testing.assert_array_equal(batch.label_b.numpy()[mixed], dump.canvas.labels[table.partner[batch.positions][mixed]])
         assert torch.equal(batch.images, render_positions(dump.canvas.pixels, table, batch.positions))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_view_is_another_one_of_the_same_samples(dump: Dump, workers: int) -> None:
+    policy = dump.archive.manifest.policy
+    assert policy is not None
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9, second=dump.archive, workers=workers)
+    plain = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9)
+    for epoch in range(3):
+        batches = list(stream.epoch(epoch))
+        assert all(map(same, batches, plain.epoch(epoch)))  # the first view is what it is without a second one
+        for batch in batches:
+            other = batch.second
+            assert other is not None
+            assert batch.view != other.view == stream.second_view(epoch)
+            assert torch.equal(batch.sample, other.sample)
+            np.testing.assert_array_equal(other.logits, dump.archive.find(other.view, other.sample.numpy()).logits)
+            table = policy.parameters(other.view, len(dump.canvas))
+            assert torch.equal(other.images, render_positions(dump.canvas.pixels, table, other.positions))
+            assert torch.equal(other.label_a, batch.label_a)
+        if epoch == 1:  # from the middle of an epoch on, both go on where they were
+            assert all(map(same, [b.second for b in stream.epoch(1, 2)], [b.second for b in batches[2:]]))
+
+
+def test_second_views_of_a_cycle_are_all_the_views_and_half_a_cycle_away(dump: Dump) -> None:
+    for views in (2, 3, 6):
+        shown = [(epoch_view(views, 5, epoch), epoch_view(views, 5, epoch, views // 2)) for epoch in range(views)]
+        assert sorted(second for _, second in shown) == list(range(views))
+        assert all(first != second for first, second in shown)
+
+
+def test_second_views_may_come_from_another_archive_and_are_checked_too(
+    dump: Dump, make_dump: Callable[..., Dump], tmp_path: Path
+) -> None:
+    policy = dump.archive.manifest.policy
+    assert policy is not None
+    seeded = {seed: policy.model_copy(update={"seed": seed}) for seed in (98, 99)}
+    other = make_dump(tmp_path / "strong", dump.canvas, policy=seeded[99], views=1).archive
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=other)
+    batch = next(stream.epoch(0))
+    assert batch.second is not None
+    assert batch.second.view == 0  # its only one
+    assert torch.equal(batch.sample, batch.second.sample)
+    assert not torch.equal(batch.images, batch.second.images)
+    moved = batch.to(torch.device("cpu"))
+    assert moved.second is not None
+    wrong = make_dump(tmp_path / "wrong", dump.canvas, policy=seeded[99], drawn_by=seeded[98]).archive
+    with pytest.raises(IncompatibleError, match="not what the teacher saw"):
+        next(CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=wrong).epoch(0))
+    with pytest.raises(UsageError, match="holds one view"):
+        CachedTargets(other, dump.canvas, batch_size=4, seed=1, second=other)
+    smaller = make_dump(tmp_path / "small", dump.canvas, policy=policy.model_copy(update={"size": 12})).archive
+    with pytest.raises(IncompatibleError, match="do not go with"):
+        CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=smaller)
+
+
+def test_pairs_are_images_and_targets_of_one_epoch_after_the_other(dump: Dump) -> None:
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=3)
+    shuffle = control("bottom", k=1, per="sample")
+    pairs = stream.pairs(4.0, lambda images: images.float() / 255, shuffle)
+    batches = list(stream.epoch(0))
+    assert len(pairs) == len(batches)
+    for (images, targets), batch in zip(pairs, batches, strict=True):
+        assert torch.equal(images, batch.images.float() / 255)
+        assert targets.tau == 4.0
+        assert torch.equal(targets.label_a, batch.label_a)
+        keys = row_keys(dump.archive.manifest.digest, batch.view, batch.sample)
+        assert torch.equal(targets.logits, shuffle(Targets(batch.logits, 4.0), keys).logits)
+    following = next(iter(stream.pairs(1.0)))
+    assert torch.equal(following[1].logits, next(stream.epoch(1)).logits)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

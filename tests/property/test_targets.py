@@ -14,9 +14,10 @@ from scipy import stats as statistics
 
 from kdcache.errors import UsageError
 from kdcache.stats import matched_smoothing
-from kdcache.targets import Targets, averaged, control, match_entropy, row_keys
+from kdcache.targets import Control, Targets, averaged, control, match_entropy, row_keys
 
-TAUS = st.sampled_from([1.0, 2.0, 4.0, 7.0, 20.0, 40.0])
+PAPER_TAUS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 40.0)  # of the temperature study
+TAUS = st.sampled_from(PAPER_TAUS)
 AVERAGES = ("sorted-mean", "mean-entropy", "plain-mean")
 
 
@@ -107,6 +108,21 @@ def test_ls_instance_has_each_samples_own_entropy_and_top_class(logits: NDArray[
         assert (others == others[0]).all()
         assert s[z.argmax()] >= others[0]
         assert s[z.argmax()] > others[0] or np.ptp(z) < 1e-6
+
+
+@pytest.mark.parametrize("tau", PAPER_TAUS)
+@pytest.mark.parametrize("classes", [3, 37, 100, 1000])
+def test_smoothed_targets_have_the_entropy_they_are_matched_to_within_a_nanonat(classes: int, tau: float) -> None:
+    """Of targets in float64; those in float32 differ by their logits' rounding."""
+    rng = np.random.default_rng(int(tau))
+    logits = rng.normal(0, rng.uniform(0.1, 12, (64, 1)), (64, classes))
+    instance = control("ls-instance")(Targets(torch.from_numpy(logits), tau), keys(64)).logits
+    assert instance.dtype == torch.float64
+    np.testing.assert_allclose(entropy(instance, tau), entropy(logits, tau), rtol=0, atol=1e-9)
+    sorted_mean = np.sort(special.softmax(logits / tau, axis=1), axis=1).mean(axis=0)
+    fitted = control("ls-global").fit([logits], tau)
+    whole = fitted(Targets(torch.from_numpy(logits), tau), keys(64)).logits
+    np.testing.assert_allclose(entropy(whole, tau), statistics.entropy(sorted_mean), rtol=0, atol=1e-9)
 
 
 def test_ls_instance_of_extreme_rows_is_finite() -> None:
@@ -218,17 +234,59 @@ def test_seeds_of_the_shuffle_are_not_traded_for_sample_numbers() -> None:
 
 @pytest.mark.parametrize(("k", "classes"), [(9, 10), (10, 10), (12, 10), (1, 2)])
 def test_bottom_refuses_a_k_that_leaves_nothing_to_permute(k: int, classes: int) -> None:
-    made = control("bottom", k=k)
-    logits = np.zeros((3, classes), np.float32)
-    with pytest.raises(UsageError, match=f"bottom:{k}"):
-        made.fit([logits], 1.0)
-    with pytest.raises(UsageError, match=f"bottom:{k}"):
-        made(Targets(torch.from_numpy(logits), 1.0), keys(3))
+    for name in ("bottom", "topk"):
+        made = control(name, k=k)
+        with pytest.raises(UsageError, match=f"{name}:{k} with {classes} classes"):
+            made.check(classes)
+        with pytest.raises(UsageError, match=f"{name}:{k} with {classes} classes"):
+            made(Targets(torch.zeros(3, classes), 1.0), keys(3))
+        made.check(k + 2)
 
 
 def test_bottom_refuses_to_keep_nothing() -> None:
-    with pytest.raises(UsageError, match="bottom:0"):
-        control("bottom", k=0)
+    for name in ("bottom", "topk"):
+        with pytest.raises(UsageError, match=f"{name}:0"):
+            control(name, k=0)
+
+
+def test_a_shuffle_per_sample_is_the_same_in_every_view() -> None:
+    row, other = torch.arange(50).float()[None], torch.randn(1, 50, generator=torch.Generator().manual_seed(3))
+    fixed, fresh = control("bottom", k=1, per="sample"), control("bottom", k=1)
+
+    def made(how: Control, view: int, sample: int = 7, logits: torch.Tensor = row) -> torch.Tensor:
+        return how(Targets(logits, 1.0), row_keys("0" * 64, view, torch.tensor([sample]))).logits
+
+    first = made(fixed, 0)
+    assert all(torch.equal(made(fixed, view), first) for view in range(1, 20))
+    assert not torch.equal(made(fixed, 0, sample=8), first)
+    assert not torch.equal(made(fresh, 0), made(fresh, 1))
+    # Of other logits in another view it is the same permutation of ranks among the bottom classes' places.
+    assert sorted(made(fixed, 3, logits=other)[0].tolist()) == sorted(other[0].tolist())
+
+
+# ---------------------------------------------------------------- what sparse caches keep
+
+
+@given(logits=rows(min_classes=4), data=st.data())
+def test_topk_keeps_the_largest_probabilities_and_spreads_the_rest_evenly(
+    logits: NDArray[np.float32], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, logits.shape[1] - 2))
+    made = control("topk", k=k)(Targets(torch.from_numpy(logits), 20.0), keys(len(logits))).logits.double().numpy()
+    before, after = (special.softmax(x.astype(np.float64), axis=1) for x in (logits, made))
+    for row, p, q in zip(logits, before, after, strict=True):
+        top = np.argsort(-row, kind="stable")[:k]
+        bottom = np.setdiff1d(np.arange(len(row)), top)
+        np.testing.assert_allclose(q[top], p[top], rtol=1e-5)
+        np.testing.assert_allclose(q[bottom], p[bottom].sum() / len(bottom), rtol=1e-5)
+
+
+def test_topk_loses_most_of_what_a_large_tau_shows() -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (256, 100)).astype(np.float32)
+    sparse = control("topk", k=10)(Targets(torch.from_numpy(logits), 1.0), keys(256)).logits.numpy()
+    for tau, least in ((1.0, 0.0), (20.0, 0.5)):
+        p, q = (special.softmax(x / tau, axis=1) - 0.01 for x in (logits, sparse))  # less the uniform part, which says nothing
+        assert np.abs(p - q).sum() / np.abs(p).sum() > least
 
 
 # ---------------------------------------------------------------- targets themselves

@@ -1,0 +1,137 @@
+"""Methods with the options, weights and temperatures that were published, by the name `paper:<method>:<dataset>[:<pair>]`.
+
+A pair is teacher-student, where a paper or its code sets a value for each pair. Optimiser, schedule and augmentation are
+not part of a preset.
+"""
+
+from dataclasses import dataclass
+
+from kdcache.errors import UsageError, unknown_name
+from kdcache.methods import Method, method
+
+__all__ = ["PRESETS", "Preset", "preset"]
+
+PREFIX = "paper:"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`method`, as on the command line, and the temperature `tau`; `source` says where they were published."""
+
+    name: str
+    method: str
+    tau: float
+    source: str
+
+    def build(self) -> Method:
+        return method.parse(self.method)
+
+
+def preset(name: str) -> Preset:
+    """The preset `paper:<method>:<dataset>[:<pair>]`. Raises UsageError with close matches for an unknown one."""
+    found = PRESETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if found is None:
+        pairs = [known for known in ALL if known.startswith(f"{name}:")]
+        if pairs:
+            raise UsageError(
+                f"preset {name!r} is not one",
+                why="its values were published for each pair of teacher and student",
+                fix=f"name the pair, such as {pairs[0]} (there are {len(pairs)}: kdcache methods --presets)",
+            )
+        raise unknown_name("preset", name, ALL)
+    return found
+
+
+MDISTILLER = "configurations of mdistiller"
+STANDARDIZED = "code of logit standardization (CVPR 2024)"
+TTM_PAPER = "TTM (arXiv 2402.11148), appendix A.4"
+RLD_CODE = "configurations of RLD's code (ICLR 2025)"
+EA_CODE = "configurations of EA-KD's code"
+CLS_KD = "configurations of cls_KD (NKD, ICCV 2023)"
+DIST_CODE = "DIST (NeurIPS 2022) and its configurations"
+CTKD_CODE = "scripts of CTKD (AAAI 2023)"
+MLKD_CODE = "configurations of MLKD's code (CVPR 2023)"
+WSLD_CODE = "weighted soft labels (ICLR 2021)"
+# Of the entropies' bound, EA-KD's code has 100 for CIFAR-100, where log C is meant: a preset is what was run.
+EA_CIFAR = "entropy_tau=3,entropy_bound=100"
+
+# name, method, tau, source
+_FOR_A_DATASET: list[tuple[str, str, float, str]] = [
+    ("kd:cifar100", "kd:kd_weight=0.9,ce_weight=0.1", 4, MDISTILLER),
+    ("kd:imagenet", "kd:kd_weight=0.5,ce_weight=0.5", 1, MDISTILLER),
+    ("zkd:cifar100", "zkd:kd_weight=9,ce_weight=0.1", 2, STANDARDIZED),
+    ("zkd:imagenet", "zkd:kd_weight=9,ce_weight=1", 2, STANDARDIZED),
+    ("maxlogit:cifar100", "maxlogit:kd_weight=9,ce_weight=0.1", 1, "max-logit temperature, table 3 (zKD+)"),
+    ("dkd:cifar100", "dkd:beta=8,ce_weight=1", 4, MDISTILLER),
+    ("zdkd:cifar100", "zdkd:alpha=9,beta=72,ce_weight=1", 2, STANDARDIZED),
+    ("rld:cifar100", "rld:beta=8,ce_weight=1", 4, RLD_CODE),
+    ("zrld:cifar100", "zrld:alpha=9,beta=72,ce_weight=1", 2, RLD_CODE),
+    ("nkd:cifar100", "nkd:gamma=3.5,ce_weight=1", 3, CLS_KD),
+    ("nkd:imagenet", "nkd:gamma=1.5,ce_weight=1", 1, CLS_KD),
+    ("wsld:cifar100", "wsld:alpha=2.25,ce_weight=1", 4, WSLD_CODE),
+    ("wsld:imagenet", "wsld:alpha=2.5,ce_weight=1", 2, WSLD_CODE),
+    ("dist:cifar100", "dist:kd_weight=2,ce_weight=1", 4, DIST_CODE),
+    ("dist:imagenet", "dist:kd_weight=2,ce_weight=1", 1, DIST_CODE),
+    ("ctkd:cifar100", "ctkd:kd_weight=0.9,ce_weight=0.1,lambda_epochs=10", 1, CTKD_CODE),
+    ("ctkd:imagenet", "ctkd:kd_weight=1,ce_weight=1,lambda_epochs=5", 1, CTKD_CODE),
+    ("zctkd:cifar100", "zctkd:kd_weight=9,ce_weight=0.1,lambda_epochs=10", 1, STANDARDIZED),
+    ("mlkd:cifar100", "mlkd:kd_weight=0.9,ce_weight=0.1", 4, MLKD_CODE),
+    ("mlkd:imagenet", "mlkd:kd_weight=0.5,ce_weight=0.5", 1, MLKD_CODE),
+    ("zmlkd:cifar100", "zmlkd:kd_weight=9,ce_weight=0.1", 2, STANDARDIZED),
+    ("eakd:cifar100", f"eakd:kd_weight=0.9,ce_weight=0.1,{EA_CIFAR}", 4, EA_CODE),
+    ("eakd:imagenet", "eakd:kd_weight=0.5,ce_weight=1,entropy_tau=2", 1, EA_CODE),
+    ("eadkd:cifar100", f"eadkd:beta=8,ce_weight=1,{EA_CIFAR}", 4, EA_CODE),
+    ("eadkd:imagenet:resnet34-resnet18", "eadkd:beta=0.5,warmup_epochs=1,ce_weight=1,entropy_tau=3", 1, EA_CODE),
+    ("wttm:imagenet:resnet34-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:resnet50-mobilenetv1", "wttm:kd_weight=3.5,ce_weight=1", 1 / 0.7, TTM_PAPER),
+]
+
+# The TTM paper's tables 8 and 9: gamma = 1 / tau and weight of ttm, the same of wttm, gamma of wttm without cross entropy.
+_TTM: dict[str, tuple[float, float, float, float, float | None]] = {
+    "wrn40_2-wrn16_2": (0.1, 101, 0.1, 4, 0.2),
+    "wrn40_2-wrn40_1": (0.1, 76, 0.1, 3, 0.5),
+    "resnet56-resnet20": (0.3, 7, 0.3, 1.5, 0.6),
+    "resnet110-resnet20": (0.2, 8, 0.2, 2, 0.4),
+    "resnet110-resnet32": (0.1, 33, 0.1, 1.5, 0.4),
+    "resnet32x4-resnet8x4": (0.1, 100, 0.1, 3, 0.5),
+    "vgg13-vgg8": (0.1, 45, 0.1, 2.25, 0.2),
+    "vgg13-mobilenetv2": (0.2, 16, 0.2, 3, None),
+    "resnet50-mobilenetv2": (0.2, 20, 0.2, 5, None),
+    "resnet50-vgg8": (0.1, 70, 0.1, 2, None),
+    "resnet32x4-shufflenetv1": (0.2, 12, 0.2, 1.4, None),
+    "resnet32x4-shufflenetv2": (0.4, 40, 0.4, 16, None),
+    "wrn40_2-shufflenetv1": (0.3, 8, 0.3, 3, None),
+}
+# DKD's beta where it is not 8, and the temperature and weight of zkd where they are not 2 and 9.
+_DKD = {"vgg13-vgg8": 6, "wrn40_2-wrn16_2": 6, "wrn40_2-wrn40_1": 6, "resnet56-resnet20": 2, "resnet110-resnet32": 2}
+_ZKD = {
+    "vgg13-vgg8": (3, 9),
+    "resnet32x4-wrn16_2": (3, 9),
+    "resnet32x4-wrn40_2": (3, 9),
+    "wrn40_2-mobilenetv2": (3, 9),
+    "vgg13-mobilenetv2": (3, 9),
+    "resnet50-mobilenetv2": (3, 1),
+}
+_IMAGENET_BETA = {"resnet34-resnet18": 0.5, "resnet50-mobilenetv1": 2}
+
+
+def _all() -> dict[str, Preset]:
+    rows = list(_FOR_A_DATASET)
+    for pair, (gamma, weight, gamma_w, weight_w, gamma_alone) in _TTM.items():
+        rows.append((f"ttm:cifar100:{pair}", f"ttm:kd_weight={weight:g},ce_weight=1", 1 / gamma, TTM_PAPER))
+        rows.append((f"wttm:cifar100:{pair}", f"wttm:kd_weight={weight_w:g},ce_weight=1", 1 / gamma_w, TTM_PAPER))
+        if gamma_alone is not None:
+            rows.append((f"wttm:cifar100:{pair}:no-ce", "wttm", 1 / gamma_alone, TTM_PAPER))
+    for pair, beta in _DKD.items():
+        rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, MDISTILLER))
+    for pair, (tau, weight) in _ZKD.items():
+        rows.append((f"zkd:cifar100:{pair}", f"zkd:kd_weight={weight},ce_weight=0.1", tau, f"{STANDARDIZED}, logs"))
+    for pair, share in _IMAGENET_BETA.items():
+        options = f"beta={share:g},warmup_epochs=1,ce_weight=1"
+        rows.append((f"dkd:imagenet:{pair}", f"dkd:{options}", 1, MDISTILLER))
+        rows.append((f"rld:imagenet:{pair}", f"rld:{options}", 1, RLD_CODE))
+    return {name: Preset(PREFIX + name, spec, float(tau), source) for name, spec, tau, source in sorted(rows)}
+
+
+PRESETS = _all()
+ALL = [found.name for found in PRESETS.values()]
