@@ -27,7 +27,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from kdcache.datasets import Sample, Source, SourceCard, Split, dataset, source_card
+from kdcache.datasets import Images, Sample, Source, SourceCard, Split, dataset, source_card
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.progress import Progress, Silent
 
@@ -90,7 +90,8 @@ def load_canvas(
         raise UsageError(
             f"a canvas of {size} px", why=f"its side is between 1 and {MAX_SIZE} px", fix="use for example --canvas 256"
         )
-    fingerprint = source.fingerprint()
+    images = source.open(home, progress)
+    fingerprint = images.fingerprint()
     series, state = _names(source, split, size, fingerprint)
     path = home / f"{series}-{state[:8]}"
     if not path.is_dir():
@@ -98,7 +99,7 @@ def load_canvas(
         with _alone(path, progress):
             if not path.is_dir():
                 _mention_others(series, path, progress)
-                _build(source, split, size, path, state, fingerprint, skip_corrupt, progress)
+                _build(source, images, split, size, path, state, fingerprint, skip_corrupt, progress)
     canvas = _open(path)
     if skipped := canvas.card.skipped:
         shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
@@ -109,8 +110,8 @@ def load_canvas(
 
 
 def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
-    """Where the canvas of a split is, if it has been built, of the files as they are now."""
-    series, state = _names(source, split, size, source.fingerprint())
+    """Where the canvas of a split is, if it has been built, of the files as they are now. Fetches nothing."""
+    series, state = _names(source, split, size, source.open(home, fetch=False).fingerprint())
     return home / f"{series}-{state[:8]}"
 
 
@@ -211,14 +212,22 @@ def _unfinished(path: Path) -> Path:
 
 
 def _build(
-    source: Source, split: Split, size: int, path: Path, state: str, fingerprint: str, skip_corrupt: bool, progress: Progress
+    source: Source,
+    images: Images,
+    split: Split,
+    size: int,
+    path: Path,
+    state: str,
+    fingerprint: str,
+    skip_corrupt: bool,
+    progress: Progress,
 ) -> None:
-    samples, folder = source.samples(split), _unfinished(path)
-    card = source_card(source, split, samples)
+    names, samples, folder = images.class_names(), images.samples(split), _unfinished(path)
+    card = source_card(source, names, split, samples)
     # What a resumed build must have in common with the one before. Another Pillow may decode the same file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
     outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
-    if source.fingerprint() != fingerprint:
+    if images.fingerprint() != fingerprint:
         shutil.rmtree(folder)
         raise RetryError(
             f"images of {card.name}/{split} changed while they were decoded",
@@ -237,7 +246,7 @@ def _build(
                 why=f"{len(reasons)} of {len(samples)} {split} images are corrupt, and --skip-corrupt would leave nothing of it",
                 fix="replace some of its files",
             )
-        card = source_card(source, split, [sample for sample, _ in kept], skipped=tuple(reasons))
+        card = source_card(source, names, split, [sample for sample, _ in kept], skipped=tuple(reasons))
     labels = np.array([sample.label for sample, _ in kept], np.int64)
     keys = [sample.key for sample, _ in kept]
     with (folder / "pixels.npy").open("r+b") as file:

@@ -112,7 +112,8 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     else:
         resolve(config.teacher, "teacher")
         ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
-        samples, classes = len(source.samples("train")), tuple(source.class_names())
+        images = source.open(workspace.data, progress, fetch=False)
+        samples, classes = len(images.samples("train")), tuple(images.class_names())
         name = f"{dataset_label(source)}--{config.teacher.replace('/', '_')}--????????"
         path, views = config.output or workspace.archives / name, config.views or source.recipe.student_epochs
         trained = "whether there is one is known once the canvas is built"

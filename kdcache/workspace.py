@@ -114,10 +114,10 @@ def require_writable(folder: Path) -> None:
 
 
 def dataset_label(source: Source) -> str:
-    """A short name for folders: the dataset's, with the folder's name where there is one."""
+    """A short name for folders: the dataset's, with that of its folder or repository where there is one."""
     name = dataset.name_of(source)
-    root = getattr(source, "root", "")
-    return f"{name}-{Path(root).resolve().name}" if root else name
+    place = getattr(source, "root", "") or getattr(source, "repo", "")
+    return f"{name}-{Path(place).name}" if place else name
 
 
 def versions() -> dict[str, str]:

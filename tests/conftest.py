@@ -23,8 +23,9 @@ from torch import Tensor
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
 from kdcache.canvas import Canvas, load_canvas
-from kdcache.datasets import Folder
+from kdcache.datasets.folder import Folder
 from kdcache.views.policy import ViewPolicy, ViewTable
+from tests.miniatures import MINIATURES
 
 settings.register_profile(
     "kdcache", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -84,6 +85,16 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """23 small pictures (an odd number, so that one has no mixing partner) in three classes."""
     root = tmp_path_factory.mktemp("images")
     save_folder(root, np.random.default_rng(11).integers(0, 256, (23, 3, 20, 20), dtype=np.uint8))
+    return root
+
+
+@pytest.fixture(scope="session")
+def datasets_in_small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every dataset's files in small, laid out as the real ones are, and in `images` those of `image_folder`."""
+    root = tmp_path_factory.mktemp("datasets")
+    (root / "images").symlink_to(image_folder)
+    for name, make in MINIATURES.items():
+        make(root / name)
     return root
 
 

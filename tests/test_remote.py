@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from kdcache.archive import Archive, cache, layout, open_archive, reader, remote, write_archive
 from kdcache.archive.cache import Cache, CachedStore
-from kdcache.archive.remote import open_remote
 from kdcache.cli import run
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
+from kdcache.remote import open_remote
 from kdcache.stream import CachedTargets
 from tests.servers import Fault, FaultyServer, fake_hub, faulty_s3
 

@@ -18,6 +18,7 @@ import filelock
 import numpy as np
 import pytest
 
+from kdcache import remote as remote_module
 from kdcache.archive import (
     Archive,
     ArchiveWriter,
@@ -32,14 +33,13 @@ from kdcache.archive import (
     stored_bytes,
     verify_signature,
 )
-from kdcache.archive import remote as remote_module
 from kdcache.archive import sharing as sharing_module
 from kdcache.archive.manifest import FOR_PEOPLE, FileRecord
 from kdcache.archive.publishing import without_places
-from kdcache.archive.remote import open_remote
 from kdcache.cli import run
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
+from kdcache.remote import open_remote
 from kdcache.views import ViewPolicy
 from tests.conftest import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN

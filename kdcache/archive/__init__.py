@@ -23,7 +23,6 @@ from kdcache.archive.manifest import (
 )
 from kdcache.archive.planning import new_plan, recorded_plan
 from kdcache.archive.reader import Archive, open_archive
-from kdcache.archive.remote import is_url
 from kdcache.archive.rows import Rows
 from kdcache.archive.sharing import Shipment, part_label, pull, push, shipment
 from kdcache.archive.signing import sign_archive, verify_signature
@@ -31,6 +30,7 @@ from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.verification import Failure, Verification
 from kdcache.archive.writer import ArchiveWriter, sweep, write_archive
+from kdcache.remote import is_url
 
 __all__ = [
     "MAX_ROWS",

@@ -23,10 +23,10 @@ from typing import BinaryIO
 import filelock
 
 from kdcache.archive.manifest import FileRecord
-from kdcache.archive.remote import MissingError, Remote, ending
 from kdcache.archive.store import inner_name, sha256_of, translated_os_errors
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
+from kdcache.remote import MissingError, Remote, ending
 
 __all__ = ["Cache", "CachedStore", "download"]
 

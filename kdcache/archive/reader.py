@@ -29,7 +29,6 @@ from kdcache.archive.manifest import (
     first_error,
     load_manifest,
 )
-from kdcache.archive.remote import MissingError, is_url, open_remote
 from kdcache.archive.rows import Rows, count_of
 from kdcache.archive.statistics import MAX_ROWS, spread_logits
 from kdcache.archive.store import LocalStore, Store, sha256
@@ -37,6 +36,7 @@ from kdcache.archive.verification import Level, Verification, Verifier
 from kdcache.codecs import codec
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.progress import Progress, Silent
+from kdcache.remote import MissingError, is_url, open_remote
 
 __all__ = ["Archive", "open_archive"]
 

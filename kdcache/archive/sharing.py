@@ -35,13 +35,13 @@ from kdcache.archive.manifest import (
 )
 from kdcache.archive.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.archive.reader import Archive, open_archive
-from kdcache.archive.remote import MissingError, hub_address, is_url, open_remote
 from kdcache.archive.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.archive.store import LocalStore, inner_name, sha256, translated_os_errors
 from kdcache.archive.transfer import File, Meter, Stopped, bring, in_parallel, require_room
 from kdcache.archive.verification import Failure, Verification
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.progress import Progress, Silent
+from kdcache.remote import MissingError, hub_address, is_url, open_remote
 
 __all__ = ["Shipment", "part_label", "pull", "push", "shipment"]
 

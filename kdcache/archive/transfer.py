@@ -14,10 +14,10 @@ from typing import Any
 
 from kdcache.archive.cache import download
 from kdcache.archive.manifest import PULL, FileRecord
-from kdcache.archive.remote import ending
 from kdcache.archive.store import translated_os_errors
 from kdcache.errors import RetryError
 from kdcache.progress import Progress
+from kdcache.remote import ending
 
 __all__ = ["File", "Meter", "Stopped", "bring", "in_parallel", "require_room"]
 

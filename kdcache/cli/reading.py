@@ -15,6 +15,7 @@ from kdcache.cli.options import (
     RendererOption,
     SkipCorruptOption,
     find_archive,
+    specs,
     temperatures,
     view_range,
     workspace,
@@ -321,18 +322,34 @@ def models(
     print_table(["alias", "timm name"], [[alias, name] for alias, name in ALIASES.items()])
 
 
-def datasets(as_json: JsonOption = False) -> None:
-    """List the datasets and what they suggest where the command line says nothing."""
+def datasets(
+    fetch: Annotated[str, typer.Option("--fetch", help="Fetch these datasets now, such as pets,cifar100.")] = "",
+    as_json: JsonOption = False,
+    home: HomeOption = Path(),
+    data_dir: DataDirOption = None,
+) -> None:
+    """List the datasets, with what they suggest where the command line says nothing; or fetch some."""
     from kdcache.datasets import dataset
+    from kdcache.workspace import parse_dataset
 
-    rows = [
-        [name, (dataset[name].__doc__ or "").split("\n")[0], getattr(dataset[name], "licence", None) or "unknown"]
-        for name in dataset
-    ]
-    if as_json:
-        print_json([dict(zip(("name", "description", "licence"), row, strict=True)) for row in rows])
+    if fetch:
+        with bars() as progress:
+            for spec in specs(fetch):
+                images = parse_dataset(spec).open(workspace(home, data_dir).data, progress)
+                counts = ", ".join(f"{len(images.samples(split))} {split}" for split in ("train", "test"))
+                progress.say(f"{spec}: {counts} images of {len(images.class_names())} classes")
         return
-    print_table(["dataset", "what it is", "licence"], rows)
+    names = ["name", "licence", "canvas", "policy", "student", "description"]
+    rows = []
+    for name in dataset:
+        source: Any = dataset[name]
+        recipe = source.recipe
+        described = " ".join((source.__doc__ or "").split("\n\n")[0].split())
+        rows.append([name, source.licence or "unknown", recipe.canvas, recipe.policy, recipe.student, described])
+    if as_json:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+    else:
+        print_table(names, rows)
 
 
 def methods(

@@ -15,7 +15,7 @@ from kdcache.targets import controls
 
 REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (codec, layout, controls, method, dataset)}
 
-IMAGES = "IMAGES"  # stands for a folder with train/CLASS/*.png and test/CLASS/*.png
+FILES = "FILES"  # stands for a folder with all datasets in small: see tests/miniatures.py
 
 # kind -> name -> one or more sets of options. Without an entry a component is made without options.
 EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
@@ -38,7 +38,19 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "mlkd": ({"views": 1}, {"views": 1, "temperatures": "2+6"}),  # of two views: test_methods.py
         "zmlkd": ({"views": 1},),
     },
-    "dataset": {"folder": ({"root": IMAGES}, {"root": f"{IMAGES}/train", "split_fraction": 0.4})},
+    "dataset": {
+        "folder": ({"root": f"{FILES}/images"}, {"root": f"{FILES}/images/train", "split_fraction": 0.4}),
+        "cifar10": ({"root": f"{FILES}/cifar10"}, {"root": f"{FILES}/cifar10-python"}),
+        "cifar100": ({"root": f"{FILES}/cifar100"}, {"root": f"{FILES}/cifar100-python"}),
+        "pets": ({"root": f"{FILES}/pets"},),
+        "flowers": ({"root": f"{FILES}/flowers"},),
+        "cars": ({"root": f"{FILES}/cars"},),
+        "tiny-imagenet": ({"root": f"{FILES}/tiny-imagenet"},),
+        "imagenet": ({"root": f"{FILES}/imagenet"}, {"root": f"{FILES}/imagenet-tars"}),
+        "arrays": ({"root": f"{FILES}/arrays"}, {"root": f"{FILES}/npz/data.npz"}),
+        "tars": ({"root": f"{FILES}/tars"},),
+        "hf": ({"repo": f"{FILES}/hub"},),
+    },
 }
 
 
@@ -51,6 +63,6 @@ def examples(kind: str) -> list[Any]:
     ]
 
 
-def with_images(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`options` with the place of the images filled in."""
-    return {key: value.replace(IMAGES, str(folder)) if isinstance(value, str) else value for key, value in options.items()}
+def with_files(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`options` with the place of the datasets filled in."""
+    return {key: value.replace(FILES, str(folder)) if isinstance(value, str) else value for key, value in options.items()}

@@ -11,19 +11,25 @@ import pytest
 from PIL import Image
 
 from kdcache.canvas import load_canvas
-from kdcache.datasets import Folder, Source, Split, dataset, source_card
+from kdcache.datasets import Images, Source, Split, dataset, source_card
+from kdcache.datasets.folder import Folder
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.views import PRESETS
-from tests.contracts.examples import examples, with_images
+from tests.contracts.examples import examples, with_files
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @pytest.fixture
-def source(request: pytest.FixtureRequest, image_folder: Path) -> Source:
+def source(request: pytest.FixtureRequest, datasets_in_small: Path) -> Source:
     name, options = request.param
-    made: Source = dataset.build(name, **with_images(options, image_folder))
+    made: Source = dataset.build(name, **with_files(options, datasets_in_small))
     return made
+
+
+@pytest.fixture
+def images(source: Source, tmp_path: Path) -> Images:
+    return source.open(tmp_path / "data", fetch=False)
 
 
 every_source = pytest.mark.parametrize(
@@ -33,8 +39,8 @@ every_source = pytest.mark.parametrize(
 
 @every_source
 @pytest.mark.parametrize("split", SPLITS)
-def test_samples_have_unique_keys_and_labels_within_the_classes(source: Source, split: Split) -> None:
-    names, samples = list(source.class_names()), source.samples(split)
+def test_samples_have_unique_keys_and_labels_within_the_classes(images: Images, split: Split) -> None:
+    names, samples = list(images.class_names()), images.samples(split)
     assert len(set(names)) == len(names) >= 2
     keys = [sample.key for sample in samples]
     assert len(set(keys)) == len(keys) > 0
@@ -42,23 +48,24 @@ def test_samples_have_unique_keys_and_labels_within_the_classes(source: Source, 
 
 
 @every_source
-def test_listing_twice_gives_the_same_samples_in_the_same_order(source: Source) -> None:
+def test_listing_twice_gives_the_same_samples_in_the_same_order(source: Source, images: Images) -> None:
+    names = images.class_names()
     for split in SPLITS:
-        first, again = source.samples(split), source.samples(split)
+        first, again = images.samples(split), images.samples(split)
         assert [(s.key, s.label) for s in first] == [(s.key, s.label) for s in again]
-        cards = [source_card(source, split, samples) for samples in (first, again, list(first)[::-1])]
+        cards = [source_card(source, names, split, samples) for samples in (first, again, list(first)[::-1])]
         assert cards[0] == cards[1]
         assert cards[0].digest != cards[2].digest  # the order is part of what a sample number means
         assert cards[0].num_samples == len(first)
-        assert cards[0].class_names == tuple(source.class_names())
-    assert source_card(source, "train", first).digest != source_card(source, "test", first).digest
-    assert source.fingerprint() == source.fingerprint()
+        assert cards[0].class_names == tuple(names)
+    assert source_card(source, names, "train", first).digest != source_card(source, names, "test", first).digest
+    assert images.fingerprint() == images.fingerprint()
 
 
 @every_source
-def test_a_card_tells_no_local_path(source: Source, image_folder: Path) -> None:
-    card = source_card(source, "test", source.samples("test"))
-    assert str(image_folder) not in card.model_dump_json()
+def test_a_card_tells_no_local_path(source: Source, images: Images, datasets_in_small: Path) -> None:
+    card = source_card(source, images.class_names(), "test", images.samples("test"))
+    assert str(datasets_in_small) not in card.model_dump_json()
     assert json.loads(card.model_dump_json())["licence"] == source.licence
 
 
@@ -72,14 +79,16 @@ def test_the_recipe_can_be_followed(source: Source) -> None:
 
 @every_source
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_canvas_holds_pillows_pixels_in_the_order_of_the_samples(source: Source, split: Split, tmp_path: Path) -> None:
+def test_the_canvas_holds_pillows_pixels_in_the_order_of_the_samples(
+    source: Source, images: Images, split: Split, tmp_path: Path
+) -> None:
     canvas = load_canvas(source, split, 8, tmp_path)
-    samples = source.samples(split)
+    samples = images.samples(split)
     assert canvas.pixels.shape == (len(samples), 3, 8, 8)
     assert canvas.size == 8
     assert canvas.keys == tuple(sample.key for sample in samples)
     assert canvas.labels.tolist() == [sample.label for sample in samples]
-    assert canvas.card == source_card(source, split, samples)
+    assert canvas.card == source_card(source, images.class_names(), split, samples)
     assert canvas.intact
     for i in {0, 1, len(samples) // 2, len(samples) - 1}:
         with samples[i].load() as image:

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from kdcache.errors import UsageError
 from kdcache.registry import FITTED, Registry
-from tests.contracts.examples import EXAMPLES, REGISTRIES, examples, with_images
+from tests.contracts.examples import EXAMPLES, REGISTRIES, examples, with_files
 
 EVERY = [pytest.param(kind, *example.values, id=f"{kind}-{example.id}") for kind in REGISTRIES for example in examples(kind)]
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
-def test_every_registered_component_has_an_example_that_can_be_made(kind: str, image_folder: Path) -> None:
+def test_every_registered_component_has_an_example_that_can_be_made(kind: str, datasets_in_small: Path) -> None:
     registry = REGISTRIES[kind]
     assert list(registry) == sorted(set(registry))
     for name in registry:
         for options in EXAMPLES.get(kind, {}).get(name, ({},)):
             try:
-                registry.build(name, **with_images(options, image_folder))
+                registry.build(name, **with_files(options, datasets_in_small))
             except UsageError as error:
                 pytest.fail(
                     f"{kind} {name!r} cannot be made from {options}: {error.why}. Add options that suit it to "
@@ -38,18 +38,20 @@ def test_no_example_is_left_of_a_component_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), EVERY)
-def test_a_component_survives_json(kind: str, name: str, options: dict[str, Any], image_folder: Path) -> None:
+def test_a_component_survives_json(kind: str, name: str, options: dict[str, Any], datasets_in_small: Path) -> None:
     registry = REGISTRIES[kind]
-    component = registry.build(name, **with_images(options, image_folder))
+    component = registry.build(name, **with_files(options, datasets_in_small))
     stored = json.loads(json.dumps(registry.to_dict(component)))
     assert stored["name"] == name
     assert registry.from_dict(stored) == component
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), EVERY)
-def test_a_component_survives_its_command_line_form(kind: str, name: str, options: dict[str, Any], image_folder: Path) -> None:
+def test_a_component_survives_its_command_line_form(
+    kind: str, name: str, options: dict[str, Any], datasets_in_small: Path
+) -> None:
     registry = REGISTRIES[kind]
-    component = registry.build(name, **with_images(options, image_folder))
+    component = registry.build(name, **with_files(options, datasets_in_small))
     spec = registry.spec(component)
     assert spec.partition(":")[0] == name
     assert registry.parse(spec) == component
@@ -57,9 +59,9 @@ def test_a_component_survives_its_command_line_form(kind: str, name: str, option
 
 @pytest.mark.parametrize(("kind", "name", "options"), EVERY)
 def test_a_component_is_frozen_and_its_options_can_be_listed(
-    kind: str, name: str, options: dict[str, Any], image_folder: Path
+    kind: str, name: str, options: dict[str, Any], datasets_in_small: Path
 ) -> None:
-    component = REGISTRIES[kind].build(name, **with_images(options, image_folder))
+    component = REGISTRIES[kind].build(name, **with_files(options, datasets_in_small))
     described = REGISTRIES[kind].describe(name)
     for field in dataclasses.fields(component):
         assert (field.name in described) == (field.metadata != FITTED)

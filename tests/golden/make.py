@@ -125,7 +125,7 @@ def write_golden_layouts(folder: Path) -> None:
 def digit_images() -> NDArray[np.uint8]:
     """The first five training digits on their canvas."""
     from kdcache.canvas import load_canvas
-    from kdcache.datasets import Digits
+    from kdcache.datasets.digits import Digits
 
     with tempfile.TemporaryDirectory() as folder:
         return np.array(load_canvas(Digits(), "train", 32, Path(folder)).pixels[:5])

@@ -21,7 +21,8 @@ from PIL import Image
 
 import kdcache.canvas as module
 from kdcache.canvas import Canvas, load_canvas, require_intact
-from kdcache.datasets import Folder, SourceCard
+from kdcache.datasets import SourceCard
+from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
 from kdcache.stream import CachedTargets
 from kdcache.views.policy import ViewPolicy
@@ -138,7 +139,7 @@ BUILD = f"""
 import sys, time
 from pathlib import Path
 import kdcache.canvas
-from kdcache.datasets import Folder
+from kdcache.datasets.folder import Folder
 
 class Slow:
     def update(self, task, done, total, note=""):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, features
 
 from kdcache.canvas import Canvas, _decode, load_canvas
-from kdcache.datasets import IMAGE_SUFFIXES, Folder, Sample
+from kdcache.datasets import Sample
+from kdcache.datasets.folder import IMAGE_SUFFIXES, Folder
 from kdcache.errors import IntegrityError
 
 COLOUR = (200, 100, 50)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.archive import ArchiveWriter
 from kdcache.canvas import Canvas, load_canvas
-from kdcache.datasets import Folder
+from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError
 from kdcache.replay import replay
 from kdcache.stream import Batch, CachedTargets

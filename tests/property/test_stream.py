@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kdcache.archive import ArchiveWriter, write_archive
 from kdcache.canvas import Canvas, load_canvas
-from kdcache.datasets import Folder
+from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.prefetch import render_batches
 from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view

@@ -472,7 +472,7 @@ def _require_threads(where: str) -> None:
 
 def _in_another_process(url: str, verb: str, name: str, start: int) -> Iterator[bytes]:
     """What a fresh interpreter gets to hear. Takes half a second; forked workers need it only for what was not fetched before."""
-    code = "from kdcache.archive.remote import _answer; _answer()"
+    code = "from kdcache.remote import _answer; _answer()"
     command = [sys.executable, "-c", code, url, verb, name, str(start)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as helper:
