@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ import kdcache
 from kdcache.archive import Ensemble, is_url
 from kdcache.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
-from kdcache.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, views_per_step
+from kdcache.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
 from kdcache.interrupts import Stopped, stopped_between_steps
 from kdcache.methods import LogitMethod, method
 from kdcache.metrics import agreement, divergence
 from kdcache.models import create_model
 from kdcache.progress import Progress, Silent
 from kdcache.sheet import contact_sheet
-from kdcache.stream import ORDER_VERSION, BatchTargets, CachedTargets
-from kdcache.targets import averaged, controls
+from kdcache.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
+from kdcache.targets import controls
 from kdcache.training import (
     EvalSet,
     Learner,
@@ -62,7 +63,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     resolve_device(config.device)  # better refused before anything is decoded
     archive, second = open_archives(config, workspace, progress)
     specs, settings = plan_students(config, archive, second, workspace)
-    for doubt in doubts(specs):
+    for doubt in doubts(specs, settings.epochs, config):
         progress.say(doubt)
     require_writable(workspace.runs)
     train, test = _canvases(config, archive, workspace, progress)
@@ -137,9 +138,7 @@ class _Lockstep:
             active = [student for student in active if student.learner.epoch == epoch]
             behind = min(student.learner.steps_in_epoch for student in active)
             for number, batch in enumerate(self.stream.epoch(epoch, behind), behind):
-                shown = [BatchTargets(batch, self.archive.digest)]
-                if batch.second is not None:
-                    shown.append(BatchTargets(batch.second, self.second.digest))
+                shown = [_Shown(each) for each in (batch, batch.second) if each is not None]
                 for student in active:
                     if student.learner.steps_in_epoch == number:  # else it has seen this batch before it was suspended
                         student.step(shown)
@@ -179,6 +178,14 @@ def _allow_open_files(students: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+class _Shown:
+    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.images = batch.images
+        self.targets = cache(replace(batch, second=None).targets)
+
+
 class _Student:
     """One student: its learner, and how it turns a batch into a loss."""
 
@@ -194,8 +201,10 @@ class _Student:
         device: torch.device,
     ) -> None:
         self.spec = spec
-        blocks = (averaged(torch.from_numpy(block), spec.tau).numpy() for block in archive.spread_logits())
-        self.control = spec.control.fit(blocks, spec.tau)
+        views = views_per_step(spec.method)
+        fitted = fit_control(spec.control, archive, spec.tau)
+        other = fit_control(spec.control, second, spec.tau) if views == 2 and second is not archive else fitted
+        self.controls = (fitted, other)[:views]
         self.state, optimizer = None, None
         if isinstance(spec.method, LogitMethod):
             self.state = spec.method.new_state().to(device)
@@ -215,25 +224,22 @@ class _Student:
         )
         _write_args(spec, settings, config, archive, second)
 
-    def step(self, shown: Sequence[BatchTargets]) -> None:
+    def step(self, shown: Sequence[_Shown]) -> None:
         """One step on the views of a batch's samples, as many of them as the method wants."""
-        first, tau = shown[0], self.spec.tau
-        targets, teacher = first(tau, self.control), first(tau).logits
-        if (views := views_per_step(self.spec.method)) == 2:
-            targets = replace(targets, second=shown[1](tau, self.control))
+        tau, shown = self.spec.tau, shown[: len(self.controls)]
+        targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
+        targets = replace(targets, second=second[0]) if second else targets
+        teacher = shown[0].targets(tau).logits
         if self.state is not None:
             self.state.epoch = self.learner.epoch + 1
 
         def measure(logits: Tensor) -> dict[str, Tensor]:
             figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
-            return figures | self._learned_figures()
+            if isinstance(self.spec.method, LogitMethod) and self.state is not None:
+                figures |= self.spec.method.figures(self.state)
+            return figures
 
-        self.learner.step([each.images for each in shown[:views]], lambda z: self.spec.method(z, targets, self.state), measure)
-
-    def _learned_figures(self) -> dict[str, Tensor]:
-        """What the method has learned, for the log."""
-        found = getattr(self.spec.method, "temperature", lambda state: None)(self.state)
-        return {"temperature": found.detach()} if isinstance(found, Tensor) else {}
+        self.learner.step([each.images for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
 
 
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
@@ -287,6 +293,7 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         "control": controls.to_dict(spec.control),
         "control_spec": controls.spec(spec.control),
         "tau": spec.tau,
+        **({} if uses_tau(spec.method) else {"own_temperature": True}),
         "seed": spec.seed,
         "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.seed}, batches of {settings.batch_size}, the last one dropped",
         **settings.model_dump(),

@@ -4,24 +4,27 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcache.archive import Average, Ensemble
 from kdcache.errors import UsageError
 from kdcache.methods import Method, method
-from kdcache.methods.base import ZScored
 from kdcache.methods.presets import preset
 from kdcache.models import resolve
 from kdcache.prefetch import RendererChoice
 from kdcache.progress import Progress
-from kdcache.stream import require_second
+from kdcache.stream import require_batch_size, require_second
 from kdcache.targets import Control, controls
-from kdcache.training import TrainConfig
+from kdcache.training import TrainConfig, require_optimizer
 from kdcache.workspace import Workspace, archive_source
 
-__all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students", "views_per_step"]
+__all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students", "uses_tau", "views_per_step"]
+
+SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
+LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,11 @@ class StudentSpec:
 
     @property
     def title(self) -> str:
-        return f"{self.student} {method.spec(self.method)} tau {self.tau:g} {controls.spec(self.control)} seed {self.seed}"
+        return f"{self.student} {method.spec(self.method)} tau {self.tau_text} {controls.spec(self.control)} seed {self.seed}"
+
+    @property
+    def tau_text(self) -> str:
+        return f"{self.tau:g}" if uses_tau(self.method) else "own"
 
 
 def open_archives(config: DistillConfig, workspace: Workspace, progress: Progress) -> tuple[Ensemble, Ensemble]:
@@ -76,7 +83,8 @@ def open_archives(config: DistillConfig, workspace: Workspace, progress: Progres
     archive = workspace.open_ensemble(config.archives, config.average, progress, strict=config.strict)
     if config.second_archive is None:
         return archive, archive
-    return archive, workspace.open_ensemble([config.second_archive], config.average, progress, strict=config.strict)
+    second = workspace.open_ensemble([config.second_archive], config.average, progress, strict=config.strict)
+    return archive, archive if second.digest == archive.digest else second
 
 
 def plan_students(
@@ -87,8 +95,12 @@ def plan_students(
         if not values:
             raise UsageError(f"{option} names nothing", why="the grid of students would be empty", fix=f"give {option} a value")
     for tau in config.taus:
-        if not (math.isfinite(tau) and tau > 0):
-            raise UsageError(f"tau {tau}", why="a temperature is a positive number", fix="use for example --tau 1,4,20")
+        if not SMALLEST_TAU <= tau <= LARGEST_TAU:
+            raise UsageError(
+                f"tau {tau:g}",
+                why=f"temperatures lie between {SMALLEST_TAU:g} and {LARGEST_TAU:g}: beyond, float32 leaves nothing to learn",
+                fix="use for example --tau 1,4,20",
+            )
     recipe = archive_source(archive, config.dataset).recipe
     settings = TrainConfig(
         epochs=config.epochs or recipe.student_epochs,
@@ -98,26 +110,33 @@ def plan_students(
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
     )
+    require_batch_size(settings.batch_size, archive.num_samples)
+    require_optimizer(settings.opt)
     names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
     whats = [controls.parse(spec) for spec in config.controls]
-    hows = list(_methods_and_taus(config))
+    grid = [(how, what, tau) for how, taus in _methods_and_taus(config) for what in whats for tau in taus]
     for what in whats:
         what.check(archive.num_classes)
-    if any(views_per_step(how) == 2 for how, _ in hows):
-        require_second(archive, second)
-    grid = [(how, what, tau) for how, taus in hows for what in whats for tau in taus]
     for how, what, tau in grid:
         _require_sense(how, what, tau, config)
+    if any(views_per_step(how) == 2 for how, _, _ in grid):
+        require_second(archive, second)
+    elif config.second_archive is not None:
+        raise UsageError(
+            f"--second-archive {config.second_archive} without a method of two views",
+            why="second views are shown to mlkd and zmlkd only",
+            fix="leave it out, or use --method mlkd",
+        )
     specs = []
     for seed, (student, name), (how, what, tau) in itertools.product(config.seeds, names.items(), grid):
         archives = [archive.digest] + [second.digest] * (views_per_step(how) == 2 and second is not archive)
         identity = json.dumps(
             [*archives, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()], sort_keys=True
         )
-        parts = (student, method.spec(how), f"tau{tau:g}", controls.spec(what), f"seed{seed}")
-        label = "--".join(parts).replace(":", "-").replace("/", "_").replace("=", "-").replace(",", "-")
-        folder = workspace.runs / archive.name / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
-        specs.append(StudentSpec(student, name, how, what, tau, seed, folder))
+        spec = StudentSpec(student, name, how, what, tau, seed, workspace.runs / archive.name)
+        parts = (student, method.spec(how), f"tau{spec.tau_text}", controls.spec(what), f"seed{seed}")
+        label = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
+        specs.append(replace(spec, folder=spec.folder / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values()), settings
 
 
@@ -126,59 +145,60 @@ def views_per_step(how: Method) -> int:
     return int(getattr(how, "views_per_step", 1))
 
 
+def uses_tau(how: Method) -> bool:
+    """Whether a method looks at tau; it does, if it does not say."""
+    return bool(getattr(how, "uses_tau", True))
+
+
 def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[float]]]:
     """Methods at each temperature, and presets at theirs unless others are asked for. Those that set their own are there once."""
-    for name in config.presets:
-        found = preset(name)
-        how = found.build()
-        yield how, config.taus if config.taus and _uses_tau(how) else (found.tau,)
-    for spec in config.methods or (() if config.presets else ("kd",)):
-        how = method.parse(spec)
-        if not _uses_tau(how) and config.taus and len(config.methods) == 1:
-            raise UsageError(
-                f"--method {spec} with --tau {', '.join(f'{tau:g}' for tau in config.taus)}",
-                why=f"{method.name_of(how)} finds its temperature by itself and does not look at tau",
-                fix="leave --tau out",
-            )
-        yield how, config.taus if config.taus and _uses_tau(how) else (1.0,)
-
-
-def _uses_tau(how: Method) -> bool:
-    return bool(getattr(how, "uses_tau", True))
+    found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in config.presets]
+    found += [(method.parse(spec), 1.0) for spec in config.methods or (() if config.presets else ("kd",))]
+    if config.taus and not any(uses_tau(how) for how, _ in found):
+        names = ", ".join(method.name_of(how) for how, _ in found)
+        raise UsageError(
+            f"{names} with --tau {','.join(f'{tau:g}' for tau in config.taus)}",
+            why="its temperature is found by the method itself, which does not look at tau",
+            fix="leave --tau out",
+        )
+    for how, tau in found:
+        yield how, config.taus if config.taus and uses_tau(how) else (tau,)
 
 
 def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
     name, its_control = method.name_of(how), controls.name_of(what)
-    if not _uses_tau(how) and its_control.startswith("ls-"):
+    if getattr(what, "smooths", False) and (not uses_tau(how) or getattr(how, "unit_variance", False)):
         raise UsageError(
-            f"--method {name} with --control {its_control}",
-            why="label smoothing is matched to the entropy at tau, which this method does not use",
+            f"{name} with --control {its_control}",
+            why="label smoothing is matched to the entropy at tau, which this method does not use"
+            if not uses_tau(how)
+            else "z-scores of smoothed targets are the same however strong the smoothing is",
             fix="use --control none or bottom:K, or another method",
         )
-    if name in {"ttm", "wttm"} and tau >= 10 and not config.force and (config.taus or not config.presets):
+    largest = getattr(how, "largest_tau", math.inf)
+    if tau > largest and not config.force:
         raise UsageError(
-            f"--method {name} with --tau {tau:g}",
-            why="its student is not tempered, and is pushed to the uniform distribution; of the paper's tau 10 is the largest",
+            f"{name} with tau {tau:g}",
+            why=f"its student is not tempered, and is pushed to the uniform distribution; its paper's largest tau is {largest:g}",
             fix="use a smaller tau, or --force",
         )
 
 
-def doubts(specs: Sequence[StudentSpec]) -> list[str]:
+def doubts(specs: Sequence[StudentSpec], epochs: int, config: DistillConfig) -> Iterator[str]:
     """What is worth knowing about a grid that can be trained, but may not show what it is meant to show."""
-    found = []
     taus: dict[Method, set[float]] = {}
     for student in specs:
         taus.setdefault(student.method, set()).add(student.tau)
     for how, its_taus in taus.items():
-        name, spec = method.name_of(how), method.spec(how)
-        if name in {"rld", "zrld"} and getattr(how, "label_rule", None) == "teacher_argmax":
-            found.append(f"{spec}: of the teacher's own top class, rld is dkd with TCKD at confidence_tau; dkd says so plainly")
-        if name == "dist" and getattr(how, "tau_squared", False) and len(its_taus) > 1:
-            found.append(
-                f"{spec}: a correlation has no scale, so tau^2 makes its gradient grow with tau; "
-                "compare temperatures with dist:tau_squared=0"
-            )
-        if isinstance(how, ZScored) and max(its_taus) >= 10:
-            found.append(f"{spec}: scores have unit variance, so that tau {max(its_taus):g} is far softer than it is for kd")
-    return found
+        if config.taus and not uses_tau(how):
+            yield f"{method.spec(how)}: finds its temperature by itself, --tau is not for it"
+        for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
+            yield f"{method.spec(how)}: {doubt}"
+    smoothing = {student.control for student in specs if getattr(student.control, "smooths", False)}
+    partly = [method.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
+    if smoothing and partly:
+        yield (
+            f"{', '.join(partly)}: also look at the targets at temperatures of their own, "
+            f"where {', '.join(map(controls.spec, smoothing))} have another entropy than the teacher"
+        )

@@ -10,7 +10,10 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, Generic, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdcache.errors import UsageError, unknown_name
 
@@ -66,47 +69,54 @@ class Registry(Generic[T]):
         return self._types[name]
 
     def build(self, name: str, **options: Any) -> T:
-        """Make component `name` with `options`; unknown options are refused by name."""
+        """Make component `name` with `options`; unknown options, and values that are not of an option's type, are refused."""
         component = self[name]
-        fields = [f.name for f in dataclasses.fields(component)]  # type: ignore[arg-type]
-        for option in options:
+        fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(component)}  # type: ignore[arg-type]
+        hints = typing.get_type_hints(component, include_extras=True)
+        for option, value in options.items():
             if option not in fields:
                 raise unknown_name(f"option of {self.kind} {name}", option, fields)
-        try:
-            return component(**options)
-        except TypeError as error:
-            raise UsageError(
-                f"{self.kind} {name!r} cannot be made from {options!r}",
-                why=str(error),
-                fix=f"give it its options: {', '.join(fields)}",
-            ) from None
+            options[option] = _checked(value, hints[option], f"{option} of {self.kind} {name}")
+        for option, field in fields.items():
+            if option not in options and field.default is field.default_factory is dataclasses.MISSING:
+                raise UsageError(
+                    f"{self.kind} {name} without {option}",
+                    why="this option has no default",
+                    fix=f"give it one: {name}:{option}=...",
+                )
+        return component(**options)
 
     def parse(self, spec: str) -> T:
         """Make a component from its command-line form: `name`, `name:value` (its first option) or `name:key=value,key=value`.
 
-        A comma, equals sign or backslash that belongs to a value may be written with a backslash before it.
+        Options that are keyword-only are never given without their names. A comma, equals sign or backslash that belongs to a
+        value may be written with a backslash before it.
         """
         name, _, rest = spec.partition(":")
         component = self[name]
         hints = typing.get_type_hints(component)
+        first = _first(component)
         fields = [f.name for f in _options(component)]
         options: dict[str, Any] = {}
         for number, item in enumerate(_ITEM.findall(rest) if rest else []):
             key, equals, value = _KEY.fullmatch(item).groups()  # type: ignore[union-attr]  # it matches any text
             key, value = _unescape(key), _unescape(value)
             if not equals:
-                if number or not fields:
+                if number or first is None:
                     raise UsageError(
                         f"{self.kind} {spec!r} has the bare value {item!r}",
-                        why="only the first option of a component may be given without its name",
+                        why=f"only {first} may be given without its name" if first else "its options are given by name",
                         fix=f"write {name}:" + ",".join(f"{field}=..." for field in fields) + r" (a comma in a value: \,)"
                         if fields
                         else f"write {name} alone: it has no options",
                     )
-                key, value = fields[0], key
+                key, value = first, key
+            key = key.strip() if key not in fields else key
             if key not in fields:
                 raise unknown_name(f"option of {self.kind} {name}", key, fields)
-            options[key] = _convert(value, hints[key], f"{self.kind} {spec!r}")
+            if key in options:
+                raise UsageError(f"{self.kind} {spec!r} has {key} twice", why="one value would be lost", fix="leave one out")
+            options[key] = None if value.lower() in {"none", "null"} and _is_optional(hints[key]) else value
         return self.build(name, **options)
 
     def to_dict(self, component: T) -> dict[str, Any]:
@@ -133,7 +143,7 @@ class Registry(Generic[T]):
         shown = []
         for field in _options(self[name]):
             required = field.default is dataclasses.MISSING
-            shown.append(field.name if required else f"{field.name}={field.default}")
+            shown.append(field.name if required else f"{field.name}={_text(field.default)}")
         return ", ".join(shown)
 
     def spec(self, component: T) -> str:
@@ -146,8 +156,7 @@ class Registry(Generic[T]):
         name = self.name_of(component)
         if not changed:
             return name
-        first = dataclasses.fields(component)[0].name  # type: ignore[arg-type]
-        if len(changed) == 1 and changed[0][0] == first:
+        if len(changed) == 1 and changed[0][0] == _first(component):
             return f"{name}:{_escape(changed[0][1])}"
         return f"{name}:" + ",".join(f"{key}={_escape(value)}" for key, value in changed)
 
@@ -158,7 +167,12 @@ _KEY = re.compile(r"((?:\\[\\,=]|[^=])*)(=?)(.*)", re.DOTALL)
 
 
 def _escape(value: object) -> str:
-    return re.sub(r"([\\,=])", r"\\\1", str(value))
+    return re.sub(r"([\\,=])", r"\\\1", _text(value))
+
+
+def _text(value: object) -> str:
+    """An option's value as it is typed; of several, joined by +."""
+    return "+".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
 def _unescape(text: str) -> str:
@@ -169,34 +183,29 @@ def _options(component: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(component) if not field.metadata.get("fitted")]
 
 
-def _convert(text: str, hint: Any, where: str) -> Any:
-    """Read one option's text as its annotated type."""
-    candidates = typing.get_args(hint) if typing.get_origin(hint) in {types.UnionType, typing.Union} else (hint,)
-    if types.NoneType in candidates and text.lower() in {"none", "null"}:
-        return None
-    for kind in candidates:
-        if typing.get_origin(kind) is typing.Literal:
-            if text in typing.get_args(kind):
-                return text
-        elif kind is bool:
-            if text.lower() in {"true", "yes", "1", "false", "no", "0"}:
-                return text.lower() in {"true", "yes", "1"}
-        elif kind in {int, float, str}:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    raise UsageError(
-        f"{where}: {text!r} is not a valid value",
-        why=f"the option takes {_described(candidates)}",
-        fix="correct the value",
-    )
+def _first(component: Any) -> str | None:
+    """The option that may be given without its name: the first one, unless all are keyword-only."""
+    return next((field.name for field in _options(component) if not field.kw_only), None)
 
 
-def _described(candidates: tuple[Any, ...]) -> str:
-    """The types of an option's values in words."""
-    found: list[str] = []
-    for kind in candidates:
-        literal = typing.get_origin(kind) is typing.Literal
-        found += map(str, typing.get_args(kind)) if literal else ["none" if kind is types.NoneType else kind.__name__]
-    return " or ".join(found)
+def _is_optional(hint: Any) -> bool:
+    union = typing.get_origin(hint) in {types.UnionType, typing.Union}
+    return union and types.NoneType in typing.get_args(hint)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value`, or what it stands for as text, as its annotated type."""
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = [found["msg"].removeprefix("Input should be ") for found in error.errors()]
+        raise UsageError(
+            f"{where}: {_text(value)!r} is not a valid value",
+            why=f"it should be {' or '.join(dict.fromkeys(reasons))}",
+            fix="correct the value",
+        ) from None

@@ -25,12 +25,13 @@ from kdcache.views.policy import ViewPolicy
 __all__ = [
     "ORDER_VERSION",
     "Batch",
-    "BatchTargets",
     "CachedTargets",
     "TargetPairs",
     "ViewStream",
     "epoch_positions",
     "epoch_view",
+    "fit_control",
+    "require_batch_size",
     "require_second",
 ]
 
@@ -54,7 +55,16 @@ class Batch:
     view: int
     positions: NDArray[np.int64]
     logits: Tensor | None = None
+    keys: Tensor | None = None  # int64 [B, 2], see `kdcache.targets.row_keys`
     second: "Batch | None" = None
+
+    def targets(self, tau: float, control: Control | None = None) -> Targets:
+        """The teacher's targets at `tau`, or what `control` makes of them; with the labels, and those of a second view."""
+        if self.logits is None or self.keys is None:
+            raise ValueError("this batch has no logits: it is not of an archive")
+        targets = Targets(averaged(self.logits, tau), tau, self.label_a, self.label_b, self.lam)
+        targets = control(targets, self.keys) if control else targets
+        return targets if self.second is None else replace(targets, second=self.second.targets(tau, control))
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
@@ -104,7 +114,7 @@ class ViewStream:
         workers: int = 0,
         renderer: RendererChoice = "auto",
     ) -> None:
-        _check_batch_size(batch_size, len(canvas))
+        require_batch_size(batch_size, len(canvas))
         self.canvas, self.policy = canvas, policy
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.device = torch.device(device)
@@ -165,8 +175,8 @@ class CachedTargets(ViewStream):
     views of a canvas that was decoded otherwise, if their 4 x 4 grid means are within that many grey levels; `drifted`
     counts them.
 
-    With `second`, an archive over the same samples, batches bring a second view of their samples from there. It may be this
-    archive once more: then the second view of an epoch is the one that is half the cycle away.
+    With `second`, an archive over the same samples, batches bring a second view of their samples from there, and never the
+    same one twice. It may be this archive once more: then the second view of an epoch is the one that is half the cycle away.
     """
 
     archive: AnyArchive
@@ -234,8 +244,12 @@ class CachedTargets(ViewStream):
     def pairs(
         self, tau: float, normalise: Callable[[Tensor], Tensor] | None = None, control: Control | None = None
     ) -> "TargetPairs":
-        """The stream for loops over `(input, target)`: images as `normalise` makes them, and `Targets` at `tau`."""
-        return TargetPairs(self, tau, normalise or (lambda images: images), control)
+        """The stream for loops over `(input, target)`: images as `normalise` makes them, and `Targets` at `tau`.
+
+        A `control` is fitted to the archive.
+        """
+        fitted = fit_control(control, self.archive, tau) if control else None
+        return TargetPairs(self, tau, normalise or (lambda images: images), fitted)
 
     def view(self, epoch: int) -> int:
         return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
@@ -243,9 +257,11 @@ class CachedTargets(ViewStream):
     def second_view(self, epoch: int) -> int:
         """The view of the second archive that epoch `epoch` shows."""
         assert self._second is not None
-        views = self._second.archive.views
-        itself = self._second.archive.digest == self.archive.digest
-        return views[epoch_view(len(views), self.seed, epoch, ahead=len(views) // 2 if itself else 0)]
+        views, first = self._second.archive.views, self.view(epoch)
+        same = self._second.policy == self.policy  # then views of one number are the same views
+        ahead = len(views) // 2 if same and views == self.archive.views else 0
+        turns = (views[epoch_view(len(views), self.seed, epoch, ahead + step)] for step in range(len(views)))
+        return next(view for view in turns if not same or view != first)
 
     def _fetch(self, view: int, following: int) -> None:
         self.archive.fetch(view, self._progress)
@@ -257,33 +273,16 @@ class CachedTargets(ViewStream):
 
     def _batch(self, item: Rendered) -> Batch:
         self._drifted += check_views(item, self.archive, self.canvas, self.allow_drift)
-        return super()._batch(item)
-
-
-class BatchTargets:
-    """The targets of a batch: made once for each temperature and each control, however many students ask for them."""
-
-    def __init__(self, batch: Batch, archive_digest: str) -> None:
-        self.images = batch.images
-        self._batch = batch
-        self._keys = row_keys(archive_digest, batch.view, batch.sample.cpu()).to(batch.images.device)
-        self._made: dict[tuple[float, Control | None], Targets] = {}
-
-    def __call__(self, tau: float, control: Control | None = None) -> Targets:
-        """What `control` makes of the teacher's logits at `tau`; without one, the teacher's own."""
-        if (tau, control) not in self._made:
-            self._made[tau, control] = control(self(tau), self._keys) if control else self._teacher(tau)
-        return self._made[tau, control]
-
-    def _teacher(self, tau: float) -> Targets:
-        batch = self._batch
-        assert batch.logits is not None
-        return Targets(averaged(batch.logits, tau), tau, batch.label_a, batch.label_b, batch.lam)
+        batch = super()._batch(item)
+        return replace(batch, keys=row_keys(self.archive.digest, batch.view, batch.sample))
 
 
 @dataclass(frozen=True)
 class TargetPairs:
-    """`(images, Targets)` of a stream's batches; each time that it is iterated it is the next epoch's."""
+    """`(images, Targets)` of a stream's batches; each time that it is iterated it is the next epoch's.
+
+    Of a stream of two views the images are `[2B, 3, S, S]`, the first views above the second ones.
+    """
 
     stream: CachedTargets
     tau: float
@@ -295,18 +294,25 @@ class TargetPairs:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
         for batch in self.stream:
-            yield self.normalise(batch.images), BatchTargets(batch, self.stream.archive.digest)(self.tau, self.control)
+            images = [self.normalise(each.images) for each in (batch, batch.second) if each is not None]
+            yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
+
+
+def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
+    """The control as it is to be used at `tau` on targets from `archive`."""
+    return control.fit((averaged(torch.from_numpy(block), tau).numpy() for block in archive.spread_logits()), tau)
 
 
 def require_second(archive: AnyArchive, second: AnyArchive) -> None:
     """UsageError or IncompatibleError unless `second` has second views for those of `archive`, of the same size and classes."""
-    if second.digest == archive.digest and archive.num_views < 2:
+    policies = [found.manifest.policy for found in (archive, second)]
+    if policies[0] == policies[1] and len(second.views) == 1 and second.views[0] in archive.views:
         raise UsageError(
-            f"two views of a sample from archive {archive.location}",
-            why="it holds one view",
-            fix="dump more with --views, or name another archive of the same images with --second-archive",
+            f"two views of a sample from archive {second.location}",
+            why="it holds one view" + ("" if second.digest == archive.digest else f", which is also in {archive.location}"),
+            fix="dump more with --views; or name another archive of the same images with --second-archive; or use mlkd:views=1",
         )
-    sizes = [found.manifest.policy.size if found.manifest.policy else None for found in (archive, second)]
+    sizes = [policy.size if policy else None for policy in policies]
     if sizes[0] != sizes[1] or archive.class_names != second.class_names:
         raise IncompatibleError(
             f"the views of archive {second.location} do not go with those of {archive.location}",
@@ -315,7 +321,7 @@ def require_second(archive: AnyArchive, second: AnyArchive) -> None:
         )
 
 
-def _check_batch_size(batch_size: int, num_samples: int) -> None:
+def require_batch_size(batch_size: int, num_samples: int) -> None:
     if not 1 <= batch_size <= num_samples:
         raise UsageError(
             f"batch size {batch_size} with {num_samples} samples",

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ class Targets:
     def __post_init__(self) -> None:
         if self.logits.ndim != 2:
             raise ValueError(f"logits must be [B, C], got {list(self.logits.shape)}")
-        if not self.tau > 0:
-            raise ValueError(f"tau must be positive, got {self.tau}")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be positive and finite, got {self.tau}")
 
     @property
     def probs(self) -> Tensor:
@@ -74,6 +74,8 @@ def averaged(logits: Tensor, tau: float) -> Tensor:
 
 class Control(ABC):
     """Maps targets to other targets of the same shape, temperature, labels and dtype."""
+
+    smooths: ClassVar[bool] = False  # whether it is label smoothing, of an entropy that is matched at tau
 
     def check(self, num_classes: int) -> None:  # noqa: B027  # most mean something with any number
         """Raises UsageError where the control means nothing with so many classes."""
@@ -109,6 +111,8 @@ class Unchanged(Control):
 class InstanceSmoothing(Control):
     """Label smoothing of the teacher's argmax, with every sample's own entropy at tau (temperature study, section 4.2)."""
 
+    smooths: ClassVar[bool] = True
+
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         z = targets.logits.double() / targets.tau
         log_p = z - z.logsumexp(dim=1, keepdim=True)
@@ -130,6 +134,7 @@ class GlobalSmoothing(Control):
     deficit: float | None = dataclasses.field(
         default=None, metadata=FITTED
     )  # log C - H in nats at the tau it was fitted for; found by `fit`
+    smooths: ClassVar[bool] = True
 
     def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
         rows = 0
@@ -153,7 +158,11 @@ class GlobalSmoothing(Control):
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         if self.deficit is None:
-            raise ValueError("ls-global must be fitted to an archive first: control.fit(blocks_of_logits, tau)")
+            raise UsageError(
+                "control ls-global was not fitted",
+                why="its strength is that of an archive's average softmax at tau",
+                fix="use what control.fit(archive.spread_logits(), tau) gives",
+            )
         deficit = torch.full((len(targets.logits),), self.deficit, dtype=torch.float64, device=targets.logits.device)
         return _smoothed(targets, match_entropy(deficit, targets.logits.shape[1]))
 

@@ -32,6 +32,7 @@ __all__ = [
     "Learner",
     "TrainConfig",
     "clip_per_layer",
+    "require_optimizer",
     "resolve_device",
     "seeded",
     "write_atomically",
@@ -50,8 +51,8 @@ class TrainConfig(BaseModel):
     epochs: int = Field(ge=1)
     batch_size: int = Field(64, ge=2)  # batch normalisation has nothing to normalise with one
     opt: str = "adamw"
-    lr: float = Field(0.002, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(0.002, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
     clip_grad: float | None = Field(1.0, gt=0)  # largest L2 norm of one layer's gradient; None: no clipping
 
 
@@ -146,6 +147,25 @@ def write_atomically(file: Path, data: bytes) -> None:
         temporary.replace(file)
 
 
+def require_optimizer(name: str) -> None:
+    """UsageError for what is not one of timm's optimisers."""
+    _optimizer([nn.Parameter(torch.zeros(1))], name, 1e-3, 0.0)
+
+
+def _optimizer(of: nn.Module | list[nn.Parameter], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    import timm.optim
+
+    try:
+        made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
+            of, opt=name, lr=lr, weight_decay=weight_decay
+        )
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UsageError(
+            f"optimiser {name!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
+        ) from None
+    return made
+
+
 class Learner:
     """One model in training, with its own optimiser, schedule, random numbers and folder.
 
@@ -168,18 +188,9 @@ class Learner:
         checkpoint_interval: float = 30.0,
         learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
     ) -> None:
-        import timm.optim
-
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self.model = model.to(device)
-        try:
-            self.optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
-                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
-            )
-        except (ValueError, AssertionError, KeyError) as error:
-            raise UsageError(
-                f"optimiser {config.opt!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
-            ) from None
+        self.optimizer = _optimizer(self.model, config.opt, config.lr, config.weight_decay)
         self._learned = learned
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.total_steps = steps_per_epoch * config.epochs

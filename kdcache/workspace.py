@@ -184,6 +184,8 @@ class Workspace:
 
         `strict` refuses to choose between several.
         """
+        if name == "":
+            raise UsageError("an archive without a name", why="the option is empty", fix="list the archives with: kdcache ls")
         if name is not None and is_url(name):
             return open_archive(name)
         if name is not None:

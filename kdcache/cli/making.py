@@ -235,10 +235,10 @@ def finalize(archive: Annotated[Path, typer.Argument(help="Folder of an unfinish
 
 def distill(
     tau: Annotated[str | None, typer.Option("--tau", help="Temperatures, such as 1,4,20 [1, or the preset's]")] = None,
-    method: Annotated[str, typer.Option("--method", help="Methods; see kdcache methods [kd, or the preset's]")] = "",
+    method: Annotated[str | None, typer.Option("--method", help="Methods; see kdcache methods [kd, or the preset's]")] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="Published settings, paper:METHOD:DATASET; see kdcache methods --presets.")
-    ] = "",
+        str | None, typer.Option("--preset", help="Published settings, paper:METHOD:DATASET; see kdcache methods --presets.")
+    ] = None,
     control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K, topk:K.")] = "none",
     student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
     seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
@@ -261,7 +261,7 @@ def distill(
     clip_grad: Annotated[float, typer.Option(min=0, help="Largest L2 norm of one layer's gradient; 0: no clipping.")] = 1.0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Do not choose between several archives.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Allow ttm and wttm at tau 10 and more.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow ttm and wttm beyond tau 10.")] = False,
     allow_drift: AllowDriftOption = 0,
     checkpoint_interval: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     device: DeviceOption = "auto",
@@ -283,8 +283,8 @@ def distill(
         average=average,
         second_archive=second_archive,
         taus=temperatures(tau) if tau is not None else (),
-        methods=specs(method),
-        presets=specs(preset),
+        methods=specs(method, "--method") if method is not None else (),
+        presets=specs(preset, "--preset") if preset is not None else (),
         controls=specs(control),
         students=specs(student),
         seeds=integers(seed, "--seed"),
@@ -308,10 +308,11 @@ def distill(
     with bars() as progress:
         if dry_run:
             planned, train = plan_students(settings, *open_archives(settings, place, progress), place)
-            for doubt in doubts(planned):
+            for doubt in doubts(planned, train.epochs, settings):
                 progress.say(doubt)
             done = [(spec.folder / "summary.json").is_file() for spec in planned]
-            progress.say(f"{len(planned)} students of {train.epochs} epochs, {sum(done)} of them trained already")
+            number = f"{len(planned)} student{'s' * (len(planned) != 1)} of {train.epochs} epoch{'s' * (train.epochs != 1)}"
+            progress.say(f"{number}, {sum(done)} of them trained already")
         else:
             results = run(settings, place, progress)
     if dry_run:
@@ -324,7 +325,7 @@ def distill(
                 r.spec.student,
                 _spec(r.spec.method),
                 _control(r.spec.control),
-                f"{r.spec.tau:g}",
+                r.spec.tau_text,
                 r.spec.seed,
                 f"{r.summary['final_top1']:.2f}" if r.summary["status"] == "complete" else r.summary["status"],
                 f"{r.summary['best_top1']:.2f}" if r.summary["best_top1"] is not None else None,

@@ -209,12 +209,19 @@ def view_range(text: str, known: range, *, clip: bool = False) -> range:
     return chosen
 
 
-def specs(text: str) -> list[str]:
-    """Component names separated by commas; `key=value` parts belong to the component before them."""
+def specs(text: str, option: str = "") -> list[str]:
+    """Component names separated by commas; `key=value` parts belong to the component before them.
+
+    UsageError if there are none, for an `option` that wants some.
+    """
     found: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         if found and "=" in part and ":" not in part.partition("=")[0]:
             found[-1] += f",{part}"
         elif part:
             found.append(part)
+    if option and not found:
+        raise UsageError(
+            f"{option} {text!r} names nothing", why="the grid of students would be empty", fix=f"give {option} a value"
+        )
     return found

@@ -1,6 +1,7 @@
 """Commands that only look: archives, lists, benchmarks."""
 
 import dataclasses
+import inspect
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from kdcache.cli.options import (
     workspace,
 )
 from kdcache.cli.output import bars, print_json, print_table
-from kdcache.errors import IncompatibleError, KdcacheError, UsageError
+from kdcache.errors import IncompatibleError, KdcacheError, UsageError, unknown_name
 
 FIDELITY_ROWS = 4096
 ArchiveArgument = Annotated[str, typer.Argument(help="Folder, name below archives/, or URL (https, s3, hf, ...) of an archive.")]
@@ -353,6 +354,7 @@ def datasets(
 
 
 def methods(
+    name: Annotated[str, typer.Argument(help="A method or control, to read all about it [all, in a list]")] = "",
     presets: Annotated[bool, typer.Option("--presets", help="List the published settings for distill --preset instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -362,29 +364,33 @@ def methods(
     from kdcache.registry import Registry
     from kdcache.targets import controls
 
-    names: list[str]
-    if presets:
-        names = ["preset", "method", "tau", "source"]
-        rows = [[found.name, found.method, f"{found.tau:.4g}", found.source] for found in PRESETS.values()]
-    else:
-        registries: tuple[Registry[Any], ...] = (method, controls)
-        names = ["kind", "name", "options", "needs", "source", "description"]
-        rows = [
-            [
-                r.kind,
-                name,
-                r.describe(name),
-                ", ".join(getattr(r[name], "needs", ())),
-                getattr(r[name], "source", ""),
-                " ".join((r[name].__doc__ or "").split("\n\n")[0].split()),
-            ]
-            for r in registries
-            for name in r
+    registries: tuple[Registry[Any], ...] = (method, controls)
+    if name and not any(name in registry for registry in registries):
+        raise unknown_name("method or control", name, [known for registry in registries for known in registry])
+    columns = ["kind", "name", "options", "needs", "source", "description"]
+    rows = [
+        [
+            registry.kind,
+            known,
+            registry.describe(known),
+            ", ".join(getattr(registry[known], "needs", ())),
+            getattr(registry[known], "source", ""),
+            inspect.cleandoc(registry[known].__doc__ or ""),
         ]
+        for registry in registries
+        for known in registry
+        if name in {"", known}
+    ]
+    if presets:
+        columns = ["preset", "method", "tau", "source"]
+        of = [found for found in PRESETS.values() if name in {"", found.name.split(":")[1]}]
+        rows = [[found.name, found.method, f"{found.tau:.4g}", found.source] for found in of]
     if as_json:
-        print_json([dict(zip(names, row, strict=True)) for row in rows])
-    else:
-        print_table(names, rows)
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    elif name and not presets:
+        print_table(["what", name], [list(pair) for pair in zip(columns, rows[0], strict=True)])
+    else:  # in a list, the first paragraph will do
+        print_table(columns, [[" ".join(str(cell).split("\n\n")[0].split()) for cell in row] for row in rows])
 
 
 def bench(

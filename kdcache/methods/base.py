@@ -4,33 +4,44 @@ A method says what it asks of a batch, `distance`; its weight, the labels' cross
 labels are decided here, alike for all of them.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.targets import Targets
 
 __all__ = [
+    "Epochs",
     "LabelRule",
     "Labelled",
     "LogitMethod",
+    "Positive",
+    "Squared",
     "State",
+    "Weight",
     "ZScored",
     "cross_entropy",
     "entropy_rows",
     "from_largest",
     "kl_rows",
-    "positive",
     "warm_up",
     "zscore",
 ]
 
 LabelRule = Literal["teacher_argmax", "dominant", "pair"]
+
+# Ranges of options, which the registry checks; all of them are finite.
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Epochs = Annotated[int, Field(ge=0)]
 
 
 class State(nn.Module):
@@ -48,12 +59,23 @@ class LogitMethod(ABC):
     Losses are computed in float32 (float64 for float64 students), also under autocast.
     """
 
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
+    kd_weight: Weight = 1.0
+    ce_weight: Weight = 0.0
 
     source: ClassVar[str] = ""  # paper and equation
     needs: ClassVar[tuple[str, ...]] = ()  # "labels", "two views", "batch" (relations of its samples), "state" (it learns)
     uses_tau: ClassVar[bool] = True
+    only_at_tau: ClassVar[bool] = True  # else it also looks at the targets at temperatures of its own
+    largest_tau: ClassVar[float] = math.inf  # beyond which it makes no sense
+    unit_variance: ClassVar[bool] = False  # of what it compares: how far logits are apart does not matter then
+
+    def __post_init__(self) -> None:
+        if self.kd_weight == self.ce_weight == 0:
+            raise UsageError(
+                "a method with kd_weight=0 and ce_weight=0",
+                why="its loss would always be 0",
+                fix="give one of the two a weight above 0",
+            )
 
     def __call__(self, student_logits: Tensor, targets: Targets, state: State | None = None) -> Tensor:
         """The loss of `student_logits [B, C]`, a scalar in float32 (or float64, for float64 logits).
@@ -61,6 +83,7 @@ class LogitMethod(ABC):
         A method of two views wants the logits of both, `[2B, C]`, the first view's above the second's, and `targets.second`.
         Without a `state` what depends on the epoch is as it is in the end, and what is learned as it is at first.
         """
+        _require_shapes(student_logits, targets, self.views_per_step)
         with torch.autocast(student_logits.device.type, enabled=False):
             student = _wide(student_logits)
             loss = self.kd_weight * self.distance(student, targets.logits.to(student.dtype), targets, state)
@@ -72,6 +95,24 @@ class LogitMethod(ABC):
     def views_per_step(self) -> int:
         """How many views of each sample a student is shown for one loss: 1 or 2."""
         return 1
+
+    @property
+    def ramp_epochs(self) -> int:
+        """Epochs until the loss is as strong as it is meant to be."""
+        return 0
+
+    def figures(self, state: State) -> dict[str, Tensor]:
+        """What has been learned so far, for the log: 0-d tensors."""
+        return {}
+
+    def doubts(self, taus: Collection[float], epochs: int) -> Iterator[str]:
+        """What to know before comparing students that are trained with it at `taus` for so many epochs."""
+        if epochs < self.ramp_epochs:
+            yield f"its loss grows over {self.ramp_epochs} epochs, and there are {epochs}"
+        if self.unit_variance and self.uses_tau and max(taus) >= 10:
+            yield f"its scores have unit variance, so that tau {max(taus):g} is far softer than it is for kd"
+        if max(taus) == self.largest_tau:
+            yield f"tau {self.largest_tau:g} is the largest of its paper, with weights of its own: see kdcache methods --presets"
 
     def new_state(self) -> State:
         """A state for the beginning of a training."""
@@ -104,6 +145,13 @@ class Labelled(LogitMethod):
     needs: ClassVar[tuple[str, ...]] = ("labels",)
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
+        rows = student.new_zeros(len(student))
+        for label, share in self._labels(teacher, targets):
+            rows = rows + share * self.rows(student, teacher, label, targets.tau)
+        return self.schedule(state) * rows.mean()
+
+    def _labels(self, teacher: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Labels `[B]`, each with its share of the loss, a number or `[B]`."""
         label_a, label_b, lam = targets.label_a, targets.label_b, targets.lam
         if label_a is None and self.label_rule not in {None, "teacher_argmax"}:
             raise UsageError(
@@ -112,24 +160,39 @@ class Labelled(LogitMethod):
                 fix="use label_rule=teacher_argmax, or an archive with labels",
             )
         if label_a is None or self.label_rule == "teacher_argmax":
-            rows = self.rows(student, teacher, teacher.argmax(dim=1), targets.tau)
+            yield teacher.argmax(dim=1), 1.0
         elif label_b is None or lam is None:
-            rows = self.rows(student, teacher, label_a, targets.tau)
+            yield label_a, 1.0
         elif self.label_rule == "pair":
-            share = lam.to(student.dtype)
-            rows = share * self.rows(student, teacher, label_a, targets.tau)
-            rows = rows + (1 - share) * self.rows(student, teacher, label_b, targets.tau)
+            yield label_a, lam.to(teacher.dtype)
+            yield label_b, 1 - lam.to(teacher.dtype)
         else:
-            rows = self.rows(student, teacher, torch.where(lam >= 0.5, label_a, label_b), targets.tau)
-        return self.schedule(state) * rows.mean()
+            yield torch.where(lam >= 0.5, label_a, label_b), 1.0
 
     def schedule(self, state: State | None) -> float:
-        """What the loss is multiplied by in the state's epoch."""
-        return 1.0
+        """What the loss is multiplied by in the state's epoch: it grows in equal steps over the `ramp_epochs`."""
+        return warm_up(state, self.ramp_epochs)
 
     @abstractmethod
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         """The loss of every row, `[B]`, with `label` int64 `[B]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squared(LogitMethod):
+    """A method whose terms are multiplied by t^2, unless `tau_squared` is off."""
+
+    tau_squared: bool = True
+
+    def scale(self, tau: Any) -> Any:
+        """t^2, or 1."""
+        return tau**2 if self.tau_squared else 1.0
+
+    def kl(self, student: Tensor, teacher: Tensor, tau: Tensor | float) -> Tensor:
+        """t^2 KL(p_t || q_t) of every row of logits `[B, C]`, as `scores` has them: `[B]`."""
+        log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
+        rows: Tensor = self.scale(tau) * kl_rows(log_p, log_q)
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +203,9 @@ class ZScored:
     """
 
     std: Literal["sample", "population"] = "sample"
-    eps: float = 1e-7
+    eps: Weight = 1e-7
+
+    unit_variance: ClassVar[bool] = True
 
     def scores(self, logits: Tensor) -> Tensor:
         return zscore(logits, self.std, self.eps)
@@ -203,8 +268,17 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def positive(where: str, **options: Any) -> None:
-    """UsageError for the first option that is not a number above 0."""
-    for name, value in options.items():
-        if not (isinstance(value, int | float) and value > 0):
-            raise UsageError(f"{where} with {name}={value!r}", why="it is a number above 0", fix=f"{where}:{name}=1")
+def _require_shapes(student_logits: Tensor, targets: Targets, views: int) -> None:
+    rows, classes = targets.logits.shape
+    second = targets.second is not None
+    if student_logits.shape != (views * rows, classes) or (views == 2 and not second):
+        raise UsageError(
+            f"logits {list(student_logits.shape)} for targets [{rows}, {classes}]"
+            + (" and no second view's" if views == 2 and not second else ""),
+            why="a student's logits are [B, C]"
+            if views == 1
+            else "this method compares two views: logits are [2B, C], and the second view's targets are targets.second",
+            fix="take the logits of the images that the targets are of"
+            if views == 1
+            else "a stream with CachedTargets(..., second=archive) brings two views; or give the method views=1",
+        )

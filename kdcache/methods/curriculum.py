@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.methods import method
-from kdcache.methods.base import LogitMethod, State, ZScored
+from kdcache.methods.base import Positive, Squared, State, Weight, ZScored
 from kdcache.targets import Targets
 
 __all__ = ["CTKD", "ZCTKD"]
@@ -28,35 +28,34 @@ class _Temperature(State):
 
 @method.register("ctkd")
 @dataclass(frozen=True, kw_only=True)
-class CTKD(LogitMethod):
+class CTKD(Squared):
     """T^2 <KL(p_T || q_T)> with T = t_start + t_end sigmoid(theta), theta learned to make the loss larger.
 
     Its gradient is multiplied by lambda, which falls from 0 to -1 over `lambda_epochs` as a half cosine: the adversary grows.
-    It belongs into an SGD group of its own: AdamW would divide lambda out. tau is not used.
+    It belongs into an SGD group of its own: AdamW would divide lambda out. tau is not used. Of its form with a temperature for
+    each sample the network was never published with the code: `instance` is an error that says so.
     """
 
-    t_start: float = 1.0
-    t_end: float = 20.0
-    lambda_epochs: int = 10
-    tau_squared: bool = True
+    t_start: Positive = 1.0
+    t_end: Weight = 20.0
+    lambda_epochs: Annotated[int, Field(ge=1)] = 10
     instance: bool = False
 
     source: ClassVar[str] = "curriculum temperature (AAAI 2023), global form of its code"
     needs: ClassVar[tuple[str, ...]] = ("state",)
     uses_tau: ClassVar[bool] = False
 
+    @property
+    def ramp_epochs(self) -> int:
+        return self.lambda_epochs
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.instance:
             raise UsageError(
                 "ctkd with instance=true",
                 why="the network that gives every sample its temperature was never published with the code",
                 fix="use the global form, ctkd",
-            )
-        if self.t_start <= 0 or self.t_end < 0 or self.lambda_epochs < 1:
-            raise UsageError(
-                f"ctkd with t_start={self.t_start:g}, t_end={self.t_end:g}, lambda_epochs={self.lambda_epochs}",
-                why="temperatures lie between t_start > 0 and t_start + t_end, and lambda takes at least an epoch",
-                fix="ctkd:t_start=1,t_end=20,lambda_epochs=10",
             )
 
     def new_state(self) -> State:
@@ -65,7 +64,7 @@ class CTKD(LogitMethod):
     def new_optimizer(self, state: State) -> torch.optim.Optimizer:
         return torch.optim.SGD(state.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)  # of the published student
 
-    def strength(self, epoch: int) -> float:
+    def gradient_factor(self, epoch: int) -> float:
         """lambda in `epoch`, counted from 1."""
         done = min(epoch / self.lambda_epochs, 1.0)
         return (math.cos(math.pi * done) + 1) / 2 - 1
@@ -74,14 +73,15 @@ class CTKD(LogitMethod):
         """T: a scalar whose gradient reaches theta reversed."""
         if not isinstance(state, _Temperature):
             return self.t_start + self.t_end / (1 + math.exp(-THETA))
-        theta: Tensor = _Reversed.apply(state.theta, self.strength(state.epoch))
+        theta: Tensor = _Reversed.apply(state.theta, self.gradient_factor(state.epoch))
         return self.t_start + self.t_end * torch.sigmoid(theta)
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        tau = self.temperature(state)
-        log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
-        loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return loss * tau**2 if self.tau_squared else loss
+        return self.kl(student, teacher, self.temperature(state)).mean()
+
+    def figures(self, state: State) -> dict[str, Tensor]:
+        temperature = self.temperature(state)
+        return {"temperature": temperature.detach()} if isinstance(temperature, Tensor) else {}
 
 
 @method.register("zctkd")

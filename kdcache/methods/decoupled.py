@@ -4,6 +4,7 @@ The split of a softmax into the label's probability and the rest is computed fro
 rest's own softmax without the label's logit: neither overflows where a probability underflows, as logarithms of summed ones do.
 """
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import Labelled, State, ZScored, kl_rows, positive, warm_up
+from kdcache.methods.base import Epochs, Labelled, Positive, Squared, Weight, ZScored, kl_rows
 
 __all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD"]
 
@@ -21,28 +22,28 @@ FAR = -1e30  # a logit of what is left out
 
 @method.register("dkd")
 @dataclass(frozen=True, kw_only=True)
-class DKD(Labelled):
+class DKD(Labelled, Squared):
     """alpha TCKD + beta NCKD: t^2 <KL> of (label, all others), and of the softmaxes over the others.
 
     Grows from 0 over `warmup_epochs`, as published for CIFAR (ImageNet: 1).
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
-    warmup_epochs: int = 20
-    tau_squared: bool = True
+    alpha: Weight = 1.0
+    beta: Weight = 8.0
+    warmup_epochs: Epochs = 20
 
     source: ClassVar[str] = "decoupled knowledge distillation (CVPR 2022); dkd_loss of mdistiller"
 
-    def schedule(self, state: State | None) -> float:
-        return warm_up(state, self.warmup_epochs)
+    @property
+    def ramp_epochs(self) -> int:
+        return self.warmup_epochs
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         z, v = self.scores(student) / tau, self.scores(teacher) / tau
         log_p, log_q = (torch.log_softmax(without(x, label), dim=1) for x in (v, z))
         tckd = binary_rows(log_odds(v, label, log_p), log_odds(z, label, log_q))
-        rows = self.alpha * tckd + self.beta * kl_rows(log_p, log_q)
-        return rows * tau**2 if self.tau_squared else rows
+        rows: Tensor = self.scale(tau) * (self.alpha * tckd + self.beta * kl_rows(log_p, log_q))
+        return rows
 
 
 @method.register("zdkd")
@@ -55,7 +56,7 @@ class ZDKD(ZScored, DKD):
 
 @method.register("rld")
 @dataclass(frozen=True, kw_only=True)
-class RLD(Labelled):
+class RLD(Labelled, Squared):
     """alpha SCD + beta MCD: the teacher's confidence in its own top class becomes the student's in the label, and what the
     teacher says of classes that it finds less likely than the label is matched among these.
 
@@ -63,20 +64,22 @@ class RLD(Labelled):
     top class as label this is dkd.
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
-    warmup_epochs: int = 20
-    confidence_tau: float | None = 1.0
-    tau_squared: bool = True
+    alpha: Weight = 1.0
+    beta: Weight = 8.0
+    warmup_epochs: Epochs = 20
+    confidence_tau: Positive | None = 1.0
 
+    only_at_tau: ClassVar[bool] = False
     source: ClassVar[str] = "refined logit distillation (ICLR 2025), rld_loss of its code"
 
-    def __post_init__(self) -> None:
-        if self.confidence_tau is not None:
-            positive("rld", confidence_tau=self.confidence_tau)
+    @property
+    def ramp_epochs(self) -> int:
+        return self.warmup_epochs
 
-    def schedule(self, state: State | None) -> float:
-        return warm_up(state, self.warmup_epochs)
+    def doubts(self, taus: Collection[float], epochs: int) -> Iterator[str]:
+        yield from super().doubts(taus, epochs)
+        if self.label_rule == "teacher_argmax":
+            yield "of the teacher's own top class, rld is dkd with TCKD at confidence_tau; dkd says so plainly"
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         z, v = self.scores(student), self.scores(teacher)
@@ -86,10 +89,8 @@ class RLD(Labelled):
         less, log_q = (v / tau).masked_fill(left_out, FAR), torch.log_softmax((z / tau).masked_fill(left_out, FAR), dim=1)
         # Not kl_rows: exponentials of FAR are slow.
         masked = (torch.softmax(less, dim=1) * (torch.log_softmax(less, dim=1) - log_q)).sum(dim=1)
-        return (
-            self.alpha * confidence * (own**2 if self.tau_squared else 1.0)
-            + self.beta * masked * (tau**2 if self.tau_squared else 1.0)
-        )  # fmt: skip
+        rows: Tensor = self.scale(own) * self.alpha * confidence + self.scale(tau) * self.beta * masked
+        return rows
 
 
 @method.register("zrld")
@@ -97,19 +98,20 @@ class RLD(Labelled):
 class ZRLD(ZScored, RLD):
     """rld of z-scores, both parts at tau."""
 
-    confidence_tau: float | None = None
+    confidence_tau: Positive | None = None
 
+    only_at_tau: ClassVar[bool] = True
     source: ClassVar[str] = "refined logit distillation (ICLR 2025), with --logit-stand"
 
 
 @method.register("nkd")
 @dataclass(frozen=True, kw_only=True)
-class NKD(Labelled):
+class NKD(Labelled, Squared):
     """<-p_y log q_y> at temperature 1, and gamma t^2 times the cross entropy of the softmaxes over the other classes."""
 
-    gamma: float = 1.5
-    tau_squared: bool = True
+    gamma: Weight = 1.5
 
+    only_at_tau: ClassVar[bool] = False
     source: ClassVar[str] = "normalized knowledge distillation (ICCV 2023); nkd of cls_KD"
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
@@ -117,25 +119,27 @@ class NKD(Labelled):
         v, z = without(teacher / tau, label), without(student / tau, label)
         p, log_q = torch.softmax(v, dim=1), torch.log_softmax(z, dim=1)
         others = -(p * log_q).sum(dim=1)  # p is 0 where the label is
-        return target + self.gamma * others * (tau**2 if self.tau_squared else 1.0)
+        rows: Tensor = target + self.scale(tau) * self.gamma * others
+        return rows
 
 
 @method.register("wsld")
 @dataclass(frozen=True, kw_only=True)
-class WSLD(Labelled):
+class WSLD(Labelled, Squared):
     """alpha t^2 <w_i CE(p_t, q_t)> with w = 1 - exp(-CE_student / (CE_teacher + eps)) at temperature 1, detached."""
 
-    alpha: float = 2.25
-    eps: float = 1e-7
-    tau_squared: bool = True
+    alpha: Weight = 2.25
+    eps: Weight = 1e-7
 
+    only_at_tau: ClassVar[bool] = False
     source: ClassVar[str] = "weighted soft labels (ICLR 2021); wsld of cls_KD"
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
         student_ce, teacher_ce = (-F.logsigmoid(log_odds(x.detach(), label)) for x in (student, teacher))
         weights = -torch.expm1(-student_ce / (teacher_ce + self.eps))
         p, log_q = torch.softmax(teacher / tau, dim=1), torch.log_softmax(student / tau, dim=1)
-        return -self.alpha * (tau**2 if self.tau_squared else 1.0) * weights * (p * log_q).sum(dim=1)
+        rows: Tensor = -self.scale(tau) * self.alpha * weights * (p * log_q).sum(dim=1)
+        return rows
 
 
 def without(logits: Tensor, label: Tensor) -> Tensor:

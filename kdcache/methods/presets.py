@@ -5,6 +5,7 @@ not part of a preset.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kdcache.errors import UsageError, unknown_name
 from kdcache.methods import Method, method
@@ -16,7 +17,7 @@ PREFIX = "paper:"
 
 @dataclass(frozen=True)
 class Preset:
-    """`method`, as on the command line, and the temperature `tau`; `source` says where they were published."""
+    """`method`, as on the command line, and the temperature `tau`; `source` says where both were published."""
 
     name: str
     method: str
@@ -28,18 +29,26 @@ class Preset:
 
 
 def preset(name: str) -> Preset:
-    """The preset `paper:<method>:<dataset>[:<pair>]`. Raises UsageError with close matches for an unknown one."""
-    found = PRESETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    if found is None:
-        pairs = [known for known in ALL if known.startswith(f"{name}:")]
-        if pairs:
-            raise UsageError(
-                f"preset {name!r} is not one",
-                why="its values were published for each pair of teacher and student",
-                fix=f"name the pair, such as {pairs[0]} (there are {len(pairs)}: kdcache methods --presets)",
-            )
-        raise unknown_name("preset", name, ALL)
-    return found
+    """The preset `paper:<method>:<dataset>[:<pair>]`. Raises UsageError with those of the same method for an unknown one."""
+    if name in PRESETS:
+        return PRESETS[name]
+    of_method = ":".join(name.split(":")[:2])
+    known = [other for other in PRESETS if other.startswith(f"{of_method}:")]
+    pairs = [other for other in known if other.startswith(f"{name}:")]
+    if len(name.split(":")) == 3 and pairs:
+        raise UsageError(
+            f"preset {name!r} is not one",
+            why="its values were published for each pair of teacher and student",
+            fix=f"name the pair, such as {pairs[0]} (there are {len(pairs)}: kdcache methods --presets)",
+        )
+    general = ":".join(name.split(":")[:3])
+    if general in PRESETS:
+        raise UsageError(
+            f"unknown preset {name!r}",
+            why="no values of its own were published for this pair",
+            fix=f"use those of the dataset: {general}",
+        )
+    raise unknown_name("preset", name, known or PRESETS, fix="list what there is with: kdcache methods --presets")
 
 
 MDISTILLER = "configurations of mdistiller"
@@ -86,24 +95,41 @@ _FOR_A_DATASET: list[tuple[str, str, float, str]] = [
     ("wttm:imagenet:resnet50-mobilenetv1", "wttm:kd_weight=3.5,ce_weight=1", 1 / 0.7, TTM_PAPER),
 ]
 
-# The TTM paper's tables 8 and 9: gamma = 1 / tau and weight of ttm, the same of wttm, gamma of wttm without cross entropy.
-_TTM: dict[str, tuple[float, float, float, float, float | None]] = {
-    "wrn40_2-wrn16_2": (0.1, 101, 0.1, 4, 0.2),
-    "wrn40_2-wrn40_1": (0.1, 76, 0.1, 3, 0.5),
-    "resnet56-resnet20": (0.3, 7, 0.3, 1.5, 0.6),
-    "resnet110-resnet20": (0.2, 8, 0.2, 2, 0.4),
-    "resnet110-resnet32": (0.1, 33, 0.1, 1.5, 0.4),
-    "resnet32x4-resnet8x4": (0.1, 100, 0.1, 3, 0.5),
-    "vgg13-vgg8": (0.1, 45, 0.1, 2.25, 0.2),
-    "vgg13-mobilenetv2": (0.2, 16, 0.2, 3, None),
-    "resnet50-mobilenetv2": (0.2, 20, 0.2, 5, None),
-    "resnet50-vgg8": (0.1, 70, 0.1, 2, None),
-    "resnet32x4-shufflenetv1": (0.2, 12, 0.2, 1.4, None),
-    "resnet32x4-shufflenetv2": (0.4, 40, 0.4, 16, None),
-    "wrn40_2-shufflenetv1": (0.3, 8, 0.3, 3, None),
+
+class _Ttm(NamedTuple):
+    """Of a pair in the TTM paper's tables 8 and 9: gamma = 1 / tau, and the weight beta of the loss."""
+
+    ttm_gamma: float
+    ttm_beta: float
+    wttm_gamma: float
+    wttm_beta: float
+    no_ce_gamma: float | None = None  # of wttm without cross entropy
+
+
+_TTM = {
+    "wrn40_2-wrn16_2": _Ttm(0.1, 101, 0.1, 4, 0.2),
+    "wrn40_2-wrn40_1": _Ttm(0.1, 76, 0.1, 3, 0.5),
+    "resnet56-resnet20": _Ttm(0.3, 7, 0.3, 1.5, 0.6),
+    "resnet110-resnet20": _Ttm(0.2, 8, 0.2, 2, 0.4),
+    "resnet110-resnet32": _Ttm(0.1, 33, 0.1, 1.5, 0.4),
+    "resnet32x4-resnet8x4": _Ttm(0.1, 100, 0.1, 3, 0.5),
+    "vgg13-vgg8": _Ttm(0.1, 45, 0.1, 2.25, 0.2),
+    "vgg13-mobilenetv2": _Ttm(0.2, 16, 0.2, 3),
+    "resnet50-mobilenetv2": _Ttm(0.2, 20, 0.2, 5),
+    "resnet50-vgg8": _Ttm(0.1, 70, 0.1, 2),
+    "resnet32x4-shufflenetv1": _Ttm(0.2, 12, 0.2, 1.4),
+    "resnet32x4-shufflenetv2": _Ttm(0.4, 40, 0.4, 16),
+    "wrn40_2-shufflenetv1": _Ttm(0.3, 8, 0.3, 3),
 }
 # DKD's beta where it is not 8, and the temperature and weight of zkd where they are not 2 and 9.
-_DKD = {"vgg13-vgg8": 6, "wrn40_2-wrn16_2": 6, "wrn40_2-wrn40_1": 6, "resnet56-resnet20": 2, "resnet110-resnet32": 2}
+_DKD = {
+    "vgg13-vgg8": 6,
+    "wrn40_2-wrn16_2": 6,
+    "wrn40_2-wrn40_1": 6,
+    "resnet56-resnet20": 2,
+    "resnet110-resnet20": 2,
+    "resnet110-resnet32": 2,
+}
 _ZKD = {
     "vgg13-vgg8": (3, 9),
     "resnet32x4-wrn16_2": (3, 9),
@@ -117,21 +143,22 @@ _IMAGENET_BETA = {"resnet34-resnet18": 0.5, "resnet50-mobilenetv1": 2}
 
 def _all() -> dict[str, Preset]:
     rows = list(_FOR_A_DATASET)
-    for pair, (gamma, weight, gamma_w, weight_w, gamma_alone) in _TTM.items():
-        rows.append((f"ttm:cifar100:{pair}", f"ttm:kd_weight={weight:g},ce_weight=1", 1 / gamma, TTM_PAPER))
-        rows.append((f"wttm:cifar100:{pair}", f"wttm:kd_weight={weight_w:g},ce_weight=1", 1 / gamma_w, TTM_PAPER))
-        if gamma_alone is not None:
-            rows.append((f"wttm:cifar100:{pair}:no-ce", "wttm", 1 / gamma_alone, TTM_PAPER))
+    for pair, found in _TTM.items():
+        options = f"kd_weight={found.ttm_beta:g},ce_weight=1"
+        rows.append((f"ttm:cifar100:{pair}", f"ttm:{options}", 1 / found.ttm_gamma, TTM_PAPER))
+        options = f"kd_weight={found.wttm_beta:g},ce_weight=1"
+        rows.append((f"wttm:cifar100:{pair}", f"wttm:{options}", 1 / found.wttm_gamma, TTM_PAPER))
+        if found.no_ce_gamma is not None:
+            rows.append((f"wttm:cifar100:{pair}:no-ce", "wttm", 1 / found.no_ce_gamma, TTM_PAPER))
     for pair, beta in _DKD.items():
         rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, MDISTILLER))
     for pair, (tau, weight) in _ZKD.items():
         rows.append((f"zkd:cifar100:{pair}", f"zkd:kd_weight={weight},ce_weight=0.1", tau, f"{STANDARDIZED}, logs"))
-    for pair, share in _IMAGENET_BETA.items():
-        options = f"beta={share:g},warmup_epochs=1,ce_weight=1"
+    for pair, beta_in in _IMAGENET_BETA.items():
+        options = f"beta={beta_in:g},warmup_epochs=1,ce_weight=1"
         rows.append((f"dkd:imagenet:{pair}", f"dkd:{options}", 1, MDISTILLER))
         rows.append((f"rld:imagenet:{pair}", f"rld:{options}", 1, RLD_CODE))
-    return {name: Preset(PREFIX + name, spec, float(tau), source) for name, spec, tau, source in sorted(rows)}
+    return {PREFIX + name: Preset(PREFIX + name, spec, float(tau), source) for name, spec, tau, source in sorted(rows)}
 
 
 PRESETS = _all()
-ALL = [found.name for found in PRESETS.values()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import LogitMethod, State, ZScored, from_largest, kl_rows, zscore
+from kdcache.methods.base import LogitMethod, Squared, State, Weight, ZScored, from_largest, kl_rows
 from kdcache.targets import Targets
 
 __all__ = ["KD", "TTM", "WTTM", "ZKD", "MaxLogit"]
@@ -16,22 +16,17 @@ __all__ = ["KD", "TTM", "WTTM", "ZKD", "MaxLogit"]
 
 @method.register("kd")
 @dataclass(frozen=True, kw_only=True)
-class KD(LogitMethod):
+class KD(Squared):
     """t^2 <KL(p_t || q_t)>: one shared, fixed temperature.
 
     The temperature study's eq. 1 has no t^2; published code has it, so it is on by default. Without it the gradient per
     logit shrinks as 1/t^2.
     """
 
-    tau_squared: bool = True
-
     source: ClassVar[str] = "Hinton et al. 2015, section 2; temperature study (arXiv 2603.02430), eq. 1"
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        tau = targets.tau
-        log_p, log_q = (torch.log_softmax(self.scores(x) / tau, dim=1) for x in (teacher, student))
-        loss = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return loss * tau**2 if self.tau_squared else loss
+        return self.kl(student, teacher, targets.tau).mean()
 
 
 @method.register("zkd")
@@ -44,7 +39,7 @@ class ZKD(ZScored, KD):
 
 @method.register("maxlogit")
 @dataclass(frozen=True, kw_only=True)
-class MaxLogit(LogitMethod):
+class MaxLogit(ZScored, Squared):
     """<t_i^2 KL(softmax(Z(v)/t_i) || softmax(Z(z)/t_i))> with t_i = (1 + sqrt 3)/2 of row i's largest z-score, detached.
 
     `which`: the teacher's largest score (abstract and section 4.2; it can be cached) or the larger of both (algorithm 1).
@@ -53,26 +48,30 @@ class MaxLogit(LogitMethod):
 
     which: Literal["teacher", "both"] = "teacher"
     std: Literal["sample", "population"] = "population"
-    eps: float = 0.0
-    tau_squared: bool = True
+    eps: Weight = 0.0
 
     source: ClassVar[str] = "max-logit temperature (Matsuyama et al.), algorithms 1 to 3"
     uses_tau: ClassVar[bool] = False
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        v, z = (zscore(x, self.std, self.eps) for x in (teacher, student))
+        v, z = self.scores(teacher), self.scores(student)
         largest = v.amax(dim=1) if self.which == "teacher" else torch.maximum(v.amax(dim=1), z.amax(dim=1))
         # Of a constant row the largest score is 0: any temperature then means the uniform distribution.
         tau = ((1 + math.sqrt(3)) / 2 * largest.detach().masked_fill(largest == 0, 1.0))[:, None]
         rows = kl_rows(torch.log_softmax(v / tau, dim=1), torch.log_softmax(z / tau, dim=1))
-        return (rows * tau[:, 0] ** 2 if self.tau_squared else rows).mean()
+        loss: Tensor = (self.scale(tau[:, 0]) * rows).mean()
+        return loss
 
 
 @method.register("ttm")
 @dataclass(frozen=True, kw_only=True)
 class TTM(LogitMethod):
-    """<KL(p_t || q_1)>: the teacher is tempered (its power transform with gamma = 1/t), the student is not. No t^2."""
+    """<KL(p_t || q_1)>: the teacher is tempered (its power transform with gamma = 1/t), the student is not. No t^2.
 
+    At large tau the student, which is not tempered, is pushed to the uniform distribution: the paper's largest tau is 10.
+    """
+
+    largest_tau: ClassVar[float] = 10.0
     source: ClassVar[str] = "transformed teacher matching (arXiv 2402.11148), section 3.2 with eq. 9 and 15"
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
@@ -88,6 +87,7 @@ class TTM(LogitMethod):
 class WTTM(TTM):
     """<U_i KL(p_t || q_1)> with the power sum U = sum_c p_c^(1/t) in [1, C^(1 - 1/t)]: smooth teachers weigh more."""
 
+    only_at_tau: ClassVar[bool] = False
     source: ClassVar[str] = "transformed teacher matching (arXiv 2402.11148), section 3.3: U of the power transform"
 
     def weights(self, teacher: Tensor, tau: float) -> Tensor | float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import LogitMethod, State, entropy_rows, kl_rows, positive
+from kdcache.methods.base import Positive, Squared, State, entropy_rows
 from kdcache.methods.decoupled import DKD
 from kdcache.targets import Targets
 
@@ -16,20 +16,17 @@ __all__ = ["EADKD", "EAKD"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EntropyAware:
+class _EntropyAware(Squared):
     """w_i = (H_T + H_T H_S / H_ub) / 2 of the row's entropies at `entropy_tau`, detached, not normalised.
 
     The bound `entropy_bound` of the entropies is log C; the published code has 100 in its place for all data but ImageNet,
     which nearly takes the student out.
     """
 
-    entropy_tau: float = 3.0
-    entropy_bound: Literal["logC"] | float = "logC"
+    entropy_tau: Positive = 3.0
+    entropy_bound: Literal["logC"] | Positive = "logC"
 
-    def __post_init__(self) -> None:
-        positive("eakd", entropy_tau=self.entropy_tau)
-        if self.entropy_bound != "logC":
-            positive("eakd", entropy_bound=self.entropy_bound)
+    only_at_tau: ClassVar[bool] = False
 
     @torch.no_grad()
     def weights(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,17 +37,13 @@ class _EntropyAware:
 
 @method.register("eakd")
 @dataclass(frozen=True, kw_only=True)
-class EAKD(_EntropyAware, LogitMethod):
+class EAKD(_EntropyAware):
     """<w_i t^2 KL(p_t || q_t)>: kd in which rows weigh more where teacher and student are unsure."""
-
-    tau_squared: bool = True
 
     source: ClassVar[str] = "EA-KD (ICCV 2025), KD.py of its code"
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        log_p, log_q = (torch.log_softmax(x / targets.tau, dim=1) for x in (teacher, student))
-        loss = (self.weights(student, teacher) * kl_rows(log_p, log_q)).mean()
-        return loss * targets.tau**2 if self.tau_squared else loss
+        return (self.weights(student, teacher) * self.kl(student, teacher, targets.tau)).mean()
 
 
 @method.register("eadkd")

@@ -46,6 +46,9 @@ class RunArgs(ArchiveArgs):
 
     archives: tuple[ArchiveArgs, ...] = ()  # several, of which `archive` is the average
     average: str = ""
+    second_archive: str = ""
+    second_archive_digest: str = ""  # of where second views came from, if not from the same archives
+    own_temperature: bool = False  # the method finds its temperature by itself: tau is not used
     dataset: str
     teacher: str
     student: str

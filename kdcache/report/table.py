@@ -29,7 +29,7 @@ __all__ = [
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
-RECIPE = ("archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
+RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
 # Keys of newer versions that would not change a result.
 HARMLESS = frozenset({"workers", "threads", "home", "data_dir", "out", "output", "run", "run_name", "host", "hostname"})
 _SHOWN = {"archive_digest": "archive", "batch_size": "batch", "weight_decay": "wd"}
@@ -206,7 +206,8 @@ def rows_of(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
 def _facts(record: RunRecord) -> dict[str, str]:
     """The recipe, then the keys that kdcache.report does not know."""
     facts = {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
-    facts["archive_digest"] = record.args.archive_digest[:8]
+    for name in ("archive_digest", "second_archive_digest"):
+        facts[name] = facts[name][:8]
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
@@ -255,7 +256,10 @@ def answers(table: Table) -> list[Answer]:
         if len(ranked) > 1:
             second, cell = ranked[1]
             detail = f"Difference to the second best, tau {second:g} ({cell.spoken}): {paired(best, cell) or UNPAIRED}."
-        found.append(Answer(name, f"best tau is {tau:g}, with test top-1 {best.mean:.2f}{spread}.", detail))
+        said = f"best tau is {tau:g}, with"
+        if all(run.args.own_temperature for run in best.runs):
+            said, detail = "it finds its temperature by itself;", ""
+        found.append(Answer(name, f"{said} test top-1 {best.mean:.2f}{spread}.", detail))
     return found
 
 

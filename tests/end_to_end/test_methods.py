@@ -11,6 +11,7 @@ from kdcache import CachedTargets, open_archive
 from kdcache.datasets import dataset
 from kdcache.methods import method
 from kdcache.methods.presets import PRESETS
+from kdcache.report import collect, summarise
 from kdcache.training import Learner
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP
@@ -77,6 +78,13 @@ def test_second_views_from_an_archive_of_a_stronger_policy(home, archive, kdcach
     recorded = [yaml.safe_load((run / "args.yaml").read_text()) for run in runs]
     digests = {args.get("second_archive_digest") for args in recorded}
     assert digests == {None, open_archive(strong).digest}
+    itself = kdcache(*arguments, "--second-archive", archive, "--dry-run")
+    assert "1 of them trained already" in itself.err
+    unused = kdcache("distill", "--method", "kd", "--archive", archive, "--second-archive", "strong", *QUICK, "--home", home)
+    assert "without a method of two views" in unused.err
+    table = summarise(collect([home / "runs"]))
+    assert len(table.rows) == 2  # two experiments, not a repeated one
+    assert not table.repeated
     alone = kdcache("distill", "--method", "mlkd", "--archive", strong, *QUICK, "--home", home)
     assert alone.status == 2
     assert "holds one view" in alone.err
@@ -102,6 +110,9 @@ def test_presets_set_what_was_published_and_tau_overrides_theirs(home, archive, 
         ("paper:dkd:cifar10", "paper:dkd:cifar100"),
         ("dkd:cifar100", "paper:dkd:cifar100"),
         ("paper:ttm:cifar100", "name the pair"),
+        ("paper:kd:cifar100:resnet56-resnet20", "those of the dataset: paper:kd:cifar100"),
+        ("paper:zrld:imagenet", "paper:zrld:cifar100"),
+        ("paper", "kdcache methods --presets"),
     ],
 )
 def test_an_unknown_preset_is_refused_with_what_is_close(home, archive, kdcache, spec, words):
@@ -141,23 +152,41 @@ def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "maxlogit", "--tau", "1,4"], "finds its temperature by itself"),
-        (["--method", "ctkd", "--tau", "4"], "finds its temperature by itself"),
+        (["--method", "maxlogit", "--tau", "1,4"], "found by the method itself"),
+        (["--method", "ctkd,zctkd", "--tau", "4"], "found by the method itself"),
         (["--method", "maxlogit", "--control", "ls-global"], "entropy at tau"),
-        (["--method", "wttm", "--tau", "4,10"], "--force"),
+        (["--method", "zkd", "--tau", "4", "--control", "ls-instance"], "however strong"),
+        (["--method", "zmlkd", "--control", "ls-global"], "however strong"),
+        (["--method", "wttm", "--tau", "4,11"], "--force"),
         (["--method", "ctkd:instance=1"], "never published"),
-        (["--method", "rld:confidence_tau=0"], "number above 0"),
-        (["--method", "mlkd:temperatures=3+x"], "numbers above 0"),
+        (["--method", "rld:confidence_tau=0"], "greater than 0"),
+        (["--method", "mlkd:temperatures=3+x"], "valid number"),
+        (["--method", "mlkd:temperatures=3,5"], "unknown method '5'"),
         (["--method", "dkd:label_rule=both"], "teacher_argmax"),
-        (["--method", "mlkd:views=3"], "one view and for two"),
+        (["--method", "kd:ce_weight=nan"], "ce_weight of method kd"),
+        (["--method", "kd:kd_weight=-1"], "greater than or equal to 0"),
+        (["--method", "kd:kd_weight=0"], "always be 0"),
+        (["--method", "kd:4"], "given by name"),
+        (["--method", "dkd:beta=1,beta=2"], "beta twice"),
+        (["--method", "dkd:warmup_epochs=-1"], "warmup_epochs"),
+        (["--method", ""], "names nothing"),
+        (["--preset", ""], "names nothing"),
+        (["--tau", "4,1e200"], "temperatures lie between"),
+        (["--tau", "1e-30"], "temperatures lie between"),
+        (["--opt", "foo"], "optimiser 'foo'"),
+        (["--batch-size", "99999"], "1438 samples"),
+        (["--second-archive", ""], "without a name"),
+        (["--method", "mlkd:views=3"], "views of method mlkd"),
         (["--control", "topk:9"], "9 with 10 classes"),
         (["--control", "bottom:9"], "9 with 10 classes"),
-        (["--control", "bottom:k=3,per=epoch"], "view or sample"),
+        (["--control", "bottom"], "without k"),
+        (["--control", "bottom:k=1.5"], "k of control bottom"),
+        (["--control", "bottom:k=3,per=epoch"], "'view' or 'sample'"),
         (["--preset", "paper:maxlogit:cifar100", "--control", "ls-instance"], "entropy at tau"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, arguments, said):
-    result = kdcache("distill", *arguments, *QUICK, "--dry-run", "--home", home)
+    result = kdcache("distill", *QUICK, *arguments, "--dry-run", "--home", home)
     assert result.status == 2
     assert said in result.err
     assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
@@ -167,22 +196,26 @@ def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, argu
     ("arguments", "said"),
     [
         (["--method", "rld:label_rule=teacher_argmax"], "rld is dkd"),
-        (["--method", "dist", "--tau", "1,20"], "dist:tau_squared=0"),
+        (["--method", "dist", "--tau", "1,20"], "tau_squared=0"),
         (["--method", "zkd", "--tau", "20"], "unit variance"),
-        (["--method", "kd,dist:tau_squared=0,zkd,rld", "--tau", "1,4"], ""),
+        (["--method", "kd,ctkd", "--tau", "4,20"], "--tau is not for it"),
+        (["--method", "wttm", "--tau", "10"], "the largest of its paper"),
+        (["--method", "dkd"], "grows over 20 epochs"),
+        (["--method", "rld:warmup_epochs=0,mlkd", "--control", "none,ls-instance"], "temperatures of their own"),
+        (["--method", "kd,dist:tau_squared=0,zkd,rld:warmup_epochs=1", "--tau", "1,4"], ""),
     ],
 )
 def test_grids_that_may_not_show_what_they_are_meant_to_are_commented_on(home, archive, kdcache, arguments, said):
     result = kdcache("distill", *arguments, *QUICK, "--dry-run", "--home", home)
     assert result.status == 0
     assert said in result.err
-    assert said or not any(word in result.err for word in ("rld is", "tau_squared=0", "variance"))
+    assert said or not any(word in result.err for word in ("rld is", "tau_squared=0", "variance", "grows", "own"))
 
 
 def test_force_and_mixed_grids(home, archive, kdcache):
-    forced = kdcache("distill", "--method", "wttm", "--tau", "10", "--force", *QUICK, "--dry-run", "--home", home)
+    forced = kdcache("distill", "--method", "wttm", "--tau", "20", "--force", *QUICK, "--dry-run", "--home", home)
     assert forced.status == 0
     mixed = kdcache("distill", "--method", "kd,maxlogit", "--tau", "1,4", *QUICK, "--dry-run", "--home", home)
     assert mixed.status == 0
-    assert mixed.out.count(" maxlogit ") == 1
+    assert mixed.out.count(" maxlogit tau own ") == 1
     assert mixed.out.count(" kd ") == 2

@@ -45,9 +45,9 @@ def test_every_command_is_in_the_readme(kdcache):
 
 
 def loops() -> list[str]:
-    """The two training loops, the second of which goes on with what the first one made."""
+    """The training loops; all but the first go on with what the first one made."""
     blocks = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "for " in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert all(len(block.splitlines()) <= 21 for block in blocks)
     return blocks
 
@@ -55,7 +55,7 @@ def loops() -> list[str]:
 def test_the_loops_of_the_readme_run_as_they_stand_and_learn(home, archive, monkeypatch, capsys):
     monkeypatch.chdir(home)
     torch.manual_seed(0)
-    plain, tasks = loops()
+    plain, tasks, learned = loops()
     names: dict[str, object] = {}
     exec(plain.replace("archives/digits--test_vit--...", str(archive)), names)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
@@ -67,6 +67,8 @@ def test_the_loops_of_the_readme_run_as_they_stand_and_learn(home, archive, monk
     assert names["result"].keys() == {"loss", "output"}
     assert names["result"]["output"].shape == (64, 10)
     assert any(not torch.equal(before[key], value) for key, value in student.state_dict().items())
+    exec(learned, names)
+    assert names["state"].theta.item() != 1.0
 
 
 def test_timms_tasks_keep_an_average_of_a_student_from_the_cache(home, archive):

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.archive import ArchiveWriter, write_archive
+from kdcache.archive import ArchiveWriter, derive, write_archive
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, UsageError
+from kdcache.methods import build
 from kdcache.prefetch import render_batches
 from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
 from kdcache.targets import Targets, control, row_keys
@@ -138,6 +139,42 @@ def test_second_views_may_come_from_another_archive_and_are_checked_too(
     smaller = make_dump(tmp_path / "small", dump.canvas, policy=policy.model_copy(update={"size": 12})).archive
     with pytest.raises(IncompatibleError, match="do not go with"):
         CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=smaller)
+
+
+@pytest.mark.parametrize("views", [(0, 1, 2), (1, 2), (2, 1), (0, 3), (2,)])
+@pytest.mark.parametrize("same", [True, False])
+def test_no_sample_is_ever_shown_the_same_view_twice_in_a_step(
+    dump: Dump, make_dump: Callable[..., Dump], tmp_path: Path, views: tuple[int, ...], same: bool
+) -> None:
+    """Also where the second archive is another teacher's of the same views, or has only some of them."""
+    policy = dump.archive.manifest.policy
+    assert policy is not None
+    other = make_dump(tmp_path / "other", dump.canvas, policy=policy if same else policy.model_copy(update={"seed": 99}), views=4)
+    part = derive(other.archive, tmp_path / "part", codec="f32", views=range(min(views), max(views) + 1))
+    if same and len(views) == 1:
+        with pytest.raises(UsageError, match="which is also in"):
+            CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=part)
+        return
+    for seed in range(3):
+        stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=seed, second=part)
+        for epoch in range(6):
+            batch = next(stream.epoch(epoch))
+            assert batch.second is not None
+            assert not torch.equal(batch.images, batch.second.images)
+            assert torch.equal(batch.sample, batch.second.sample)
+
+
+def test_pairs_of_two_views_have_both_one_below_the_other(dump: Dump) -> None:
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=3, second=dump.archive)
+    images, targets = next(iter(stream.pairs(4.0, lambda images: images.float(), control("ls-global"))))  # fitted by the way
+    batch = next(stream.epoch(0))
+    assert batch.second is not None
+    assert torch.equal(images, torch.cat([batch.images, batch.second.images]).float())
+    assert targets.second is not None
+    logits = torch.randn(8, targets.logits.shape[1], generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(build("mlkd", ce_weight=0.1)(logits, targets))
+    with pytest.raises(ValueError, match="not of an archive"):
+        next(ViewStream(dump.canvas, stream.policy, batch_size=4, seed=0).epoch(0)).targets(1.0)
 
 
 def test_pairs_are_images_and_targets_of_one_epoch_after_the_other(dump: Dump) -> None:

@@ -156,7 +156,7 @@ def test_ls_global_has_the_entropy_of_the_average_whatever_the_blocks(
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_ls_global_says_that_it_must_be_fitted_first(average: str) -> None:
-    with pytest.raises(ValueError, match="fitted"):
+    with pytest.raises(UsageError, match="fitted"):
         control("ls-global", average=average)(Targets(torch.zeros(2, 3), 1.0), keys(2))
     with pytest.raises(ValueError, match="at least one row"):
         control("ls-global", average=average).fit([], 1.0)
@@ -301,6 +301,6 @@ def test_probabilities_of_targets_are_the_tempered_softmax(logits: NDArray[np.fl
 def test_targets_of_another_shape_or_temperature_are_refused() -> None:
     with pytest.raises(ValueError, match="logits"):
         Targets(torch.zeros(3), 1.0)
-    for tau in (0.0, -1.0, math.nan):
+    for tau in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="tau"):
             Targets(torch.zeros(2, 3), tau)
