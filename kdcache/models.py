@@ -1,9 +1,13 @@
-"""The boundary to timm: names, creation, weights, normalisation. timm is imported when a model is first asked for."""
+"""The boundary to timm: names, creation, weights, normalisation. timm is imported when a model is first asked for.
+
+So are the CIFAR models of `kdcache.zoo`, which are timm models of names that begin with `cifar_`.
+"""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,8 +28,8 @@ __all__ = [
     "weights_digest",
 ]
 
-# The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
 ALIASES: dict[str, str] = {
+    # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
     "rn50": "resnet50.a1_in1k",
     "vit_s": "vit_small_patch16_224.augreg_in1k",
     "cn_t": "convnext_tiny.fb_in1k",
@@ -34,6 +38,21 @@ ALIASES: dict[str, str] = {
     "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
     "cn_p": "convnextv2_pico.fcmae_ft_in1k",
     "mvit": "mobilevitv2_150.cvnets_in1k",
+    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1.
+    "rn34": "resnet34.a1_in1k",
+    "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
+    # Networks of their CIFAR pairs, of kdcache.zoo. Where timm has a model of that name (vgg13, resnet50), the name is timm's,
+    # and the zoo's is cifar_vgg13, cifar_resnet50.
+    "resnet20": "cifar_resnet20",
+    "resnet32": "cifar_resnet32",
+    "resnet56": "cifar_resnet56",
+    "resnet110": "cifar_resnet110",
+    "resnet8x4": "cifar_resnet8x4",
+    "resnet32x4": "cifar_resnet32x4",
+    "wrn16_2": "cifar_wrn_16_2",
+    "wrn40_1": "cifar_wrn_40_1",
+    "wrn40_2": "cifar_wrn_40_2",
+    "vgg8": "cifar_vgg8",
 }
 
 
@@ -51,17 +70,23 @@ class Normalisation:
         return (views.float() - mean) / std
 
 
-def list_models(pattern: str = "") -> list[str]:
-    """timm's model names that match a shell pattern, sorted."""
+def _timm() -> ModuleType:
+    """timm, with the models of kdcache.zoo in its registry."""
     import timm
 
-    return list(timm.list_models(pattern))
+    import kdcache.zoo  # noqa: F401
+
+    return timm
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """timm's model names that match a shell pattern, sorted."""
+    return list(_timm().list_models(pattern))
 
 
 def resolve(name: str, kind: str = "model") -> str:
     """The exact timm name behind an alias or a timm name. Raises NotFoundError with close matches."""
-    import timm
-
+    timm = _timm()
     exact = ALIASES.get(name, name)
     architecture, _, tag = exact.partition(".")
     if architecture not in list_models():
@@ -76,21 +101,24 @@ def resolve(name: str, kind: str = "model") -> str:
 
 def licence(name: str) -> str | None:
     """The licence of timm's pretrained weights by exact name, as timm states it; None where it does not."""
-    import timm
-
-    config = timm.models.get_pretrained_cfg(name)
+    config = _timm().models.get_pretrained_cfg(name)
     return (config.license or None) if config is not None else None
 
 
 def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
     """A timm model by exact name, for square inputs of `input_size` pixels.
 
-    `pretrained` fetches timm's weights from the Hub; RetryError where that fails. IncompatibleError for a model that does
-    not take such inputs, or does not give one logit per class.
+    `pretrained` fetches timm's weights from the Hub; RetryError where that fails, NotFoundError where there are none.
+    IncompatibleError for a model that does not take such inputs, or does not give one logit per class.
     """
-    import timm
-
+    timm = _timm()
     config = timm.models.get_pretrained_cfg(name)
+    if pretrained and (config is None or not config.has_weights):
+        raise NotFoundError(
+            f"model {name!r} has no pretrained weights",
+            why="its architecture was published without any that timm could fetch",
+            fix="train it first, with kdcache train-teacher --from-scratch or --checkpoint FILE, or use another model",
+        )
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
     random_state = torch.get_rng_state()
     try:
@@ -112,7 +140,7 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
             why=(str(error).splitlines() or ["no connection"])[0][:200],
             fix="repeat when the Hub can be reached, or use kdcache train-teacher with --checkpoint FILE or --from-scratch",
         ) from error
-    data = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
+    data = timm.data.resolve_model_data_config(model)
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 
@@ -128,9 +156,11 @@ def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
     """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`; returns the names left at their start values.
 
+    Models of kdcache.zoo read the checkpoints of CRD and mdistiller too, whose tensors have other names.
     `replace_head` leaves out classifier weights of another number of classes, which otherwise is an IncompatibleError.
     """
-    state = _read_state(file)
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
+    state = rename(_read_state(file))
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -169,7 +199,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, Mapping) else None
+        state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else None
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it does not hold a mapping of names to tensors")
         return dict(state)
