@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from kdcache.cli import run
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models import ALIASES, create_model, list_models, load_weights, resolve, save_weights, weights_digest
 from kdcache.zoo import TOP1, ZOO, CifarNet
@@ -195,6 +196,14 @@ def test_pretrained_weights_are_refused_by_name() -> None:
     assert "--checkpoint" in caught.value.fix
     with pytest.raises(RuntimeError, match="No pretrained weights exist for cifar_resnet8"):
         timm.create_model("cifar_resnet8", pretrained=True)
+
+
+def test_published_accuracies_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["models"]) == 0
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    assert "resnet32x4 cifar_resnet32x4 CIFAR-100: 79.42 % (CRD)" in lines
+    assert "cifar_vgg13 CIFAR-100: 74.64 % (CRD)" in lines
+    assert "cifar_wrn_16_1" in lines
 
 
 # ---------------------------------------------------------------- weights

@@ -307,8 +307,8 @@ def ls(as_json: JsonOption = False, home: HomeOption = Path()) -> None:
 def models(
     pattern: Annotated[str, typer.Argument(help="Only timm names that match, such as 'vit*'.")] = "", as_json: JsonOption = False
 ) -> None:
-    """List the aliases of the papers' models, or timm's names."""
-    from kdcache.models import ALIASES, list_models
+    """List the papers' models with their aliases, or timm's names."""
+    from kdcache.models import ALIASES, list_models, note
 
     if pattern:
         names = list_models(pattern)
@@ -320,7 +320,8 @@ def models(
     if as_json:
         print_json(ALIASES)
         return
-    print_table(["alias", "timm name"], [[alias, name] for alias, name in ALIASES.items()])
+    others = [(None, name) for name in list_models("cifar_*") if name not in ALIASES.values()]
+    print_table(["alias", "timm name", "note"], [[alias, name, note(name)] for alias, name in (*ALIASES.items(), *others)])
 
 
 def datasets(
