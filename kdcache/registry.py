@@ -6,6 +6,7 @@ to the manifest and to the contract tests, all of which go through its `Registry
 
 import dataclasses
 import importlib.metadata
+import json
 import re
 import types
 import typing
@@ -70,13 +71,16 @@ class Registry(Generic[T]):
 
     def build(self, name: str, **options: Any) -> T:
         """Make component `name` with `options`; unknown options, and values that are not of an option's type, are refused."""
+        return self._build(name, options, _checked)
+
+    def _build(self, name: str, options: dict[str, Any], check: Callable[[Any, Any, str], Any]) -> T:
         component = self[name]
         fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(component)}  # type: ignore[arg-type]
         hints = typing.get_type_hints(component, include_extras=True)
         for option, value in options.items():
             if option not in fields:
                 raise unknown_name(f"option of {self.kind} {name}", option, fields)
-            options[option] = _checked(value, hints[option], f"{option} of {self.kind} {name}")
+            options[option] = check(value, hints[option], f"{option} of {self.kind} {name}")
         for option, field in fields.items():
             if option not in options and field.default is field.default_factory is dataclasses.MISSING:
                 raise UsageError(
@@ -130,7 +134,7 @@ class Registry(Generic[T]):
             raise UsageError(
                 f"{self.kind} {stored!r} has no name", why="a stored component is its name and its options", fix="give it a name"
             )
-        return self.build(name, **options)
+        return self._build(name, options, _checked_as_stored)
 
     def name_of(self, component: T) -> str:
         for name, known in self._types.items():
@@ -203,9 +207,21 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
-        reasons = [found["msg"].removeprefix("Input should be ") for found in error.errors()]
-        raise UsageError(
-            f"{where}: {_text(value)!r} is not a valid value",
-            why=f"it should be {' or '.join(dict.fromkeys(reasons))}",
-            fix="correct the value",
-        ) from None
+        raise _not_valid(value, error, where) from None
+
+
+def _checked_as_stored(value: Any, hint: Any, where: str) -> Any:
+    """`value` from JSON as its annotated type, and nothing else that would do: what we store has the right types."""
+    try:
+        return _adapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise _not_valid(value, error, where) from None
+
+
+def _not_valid(value: Any, error: ValidationError, where: str) -> UsageError:
+    reasons = [found["msg"].removeprefix("Input should be ") for found in error.errors()]
+    return UsageError(
+        f"{where}: {_text(value)!r} is not a valid value",
+        why=f"it should be {' or '.join(dict.fromkeys(reasons))}",
+        fix="correct the value",
+    )

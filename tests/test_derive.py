@@ -189,7 +189,7 @@ def test_convert_on_the_command_line(source: Archive, tmp_path: Path, capsys: py
     assert run(["convert", path.name, "--codec", "u8", "--dry-run", *home]) == 0
     assert not (tmp_path / "archives" / "a-webdataset-u8").exists()
     for arguments, words in (
-        (["--layout", "zarr:publish"], "none or bitshuffle or pcodec"),
+        (["--layout", "zarr:publish"], "'none', 'bitshuffle' or 'pcodec'"),
         (["--layout", "zip"], "close to it"),
         (["--layout", "zarr:pcodec", "--codec", "u8"], "single bytes"),
         (["--views", "3:9"], "0:4"),

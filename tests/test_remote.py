@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.archive import Archive, cache, layout, open_archive, reader, remote, write_archive
+from kdcache import remote
+from kdcache.archive import Archive, cache, layout, open_archive, reader, write_archive
 from kdcache.archive.cache import Cache, CachedStore
 from kdcache.cli import run
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError

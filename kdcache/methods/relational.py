@@ -16,7 +16,10 @@ __all__ = ["DIST", "MLKD", "ZMLKD"]
 
 
 def _split(value: Any) -> Any:
-    return value.split("+") if isinstance(value, str) else value
+    """The numbers of `3+5+2+6`, or of a list, which is what JSON makes of a tuple."""
+    if isinstance(value, str):
+        return tuple(value.split("+"))
+    return tuple(value) if isinstance(value, list) else value
 
 
 Temperatures = Annotated[tuple[Positive, ...], BeforeValidator(_split), Field(min_length=1)]  # as text: 3+5+2+6

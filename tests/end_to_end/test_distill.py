@@ -279,7 +279,7 @@ def test_a_diverging_student_is_stopped_and_reported(home, kdcache):
         (["--method", "kdd"], 2, "close to it: kd"),
         (["--control", "ls-gobal"], 2, "ls-global"),
         (["--control", "bottom:9"], 2, "10 classes"),
-        (["--control", "bottom"], 2, "give it its options: k"),
+        (["--control", "bottom"], 2, "bottom without k"),
         (["--control", "bottom:x"], 2, "'x'"),
         (["--student", "test_resnt"], 3, "test_resnet"),
         (["--tau", "0"], 2, "--tau '0'"),

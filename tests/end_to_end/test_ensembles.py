@@ -95,9 +95,9 @@ def test_the_order_of_the_archives_has_no_effect_and_a_dry_run_knows_what_is_tra
     options = ("--tau", "4", "--average", "probabilities")
     assert distill("first", "second", options=options).status == 0
     again = distill("second", "first", options=(*options, "--dry-run"))
-    assert "1 students of 2 epochs, 1 of them trained already" in again.err
+    assert "1 student of 2 epochs, 1 of them trained already" in again.err
     other = distill("second", "first", options=("--tau", "4", "--dry-run"))
-    assert "1 students of 2 epochs, 0 of them trained already" in other.err
+    assert "1 student of 2 epochs, 0 of them trained already" in other.err
 
 
 def test_one_archive_is_trained_from_as_it_always_was(distill: Callable[..., Any], teachers: Path, tmp_path: Path) -> None:
@@ -114,6 +114,7 @@ def test_archives_come_from_flags_the_environment_or_a_configuration(
 ) -> None:
     shutil.copytree(teachers / "first", tmp_path / "a folder")
     common = ["--dataset", f"folder:{image_folder}", "--dry-run", "--home", tmp_path, "--student", "test_resnet"]
+    common += ["--batch-size", 8]
     config = tmp_path / "study.yaml"
     config.write_text(f"archive: [{teachers / 'first'}, {teachers / 'first'}]\n")
     assert "hold the same logits" in kdcache("distill", "--config", config, *common).err

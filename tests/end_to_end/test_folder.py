@@ -52,7 +52,7 @@ def test_own_images_from_files_to_students(tmp_path, kdcache):
     # Other classes are refused before anything is trained.
     (images / "train/dark").rename(images / "train/gloomy")
     (images / "val/dark").rename(images / "val/gloomy")
-    other = kdcache("distill", "--tau", 7, "--home", home)
+    other = kdcache("distill", "--tau", 7, "--batch-size", 16, "--home", home)
     assert other.status == 5
     assert "class" in other.err
 
