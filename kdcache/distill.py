@@ -28,7 +28,7 @@ from kdcache.grid import DistillConfig, StudentSpec, doubts, open_archives, plan
 from kdcache.interrupts import Stopped, stopped_between_steps
 from kdcache.methods import LogitMethod, method
 from kdcache.metrics import agreement, divergence
-from kdcache.models import create_model
+from kdcache.models import create_model, load_weights
 from kdcache.progress import Progress, Silent
 from kdcache.sheet import contact_sheet
 from kdcache.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
@@ -148,14 +148,14 @@ class _Lockstep:
                 self.progress.update(
                     f"distill seed {self.seed}", done, total, f"epoch {epoch + 1}/{self.settings.epochs}, {left:.0f} s left"
                 )
-            tested = self.evaluation.logits([student.learner for student in active], check)
+            tested = self.evaluation.tested([student.learner for student in active], check)
             figures: dict[str, float] = {"view": self.stream.view(epoch), "batch_order": self.stream.order_digest(epoch)}
             if self.stream.allow_drift:
                 figures["drifted_views"] = self.stream.drifted
-            for student, logits in zip(active, tested, strict=True):
+            for student, row in zip(active, tested, strict=True):
                 two = views_per_step(student.spec.method) == 2
                 other = {"second_view": self.stream.second_view(epoch)} if two else {}
-                student.learner.end_epoch(self.evaluation.metrics(logits), **figures, **other)
+                student.learner.end_epoch(row, **figures, **other)
                 if student.learner.status == "diverged":
                     self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
 
@@ -210,7 +210,10 @@ class _Student:
             self.state = spec.method.new_state().to(device)
             optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
-            model, normalise = create_model(spec.name, archive.num_classes, input_size=evaluation.size)
+            start, classes = spec.start, archive.num_classes
+            model, normalise = create_model(spec.name, classes, input_size=evaluation.size, pretrained=start.pretrained)
+            if start.file is not None:
+                load_weights(model, start.file, replace_head=True)
         self.learner = Learner(
             spec.folder,
             model,
@@ -296,7 +299,9 @@ def _write_args(spec: StudentSpec, settings: TrainConfig, config: DistillConfig,
         **({} if uses_tau(spec.method) else {"own_temperature": True}),
         "seed": spec.seed,
         "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.seed}, batches of {settings.batch_size}, the last one dropped",
-        **settings.model_dump(),
+        **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
+        **settings.model_dump(mode="json"),
+        "decay_epochs": ",".join(map(str, settings.decay_epochs)),
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())

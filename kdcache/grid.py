@@ -8,21 +8,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from kdcache.archive import Average, Ensemble
-from kdcache.errors import UsageError
+from kdcache.errors import NotFoundError, UsageError
 from kdcache.methods import Method, method
 from kdcache.methods.presets import preset
 from kdcache.models import resolve
 from kdcache.prefetch import RendererChoice
-from kdcache.progress import Progress
+from kdcache.progress import Progress, Silent
 from kdcache.stream import require_batch_size, require_second
 from kdcache.targets import Control, controls
 from kdcache.training import TrainConfig, require_optimizer
-from kdcache.workspace import Workspace, archive_source
+from kdcache.workspace import Workspace, archive_source, dataset_label
 
 __all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students", "uses_tau", "views_per_step"]
 
+STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
@@ -39,6 +41,7 @@ class DistillConfig:
     presets: Sequence[str] = ()  # published settings beside those methods, `paper:<method>:<dataset>`
     controls: Sequence[str] = ("none",)
     students: Sequence[str] = ()  # empty: the dataset's own
+    inits: Sequence[str] = ("random",)  # what students start from: see `find_start`
     seeds: Sequence[int] = (0,)
     epochs: int | None = None
     batch_size: int = 64
@@ -46,6 +49,12 @@ class DistillConfig:
     lr: float = 0.002
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
+    momentum: float = 0.9
+    sched: Literal["cosine", "step"] = "cosine"
+    decay_epochs: Sequence[int] = ()
+    decay_rate: float = 0.1
+    amp: bool = False
+    ema_decay: float | None = None
     dataset: str | None = None  # where the images are now, if not where the dump found them
     strict: bool = False
     force: bool = False  # temperatures at which a method is not meant to be used
@@ -55,6 +64,21 @@ class DistillConfig:
     renderer: RendererChoice = "auto"
     checkpoint_interval: float = 30.0  # seconds
     command: str = ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a student starts from: random weights, timm's `pretrained` ones, or those of a `file` of this sha256."""
+
+    name: str = "random"  # as typed
+    pretrained: bool = False
+    file: Path | None = None
+    sha256: str = ""
+
+    @property
+    def label(self) -> str:
+        """For folders: its name, or the beginning of the digest of weights that have none."""
+        return self.name if self.name in STARTS else self.sha256[:6]
 
 
 @dataclass(frozen=True)
@@ -68,10 +92,13 @@ class StudentSpec:
     tau: float
     seed: int
     folder: Path
+    start: Start = Start()
 
     @property
     def title(self) -> str:
-        return f"{self.student} {method.spec(self.method)} tau {self.tau_text} {controls.spec(self.control)} seed {self.seed}"
+        start = "" if self.start.name == "random" else f" from {self.start.name}"
+        what = f"{method.spec(self.method)} tau {self.tau_text} {controls.spec(self.control)}"
+        return f"{self.student}{start} {what} seed {self.seed}"
 
     @property
     def tau_text(self) -> str:
@@ -91,7 +118,7 @@ def plan_students(
     config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace
 ) -> tuple[list[StudentSpec], TrainConfig]:
     """The grid of students with the folder of each, and how they are trained. UsageError for a grid that makes no sense."""
-    for option, values in {"--control": config.controls, "--seed": config.seeds}.items():
+    for option, values in {"--control": config.controls, "--seed": config.seeds, "--init": config.inits}.items():
         if not values:
             raise UsageError(f"{option} names nothing", why="the grid of students would be empty", fix=f"give {option} a value")
     for tau in config.taus:
@@ -101,7 +128,8 @@ def plan_students(
                 why=f"temperatures lie between {SMALLEST_TAU:g} and {LARGEST_TAU:g}: beyond, float32 leaves nothing to learn",
                 fix="use for example --tau 1,4,20",
             )
-    recipe = archive_source(archive, config.dataset).recipe
+    source = archive_source(archive, config.dataset)
+    recipe = source.recipe
     settings = TrainConfig(
         epochs=config.epochs or recipe.student_epochs,
         batch_size=config.batch_size,
@@ -109,6 +137,12 @@ def plan_students(
         lr=config.lr,
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
+        momentum=config.momentum,
+        sched=config.sched,
+        decay_epochs=tuple(config.decay_epochs),
+        decay_rate=config.decay_rate,
+        amp=config.amp,
+        ema_decay=config.ema_decay,
     )
     require_batch_size(settings.batch_size, archive.num_samples)
     require_optimizer(settings.opt)
@@ -127,17 +161,57 @@ def plan_students(
             why="second views are shown to mlkd and zmlkd only",
             fix="leave it out, or use --method mlkd",
         )
+    label = dataset_label(source)
+    starts = {(init, name): find_start(init, name, label, workspace) for init in config.inits for name in names.values()}
     specs = []
-    for seed, (student, name), (how, what, tau) in itertools.product(config.seeds, names.items(), grid):
+    for seed, (student, name), init, (how, what, tau) in itertools.product(config.seeds, names.items(), config.inits, grid):
+        start = starts[init, name]
         archives = [archive.digest] + [second.digest] * (views_per_step(how) == 2 and second is not archive)
-        identity = json.dumps(
-            [*archives, name, method.to_dict(how), controls.to_dict(what), tau, seed, settings.model_dump()], sort_keys=True
-        )
-        spec = StudentSpec(student, name, how, what, tau, seed, workspace.runs / archive.name)
-        parts = (student, method.spec(how), f"tau{spec.tau_text}", controls.spec(what), f"seed{seed}")
-        label = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
-        specs.append(replace(spec, folder=spec.folder / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
+        begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
+        trained = [name, *begun, method.to_dict(how), controls.to_dict(what), tau, seed, settings.identity()]
+        identity = json.dumps([*archives, *trained], sort_keys=True)
+        spec = StudentSpec(student, name, how, what, tau, seed, workspace.runs / archive.name, start)
+        named = student if init == "random" else f"{student}-{start.label}"
+        parts = (named, method.spec(how), f"tau{spec.tau_text}", controls.spec(what), f"seed{seed}")
+        title = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
+        specs.append(replace(spec, folder=spec.folder / f"{title}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values()), settings
+
+
+def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start:
+    """What students of the model `exact` start from (temperature study, section 4.4).
+
+    `random`; `pretrained`: timm's weights; `target`: the newest model of that name that train-teacher trained on this dataset
+    (of that `label`) from scratch; `finetuned`: likewise from timm's weights; or a file of weights, or a folder that holds one.
+    """
+    if init in {"random", "pretrained"}:
+        return Start(init, pretrained=init == "pretrained")
+    if init in {"target", "finetuned"}:
+        start, flag = ("random", "--from-scratch") if init == "target" else ("timm", "--pretrained")
+        how = "from scratch" if init == "target" else "from its pretrained weights"
+        for folder, record in workspace.teacher_records(Silent()):
+            if (record["name"], record.get("dataset_label"), record["training"].get("start")) == (exact, label, start):
+                return _start_of(init, folder / "model.safetensors")
+        raise NotFoundError(
+            f"--init {init}: no {exact} trained on {label} {how}",
+            why=f"there is none in {workspace.teachers}",
+            fix=f"train it first: kdcache train-teacher --teacher {exact} --dataset {label.partition('-')[0]} {flag}",
+        )
+    path = Path(init)
+    files = [path] if path.is_file() else [path / name for name in ("model.safetensors", "last.safetensors")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise NotFoundError(
+            f"--init {init!r} is not there",
+            why=f"it is {', '.join(STARTS)}, a file of weights, or the folder of a teacher or run",
+            fix="correct it",
+        )
+    return _start_of(init, found)
+
+
+def _start_of(init: str, file: Path) -> Start:
+    with file.open("rb") as weights:
+        return Start(init, file=file, sha256=hashlib.file_digest(weights, "sha256").hexdigest())
 
 
 def views_per_step(how: Method) -> int:

@@ -93,8 +93,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     for canvas in (train, test):
         require_intact(canvas)
     start = "checkpoint" if config.checkpoint else "random" if scratch else "timm"
-    training = {
-        **settings.model_dump(),
+    begun = {
         "start": start,
         "checkpoint_sha256": hashlib.sha256(config.checkpoint.read_bytes()).hexdigest()
         if config.checkpoint and config.checkpoint.is_file()
@@ -105,7 +104,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         "canvas_digest": train.digest,
         "test_digest": test.digest,
     }
-    identity = json.dumps([exact, training], sort_keys=True)
+    identity = json.dumps([exact, settings.identity(), begun], sort_keys=True)
     label = f"{dataset_label(source)}--{config.teacher.replace('/', '_')}"
     folder = workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if (folder / "teacher.json").is_file():
@@ -144,7 +143,7 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
         "std": normalise.std,
         "weights_sha256": weights_digest(learner.model),
         "top1_clean": learner.last["test_top1"],
-        "training": training,
+        "training": {**settings.model_dump(mode="json"), **begun},
         "versions": versions(),
         "command": config.command,
     }
@@ -168,8 +167,8 @@ def _fit(learner: Learner, stream: ViewStream, evaluation: EvalSet, smoothing: f
                     check()
                     left = (time.monotonic() - started) * (learner.total_steps - learner.steps) / (learner.steps - first)
                     progress.update("train teacher", learner.steps, learner.total_steps, f"{left:.0f} s left")
-                (logits,) = evaluation.logits([learner], check)
-                learner.end_epoch(evaluation.metrics(logits), view=learner.epoch)
+                (tested,) = evaluation.tested([learner], check)
+                learner.end_epoch(tested, view=learner.epoch)
     except Stopped:
         learner.suspend()
         raise

@@ -14,7 +14,7 @@ import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -54,6 +54,32 @@ class TrainConfig(BaseModel):
     lr: float = Field(0.002, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
     clip_grad: float | None = Field(1.0, gt=0)  # largest L2 norm of one layer's gradient; None: no clipping
+    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD and its kin
+    sched: Literal["cosine", "step"] = "cosine"  # half a period over the training, step by step; or in steps of epochs
+    decay_epochs: tuple[int, ...] = ()  # of `step`: epochs after which the rate is multiplied by decay_rate
+    decay_rate: float = Field(0.1, gt=0, le=1)
+    amp: bool = False  # the model runs in bf16 where that is safe; losses and weights stay float32
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # of a moving average of the weights, tested and kept beside them
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> "TrainConfig":
+        if self.sched == "step" and not self.decay_epochs:
+            raise UsageError(
+                "the schedule step without epochs",
+                why="it lowers the learning rate after certain epochs, and none is named",
+                fix="name them, for example: --decay-epochs 150,180,210",
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What tells two trainings apart: a setting that is added later leaves the identity of those without it as it was."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, as a share of `lr`."""
+        if self.sched == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
+        return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
 
 
 class EvalSet:
@@ -75,17 +101,24 @@ class EvalSet:
         self._kept = list(render()) if len(canvas) * 3 * size**2 <= EVAL_KEPT_BYTES else None
 
     @torch.no_grad()
-    def logits(self, learners: "Sequence[Learner]", check: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """Logits float32 `[N, C]` of each learner's model on the test split, in the canvas's order, on the CPU.
+    def tested(self, learners: "Sequence[Learner]", check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
+        """`metrics` of each learner's model, and the top-1 of its averaged weights, if it keeps any, as `ema_top1`.
 
         `check` is called after each batch, and may raise.
         """
-        parts: list[list[Tensor]] = [[] for _ in learners]
+        logits: list[list[Tensor]] = [[] for _ in learners]
+        averaged: list[list[Tensor]] = [[] for _ in learners]
         for views in self._kept or self._render():
-            for learner, part in zip(learners, parts, strict=True):
+            for learner, part, other in zip(learners, logits, averaged, strict=True):
                 part.append(learner.predict(views))
+                if learner.average is not None:
+                    other.append(learner.predict(views, averaged=True))
             check()
-        return [torch.cat(part) for part in parts]
+        found = [self.metrics(torch.cat(part)) for part in logits]
+        for row, other in zip(found, averaged, strict=True):
+            if other:
+                row["ema_top1"] = self.metrics(torch.cat(other))["test_top1"]
+        return found
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
         """Figures of `logits [N, C]` on the test split; all NaN where the model is broken."""
@@ -149,15 +182,16 @@ def write_atomically(file: Path, data: bytes) -> None:
 
 def require_optimizer(name: str) -> None:
     """UsageError for what is not one of timm's optimisers."""
-    _optimizer([nn.Parameter(torch.zeros(1))], name, 1e-3, 0.0)
+    _optimizer([nn.Parameter(torch.zeros(1))], TrainConfig(epochs=1, opt=name))
 
 
-def _optimizer(of: nn.Module | list[nn.Parameter], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _optimizer(of: nn.Module | list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     import timm.optim
 
+    name = config.opt
     try:
         made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
-            of, opt=name, lr=lr, weight_decay=weight_decay
+            of, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
     except (ValueError, AssertionError, KeyError) as error:
         raise UsageError(
@@ -190,9 +224,11 @@ class Learner:
     ) -> None:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self.model = model.to(device)
-        self.optimizer = _optimizer(self.model, config.opt, config.lr, config.weight_decay)
+        self.optimizer = _optimizer(self.model, config)
+        self.average = _average(self.model, config.ema_decay) if config.ema_decay is not None else None
         self._learned = learned
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.epochs
         self.steps = 0
         self.epoch = 0  # epochs finished
@@ -238,12 +274,13 @@ class Learner:
         each = [views] if isinstance(views, Tensor) else list(views)
         started = time.perf_counter()
         self._whole = False
-        share = 0.5 * (1 + math.cos(math.pi * self.steps / self.total_steps))  # half-period cosine
+        share = self.config.rate(self.steps, self._steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
         with self._own_rng():
             self.model.train()
-            outputs = [self.model(self.normalise(views)) for views in each]
+            with self._precision():
+                outputs = [self.model(self.normalise(views)) for views in each]
             loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -251,6 +288,8 @@ class Learner:
             self.optimizer.step()
             if self._learned is not None:
                 self._step_learned(share)
+            if self.average is not None:
+                self.average.update(self.model)
         with torch.no_grad():
             logits = outputs[0].detach()
             mean, std = moments(logits)
@@ -270,11 +309,16 @@ class Learner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+
     @torch.no_grad()
-    def predict(self, views: Tensor) -> Tensor:
-        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU."""
-        self.model.eval()
-        logits: Tensor = self.model(self.normalise(views.to(self.device)))
+    def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
+        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
+        model = self.average.module if averaged and self.average is not None else self.model
+        model.eval()
+        with self._precision():
+            logits: Tensor = model(self.normalise(views.to(self.device)))
         return logits.float().cpu()
 
     def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
@@ -324,12 +368,16 @@ class Learner:
                 "count": self._count,
                 "seconds": self._seconds,
                 "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
+                "average": None if self.average is None else self.average.state_dict(),
             },
             buffer,
         )
         if self._best is not None:
             write_atomically(self.folder / "best.safetensors", save(self._best))
         write_atomically(self.folder / "last.safetensors", save(weights))
+        if self.average is not None:
+            averaged = {key: value.detach().cpu().contiguous() for key, value in self.average.module.state_dict().items()}
+            write_atomically(self.folder / "ema.safetensors", save(averaged))
         self._write_log()
         write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())  # last: it says that the others are there
         self._saved_at = time.monotonic()
@@ -355,6 +403,8 @@ class Learner:
                 module, optimizer = self._learned
                 module.load_state_dict(state["learned"][0])
                 optimizer.load_state_dict(state["learned"][1])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             best = self.folder / "best.safetensors"
             self._best = load_file(best) if best.is_file() else None
         except Exception as error:  # a damaged file shows in many ways
@@ -399,6 +449,12 @@ class Learner:
         finally:
             self._rng = _rng_states(self.device)
             _set_rng_states(others, self.device)
+
+
+def _average(model: nn.Module, decay: float) -> Any:
+    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+
+    return ModelEmaV3(model, decay=decay)
 
 
 def _own(folder: Path) -> filelock.BaseFileLock:

@@ -241,6 +241,9 @@ def distill(
     ] = None,
     control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K, topk:K.")] = "none",
     student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
+    init: Annotated[
+        str, typer.Option("--init", help="What students start from: random, pretrained, target, finetuned, or weights (a path).")
+    ] = "random",
     seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
     archive: Annotated[
         list[str] | None,
@@ -256,7 +259,17 @@ def distill(
     epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
     batch_size: BatchOption = 64,
     opt: Annotated[str, typer.Option(help="Optimiser, a timm name.")] = "adamw",
-    lr: Annotated[float, typer.Option(help="Learning rate; half-period cosine.")] = 0.002,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.002,
+    momentum: Annotated[float, typer.Option(min=0, help="Of SGD and its kin.")] = 0.9,
+    sched: Annotated[
+        Literal["cosine", "step"], typer.Option(help="Half a period of a cosine, or --decay-rate at --decay-epochs.")
+    ] = "cosine",
+    decay_epochs: Annotated[str, typer.Option(help="Epochs, such as 150,180,210.")] = "",
+    decay_rate: Annotated[float, typer.Option(help="What the rate is multiplied by there.")] = 0.1,
+    amp: Annotated[bool, typer.Option("--amp", help="Run models in bf16 where that is safe.")] = False,
+    model_ema: Annotated[
+        float | None, typer.Option("--model-ema-decay", help="Also keep and test a moving average of the weights, such as 0.999.")
+    ] = None,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.05,
     clip_grad: Annotated[float, typer.Option(min=0, help="Largest L2 norm of one layer's gradient; 0: no clipping.")] = 1.0,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
@@ -287,6 +300,7 @@ def distill(
         presets=specs(preset, "--preset") if preset is not None else (),
         controls=specs(control),
         students=specs(student),
+        inits=[part.strip() for part in init.split(",") if part.strip()],
         seeds=integers(seed, "--seed"),
         epochs=epochs,
         batch_size=batch_size,
@@ -294,6 +308,12 @@ def distill(
         lr=lr,
         weight_decay=weight_decay,
         clip_grad=clip_grad or None,
+        momentum=momentum,
+        sched=sched,
+        decay_epochs=integers(decay_epochs, "--decay-epochs") if decay_epochs else (),
+        decay_rate=decay_rate,
+        amp=amp,
+        ema_decay=model_ema,
         dataset=dataset,
         strict=strict,
         force=force,

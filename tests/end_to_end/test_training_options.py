@@ -1,0 +1,148 @@
+"""distill's options for longer runs: schedules, averaged weights, bf16, and what students start from."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from kdcache.models import Normalisation
+from kdcache.training import Learner, TrainConfig
+from tests.end_to_end.test_distill import only, same_run
+from tests.end_to_end.test_methods import stop_after
+
+SHORT = ["--student", "test_resnet", "--batch-size", "719"]  # two steps an epoch
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def test_a_step_schedule_falls_after_its_epochs(home, archive, kdcache):
+    how = ["--sched", "step", "--decay-epochs", "1,3", "--decay-rate", "0.5", "--opt", "sgd", "--lr", "0.04", "--epochs", "4"]
+    result = kdcache("distill", *SHORT, *how, "--home", home)
+    assert result.status == 0, result.err
+    run = only(home, "runs/*/test_resnet--*")
+    assert [row["lr"] for row in rows(run)] == pytest.approx([0.04, 0.02, 0.02, 0.01])
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    assert (args["sched"], args["decay_epochs"], args["decay_rate"], args["momentum"]) == ("step", "1,3", 0.5, 0.9)
+
+
+def test_the_published_recipe_of_the_cifar_pairs_has_its_rates():
+    config = TrainConfig(epochs=240, lr=0.05, sched="step", decay_epochs=(150, 180, 210))
+    rates = {epoch: config.rate(epoch * 10, 10) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)}
+    expected = [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert list(rates.values()) == pytest.approx(expected)
+    cosine = TrainConfig(epochs=4)
+    assert [cosine.rate(step, 5) for step in (0, 10, 20)] == pytest.approx([1, 0.5, 0])
+
+
+def test_settings_added_later_leave_the_identity_of_runs_as_it_was():
+    assert TrainConfig(epochs=3).identity() == {"epochs": 3}
+    assert TrainConfig(epochs=3, amp=True).identity() == {"epochs": 3, "amp": True}
+
+
+def test_an_interrupted_run_with_averaged_weights_ends_as_if_it_had_not_been(home, archive, kdcache, tmp_path, monkeypatch):
+    how = ["--model-ema-decay", "0.9", "--sched", "step", "--decay-epochs", "1", "--opt", "sgd", "--epochs", "3"]
+    arguments = ["distill", *SHORT, *how, "--archive", archive]
+    whole = tmp_path / "whole"
+    assert kdcache(*arguments, "--home", whole).status == 0
+    stop_after(monkeypatch, 3)
+    assert kdcache(*arguments, "--home", home).status == 130
+    assert kdcache(*arguments, "--home", home).status == 0
+    runs = [only(place, "runs/*/test_resnet--*") for place in (home, whole)]
+    same_run(*runs)
+    assert (runs[0] / "ema.safetensors").read_bytes() == (runs[1] / "ema.safetensors").read_bytes()
+    assert (runs[0] / "ema.safetensors").read_bytes() != (runs[0] / "last.safetensors").read_bytes()
+    assert all(0 <= row["ema_top1"] <= 100 for row in rows(runs[0]))
+
+
+class _Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_averaged_weights_are_the_moving_average_of_the_steps(tmp_path, amp):
+    model = _Tiny()
+    config = TrainConfig(epochs=1, ema_decay=0.75, amp=amp, opt="sgd", lr=0.5)
+    learner = Learner(
+        tmp_path,
+        model,
+        Normalisation((0.5,) * 3, (0.5,) * 3),
+        config,
+        steps_per_epoch=5,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    expected = model.fc.weight.detach().clone()
+    views = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8)
+    seen = []
+
+    def loss_of(logits):
+        seen.append(logits.dtype)
+        return torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 3, 0, 1]))
+
+    for _ in range(5):
+        learner.step(views, loss_of, lambda logits: {})
+        expected = 0.75 * expected + 0.25 * model.fc.weight.detach()
+    torch.testing.assert_close(learner.average.module.fc.weight, expected)
+    assert not torch.equal(expected, model.fc.weight)
+    assert set(seen) == {torch.bfloat16 if amp else torch.float32}
+    assert model.fc.weight.dtype == torch.float32
+    assert learner.predict(views).dtype == torch.float32
+    assert not torch.equal(learner.predict(views), learner.predict(views, averaged=True))
+
+
+def test_bf16_trains_and_is_another_run(home, archive, kdcache):
+    both = [kdcache("distill", *SHORT, "--epochs", "1", *more, "--home", home) for more in ([], ["--amp"])]
+    assert [result.status for result in both] == [0, 0]
+    plain, half = sorted(home.glob("runs/*/test_resnet--*"), key=lambda run: "amp: true" in (run / "args.yaml").read_text())
+    assert rows(half)[0]["train_loss"] == pytest.approx(rows(plain)[0]["train_loss"], rel=0.02)
+    assert rows(half)[0]["train_loss"] != rows(plain)[0]["train_loss"]
+
+
+def test_students_start_from_trained_models_and_files(home, archive, kdcache):
+    teacher = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--epochs", "2", "--home", home]
+    common = ["distill", *SHORT, "--epochs", "1", "--lr", "1e-5", "--home", home]
+    missing = kdcache(*common, "--init", "random,target")
+    assert missing.status == 3
+    assert "kdcache train-teacher --teacher test_resnet --dataset digits --from-scratch" in missing.err
+    assert kdcache(*teacher, "--from-scratch").status == 0
+    weights = only(home, "teachers/digits--test_resnet--*") / "model.safetensors"
+    result = kdcache(*common, "--init", f"random,target,{weights}")
+    assert result.status == 0, result.err
+    runs = {yaml.safe_load((run / "args.yaml").read_text()).get("init", "random"): run for run in home.glob("runs/*/test_*")}
+    top = {init: rows(run)[0]["test_top1"] for init, run in runs.items()}
+    assert top["target"] > 60 > 30 > top["random"]
+    assert set(top) == {"random", "target", str(weights)}
+    same = [(runs[init] / "last.safetensors").read_bytes() for init in ("target", str(weights))]
+    assert same[0] == same[1]  # of the same weights
+    again = kdcache(*common, "--init", "target", "--dry-run")
+    assert "1 of them trained already" in again.err
+    assert "test_resnet from target kd" in again.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--init", "finetuned"], 3, "--pretrained"),
+        (["--init", "nowhere.safetensors"], 3, "nowhere.safetensors"),
+        (["--init", ""], 2, "names nothing"),
+        (["--sched", "step"], 2, "--decay-epochs 150"),
+        (["--sched", "steps"], 2, "'step'"),
+        (["--model-ema-decay", "1.5"], 2, "less than 1"),
+        (["--momentum", "1"], 2, "less than 1"),
+        (["--decay-rate", "0"], 2, "greater than 0"),
+        (["--decay-epochs", "3-1", "--sched", "step"], 2, "--decay-epochs"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(home, archive, kdcache, arguments, status, words):
+    result = kdcache("distill", *SHORT, *arguments, "--dry-run", "--home", home)
+    assert result.status == status, result.err
+    assert words in result.err
+    assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
