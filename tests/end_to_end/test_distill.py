@@ -129,16 +129,16 @@ def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache,
 
 
 @pytest.fixture(scope="module")
-def eight_epochs(trained, tmp_path_factory):
-    """Command lines that train for eight epochs, and the folders that they leave in a workspace if nothing happens."""
+def five_epochs(trained, tmp_path_factory):
+    """Command lines that train for five epochs, and the folders that they leave in a workspace if nothing happens."""
     archive = str(next((trained / "archives").iterdir()))
     distill = ["distill", "--tau", "4", "--student", "test_resnet", "--archive", archive, "--checkpoint-interval", "1000"]
     teacher = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--data-dir", str(trained / "data")]
     found = {}
     for command, pattern in ((distill, "runs/*/test_resnet--*"), (teacher, "teachers/*test_resnet--*")):
-        home = tmp_path_factory.mktemp("eight-epochs")
-        assert run([*command, "--epochs", "8", "--home", str(home)]) == 0
-        found[command[0]] = [*command, "--epochs", "8"], pattern, only(home, pattern)
+        home = tmp_path_factory.mktemp("five-epochs")
+        assert run([*command, "--epochs", "5", "--home", str(home)]) == 0
+        found[command[0]] = [*command, "--epochs", "5"], pattern, only(home, pattern)
     return found
 
 
@@ -147,8 +147,8 @@ def eight_epochs(trained, tmp_path_factory):
     ("command", "how"),
     [("distill", "SIGINT"), ("train-teacher", "SIGTERM"), ("distill", "SIGTERM to all"), ("train-teacher", "SIGINT to all")],
 )
-def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, eight_epochs, tmp_path, command, how):
-    arguments, pattern, uninterrupted = eight_epochs[command]
+def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epochs, tmp_path, command, how):
+    arguments, pattern, uninterrupted = five_epochs[command]
     name, _, to_all = how.partition(" ")
     workers = ["--workers", 1] if to_all else []
     process = start(*arguments, *workers, "--home", tmp_path, start_new_session=True)
