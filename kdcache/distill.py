@@ -115,7 +115,8 @@ class _Lockstep:
         )
         _allow_open_files(len(specs))
         self.students = [
-            _Student(spec, settings, config, archive, second, self.evaluation, len(self.stream), self.device) for spec in specs
+            _Student(spec, settings, config, archive, second, evaluation, len(self.stream), self.device, progress)
+            for spec in specs
         ]
 
     def run(self) -> None:
@@ -199,6 +200,7 @@ class _Student:
         evaluation: EvalSet,
         steps_per_epoch: int,
         device: torch.device,
+        progress: Progress,
     ) -> None:
         self.spec = spec
         views = views_per_step(spec.method)
@@ -212,8 +214,9 @@ class _Student:
         with seeded(spec.seed):
             start, classes = spec.start, archive.num_classes
             model, normalise = create_model(spec.name, classes, input_size=evaluation.size, pretrained=start.pretrained)
-            if start.file is not None:
-                load_weights(model, start.file, replace_head=True)
+            redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
+        if redrawn:
+            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at random")
         self.learner = Learner(
             spec.folder,
             model,

@@ -31,7 +31,7 @@ LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What to train: all combinations of the sequences. `train` defaults to the temperature study's recipe."""
+    """What to train: all combinations of the sequences. How: by default as the temperature study does (its section 3.1)."""
 
     archives: Sequence[str] = ()  # none: the only one, or the newest; several: the average of them
     average: Average = "logits"  # or of their probabilities at each student's tau
@@ -242,7 +242,7 @@ def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[
 def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
     name, its_control = method.name_of(how), controls.name_of(what)
-    if getattr(what, "smooths", False) and (not uses_tau(how) or getattr(how, "unit_variance", False)):
+    if what.smooths and (not uses_tau(how) or getattr(how, "unit_variance", False)):
         raise UsageError(
             f"{name} with --control {its_control}",
             why="label smoothing is matched to the entropy at tau, which this method does not use"
@@ -269,7 +269,7 @@ def doubts(specs: Sequence[StudentSpec], epochs: int, config: DistillConfig) -> 
             yield f"{method.spec(how)}: finds its temperature by itself, --tau is not for it"
         for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
             yield f"{method.spec(how)}: {doubt}"
-    smoothing = {student.control for student in specs if getattr(student.control, "smooths", False)}
+    smoothing = {student.control for student in specs if student.control.smooths}
     partly = [method.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
     if smoothing and partly:
         yield (

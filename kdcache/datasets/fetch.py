@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+from PIL import Image
 
 from kdcache.datasets import Images, Sample, Split
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch"]
+__all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch", "first_with", "pictures"]
 
 _PIECE = 1 << 20
 
@@ -100,6 +101,23 @@ def find_or_fetch(
             fix=f"look into {place}; or use {elsewhere}",
         )
     return found
+
+
+def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], Path | None]:
+    """Finds the first of the folders `below` a place that has all the `needed` files and folders."""
+
+    def find(place: Path) -> Path | None:
+        return next((place / sub for sub in below if all((place / sub / name).exists() for name in needed)), None)
+
+    return find
+
+
+def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
+    """Samples of image files with their labels; keys are paths below `base`."""
+    return [
+        Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
+        for file, label in rows
+    ]
 
 
 def _require_room(place: Path, megabytes: int) -> None:

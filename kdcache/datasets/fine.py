@@ -1,36 +1,18 @@
 """Fine-grained datasets: Oxford's pets and flowers, Stanford's cars."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from kdcache.datasets import Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch
+from kdcache.datasets import Images, Recipe, Split, dataset
+from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
 from kdcache.progress import Progress
 
 __all__ = ["Cars", "Flowers", "Pets"]
 
 VGG = "https://www.robots.ox.ac.uk/~vgg/data"
-
-
-def _first_with(*needed: str, below: Sequence[str] = ("",)) -> Any:
-    """Finds the first of the folders `below` a place that has all the `needed` files and folders."""
-
-    def find(place: Path) -> Path | None:
-        return next((place / sub for sub in below if all((place / sub / name).exists() for name in needed)), None)
-
-    return find
-
-
-def _pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
-    return [
-        Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
-        for file, label in rows
-    ]
 
 
 @dataset.register("pets")
@@ -46,7 +28,7 @@ class Pets(Rooted):
             "pets",
             self.root,
             data,
-            _first_with("images", "annotations/trainval.txt", "annotations/test.txt", below=("", "oxford-iiit-pet")),
+            first_with("images", "annotations/trainval.txt", "annotations/test.txt", below=("", "oxford-iiit-pet")),
             "the folders images/ and annotations/ of the Oxford-IIIT Pet dataset",
             [
                 Download(f"{VGG}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", 792),
@@ -64,7 +46,7 @@ class Pets(Rooted):
             raise damaged(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
         paths = {split: [(base / f"images/{name}.jpg", number - 1) for name, number in part] for split, part in rows.items()}
         files = [*listings.values(), *(file for part in paths.values() for file, _ in part)]
-        return Listed(base, [breeds[i] for i in sorted(breeds)], lambda split: _pictures(paths[split], base), files)
+        return Listed(base, [breeds[i] for i in sorted(breeds)], lambda split: pictures(paths[split], base), files)
 
 
 def _pet_rows(file: Path) -> list[tuple[str, int]]:
@@ -89,7 +71,7 @@ class Flowers(Rooted):
             "flowers",
             self.root,
             data,
-            _first_with("jpg", "imagelabels.mat", "setid.mat", below=("", "flowers-102")),
+            first_with("jpg", "imagelabels.mat", "setid.mat", below=("", "flowers-102")),
             "the folder jpg/ with imagelabels.mat and setid.mat of the 102 flowers",
             [
                 Download(f"{VGG}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", 345),
@@ -115,7 +97,7 @@ class Flowers(Rooted):
         # Published are numbers; 001 is the pink primrose.
         names = [f"{number:03d}" for number in range(1, int(labels.max()) + 2)]
         files = [base / "imagelabels.mat", sets, *(file for part in paths.values() for file, _ in part)]
-        return Listed(base, names, lambda split: _pictures(paths[split], base), files)
+        return Listed(base, names, lambda split: pictures(paths[split], base), files)
 
 
 @dataset.register("cars")
@@ -131,7 +113,7 @@ class Cars(Rooted):
             "cars",
             self.root,
             data,
-            _first_with("cars_train", "cars_test", "devkit/cars_meta.mat", below=("", "stanford_cars")),
+            first_with("cars_train", "cars_test", "devkit/cars_meta.mat", below=("", "stanford_cars")),
             "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat of Stanford Cars",
             [],
             "--dataset hf:tanganke/stanford_cars",
@@ -147,7 +129,7 @@ class Cars(Rooted):
         }
         paths = {split: _car_rows(file, base / f"cars_{split}", len(names)) for split, file in annotated.items()}
         files = [meta, *annotated.values(), *(file for part in paths.values() for file, _ in part)]
-        return Listed(base, names, lambda split: _pictures(paths[split], base), files)
+        return Listed(base, names, lambda split: pictures(paths[split], base), files)
 
 
 def _car_rows(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:

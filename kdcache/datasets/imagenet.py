@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from kdcache.datasets import Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch
+from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import NotFoundError
@@ -97,16 +95,11 @@ class TinyImageNet(Rooted):
     recipe = Recipe(policy="imagenet", canvas=64, teacher_epochs=40, student="rn18", student_epochs=512, pretrained=True)
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
-        def find(place: Path) -> Path | None:
-            needed = ("wnids.txt", "train", "val/val_annotations.txt")
-            bases = (place, place / "tiny-imagenet-200")
-            return next((base for base in bases if all((base / name).exists() for name in needed)), None)
-
         base = find_or_fetch(
             "tiny-imagenet",
             self.root,
             data,
-            find,
+            first_with("wnids.txt", "train", "val/val_annotations.txt", below=("", "tiny-imagenet-200")),
             "the folder tiny-imagenet-200/",
             [Download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", 248)],
             "--dataset hf:zh-plus/tiny-imagenet",
@@ -123,11 +116,5 @@ class TinyImageNet(Rooted):
             raise damaged(annotations, f"{type(error).__name__}: {error}") from None
         train = [(file, number[wnid]) for wnid in wnids for file in sorted((base / "train" / wnid / "images").glob("*.JPEG"))]
         rows_of: dict[Split, list[tuple[Path, int]]] = {"train": train, "test": sorted(val)}
-
-        def list_samples(split: Split) -> Sequence[Sample]:
-            return [
-                Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
-                for file, label in rows_of[split]
-            ]
-
-        return Listed(base, wnids, list_samples, [base / "wnids.txt", annotations, *(file for file, _ in (*train, *val))])
+        files = [base / "wnids.txt", annotations, *(file for file, _ in (*train, *val))]
+        return Listed(base, wnids, lambda split: pictures(rows_of[split], base), files)

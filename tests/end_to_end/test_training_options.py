@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from kdcache.models import Normalisation
+from kdcache.models import Normalisation, create_model, save_weights
 from kdcache.training import Learner, TrainConfig
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
@@ -140,3 +140,16 @@ def test_options_that_make_no_sense_are_refused(home, archive, kdcache, argument
     assert result.status == status, result.err
     assert words in result.err
     assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
+
+
+def test_a_classifier_of_other_classes_is_drawn_anew_and_that_is_said(home, archive, kdcache, tmp_path):
+    model, _ = create_model("test_resnet", 7, input_size=32)
+    save_weights(model, tmp_path / "seven.safetensors")
+    result = kdcache("distill", *SHORT, "--epochs", "1", "--init", tmp_path / "seven.safetensors", "--home", home)
+    assert result.status == 0, result.err
+    assert "has other classes: fc.bias, fc.weight of test_resnet start at random" in result.err
+    model, _ = create_model("test_vit", 10, input_size=32)
+    save_weights(model, tmp_path / "vit.safetensors")
+    other = kdcache("distill", *SHORT, "--epochs", "1", "--init", tmp_path / "vit.safetensors", "--home", home)
+    assert other.status == 5
+    assert "does not fit the model" in other.err
