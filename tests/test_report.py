@@ -1,6 +1,7 @@
 """Run folders in, a table, figures and one offline page out."""
 
 import csv
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,8 +15,8 @@ from PIL import Image
 
 import kdcache
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
-from kdcache.report import Row, Table, collect, paired, summarise, write_report
-from kdcache.report.table import answers, contrasts, method_contrasts
+from kdcache.report import Experiment, Row, Table, collect, paired, summarise, write_report
+from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from tests.reports import Page, RunFolders
 
 
@@ -381,3 +382,49 @@ loaded = {{"torch", "torchvision", "timm", "matplotlib.pyplot"}} & set(sys.modul
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_an_optimiser_with_one_rate_says_enough(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0)
+    make_run(91.0, opt="sgd", lr=0.05, weight_decay=0.0005)
+    assert {row.setting for row in table_of(tmp_path).rows} == {"opt adamw", "opt sgd"}
+    make_run(92.0, opt="sgd", lr=0.1, weight_decay=0.0005)
+    settings = {row.setting for row in table_of(tmp_path).rows}
+    assert settings == {"opt adamw", "opt sgd, lr 0.05", "opt sgd, lr 0.1"}
+
+
+def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: Path) -> None:
+    for number in range(5):
+        for seed in range(3):
+            make_run(90.0 + seed, student=f"rn{number}", tau=1.0, seed=seed)
+            make_run(88.0 + number + seed + 0.1 * (seed == 1), student=f"rn{number}", tau=4.0, seed=seed)
+    found = answers(table_of(tmp_path))
+    assert (
+        overview(found)
+        == "Best tau, of 5 rows: 4 in 3, 1 in 2. It is ahead of the second best by more than seed noise in 4 of 5."
+    )
+    text = write_report([tmp_path / "runs"], tmp_path / "out").html.read_text()
+    assert "Best tau, of 5 rows" in text
+    assert Page(text).tags.count(("td", {"class": "runs"})) == 5
+
+
+def test_a_method_with_its_own_temperature_is_not_counted_among_taus(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0, tau=4.0)
+    make_run(91.0, method_spec="ctkd", own_temperature=True)
+    make_run(status="unfinished", student="rn34", tau=4.0)
+    found = answers(table_of(tmp_path))
+    assert overview(found).startswith("Best tau, of 1 row: 4 in 1. No row has two seeds of two taus")
+    assert overview([answer for answer in found if answer.own_temperature]).startswith(
+        "No run with a tau of its own has finished"
+    )
+
+
+def test_a_report_opens_with_what_was_asked(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0)
+    asked = Experiment("Tau & co", "a paper, Fig. 1", "Is <larger> better?", "tau", "It is.")
+    text = write_report([tmp_path / "runs"], tmp_path / "out", experiment=asked).html.read_text()
+    assert "<h1>Tau &amp; co</h1>" in text
+    assert text.index("Is &lt;larger&gt; better?") < text.index("a paper, Fig. 1") < text.index('class="answer"')
+    assert "Smoke version" not in text
+    small = dataclasses.replace(asked, smoke=True)
+    assert "Smoke version" in write_report([tmp_path / "runs"], tmp_path / "out", experiment=small).html.read_text()

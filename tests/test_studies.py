@@ -44,7 +44,7 @@ def planned(tmp_path: Path):
     def plan(data: dict[str, Any], *, smoke: bool = False) -> StudyPlan:
         file = tmp_path / "study.yaml"
         file.write_text(yaml.safe_dump(data))
-        return plan_study(load_study(file, smoke=smoke), "study", Workspace(tmp_path / "home"))
+        return plan_study(load_study(file, smoke=smoke), file, Workspace(tmp_path / "home"), smoke=smoke)
 
     return plan
 
@@ -244,7 +244,7 @@ def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
     file = find_study(name)
     study, small = load_study(file), load_study(file, smoke=True)
     assert all((study.title, study.paper, study.question, study.varies, study.expected))
-    plan, smoke = (plan_study(one, name, Workspace(tmp_path)) for one in (study, small))
+    plan, smoke = (plan_study(one, find_study(name), Workspace(tmp_path)) for one in (study, small))
     assert {job.kind for job in plan.jobs} == {job.kind for job in smoke.jobs}
     assert not smoke.missing
     if plan.archive_bytes is not None:
@@ -259,7 +259,7 @@ def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
 
 def test_images_that_are_not_there_are_missed_when_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = plan_study(load_study(find_study("granularity")), "granularity", Workspace(tmp_path))
+    plan = plan_study(load_study(find_study("granularity")), find_study("granularity"), Workspace(tmp_path))
     with pytest.raises(NotFoundError, match=r"there is no .*/imagenet-birds"):
         running.run_study(plan, Workspace(tmp_path), file=find_study("granularity"))
 

@@ -39,7 +39,7 @@ from kdcache.cli.options import (
     workspace,
 )
 from kdcache.cli.output import bars, print_table
-from kdcache.errors import NotFoundError
+from kdcache.errors import NotFoundError, UsageError
 
 REFERENCES = "hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 TeacherOption = Annotated[str, typer.Option("--teacher", help=f"Alias (vit_s, rn50, ...), timm name, {REFERENCES}.")]
@@ -448,12 +448,25 @@ def _control(component: object) -> str:
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders that hold some [HOME/runs]")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report [HOME/reports/latest]")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="A study's file or name: the report opens with what it asks and expects.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The runs are of the study's smoke version; the report says so.")
+    ] = False,
     home: HomeOption = Path(),
 ) -> None:
     """Write an offline HTML report, figures, LaTeX tables and a CSV file from finished runs."""
     from kdcache.report import write_report
 
+    experiment = None
+    if study is not None:
+        from kdcache.study.schema import find_study, load_study
+
+        experiment = load_study(find_study(study)).experiment(smoke=smoke)
+    elif smoke:
+        raise UsageError("--smoke without --study", why="only a study has a smoke version", fix="name it: --study FILE")
     place = workspace(home)
     with bars() as progress:
-        written = write_report(runs or [place.runs], output or place.reports / "latest", progress=progress)
+        written = write_report(runs or [place.runs], output or place.reports / "latest", experiment=experiment, progress=progress)
     print(written.html)

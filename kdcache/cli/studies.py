@@ -29,7 +29,7 @@ def _planned(file: str, smoke: bool, where: "Workspace") -> "tuple[Path, Study, 
 
     found = find_study(file)
     study = load_study(found, smoke=smoke)
-    return found, study, plan_study(study, f"{found.stem}-smoke" if smoke else found.stem, where)
+    return found, study, plan_study(study, found, where, smoke=smoke)
 
 
 def run(

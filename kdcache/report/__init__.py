@@ -3,7 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Cell", "Comparison", "Report", "Row", "RunRecord", "Table", "collect", "paired", "summarise", "write_report"]
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Experiment",
+    "Report",
+    "Row",
+    "RunRecord",
+    "Table",
+    "collect",
+    "paired",
+    "summarise",
+    "write_report",
+]
 
 _PUBLIC = {
     "RunRecord": "records",
@@ -14,13 +26,14 @@ _PUBLIC = {
     "Table": "table",
     "paired": "table",
     "summarise": "table",
+    "Experiment": "records",
     "Report": "html",
     "write_report": "html",
 }
 
 if TYPE_CHECKING:
     from kdcache.report.html import Report, write_report
-    from kdcache.report.records import RunRecord, collect
+    from kdcache.report.records import Experiment, RunRecord, collect
     from kdcache.report.table import Cell, Comparison, Row, Table, paired, summarise
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from kdcache.archive import Statistics, TauDetail, TauStatistics
 from kdcache.report.figures import COLOURS, Drawing
@@ -17,6 +17,7 @@ __all__ = ["archive_drawings", "logit_moments", "one_page", "sorted_softmax"]
 
 SHOWN_RANKS = 20  # of the sorted softmax, as in the temperature study's Fig. 4
 MOST_TAUS = 4  # side by side
+MOST_TICKS = 6
 WHOLE, REST = r"$\hat{H}(p)$", r"$\hat{H}(\bar{p})$"
 
 
@@ -158,6 +159,7 @@ def logit_moments(statistics: Statistics, place: str) -> Drawing:
         image = axes.pcolormesh(mean_edges, std_edges, np.ma.masked_equal(counts.T, 0), cmap=colormaps["viridis"])
         axes.plot(moments.mean, moments.std, marker="x", color="#D55E00", markersize=9, markeredgewidth=2)
         axes.set(xlabel="mean of a row's logits", ylabel="standard deviation of a row's logits")
+        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
         top, right = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
         top.stairs(counts.sum(axis=1), mean_edges, fill=True, color=COLOURS[0], alpha=0.85)
         right.stairs(counts.sum(axis=0), std_edges, fill=True, color=COLOURS[0], alpha=0.85, orientation="horizontal")

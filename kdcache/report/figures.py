@@ -108,6 +108,9 @@ def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
             lines.legend(figure, some, markers=True)
 
         caption = f"Final test top-1 over tau, {place}: means over the seeds with their standard deviation, and single seeds."
+        cells = [cell for _, panel in some for row in panel for _, cell in table.ranked(row)]
+        if any(cell.own_temperature for cell in cells):
+            caption += " A line without slope is of a method that finds its temperature by itself."
         if any(_earlier(table, row) for _, panel in some if len(panel) <= MOST_EARLIER for row in panel):
             caption += " In grey, on the scale at the right, the means about half-way through the epochs."
         alt = f"Test top-1 over tau, {place}. {_spoken(table, some, lines)}"
@@ -185,6 +188,9 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lin
         nudge = 1.012 ** (number - (len(panel) - 1) / 2)  # so that error bars at the same tau do not hide each other
         cells = [table.get(row, tau) for tau in taus]
         x = np.array(taus, np.float64) * nudge
+        for own in filter(None, cells):  # where tau is not used, one result stands for all of them
+            if own.own_temperature:
+                axes.axhline(own.mean, color=colour, linestyle=dashes, linewidth=1, alpha=0.6)
         mean = [cell.mean if cell else math.nan for cell in cells]  # a missing tau breaks the line
         std = [cell.std if cell and cell.std is not None else math.nan for cell in cells]
         bars = axes.errorbar(x, mean, std, color=colour, marker=marker, linestyle=dashes, markersize=5, capsize=2.5, elinewidth=1)
@@ -289,7 +295,7 @@ class Lines:
     def look(self, row: Row) -> tuple[str, str, str]:
         """Colour, marker and dashes."""
         turn, which = divmod(self._order.index(self._names[row]), len(COLOURS))
-        return COLOURS[which], MARKERS[which], DASHES[turn % len(DASHES)]
+        return COLOURS[which], MARKERS[(which + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
     def legend(self, figure: Figure, panels: Sequence[Panel], *, markers: bool) -> None:
         handles = {}

@@ -20,18 +20,20 @@ import kdcache
 from kdcache.archive import translated_os_errors
 from kdcache.errors import UsageError
 from kdcache.progress import Progress, Silent
+from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import Cost, costs
 from kdcache.report.figures import Drawing, control_dots, render, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, teachers_table
-from kdcache.report.records import RunRecord, collect
-from kdcache.report.table import UNPAIRED, Row, Table, answers, contrasts, method_contrasts, rows_of, signed, summarise
+from kdcache.report.records import Experiment, RunRecord, collect
+from kdcache.report.table import UNPAIRED, Row, Table, rows_of, signed, summarise
 from kdcache.report.training_figures import training_drawings
 
 __all__ = ["Report", "write_report"]
 
 HERE = Path(__file__).parent
+MOST_SPOKEN = 4  # answers; of more, there is a table
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class _Tables:
     costs: list[Cost]
 
 
-def write_report(paths: Sequence[Path], out: Path, *, progress: Progress | None = None) -> Report:
+def write_report(
+    paths: Sequence[Path], out: Path, *, experiment: Experiment | None = None, progress: Progress | None = None
+) -> Report:
     """Write `index.html`, `results.csv`, `figures/` and `tables/` into `out`, from all runs at or below `paths`.
 
     Raises NotFoundError where there are no runs and IntegrityError for damaged ones. A missing archive or contact sheet
@@ -83,7 +87,7 @@ def write_report(paths: Sequence[Path], out: Path, *, progress: Progress | None 
             progress.update("drawing figures", number, len(every))
         (out / "results.csv").write_text(_csv(records), "utf-8", newline="")
         written = _write_tables(tables, out / "tables")
-        (out / "index.html").write_text(_page(records, table, tables, archives, drawings, shown), "utf-8", newline="")
+        (out / "index.html").write_text(_page(experiment, records, table, tables, archives, drawings, shown), "utf-8", newline="")
     figures = tuple(out / f"figures/{name}.{kind}" for name in names for kind in ("svg", "png"))
     return Report(out / "index.html", out / "results.csv", figures, written, table)
 
@@ -145,6 +149,7 @@ def _inline(svg: str, alt: str, prefix: str) -> Markup:
 
 
 def _page(
+    experiment: Experiment | None,
     records: Sequence[RunRecord],
     table: Table,
     tables: _Tables,
@@ -160,13 +165,16 @@ def _page(
     rows = rows_of(records)
     records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
     folders = {run: run.folder.absolute() for run in records}
+    found = answers(table)
     base = Path(os.path.commonpath([folder.parent for folder in folders.values()]))  # folders are shown below it
     return environment.get_template("template.html.j2").render(
         version=kdcache.__version__,
         style=Markup((HERE / "page.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        answers=answers(table),
+        experiment=experiment,
+        answers=found,
+        overview=overview(found) if len(found) > MOST_SPOKEN else None,
         contrasts=contrasts(table),
         method_contrasts=method_contrasts(table),
         signed=signed,

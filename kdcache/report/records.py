@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.progress import Progress, Silent
 
-__all__ = ["ArchiveArgs", "RunArgs", "RunRecord", "Summary", "collect"]
+__all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY = "args.yaml", "metrics.jsonl", "summary.json"
 SAFELY_NESTED = 1000
@@ -29,6 +29,18 @@ def _finite(value: Any) -> Any:
 
 
 _Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What runs were made for, as their study says; `smoke`: they are of its smoke version, and their numbers say nothing."""
+
+    title: str
+    paper: str
+    question: str
+    varies: str
+    expected: str
+    smoke: bool = False
 
 
 class ArchiveArgs(BaseModel):

@@ -1,6 +1,5 @@
 """Results over seeds: the table, and which differences in it are more than seed noise."""
 
-import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -14,24 +13,24 @@ from numpy.typing import NDArray
 from kdcache.report.records import RunRecord
 
 __all__ = [
-    "Answer",
+    "ONE_SEED",
+    "ROW_FIELDS",
+    "UNPAIRED",
     "Cell",
     "Comparison",
-    "Contrast",
     "Row",
     "Table",
-    "answers",
-    "contrasts",
     "labels",
-    "method_contrasts",
     "paired",
     "rows_of",
+    "signed",
     "summarise",
 ]
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 # What two runs must share to be seeds of one experiment, besides the row and tau.
 RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
+FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
 _HOW = {"workers", "threads", "processes", "compiled", "channels_last", "val_interval", "host", "hostname"}
 _WHERE = {"home", "data_dir", "out", "output", "run", "run_name"}
@@ -41,6 +40,7 @@ _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "
 _CONTROLS = ("none", "ls-global", "ls-instance")  # in this order; others after them
 CONFIDENCE = 0.95
 UNPAIRED = "the two share no seed, so they cannot be paired"
+ONE_SEED = "one seed: no spread can be given"
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Cell:
     def std(self) -> float | None:
         """Standard deviation over the seeds (ddof 1); None for a single seed."""
         return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
+
+    @property
+    def own_temperature(self) -> bool:
+        """Whether tau was not used: the method finds its temperature by itself."""
+        return all(run.args.own_temperature for run in self.runs)
 
     def curve(self, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Epochs at which every seed has a value of `column`, and its mean over the seeds."""
@@ -151,7 +156,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         if self.low is None:
-            return "one seed: no spread can be given"
+            return ONE_SEED
         if self._no_spread:
             return "the same in every seed: no spread to judge it by"
         return "more than seed noise" if self.significant else "no significant difference"
@@ -168,27 +173,6 @@ class Comparison:
     def __str__(self) -> str:
         interval = f"95 % t interval {self.interval} over {self.n} paired seeds: " if self.interval else ""
         return f"{signed(self.mean)} points, {interval}{self.verdict}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The best tau of one row of control none, in words; `name` tells it from the other answers."""
-
-    name: str
-    headline: str
-    detail: str
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A control beside none, at the best tau of none; or a method at its best tau beside kd at kd's."""
-
-    name: str
-    what: str  # the control or method
-    tau: float
-    cell: Cell
-    difference: Comparison | None  # to none, or to kd; None: no seed in common
 
 
 def summarise(records: Sequence[RunRecord]) -> Table:
@@ -214,17 +198,26 @@ def rows_of(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
     """The row of each run.
 
     Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
-    holds for any other key of args.yaml that alone tells two runs of the same tau and seed apart.
+    holds for any other key of args.yaml that alone tells two runs of the same tau and seed apart. Where each optimiser has
+    one rate and one weight decay, its name says enough.
     """
     seen: dict[tuple[object, ...], set[str]] = defaultdict(set)
+    of_opt: dict[tuple[str, ...], set[float]] = defaultdict(set)
     for record in records:
+        for name in FOLLOWS_OPT:
+            of_opt[record.args.dataset, record.args.teacher, record.args.opt, name].add(getattr(record.args, name))
         for name, value in _facts(record).items():
             seen[_place(record, name)].add(value)
     rows = {}
     for record in records:
-        varied = [f"{_SHOWN.get(k, k)} {value}" for k, value in _facts(record).items() if len(seen[_place(record, k)]) > 1]
         args = record.args
-        rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, ", ".join(varied))
+        varied = {name: value for name, value in _facts(record).items() if len(seen[_place(record, name)]) > 1}
+        if "opt" in varied:
+            for name in FOLLOWS_OPT:
+                if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
+                    varied.pop(name, None)
+        setting = ", ".join(f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items())
+        rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, setting)
     return rows
 
 
@@ -262,58 +255,6 @@ def paired(first: Cell, second: Cell) -> Comparison | None:
         return Comparison(mean, None, None, n)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(difference.std(ddof=1)) / math.sqrt(n)
     return Comparison(mean, mean - half, mean + half, n)
-
-
-def answers(table: Table) -> list[Answer]:
-    """For each row of control none: its best tau, and whether the second best is any worse."""
-    found = []
-    for row, name in _without_control(table).items():
-        ranked = table.ranked(row)
-        if not ranked:
-            found.append(Answer(name, "no run has finished, so there is no best tau yet.", ""))
-            continue
-        tau, best = ranked[0]
-        spread = " % (one seed: no spread can be given)"
-        if best.std is not None:
-            spread = f" ± {best.std:.2f} % (mean ± std, n = {best.n} seeds)"
-        detail = "Only this tau has results, so there is nothing to compare it with."
-        if len(ranked) > 1:
-            second, cell = ranked[1]
-            detail = f"Difference to the second best, tau {second:g} ({cell.spoken}): {paired(best, cell) or UNPAIRED}."
-        said = f"best tau is {tau:g}, with"
-        if all(run.args.own_temperature for run in best.runs):
-            said, detail = "it finds its temperature by itself;", ""
-        found.append(Answer(name, f"{said} test top-1 {best.mean:.2f}{spread}.", detail, best.source))
-    return found
-
-
-def contrasts(table: Table) -> list[Contrast]:
-    """Every control beside none, at the best tau of none."""
-    found = []
-    for row, name in _without_control(table).items():
-        for tau, best in table.ranked(row)[:1]:
-            for other in table.rows:
-                cell = table.get(other, tau)
-                if cell and other != row and dataclasses.replace(other, control="none") == row:
-                    found.append(Contrast(name, other.control, tau, cell, paired(cell, best)))
-    return found
-
-
-def method_contrasts(table: Table) -> list[Contrast]:
-    """Every method of control none beside kd, each at its own best tau."""
-    plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
-    names = labels([row for row in plain if row.method == "kd"], ROW_FIELDS)
-    found = []
-    for row, (tau, cell) in plain.items():
-        base = dataclasses.replace(row, method="kd")
-        if base != row and base in plain:
-            found.append(Contrast(names[base], row.method, tau, cell, paired(cell, plain[base][1])))
-    return found
-
-
-def _without_control(table: Table) -> dict[Row, str]:
-    """Rows of control none, and what tells them apart."""
-    return labels([row for row in table.rows if row.control == "none"], ROW_FIELDS)
 
 
 def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:

@@ -270,7 +270,7 @@ def _draw(axes: Axes, entries: Sequence[_Entry], column: _Column, teachers: Mapp
         axes.yaxis.set_major_formatter("{x:g}")  # powers of ten would be mathematics, which names from runs forbid
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="epochs trained", ylabel=column.label)
-    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, min_n_ticks=1))
 
 
 def _thinned(count: int) -> NDArray[np.int64]:

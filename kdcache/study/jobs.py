@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,9 +68,11 @@ class StudyPlan:
         return {"name": self.name, "jobs": [asdict(job) for job in self.jobs]}
 
 
-def plan_study(study: Study, name: str, workspace: Workspace) -> StudyPlan:
-    """Expand a study. UsageError or NotFoundError for names, options and combinations that its commands would refuse."""
-    return _Expansion(study, name, workspace).plan()
+def plan_study(study: Study, file: Path, workspace: Workspace, *, smoke: bool = False) -> StudyPlan:
+    """Expand a study, or its smoke version, which `file` holds. UsageError or NotFoundError for names, options and combinations
+    that its commands would refuse.
+    """
+    return _Expansion(study, file, workspace, smoke).plan()
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class _Archive:
 
 
 class _Expansion:
-    def __init__(self, study: Study, name: str, workspace: Workspace) -> None:
-        self.study, self.name, self.workspace = study, name, workspace
+    def __init__(self, study: Study, file: Path, workspace: Workspace, smoke: bool) -> None:
+        self.study, self.file, self.workspace, self.smoke = study, file, workspace, smoke
+        self.name = f"{file.stem}-smoke" if smoke else file.stem
         self.jobs: dict[str, Job] = {}
         self.missing: dict[str, KdcacheError] = {}
         self.counted: dict[str, Any] = {}
@@ -119,9 +122,11 @@ class _Expansion:
             tuple(self.missing.values()),
         )
 
-    def _add(self, kind: Kind, title: str, arguments: Sequence[str], after: Sequence[Job] = (), **more: Any) -> Job:
+    def _add(
+        self, kind: Kind, title: str, arguments: Sequence[str], after: Sequence[Job] = (), quoted: Any = (), **more: Any
+    ) -> Job:
         arguments, needed = (COMMANDS[kind], *arguments), tuple(dict.fromkeys(one.id for one in after))
-        digest = hashlib.sha256(json.dumps([arguments, needed]).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([arguments, needed, *quoted]).encode()).hexdigest()[:8]
         job = Job(f"{kind}-{digest}", kind, title, arguments, needed, **more)
         return self.jobs.setdefault(job.id, job)
 
@@ -257,7 +262,9 @@ class _Expansion:
 
     def _report(self, runs: Sequence[Job]) -> None:
         place = self.workspace.reports.absolute() / self.name
-        self._add("report", "report", [*(f"{{{job.id}}}" for job in runs), "--output", str(place)], runs)
+        arguments = [*(f"{{{job.id}}}" for job in runs), "--output", str(place), "--study", str(self.file.absolute())]
+        quoted = astuple(self.study.experiment(smoke=self.smoke))
+        self._add("report", "report", arguments + ["--smoke"] * self.smoke, runs, quoted)
 
 
 def _each_teacher(train: TrainSpec) -> Iterator[TrainSpec]:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.errors import NotFoundError, UsageError, printable, unknown_name
+from kdcache.report.records import Experiment
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
 
@@ -183,6 +184,10 @@ class Study(_Data):
     students: tuple[StudentsSpec, ...] = ()
     stats: StatsSpec | None = None
     smoke: Smoke = Smoke()
+
+    def experiment(self, *, smoke: bool) -> Experiment:
+        """What its report opens with."""
+        return Experiment(self.title, self.paper, self.question, self.varies, self.expected, smoke)
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> "Study":

@@ -1,0 +1,112 @@
+"""What the results say of tau, of methods and of controls, in words and as paired differences."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, Comparison, Row, Table, labels, paired
+
+__all__ = ["Answer", "Contrast", "answers", "contrasts", "method_contrasts", "overview"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best tau of one row of control none; `name` tells it from the other answers."""
+
+    name: str
+    tau: float | None = None  # None: no run has finished
+    best: Cell | None = None
+    second_tau: float | None = None
+    second: Cell | None = None
+    difference: Comparison | None = None  # of best and second over the seeds that both have; None: they share none
+
+    @property
+    def own_temperature(self) -> bool:
+        return self.best is not None and self.best.own_temperature
+
+    @property
+    def source(self) -> str:
+        return self.best.source if self.best else ""
+
+    @property
+    def headline(self) -> str:
+        if self.best is None:
+            return "no run has finished, so there is no best tau yet."
+        spread = f" % ({ONE_SEED})"
+        if self.best.std is not None:
+            spread = f" ± {self.best.std:.2f} % (mean ± std, n = {self.best.n} seeds)"
+        said = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
+        return f"{said} test top-1 {self.best.mean:.2f}{spread}."
+
+    @property
+    def detail(self) -> str:
+        if self.best is None or self.own_temperature:
+            return ""
+        if self.second is None:
+            return "Only this tau has results, so there is nothing to compare it with."
+        return f"Difference to the second best, tau {self.second_tau:g} ({self.second.spoken}): {self.difference or UNPAIRED}."
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A control beside none, at the best tau of none; or a method at its best tau beside kd at kd's."""
+
+    name: str
+    what: str  # the control or method
+    tau: float
+    cell: Cell
+    difference: Comparison | None  # to none, or to kd; None: no seed in common
+
+
+def answers(table: Table) -> list[Answer]:
+    """For each row of control none: its best tau, and whether the second best is any worse."""
+    found = []
+    for row, name in _without_control(table).items():
+        (tau, best), (second_tau, second), *_ = [*table.ranked(row), (None, None), (None, None)]
+        difference = paired(best, second) if best and second else None
+        found.append(Answer(name, tau, best, second_tau, second, difference))
+    return found
+
+
+def overview(found: Sequence[Answer]) -> str:
+    """Of many answers, which taus were best how often, and how many of them are ahead by more than seed noise."""
+    tuned = [answer for answer in found if answer.tau is not None and not answer.own_temperature]
+    if not tuned:
+        return "No run with a tau of its own has finished, so there is no best tau yet."
+    often = [f"{tau:g} in {count}" for tau, count in Counter(answer.tau for answer in tuned).most_common()]
+    ahead = sum(answer.difference is not None and answer.difference.significant for answer in tuned)
+    pairs = sum(answer.difference is not None and answer.difference.low is not None for answer in tuned)
+    said = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)}: {', '.join(often)}. "
+    if not pairs:
+        return said + "No row has two seeds of two taus, so none can be told from seed noise."
+    return said + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
+
+
+def contrasts(table: Table) -> list[Contrast]:
+    """Every control beside none, at the best tau of none."""
+    found = []
+    for row, name in _without_control(table).items():
+        for tau, best in table.ranked(row)[:1]:
+            for other in table.rows:
+                cell = table.get(other, tau)
+                if cell and other != row and dataclasses.replace(other, control="none") == row:
+                    found.append(Contrast(name, other.control, tau, cell, paired(cell, best)))
+    return found
+
+
+def method_contrasts(table: Table) -> list[Contrast]:
+    """Every method of control none beside kd, each at its own best tau."""
+    plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
+    names = labels([row for row in plain if row.method == "kd"], ROW_FIELDS)
+    found = []
+    for row, (tau, cell) in plain.items():
+        base = dataclasses.replace(row, method="kd")
+        if base != row and base in plain:
+            found.append(Contrast(names[base], row.method, tau, cell, paired(cell, plain[base][1])))
+    return found
+
+
+def _without_control(table: Table) -> dict[Row, str]:
+    """Rows of control none, and what tells them apart."""
+    return labels([row for row in table.rows if row.control == "none"], ROW_FIELDS)
