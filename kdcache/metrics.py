@@ -31,10 +31,10 @@ def divergence(logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
     return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the rows of their mean and of their standard deviation (over classes, by C), 0-d tensors."""
+def moments(logits: Tensor) -> Tensor:
+    """Each row's mean and standard deviation (over classes, by C), `[2, B]`."""
     std, mean = torch.std_mean(logits.float(), dim=1, correction=0)
-    return mean.mean(), std.mean()
+    return torch.stack((mean, std))
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

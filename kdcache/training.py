@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdcache.archive import translated_os_errors
+from kdcache.archive import MAX_ROWS, moment_histogram, translated_os_errors
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
 from kdcache.metrics import mean_relative_entropy, moments
 from kdcache.models import Normalisation
@@ -34,8 +34,8 @@ __all__ = [
     "write_atomically",
 ]
 
-
 LOCK = ".lock"
+LOGIT_MOMENTS = "logit_moments.json"
 
 
 class TrainConfig(BaseModel):
@@ -155,7 +155,8 @@ def _optimizer(of: nn.Module | list[nn.Parameter], config: TrainConfig) -> torch
 class Learner:
     """One model in training, with its own optimiser, schedule, random numbers and folder.
 
-    The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json`;
+    The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json` and
+    `logit_moments.json` (a histogram of training views of the last epoch, at most 65,536 and a batch);
     `checkpoint.pt` holds what an exact resume needs (tensors and numbers only). A learner made again in the same folder
     goes on at its last checkpoint: the end of an epoch, or the step after which it was suspended. `learned` is what the loss
     itself learns, by an optimiser of its own whose rate follows the same schedule.
@@ -205,6 +206,7 @@ class Learner:
         self._whole = True  # not in the midst of a step
         with seeded(seed if team.first else _seed_of_process(seed, team.number)):
             self._rng = _rng_states(device)
+        self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
         self._start_epoch()
         self._lock = _own(folder) if team.first else None
         self._restore()
@@ -266,9 +268,12 @@ class Learner:
                 self.average.update(self.model)
         with torch.no_grad():
             logits = outputs[0].detach()
-            mean, std = moments(logits)
+            each_row = moments(logits)
+            mean, std = each_row.mean(dim=1)
             figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
             figures |= {"logit_mean": mean, "logit_std": std}
+            if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
+                self._moments.append(each_row)
             for name, value in (figures | measure(logits)).items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
@@ -369,6 +374,7 @@ class Learner:
                 "sums": {name: value.cpu() for name, value in self._sums.items()},
                 "count": self._count,
                 "seconds": self._seconds,
+                "moments": [part.cpu() for part in self._moments],
                 "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
                 "average": None if self.average is None else self.average.state_dict(),
             },
@@ -420,6 +426,7 @@ class Learner:
         self._best_top1, self.rows = state["best_top1"], state["rows"]
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
         self._count, self._seconds = state.get("count", 0), state.get("seconds", 0.0)
+        self._moments = [part.to(self.device) for part in state.get("moments", [])]
         if self.epoch == self.config.epochs:
             self._finish("complete")
 
@@ -440,6 +447,9 @@ class Learner:
             "seconds": sum(row["seconds"] for row in self.rows),
         }
         self._write_log()
+        if status == "complete" and self._moments:
+            found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
+            write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
         write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
         self._release()

@@ -28,7 +28,7 @@ from kdcache.archive.reader import Archive, open_archive
 from kdcache.archive.rows import Rows
 from kdcache.archive.sharing import OF_THE_HUB, Shipment, part_label, pull, push, quiet_hub, shipment, told_by_the_hub
 from kdcache.archive.signing import sign_archive, verify_signature
-from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits
+from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits, moment_histogram
 from kdcache.archive.store import sha256, translated_os_errors
 from kdcache.archive.verification import Failure, Verification
 from kdcache.archive.writer import ArchiveWriter, sweep, write_archive
@@ -75,6 +75,7 @@ __all__ = [
     "manifest_schema",
     "measure_fidelity",
     "measure_logits",
+    "moment_histogram",
     "new_plan",
     "open_archive",
     "part_label",

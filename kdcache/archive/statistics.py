@@ -14,7 +14,7 @@ from kdcache.progress import Progress
 from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.views.policy import CenterCrop
 
-__all__ = ["MAX_ROWS", "PAPER_TAUS", "compute_statistics", "measure_logits", "spread", "spread_logits"]
+__all__ = ["MAX_ROWS", "PAPER_TAUS", "compute_statistics", "measure_logits", "moment_histogram", "spread", "spread_logits"]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
@@ -83,7 +83,7 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
                 smoothing_mean_entropy=float(matched_smoothing(h.mean(), classes)),
             )
         )
-    found = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=_moments(*moments))
+    found = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
     return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=found)
 
 
@@ -99,7 +99,9 @@ def _histogram(values: NDArray[np.float64]) -> tuple[int, ...]:
     return tuple(np.histogram(values, BINS, (0, 1))[0].tolist())
 
 
-def _moments(mean: NDArray[np.float64], std: NDArray[np.float64]) -> LogitMoments:
+def moment_histogram(mean: NDArray[np.float64], std: NDArray[np.float64]) -> LogitMoments:
+    """Of rows whose logits have these means and standard deviations, both `[N]`."""
+
     def extent(values: NDArray[np.float64]) -> tuple[float, float]:
         low, high = float(values.min()), float(values.max())
         return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # bins of some width also where all are as good as equal

@@ -26,6 +26,7 @@ from kdcache.report.costs import Cost, costs
 from kdcache.report.figures import Drawing, control_dots, render, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, teachers_table
+from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, rows_of, signed, summarise
 from kdcache.report.training_figures import training_drawings
@@ -127,6 +128,7 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
+        "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
     }
 
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.progress import Progress, Silent
 
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
-ARGS, METRICS, SUMMARY = "args.yaml", "metrics.jsonl", "summary.json"
+ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
 SAFELY_NESTED = 1000
 _Text = Annotated[str, BeforeValidator(str)]  # YAML reads a bare date as one
 
@@ -125,6 +126,11 @@ class RunRecord:
     @property
     def epochs_done(self) -> int:
         return len(self.curves["epoch"])
+
+    def logit_moments(self) -> LogitMoments | None:
+        """Its logits' on training views of the last epoch, read anew; None where it left none. IntegrityError if damaged."""
+        file = self.folder / MOMENTS
+        return _parse(LogitMoments, file, json.loads) if file.is_file() else None
 
 
 def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:

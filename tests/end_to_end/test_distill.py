@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from kdcache import open_archive
 from tests.end_to_end.conftest import start, until
 
 STUDENT = ["--student", "test_resnet", "--epochs", "2", "--batch-size", "128"]
@@ -46,6 +47,10 @@ def test_run_folders_say_everything(home, archive, kdcache):
     assert summary["final_top1"] == rows[-1]["test_top1"]
     assert len((folder / "summary.csv").read_text().splitlines()) == 3
     assert not (folder / "checkpoint.pt").exists()
+    moments = json.loads((folder / "logit_moments.json").read_text())
+    assert sum(map(sum, moments["counts"])) == open_archive(archive).num_samples // 128 * 128  # in whole batches
+    assert moments["mean"] == pytest.approx(rows[-1]["logit_mean"], abs=1e-6)
+    assert moments["std"] == pytest.approx(rows[-1]["logit_std"], abs=1e-6)
 
 
 def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, kdcache, tmp_path):
@@ -63,7 +68,7 @@ def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, 
 
 
 def same_run(one, other):
-    for name in ("last.safetensors", "best.safetensors"):
+    for name in ("last.safetensors", "best.safetensors", "logit_moments.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (one, other)]
     for row in logs[0] + logs[1]:
