@@ -219,7 +219,7 @@ def _draw_earlier(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines"
         values = [means.get(tau, math.nan) for tau in taus]  # a missing tau breaks this line too
         right.plot(taus, values, color="#999999", marker=marker, linestyle=dashes, markersize=4, linewidth=1)
     epochs = sorted({epoch for _, (epoch, _) in found})
-    right.set_ylabel(f"after {' or '.join(map(str, epochs))} epochs (%)", color="#777777")
+    right.set_ylabel(f"after {' or '.join(map(str, epochs))} {'epoch' if epochs == [1] else 'epochs'} (%)", color="#666666")
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
 
