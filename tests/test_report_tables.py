@@ -1,6 +1,8 @@
 """Tables over tau, of teachers and of costs: on the page and as LaTeX."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -203,11 +205,22 @@ def test_latex_tables_are_whole_and_say_where_their_numbers_come_from(make_run: 
         r"control & $\tau = 1$ & $\tau = 4$ & $\tau = 10$ & $\tau = 20$ \\",
     ]
     assert table[4:6] == [
-        r"none & \kdheat{0}80.33\,{\scriptsize$\pm$\,0.35} & \kdheat{40}\textbf{91.00}\,{\scriptsize$\pm$\,1.00}"
-        r" & \kdheat{39}\underline{90.67}\,{\scriptsize$\pm$\,0.29} & -- \\",
-        r"bottom:5 & -- & -- & -- & \kdheat{0}\textbf{70.00} \\",
+        r"none & \kdheat{0}80.33\,{\scriptsize$\pm$\,0.35}\,{\scriptsize(3)}"
+        r" & \kdheat{40}\textbf{91.00}\,{\scriptsize$\pm$\,1.00}\,{\scriptsize(3)}"
+        r" & \kdheat{39}\underline{90.67}\,{\scriptsize$\pm$\,0.29}\,{\scriptsize(3)} & -- \\",
+        r"bottom:5 & -- & -- & -- & \kdheat{0}\textbf{70.00}\,{\scriptsize(1)} \\",
     ]
+    assert table[-2].endswith(r"standard deviation over seeds, number of seeds in brackets} \\")
     assert f"% bottom:5, tau 20, n = 1: seed 0 demo/run-10; archive {'d1' * 32}" in text.splitlines()
+
+
+def test_latex_says_once_how_many_seeds_all_scores_have(make_run: RunFolders, tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(90.0 + seed, seed=seed)
+    report_of(make_run, tmp_path)
+    lines = (tmp_path / "out/tables/results.tex").read_text("utf-8").splitlines()
+    assert any(line.endswith(r"over seeds, $n = 2$} \\") for line in lines)
+    assert not any("(2)" in line for line in lines if not line.startswith("%"))
 
 
 def test_names_from_the_runs_are_text_in_latex(make_run: RunFolders, tmp_path: Path) -> None:
@@ -221,7 +234,8 @@ def test_names_from_the_runs_are_text_in_latex(make_run: RunFolders, tmp_path: P
         assert sum(r"\end{tabular}" in line for line in code) == 1
         assert r"\input" not in "".join(code)
         columns = len(re.sub(r"\\begin{tabular}", "", next(line for line in code if "begin{tabular}" in line)).strip("{}"))
-        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in code if line.endswith(r"\\")} == {columns}
+        rows = [line for line in code if line.endswith(r"\\") and r"\multicolumn" not in line]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {columns}
 
 
 def test_the_row_of_a_table_is_that_of_the_page(make_run: RunFolders, tmp_path: Path) -> None:
@@ -229,3 +243,22 @@ def test_the_row_of_a_table_is_that_of_the_page(make_run: RunFolders, tmp_path: 
     report, _ = report_of(make_run, tmp_path)
     assert report.table.rows == (Row("pets", "vit_s", "rn18", "kd", "none"),)
     assert all(path.parent == tmp_path / "out/tables" for path in report.tables)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed (Debian: texlive-latex-extra)")
+@pytest.mark.parametrize("shades", ["", r"\usepackage[table]{xcolor}\newcommand{\kdheat}[1]{\cellcolor{blue!#1}}"])
+def test_latex_takes_the_tables(make_run: RunFolders, tmp_path: Path, shades: str) -> None:
+    archive = make_archive(tmp_path / "archives/of_20 & more", epochs=20)
+    for seed in range(2):
+        for control, top in (("none", 90.0), ("bottom:5", 85.0)):
+            where = {"archive": str(archive.path), "archive_digest": archive.manifest.digest, "archive_name": "of_20 & more"}
+            make_run(top + seed, seed=seed, control_spec=control, student=r"rn_18 {100%} \# $x^2$ ~", **where)
+    make_run(80.0, tau=4.0, control_spec="bottom:5")
+    report, _ = report_of(make_run, tmp_path)
+    parts = [rf"\section{{t}}\input{{{path.with_suffix('').as_posix()}}}" for path in report.tables]
+    text = r"\documentclass{article}\usepackage{booktabs}" + shades + r"\begin{document}" + "\n".join(parts) + r"\end{document}"
+    (tmp_path / "paper.tex").write_text(text, "utf-8")
+    call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF")

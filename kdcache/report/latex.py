@@ -34,14 +34,20 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
     """Scores over tau. The best of a line is bold, what ties with it underlined; missing ones are marked."""
     count = len(heatmap.fields)
     head = [*map(_field, heatmap.fields), *(rf"$\tau = {tau:g}$" for tau in heatmap.taus)]
+    counts = {score.cell.n for line in heatmap.lines for score in line.scores if score}
+    each = len(counts) > 1
     body = [
-        " & ".join([*map(escaped, line.names), *(MISSING if score is None else _score(score) for score in line.scores)])
+        " & ".join([*map(escaped, line.names), *(MISSING if score is None else _score(score, each) for score in line.scores)])
         for line in heatmap.lines
     ]
+    seeds = r"number of seeds in brackets" if each else rf"$n = {counts.pop()}$" if counts else "no run is complete"
+    note = (
+        rf"\multicolumn{{{len(head)}}}{{l}}{{\scriptsize test top-1 (\%), mean\,$\pm$\,standard deviation over seeds, {seeds}}}"
+    )
     comments = [text for line in heatmap.lines for text in _sources(heatmap, line)]
     caption = f"{heatmap.caption} Bold: best of the line; underlined: no significant difference from it, paired over seeds"
     return "\n".join(
-        [_head(caption, version), SHADES, *_tabular("l" * count + "r" * len(heatmap.taus), head, body), *comments, ""]
+        [_head(caption, version), SHADES, *_tabular("l" * count + "r" * len(heatmap.taus), head, body, note), *comments, ""]
     )
 
 
@@ -97,10 +103,11 @@ def _head(title: str, version: str) -> str:
     return HEAD.format(title=_comment(title), version=version)
 
 
-def _tabular(columns: str, head: Sequence[str], body: Sequence[str]) -> list[str]:
+def _tabular(columns: str, head: Sequence[str], body: Sequence[str], note: str = "") -> list[str]:
     lines = [" & ".join(head), *body]
     rules = {0: r"\toprule", 1: r"\midrule"}
     rows = [text for number, line in enumerate(lines) for text in (*([rules[number]] if number in rules else []), line + r" \\")]
+    rows += [r"\midrule", note + r" \\"] if note else []
     return [rf"\begin{{tabular}}{{{columns}}}", *rows, r"\bottomrule", r"\end{tabular}"]
 
 
@@ -109,11 +116,12 @@ def _field(name: str) -> str:
     return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, escaped(name))
 
 
-def _score(score: Score) -> str:
+def _score(score: Score, seeds: bool) -> str:
     text = f"{score.cell.mean:.2f}"
     text = {"best": rf"\textbf{{{text}}}", "tied": rf"\underline{{{text}}}"}.get(score.mark, text)
     spread = rf"\,{{\scriptsize$\pm$\,{score.cell.std:.2f}}}" if score.cell.std is not None else ""
-    return rf"\kdheat{{{40 * score.shade:.0f}}}{text}{spread}"
+    count = rf"\,{{\scriptsize({score.cell.n})}}" if seeds else ""
+    return rf"\kdheat{{{40 * score.shade:.0f}}}{text}{spread}{count}"
 
 
 def _sources(heatmap: Heatmap, line: Line) -> list[str]:
