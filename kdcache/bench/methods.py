@@ -108,10 +108,21 @@ def kd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return tau**2 * F.kl_div(F.log_softmax(z / tau, 1), F.softmax(v / tau, 1), reduction="batchmean")
 
 
-def maxlogit(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+def _per_row(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Z-scores of both, at temperatures of rows `[B]`."""
     z, v = _z_scores(z, False, 0.0), _z_scores(v, False, 0.0)
     own = (1 + math.sqrt(3)) / 2 * v.amax(1, keepdim=True)
-    return (own[:, 0] ** 2 * _kl(v / own, z / own)).mean()
+    return z / own, v / own, own[:, 0]
+
+
+def maxlogit(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    z, v, own = _per_row(z, v)
+    return (own**2 * _kl(v, z)).mean()
+
+
+def maxlogit_dkd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    z, v, own = _per_row(z, v)
+    return (own**2 * _dkd_rows(z, v, y, 1.0)).mean()
 
 
 def ttm(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
@@ -200,6 +211,7 @@ PLAIN: dict[str, Loss] = {
     "kd": kd,
     "zkd": _scored(kd),
     "maxlogit": maxlogit,
+    "maxlogit-dkd": maxlogit_dkd,
     "ttm": ttm,
     "wttm": wttm,
     "dkd": dkd,

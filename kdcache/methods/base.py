@@ -23,6 +23,7 @@ __all__ = [
     "LabelRule",
     "Labelled",
     "LogitMethod",
+    "MaxLogitTau",
     "Positive",
     "Squared",
     "State",
@@ -185,8 +186,9 @@ class Squared(LogitMethod):
     tau_squared: bool = True
 
     def scale(self, tau: Any) -> Any:
-        """t^2, or 1."""
-        return tau**2 if self.tau_squared else 1.0
+        """t^2, or 1. Of temperatures of rows, `[B, 1]`, it is `[B]`."""
+        per_row = tau.squeeze(-1) if isinstance(tau, Tensor) else tau
+        return per_row**2 if self.tau_squared else 1.0
 
     def kl(self, student: Tensor, teacher: Tensor, tau: Tensor | float) -> Tensor:
         """t^2 KL(p_t || q_t) of every row of logits `[B, C]`, as `scores` has them: `[B]`."""
@@ -209,6 +211,30 @@ class ZScored:
 
     def scores(self, logits: Tensor) -> Tensor:
         return zscore(logits, self.std, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxLogitTau(ZScored):
+    """To be named before a method: z-scores are compared at a temperature of each row, (1 + sqrt 3)/2 of its largest.
+
+    `which`: the teacher's largest score (abstract and section 4.2; it can be cached) or the larger of both (algorithm 1).
+    It is detached, and tau is not used.
+    """
+
+    which: Literal["teacher", "both"] = "teacher"
+    std: Literal["sample", "population"] = "population"
+    eps: Weight = 0.0
+
+    uses_tau: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def row_taus(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The temperature of every row of logits `[B, C]`: `[B, 1]`."""
+        largest = self.scores(teacher).amax(dim=1, keepdim=True)
+        if self.which == "both":
+            largest = torch.maximum(largest, self.scores(student).amax(dim=1, keepdim=True))
+        # Of a constant row the largest score is 0: any temperature then means the uniform distribution.
+        return (1 + math.sqrt(3)) / 2 * largest.masked_fill(largest == 0, 1.0)
 
 
 def zscore(logits: Tensor, std: Literal["sample", "population"] = "sample", eps: float = 1e-7) -> Tensor:

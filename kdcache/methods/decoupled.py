@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import Epochs, Labelled, Positive, Squared, Weight, ZScored, kl_rows
+from kdcache.methods.base import Epochs, Labelled, MaxLogitTau, Positive, Squared, Weight, ZScored, kl_rows
 
-__all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD"]
+__all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD", "MaxLogitDKD"]
 
 FAR = -1e30  # a logit of what is left out
 
@@ -38,7 +38,8 @@ class DKD(Labelled, Squared):
     def ramp_epochs(self) -> int:
         return self.warmup_epochs
 
-    def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
+    def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: Tensor | float) -> Tensor:
+        """The loss of every row, `[B]`, at one temperature or at one of each row `[B, 1]`."""
         z, v = self.scores(student) / tau, self.scores(teacher) / tau
         log_p, log_q = (torch.log_softmax(without(x, label), dim=1) for x in (v, z))
         tckd = binary_rows(log_odds(v, label, log_p), log_odds(z, label, log_q))
@@ -52,6 +53,17 @@ class ZDKD(ZScored, DKD):
     """dkd of z-scores."""
 
     source: ClassVar[str] = "logit standardization (CVPR 2024), section 5, on DKD"
+
+
+@method.register("maxlogit-dkd")
+@dataclass(frozen=True, kw_only=True)
+class MaxLogitDKD(MaxLogitTau, DKD):
+    """dkd of z-scores, with maxlogit's temperature of each row in both parts. In the paper it is zDKD+."""
+
+    source: ClassVar[str] = "max-logit temperature (Matsuyama et al.), algorithms 1 and 2 on DKD"
+
+    def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: Tensor | float) -> Tensor:
+        return super().rows(student, teacher, label, self.row_taus(student, teacher))
 
 
 @method.register("rld")

@@ -71,6 +71,7 @@ _FOR_A_DATASET: list[tuple[str, str, float, str]] = [
     ("zkd:cifar100", "zkd:kd_weight=9,ce_weight=0.1", 2, STANDARDIZED),
     ("zkd:imagenet", "zkd:kd_weight=9,ce_weight=1", 2, STANDARDIZED),
     ("maxlogit:cifar100", "maxlogit:kd_weight=9,ce_weight=0.1", 1, "max-logit temperature, table 3 (zKD+)"),
+    ("maxlogit-dkd:cifar100", "maxlogit-dkd:kd_weight=9,ce_weight=1", 1, "max-logit temperature, table 3 (zDKD+)"),
     ("dkd:cifar100", "dkd:beta=8,ce_weight=1", 4, MDISTILLER),
     ("zdkd:cifar100", "zdkd:alpha=9,beta=72,ce_weight=1", 2, STANDARDIZED),
     ("rld:cifar100", "rld:beta=8,ce_weight=1", 4, RLD_CODE),

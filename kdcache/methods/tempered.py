@@ -1,14 +1,13 @@
 """Divergences of tempered softmaxes: one temperature for all rows, z-scores, one temperature a row, and the teacher's only."""
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kdcache.methods import method
-from kdcache.methods.base import LogitMethod, Squared, State, Weight, ZScored, from_largest, kl_rows
+from kdcache.methods.base import LogitMethod, MaxLogitTau, Squared, State, ZScored, from_largest, kl_rows
 from kdcache.targets import Targets
 
 __all__ = ["KD", "TTM", "WTTM", "ZKD", "MaxLogit"]
@@ -50,28 +49,16 @@ class ZKD(ZScored, KD):
 
 @method.register("maxlogit")
 @dataclass(frozen=True, kw_only=True)
-class MaxLogit(ZScored, Squared):
-    """<t_i^2 KL(softmax(Z(v)/t_i) || softmax(Z(z)/t_i))> with t_i = (1 + sqrt 3)/2 of row i's largest z-score, detached.
+class MaxLogit(MaxLogitTau, Squared):
+    """<t_i^2 KL(softmax(Z(v)/t_i) || softmax(Z(z)/t_i))>: kd of z-scores, with (1 + sqrt 3)/2 of row i's largest one as t_i.
 
-    `which`: the teacher's largest score (abstract and section 4.2; it can be cached) or the larger of both (algorithm 1).
-    It sets its own temperatures: tau is not used.
+    The largest of the teacher's scores, or with which=both of both models'. In the paper it is zKD+.
     """
 
-    which: Literal["teacher", "both"] = "teacher"
-    std: Literal["sample", "population"] = "population"
-    eps: Weight = 0.0
-
     source: ClassVar[str] = "max-logit temperature (Matsuyama et al.), algorithms 1 to 3"
-    uses_tau: ClassVar[bool] = False
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
-        v, z = self.scores(teacher), self.scores(student)
-        largest = v.amax(dim=1) if self.which == "teacher" else torch.maximum(v.amax(dim=1), z.amax(dim=1))
-        # Of a constant row the largest score is 0: any temperature then means the uniform distribution.
-        tau = ((1 + math.sqrt(3)) / 2 * largest.detach().masked_fill(largest == 0, 1.0))[:, None]
-        rows = kl_rows(torch.log_softmax(v / tau, dim=1), torch.log_softmax(z / tau, dim=1))
-        loss: Tensor = (self.scale(tau[:, 0]) * rows).mean()
-        return loss
+        return self.kl(student, teacher, self.row_taus(student, teacher)).mean()
 
 
 @method.register("ttm")

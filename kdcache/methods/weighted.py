@@ -53,5 +53,5 @@ class EADKD(_EntropyAware, DKD):
 
     source: ClassVar[str] = "EA-KD (ICCV 2025), DKD.py of its code"
 
-    def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: float) -> Tensor:
+    def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: Tensor | float) -> Tensor:
         return self.weights(student, teacher) * super().rows(student, teacher, label, tau)

@@ -29,9 +29,14 @@ def kd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return tau**2 * kl(soft(v, tau), soft(z, tau)).mean()
 
 
+def row_tau(v: Tensor) -> Tensor:
+    """`[B, 1]` of z-scores."""
+    return (1 + math.sqrt(3)) / 2 * v.amax(dim=1, keepdim=True)
+
+
 def maxlogit(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     z, v = z_score(z, False, 0.0), z_score(v, False, 0.0)
-    own = (1 + math.sqrt(3)) / 2 * v.amax(dim=1, keepdim=True)
+    own = row_tau(v)
     return (own[:, 0] ** 2 * kl(soft(v, own), soft(z, own))).mean()
 
 
@@ -58,6 +63,13 @@ def dkd_rows(z: Tensor, v: Tensor, y: Tensor, tau: float, alpha: float = 1, beta
 
 def dkd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return dkd_rows(z, v, y, tau).mean()
+
+
+def maxlogit_dkd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    z, v = z_score(z, False, 0.0), z_score(v, False, 0.0)
+    own = row_tau(v)
+    (bp, p), (bq, q) = split(soft(v, own), y), split(soft(z, own), y)
+    return (own[:, 0] ** 2 * (kl(bp, bq) + 8 * kl(p, q))).mean()
 
 
 def rld(z: Tensor, v: Tensor, y: Tensor, tau: float, own: float = 1.0) -> Tensor:
@@ -134,6 +146,7 @@ FORMULAS: dict[str, Loss] = {
     "kd": kd,
     "zkd": z_scored(kd),
     "maxlogit": maxlogit,
+    "maxlogit-dkd": maxlogit_dkd,
     "ttm": ttm,
     "wttm": wttm,
     "dkd": dkd,

@@ -154,7 +154,8 @@ def test_logits_of_another_shape_than_the_targets_are_refused(name: str, options
 
 
 def test_methods_on_other_methods_keep_their_defaults() -> None:
-    for name, other in (("zkd", "kd"), ("zdkd", "dkd"), ("zmlkd", "mlkd"), ("zctkd", "ctkd"), ("eadkd", "dkd")):
+    pairs = {"zkd": "kd", "zdkd": "dkd", "maxlogit-dkd": "dkd", "zmlkd": "mlkd", "zctkd": "ctkd", "eadkd": "dkd"}
+    for name, other in pairs.items():
         derived, base = (dataclasses.asdict(build(each)) for each in (name, other))  # type: ignore[call-overload]
         assert {key: derived[key] for key in base} == base
 
@@ -243,7 +244,7 @@ def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: in
 
 
 # Their weights or temperatures are detached, so that the gradient is not the loss's slope; the formulas above detach them too.
-DETACHED = {"eadkd", "eakd", "maxlogit", "wsld"}
+DETACHED = {"eadkd", "eakd", "maxlogit", "maxlogit-dkd", "wsld"}
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in examples("method") if case.values[0] not in DETACHED])
@@ -299,6 +300,8 @@ def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
     published = {  # name: kd_weight, ce_weight, tau
         "kd:cifar100": (0.9, 0.1, 4),
         "zkd:cifar100": (9, 0.1, 2),
+        "maxlogit:cifar100": (9, 0.1, 1),
+        "maxlogit-dkd:cifar100": (9, 1, 1),
         "dist:imagenet": (2, 1, 1),
         "ttm:cifar100:wrn40_2-wrn16_2": (101, 1, 10),
         "wttm:imagenet:resnet34-resnet18": (1.6, 1, 1.25),
@@ -325,6 +328,19 @@ def test_kd_is_tckd_and_nckd_weighted_by_what_the_teacher_leaves(tau: float) -> 
         p = special.softmax(teacher / tau, axis=1)[0, teacher.argmax()]
         parts = [rows_of("dkd", student, teacher, tau, alpha=a, beta=b) for a, b in ((1, 0), (0, 1))]
         assert rows_of("kd", student, teacher, tau) == pytest.approx(parts[0] + (1 - p) * parts[1], rel=1e-10)
+
+
+def test_of_both_models_the_larger_score_sets_the_temperature() -> None:
+    """Of kd, and of both parts of dkd."""
+    for row in range(8):
+        student, teacher = ((x[row : row + 1] - x[row].mean()) / x[row].std() for x in problem()[:2])
+        for which, largest in (("teacher", teacher.max()), ("both", max(teacher.max(), student.max()))):
+            tau = (1 + math.sqrt(3)) / 2 * largest
+            parts = [rows_of("maxlogit-dkd", student, teacher, 4.0, which=which, alpha=a, beta=b) for a, b in ((1, 0), (0, 1))]
+            expected = [rows_of("dkd", student, teacher, tau, alpha=a, beta=b) for a, b in ((1, 0), (0, 1))]
+            assert parts == pytest.approx(expected, rel=1e-9)
+            whole = rows_of("maxlogit", student, teacher, 4.0, which=which)
+            assert whole == pytest.approx(rows_of("kd", student, teacher, tau), rel=1e-9)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -360,7 +376,7 @@ def test_mixed_labels_by_each_rule() -> None:
     assert b is not None
     assert lam is not None
     mixed = Targets(v, 4.0, a, b, lam)
-    for name in ("dkd", "zdkd", "rld", "nkd", "wsld", "eadkd"):
+    for name in ("dkd", "zdkd", "maxlogit-dkd", "rld", "nkd", "wsld", "eadkd"):
         of = {rule: build(name, label_rule=rule)(z, mixed) for rule in ("dominant", "pair", "teacher_argmax")}
         assert torch.equal(of["dominant"], build(name)(z, mixed))
         assert torch.equal(of["dominant"], build(name)(z, Targets(v, 4.0, torch.where(lam >= 0.5, a, b))))
