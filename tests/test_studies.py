@@ -60,6 +60,11 @@ def ids(plan: StudyPlan) -> set[str]:
 # ---------------------------------------------------------------- jobs
 
 
+def test_a_method_of_two_views_is_shown_twice_the_images(planned) -> None:
+    plan = planned(changed(students=[students(method=["kd", "mlkd"])]))
+    assert plan.images == plan.students * 1438 * 3 // 2
+
+
 def test_students_share_archives_and_archives_share_teachers(planned) -> None:
     plan = planned(changed(archives={"one": {**SMALL["archives"]["one"], "dump": {"policy": ["digits", "none"], "views": 3}}}))
     assert [len(of_kind(plan, kind)) for kind in ("train", "dump", "distill", "report")] == [2, 4, 4, 1]

@@ -60,7 +60,7 @@ class StudyPlan:
     name: str
     jobs: tuple[Job, ...]
     students: int
-    images: int | None  # that students are trained on, each as often as it is shown; None: not known
+    images: int | None  # that students are trained on, each view of each epoch; None: not known
     archive_bytes: int | None
     missing: tuple[KdcacheError, ...]  # what has to be there before the study can run
 
@@ -216,6 +216,7 @@ class _Expansion:
     def _distill(self, block: StudentsSpec, group: Sequence[_Archive], trained: dict[tuple[str, str], str]) -> int | None:
         """Add the job that trains a block's students from the archives of a group; how many views it shows them, if known."""
         from kdcache.datasets import Counts
+        from kdcache.grid import views_per_step
         from kdcache.plan import grid_of
         from kdcache.views.policy import ViewPolicy
 
@@ -248,7 +249,7 @@ class _Expansion:
             key = (archives, f"{init}/{spec.folder.name}")
             other = trained.setdefault(key, job.id)
             if other == job.id:
-                shown += spec.settings.epochs
+                shown += spec.settings.epochs * views_per_step(spec.method)
             elif not job.alone or not self.jobs[other].alone:
                 for each in (job.id, other):
                     self.jobs[each] = replace(self.jobs[each], alone=archives)
