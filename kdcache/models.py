@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ __all__ = [
     "Published",
     "create_model",
     "described",
+    "find_aliases",
     "licence",
     "list_models",
     "load_weights",
@@ -99,8 +101,17 @@ class Normalisation:
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """timm's model names that match a shell pattern, sorted."""
-    return list(timm_with_zoo().list_models(pattern))
+    """timm's model names that match a shell pattern, sorted: those of weights, for a pattern with a dot."""
+    return list(timm_with_zoo().list_models(pattern, include_tags="." in pattern))
+
+
+def find_aliases(pattern: str) -> dict[str, str]:
+    """The aliases that match a shell pattern themselves, or whose models do by exact name or architecture."""
+    return {
+        alias: name
+        for alias, name in ALIASES.items()
+        if any(fnmatchcase(one, pattern) for one in (alias, name, name.partition(".")[0]))
+    }
 
 
 def note(name: str) -> str | None:

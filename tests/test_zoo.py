@@ -1,5 +1,6 @@
 """The CIFAR models: as published in size, shape, names and numbers, and models of timm like any other."""
 
+import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -204,6 +205,29 @@ def test_published_accuracies_are_listed(capfd: pytest.CaptureFixture[str]) -> N
     assert "resnet32x4 cifar_resnet32x4 CIFAR-100: 79.42 % (CRD)" in lines
     assert "cifar_vgg13 CIFAR-100: 74.64 % (CRD)" in lines
     assert "cifar_wrn_16_1" in lines
+
+
+def test_models_are_found_by_alias_and_by_timm_name(capfd: pytest.CaptureFixture[str]) -> None:
+    def found(pattern: str) -> list[str]:
+        assert run(["models", pattern]) == 0
+        return [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()[3:] if line.strip()]
+
+    assert found("rn50") == ["rn50 resnet50.a1_in1k"]
+    assert found("resnet50") == ["rn50 resnet50.a1_in1k", "resnet50"]
+    assert found("*wrn_40_2") == ["wrn40_2 cifar_wrn_40_2 CIFAR-100: 75.61 % (CRD)"]
+    assert "resnet50.tv_in1k" in found("resnet50.tv*")
+    assert run(["models", "rn50", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == ["resnet50.a1_in1k"]
+
+
+def test_of_a_model_that_is_not_there_close_names_are_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "resnet5"]) == NotFoundError.exit_code
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    what, why, fix = captured.err.splitlines()
+    assert "unknown model 'resnet5'" in what
+    assert "resnet50" in why
+    assert fix == "fix: list what there is with: kdcache models '*'"
 
 
 # ---------------------------------------------------------------- weights

@@ -22,7 +22,7 @@ from kdcache.cli.options import (
     workspace,
 )
 from kdcache.cli.output import bars, print_json, print_table
-from kdcache.errors import IncompatibleError, KdcacheError, UsageError, unknown_name
+from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, UsageError, unknown_name
 
 FIDELITY_ROWS = 4096
 ArchiveArgument = Annotated[str, typer.Argument(help="Folder, name below archives/, or URL (https, s3, hf, ...) of an archive.")]
@@ -305,28 +305,27 @@ def ls(as_json: JsonOption = False, home: HomeOption = Path()) -> None:
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="Only timm names that match, such as 'vit*'.")] = "", as_json: JsonOption = False
+    pattern: Annotated[str, typer.Argument(help="Aliases and timm names that match, such as 'vit*'.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """List the papers' models with their aliases, or timm's names.
+    """List the papers' models with their aliases, or all models whose names match.
 
     Wherever a command wants a model, it also takes hf-hub:ORG/NAME[@REVISION], a timm model on the Hub; local-dir:PATH, a folder
     with timm's config.json and model.safetensors, such as kdcache export writes; and package.module:function, which is called
     with num_classes=... and returns an nn.Module.
     """
-    from kdcache.models import ALIASES, list_models, note
+    from kdcache.models import ALIASES, find_aliases, list_models, note
 
-    if pattern:
-        names = list_models(pattern)
-        if as_json:
-            print_json(names)
-        else:
-            print("\n".join(names))
-        return
+    found = find_aliases(pattern) if pattern else ALIASES
+    others = [name for name in list_models(pattern or "cifar_*") if name not in found.values()]
+    if not (found or others):
+        every = "list what there is with: kdcache models '*'"
+        raise unknown_name("model", pattern, [*ALIASES, *list_models()], error=NotFoundError, fix=every)
     if as_json:
-        print_json(ALIASES)
+        print_json([*dict.fromkeys(found.values()), *others] if pattern else ALIASES)
         return
-    others = [(None, name) for name in list_models("cifar_*") if name not in ALIASES.values()]
-    print_table(["alias", "timm name", "note"], [[alias, name, note(name)] for alias, name in (*ALIASES.items(), *others)])
+    rows = [*found.items(), *((None, name) for name in others)]
+    print_table(["alias", "timm name", "note"], [[alias, name, note(name)] for alias, name in rows])
 
 
 def datasets(
