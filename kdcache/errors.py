@@ -13,7 +13,8 @@ how to mend it; `str(error)` is those three lines, ready to be printed.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = [
     "IncompatibleError",
@@ -23,6 +24,7 @@ __all__ = [
     "NotFoundError",
     "RetryError",
     "UsageError",
+    "how_to_write",
     "printable",
     "unknown_name",
 ]
@@ -97,3 +99,32 @@ def unknown_name(
         why=f"there is no {kind} of that name; {'close to it' if close else 'known'}: {shown}",
         fix=fix or (f"use {close[0]!r}" if close else f"choose one of: {shown}"),
     )
+
+
+# By the beginnings of pydantic's names of errors.
+_WRITTEN = {
+    "literal_error": "use {expected}",
+    "greater_than_equal": "give a number that is at least {ge:g}",
+    "greater_than": "give a number above {gt:g}",
+    "less_than_equal": "give a number that is at most {le:g}",
+    "less_than": "give a number below {lt:g}",
+    "finite_number": "give a finite number, such as 0.5",
+    "int_": "give a whole number, such as 3",
+    "float_": "give a number, such as 0.5",
+    "bool_": "give true or false",
+    "string_pattern": "write what {pattern} matches",
+    "string_type": "give a text",
+    "byte_size": "give bytes, such as 17 GB",
+    "too_short": "give at least {min_length}",
+    "list_type": "give a list, such as [a, b]",
+    "tuple_type": "give a list, such as [a, b]",
+}
+
+
+def how_to_write(found: Iterable[Mapping[str, Any]]) -> str:
+    """How to write a value that pydantic refused: the fix of its `ValidationError.errors()`, of which any may be mended."""
+    fixes = [
+        next((text.format_map(one.get("ctx", {})) for kind, text in _WRITTEN.items() if one["type"].startswith(kind)), None)
+        for one in found
+    ]
+    return ", or ".join(dict.fromkeys(fix for fix in fixes if fix)) or "correct that value"

@@ -253,7 +253,7 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
         raise NotFoundError(
             f"--init {init!r} is not there",
             why=f"it is {', '.join(STARTS)}, a file of weights, or the folder of a teacher or run",
-            fix="correct it",
+            fix="write one of these names, or a path that is there",
         )
     return _start_of(init, found)
 

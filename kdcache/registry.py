@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kdcache.errors import UsageError, unknown_name
+from kdcache.errors import UsageError, how_to_write, unknown_name
 
 __all__ = ["FITTED", "Registry"]
 
@@ -223,5 +223,5 @@ def _not_valid(value: Any, error: ValidationError, where: str) -> UsageError:
     return UsageError(
         f"{where}: {_text(value)!r} is not a valid value",
         why=f"it should be {' or '.join(dict.fromkeys(reasons))}",
-        fix="correct the value",
+        fix=how_to_write(error.errors()),
     )

@@ -210,6 +210,24 @@ def test_a_close_match_is_offered_for_a_field(planned) -> None:
     assert "close to it: tau" in raised.value.why
 
 
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({"students": [students(sched="cosin")]}, "use 'cosine' or 'step'"),
+        ({"students": [students(epochs=0)]}, "give a number that is at least 1"),
+        ({"students": [students(epochs="x")]}, "give a whole number, such as 3"),
+        ({"students": [students(amp="perhaps")]}, "give true or false"),
+        ({"students": [students(student=[])]}, "give at least 1"),
+        ({"students": "x"}, "give a list, such as [a, b]"),
+        ({"archives": {"one": "digits"}}, "write fields with their values, such as dataset: ..., teacher: ..., size: ..."),
+    ],
+)
+def test_how_to_write_it_is_said(planned, change: dict[str, Any], fix: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        planned(changed(**change))
+    assert raised.value.fix == fix
+
+
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     for number, text in enumerate(("- a\n", "a: [", "{" * 100_000, "\x00")):
         file = tmp_path / f"{number}.yaml"

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from kdcache.errors import KdcacheError, RetryError, UsageError
+from kdcache.errors import KdcacheError, RetryError, UsageError, how_to_write
 
 __all__ = ["main", "run"]
 
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or error.title
-            wrong = UsageError(f"{where} = {first['input']!r}", why=first["msg"], fix="correct that value")
+            wrong = UsageError(f"{where} = {first['input']!r}", why=first["msg"], fix=how_to_write([first]))
             return _report(wrong, wrong.exit_code)
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
         return _report(bug, 1)

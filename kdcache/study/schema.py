@@ -1,14 +1,14 @@
 """What a study's YAML file may say. Its options are those of `train-teacher`, `dump-teacher` and `distill`, under their names."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from kdcache.errors import NotFoundError, UsageError, printable, unknown_name
+from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, unknown_name
 from kdcache.report.records import Experiment
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
@@ -277,12 +277,14 @@ def _wrong(error: ValidationError, file: Path) -> UsageError:
         return UsageError(f"{file}: unknown field {field}", why=wrong.why, fix=wrong.fix)
     if first["type"] == "missing":
         return UsageError(f"{file}: no field {field}", why="a study says this", fix=f"add {place[-1]}:")
-    return UsageError(
-        f"{file}: {field} = {printable(first['input'])[:200]}", why=first["msg"].replace("\n", " "), fix="correct that value"
-    )
+    fix = how_to_write(error.errors()[:1])
+    if first["type"] in {"model_type", "dict_type"}:
+        fix = f"write fields with their values, such as {', '.join(f'{name}: ...' for name in _fields(place)[:3])}"
+    why = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    return UsageError(f"{file}: {field} = {printable(first['input'])[:200]}", why=why, fix=fix)
 
 
-def _fields(place: list[str]) -> Iterable[str]:
+def _fields(place: list[str]) -> list[str]:
     """The names that may stand at a place in a study."""
     kinds: dict[str, type[_Data]] = {
         "archives": ArchiveSpec,

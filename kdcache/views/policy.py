@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcache.errors import NotFoundError, UsageError, unknown_name
+from kdcache.errors import NotFoundError, UsageError, how_to_write, unknown_name
 
 __all__ = [
     "COLUMNS",
@@ -213,7 +213,7 @@ class ViewPolicy(BaseModel):
             raise UsageError(
                 f"view policy {spec!r}: {'.'.join(map(str, first['loc']))} = {first['input']!r}",
                 why=first["msg"],
-                fix="correct that field; kdcache policy pets shows all of them",
+                fix=f"{how_to_write([first])}; kdcache policy pets shows all fields",
             ) from None
 
     def parameters(self, view: int, num_samples: int) -> "ViewTable":

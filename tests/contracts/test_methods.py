@@ -488,8 +488,9 @@ def test_the_published_bound_of_entropies_can_be_had() -> None:
     assert shipped < plain
     assert method.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
     for name in ("eakd", "eadkd"):
-        with pytest.raises(UsageError, match=f"entropy_bound of method {name}"):
+        with pytest.raises(UsageError, match=f"entropy_bound of method {name}") as raised:
             build(name, entropy_bound=-1.0)
+        assert raised.value.fix == "use 'logC', or give a number above 0"
 
 
 # ---------------------------------------------------------------- kd, METHODS.md section 1
