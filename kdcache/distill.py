@@ -25,12 +25,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import kdcache
 from kdcache.archive import Ensemble, Licences, is_url
 from kdcache.canvas import Canvas, require_intact
+from kdcache.energy import Meter, total
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.evaluation import EvalSet
 from kdcache.footprint import footprint, groups_that_fit, room
 from kdcache.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
 from kdcache.interrupts import Stopped, stopped_between_steps
-from kdcache.lockstep import Pace, in_lockstep
+from kdcache.lockstep import Pace, charge, in_lockstep
 from kdcache.methods import LogitMethod, method
 from kdcache.metrics import agreement, divergence
 from kdcache.models import create_model, described, licence, load_weights, timm_config, weights_digest
@@ -41,7 +42,7 @@ from kdcache.sheet import contact_sheet
 from kdcache.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
 from kdcache.targets import controls
 from kdcache.team import ALONE, Team, joined
-from kdcache.training import Learner, resolve_device, seeded, write_atomically
+from kdcache.training import Learner, metered, resolve_device, seeded, write_atomically
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill"]
@@ -154,7 +155,7 @@ class _Lockstep:
         team: Team,
         progress: Progress,
     ) -> None:
-        self.archive, self.second, self.team = archive, second, team
+        self.archive, self.second, self.device, self.team = archive, second, device, team
         self.evaluation, self.progress = evaluation, progress
         self._told = False
         self.task, self.epochs = task, specs[0].settings.epochs
@@ -180,17 +181,24 @@ class _Lockstep:
 
     def run(self) -> None:
         """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
-        try:
-            with stopped_between_steps() as check:
-                self._train(self.team.checked(check))
-        except Stopped:
-            for student in self.students:
-                student.learner.suspend()
-            raise
+        with metered(self.device, share=this_rank().share) as meter:
+            try:
+                with stopped_between_steps() as check:
+                    self._train(self.team.checked(check), meter)
+            except Stopped:
+                learners = [student.learner for student in self.students]
+                self._charge([learner for learner in learners if learner.status == "training"], meter)
+                for learner in learners:
+                    learner.suspend()
+                raise
         if self.stream.drifted:
             self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
 
-    def _train(self, check: Callable[[], None]) -> None:
+    def _charge(self, learners: Sequence[Learner], meter: Meter) -> None:
+        """Count what all processes of the team have spent since the last time."""
+        charge(learners, total(self.team.shared(meter.lap())))
+
+    def _train(self, check: Callable[[], None], meter: Meter) -> None:
         pace = Pace([student.learner for student in self.students])
         for epoch, active, batches in in_lockstep(self.students, lambda student: student.learner, self.stream):
             begun = time.monotonic()
@@ -205,6 +213,7 @@ class _Lockstep:
             trained = time.monotonic()
             tests = self.evaluation.tested(learners, check) if learners[0].tests_next else [{} for _ in learners]
             self._say_what_tests_take(time.monotonic() - trained, time.monotonic() - begun, learners[0])
+            self._charge(learners, meter)
             figures: dict[str, float] = {"view": self.stream.view(epoch), "batch_order": self.stream.order_digest(epoch)}
             if self.stream.allow_drift:
                 figures["drifted_views"] = sum(self.team.shared(self.stream.drifted))
@@ -281,8 +290,9 @@ class _Student:
     ) -> None:
         self.spec = spec
         views = views_per_step(spec.method)
+        second = second if views == 2 else archive
         fitted = fit_control(spec.control, archive, spec.tau)
-        other = fit_control(spec.control, second, spec.tau) if views == 2 and second is not archive else fitted
+        other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
         self.controls = (fitted, other)[:views]
         self.state, optimizer = None, None
         if isinstance(spec.method, LogitMethod):

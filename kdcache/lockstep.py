@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from kdcache.energy import Spent
 from kdcache.stream import Batch, ViewStream
 from kdcache.training import Learner
 
-__all__ = ["Pace", "in_lockstep"]
+__all__ = ["Pace", "charge", "in_lockstep"]
 
 T = TypeVar("T")
 
@@ -32,6 +33,13 @@ def _batches(
     behind = min(learner_of(member).steps_in_epoch for member in active)
     for number, batch in enumerate(stream.epoch(epoch, behind), behind):
         yield batch, [member for member in active if learner_of(member).steps_in_epoch == number]
+
+
+def charge(learners: Sequence[Learner], spent: Spent) -> None:
+    """Divide what was spent on all of these among them, rendering and tests included: in proportion to their own steps' time."""
+    steps = sum(learner.uncharged for learner in learners)
+    for learner in learners:
+        learner.charge(spent * (learner.uncharged / steps if steps else 1 / len(learners)))
 
 
 class Pace:

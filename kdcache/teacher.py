@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from kdcache.canvas import require_intact
 from kdcache.datasets import dataset
+from kdcache.energy import UNKNOWN, Spent, total
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.inference import Forward
 from kdcache.interrupts import Stopped, stopped_between_steps
-from kdcache.lockstep import Pace, in_lockstep
+from kdcache.lockstep import Pace, charge, in_lockstep
 from kdcache.models import (
     Normalisation,
     create_model,
@@ -44,6 +45,7 @@ from kdcache.trained import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_d
 from kdcache.training import (
     Learner,
     TrainConfig,
+    metered,
     resolve_device,
     seeded,
     write_atomically,
@@ -379,6 +381,7 @@ class _Job:
             "top1_clean": row["test_top1"],
             "entropies": entropies,
             "training": {**settings, **self._begun(epochs)},
+            **({"cost": cost} if (cost := _cost(folder).known()) else {}),
             "versions": versions(),
             "command": config.command,
         }
@@ -437,37 +440,41 @@ def _fit(
     progress: Progress,
 ) -> None:
     pace, early, seen = Pace(learners), Pace(learners), 0
-    try:
-        with stopped_between_steps() as check:
-            for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
-                for batch, due in epochs_batches:
+    with metered(learners[0].device) as meter:
+        try:
+            with stopped_between_steps() as check:
+                for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
+                    for batch, due in epochs_batches:
 
-                    def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                        def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
+                            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
-                    for learner in due:
-                        learner.step(batch.images, loss_of, lambda logits: {})
-                        check()
-                    seen += 1
-                    if seen == 2:
-                        early = Pace(learners)  # the first batches of all take longer
-                    elif seen == 12:
-                        progress.say(f"training takes about {_duration(early.seconds_left)} more, without the tests after epochs")
-                    progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
-                testing = [learner for learner in active if learner.tests_next]
-                found = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
-                for learner, row in found.items():
-                    of = learner.config.epochs
-                    if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
-                        row |= tests.on_views(learner.predict)
-                        check()
-                for learner in active:
-                    learner.end_epoch(found.get(learner, {}), view=epoch)
-                keep_finished()
-    except Stopped:
-        for learner in learners:
-            learner.suspend()
-        raise
+                        for learner in due:
+                            learner.step(batch.images, loss_of, lambda logits: {})
+                            check()
+                        seen += 1
+                        if seen == 2:
+                            early = Pace(learners)  # the first batches of all take longer
+                        elif seen == 12:
+                            left = _duration(early.seconds_left)
+                            progress.say(f"training takes about {left} more, without the tests after epochs")
+                        progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
+                    testing = [learner for learner in active if learner.tests_next]
+                    found = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
+                    for learner, row in found.items():
+                        of = learner.config.epochs
+                        if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
+                            row |= tests.on_views(learner.predict)
+                            check()
+                    charge(active, meter.lap())
+                    for learner in active:
+                        learner.end_epoch(found.get(learner, {}), view=epoch)
+                    keep_finished()
+        except Stopped:
+            charge([learner for learner in learners if learner.status == "training"], meter.lap())
+            for learner in learners:
+                learner.suspend()
+            raise
 
 
 def _duration(seconds: float) -> str:
@@ -475,6 +482,12 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _cost(folder: Path) -> Spent:
+    """What training took, by its log; nothing is known of weights that were taken as they are."""
+    log = folder / "metrics.jsonl"
+    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
 
 
 def _finished(folder: Path) -> dict[str, float] | None:

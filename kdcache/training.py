@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdcache.archive import MAX_ROWS, moment_histogram, translated_os_errors
+from kdcache.energy import UNKNOWN, Meter, Spent
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
 from kdcache.metrics import mean_relative_entropy, moments
 from kdcache.models import Normalisation
@@ -28,6 +29,7 @@ __all__ = [
     "Learner",
     "TrainConfig",
     "clip_per_layer",
+    "metered",
     "require_optimizer",
     "resolve_device",
     "seeded",
@@ -98,6 +100,12 @@ def resolve_device(name: str) -> torch.device:
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device
+
+
+def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
+    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them."""
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
+    return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
 
 
 @contextmanager
@@ -232,6 +240,18 @@ class Learner:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._seconds = 0.0
+        self._spent: Spent | None = None
+        self._uncharged = 0.0  # seconds
+
+    def charge(self, spent: Spent) -> None:
+        """Count its part of what was spent since it was last charged into the epoch's costs."""
+        self._spent = spent if self._spent is None else self._spent + spent
+        self._uncharged = 0.0
+
+    @property
+    def uncharged(self) -> float:
+        """Seconds in its own steps since it was last charged."""
+        return self._uncharged
 
     def step(
         self,
@@ -278,7 +298,9 @@ class Learner:
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
         self.steps += 1
-        self._seconds += time.perf_counter() - started
+        taken = time.perf_counter() - started
+        self._seconds += taken
+        self._uncharged += taken
         self._whole = True
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -327,6 +349,7 @@ class Learner:
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
         row |= tested
         row["seconds"] = self._seconds
+        row |= (self._spent or UNKNOWN).known()
         self.rows.append(row)
         self.epoch += 1
         self._start_epoch()
@@ -375,6 +398,7 @@ class Learner:
                 "count": self._count,
                 "seconds": self._seconds,
                 "moments": [part.cpu() for part in self._moments],
+                "spent": None if self._spent is None else self._spent.known(),
                 "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
                 "average": None if self.average is None else self.average.state_dict(),
             },
@@ -427,6 +451,8 @@ class Learner:
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
         self._count, self._seconds = state.get("count", 0), state.get("seconds", 0.0)
         self._moments = [part.to(self.device) for part in state.get("moments", [])]
+        if self._count:  # what it took until here is unknown, unless the checkpoint says it
+            self._spent = Spent.of(state.get("spent"))
         if self.epoch == self.config.epochs:
             self._finish("complete")
 

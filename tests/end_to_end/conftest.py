@@ -81,3 +81,9 @@ def data_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in {"kdcache.json", *FOR_PEOPLE}
     }
+
+
+def without_costs(row: dict[str, float]) -> None:
+    """Leave the figures of an epoch that are never the same twice out of it."""
+    for name in ("seconds", "device_seconds", "gpu_joules", "cpu_joules"):
+        row.pop(name, None)

@@ -1,0 +1,209 @@
+"""Seconds and joules that work takes: energy counters of NVIDIA GPUs and, on Linux, of CPU packages, where they can be read.
+
+A counter belongs to a whole GPU or package: what others used it for in the same time is in it. Memory, disks, fans and power
+supplies are in none. What cannot be read is None, and is never guessed: not without a driver, not in most virtual machines, not
+of a part of a GPU (MIG), and of packages often not without root.
+"""
+
+import importlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["NOTHING", "UNKNOWN", "Meter", "Spent", "total"]
+
+POWERCAP = Path("/sys/class/powercap")
+POLL = 10.0  # seconds; counters of packages are full, and begin anew, after a minute of the hardest work at the earliest
+MOST_WATTS = 1000.0  # of one package; what a counter may have missed in a longer pause is unknown
+
+Counter = Callable[[], float | None]  # joules so far
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of processes, of several their sum; and joules of their GPUs and of CPU packages. None is not known."""
+
+    device_seconds: float | None = None
+    gpu_joules: float | None = None
+    cpu_joules: float | None = None
+
+    def __add__(self, other: "Spent") -> "Spent":
+        """Of both together; what is not known of one is not known of both."""
+        pairs = zip(self._values, other._values, strict=True)
+        return Spent(*(None if a is None or b is None else a + b for a, b in pairs))
+
+    def __mul__(self, share: float) -> "Spent":
+        return Spent(*(None if value is None else value * share for value in self._values))
+
+    @property
+    def _values(self) -> tuple[float | None, float | None, float | None]:
+        return self.device_seconds, self.gpu_joules, self.cpu_joules
+
+    @property
+    def hours(self) -> float | None:
+        """Of all its processes together: device-hours."""
+        return None if self.device_seconds is None else self.device_seconds / 3600
+
+    @property
+    def watt_hours(self) -> float | None:
+        """Of whatever was counted, see `counted`."""
+        joules = [value for value in (self.gpu_joules, self.cpu_joules) if value is not None]
+        return sum(joules) / 3600 if joules else None
+
+    @property
+    def counted(self) -> str:
+        """What the energy is of."""
+        kinds = (("GPUs", self.gpu_joules), ("CPU packages", self.cpu_joules))
+        return " and ".join(name for name, value in kinds if value is not None)
+
+    def known(self) -> dict[str, float]:
+        """What is known, by its name: as logs and records have it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, record: object) -> "Spent":
+        """What a record says, whoever wrote it: anything but numbers that can be is not known."""
+        fields = record if isinstance(record, Mapping) else {}
+        return cls(*(_number(fields.get(name)) for name in ("device_seconds", "gpu_joules", "cpu_joules")))
+
+
+UNKNOWN, NOTHING = Spent(), Spent(0.0, 0.0, 0.0)
+
+
+def total(parts: Iterable[Spent]) -> Spent:
+    return reduce(add, parts, NOTHING)
+
+
+def _number(value: object) -> float | None:
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return float(value) if real else None  # type: ignore[arg-type]
+
+
+class Meter:
+    """What passes from one `lap` to the next: seconds, and joules of some GPUs and of this machine's CPU packages.
+
+    gpus: their UUIDs, as NVML has them (`GPU-...`).
+    share: the part of the packages that is this process's, of several that work side by side; None: unknown, so they are not
+        read. powercap, nvml: where counters are, a folder and a module like `pynvml`.
+
+    Counters of packages are looked at from a thread as long as the meter is open (`with`), lest they begin anew unseen.
+    """
+
+    def __init__(
+        self, gpus: Sequence[str] = (), *, share: float | None = 1.0, powercap: Path = POWERCAP, nvml: Any = None
+    ) -> None:
+        self._share = share
+        self._packages = [] if share is None else _packages(powercap)
+        self._gpus, self._close = _gpus(gpus, nvml) if gpus else ([], lambda: None)
+        self._closed = threading.Event()
+        self._last = self._reading()
+
+    def lap(self) -> Spent:
+        """Since the last one, or since the meter was made."""
+        before, self._last = self._last, self._reading()
+        seconds, gpu, cpu = (_difference(*pair) for pair in zip(before, self._last, strict=True))
+        return Spent(seconds, gpu, None if cpu is None or self._share is None else cpu * self._share)
+
+    def __enter__(self) -> Self:
+        if self._packages:
+            threading.Thread(target=self._watch, name="kdcache-energy", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closed.set()
+        self._close()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL):
+            for package in self._packages:
+                package.look()
+
+    def _reading(self) -> tuple[float, float | None, float | None]:
+        return time.monotonic(), _sum(self._gpus), _sum([package.joules for package in self._packages])
+
+
+def _sum(counters: Sequence[Counter]) -> float | None:
+    values = [counter() for counter in counters]
+    known = [value for value in values if value is not None]
+    return sum(known) if values and len(known) == len(values) else None
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    """Nothing is known of a counter that someone has set back."""
+    return None if before is None or after is None or after < before else after - before
+
+
+def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[Counter], Callable[[], None]]:
+    """The counters of GPUs, one that knows nothing for each that has none; and what ends reading them."""
+    nvml = nvml or importlib.import_module("pynvml")
+
+    def counter(uuid: str) -> Counter:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+
+        def joules() -> float | None:
+            try:
+                return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+            except nvml.NVMLError:  # GPUs before Volta have no counter
+                return None
+
+        return joules
+
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return [lambda: None], lambda: None
+    try:
+        return [counter(uuid) for uuid in uuids], nvml.nvmlShutdown
+    except nvml.NVMLError:
+        return [lambda: None], nvml.nvmlShutdown
+
+
+class _Package:
+    """Joules that a CPU package has used since this was made, whose counter begins anew when it is full."""
+
+    def __init__(self, zone: Path) -> None:
+        self._file = zone / "energy_uj"
+        self._range = _integer(zone / "max_energy_range_uj")
+        self._lock = threading.RLock()
+        self._joules, self._missed = 0.0, False
+        self._at, self._seen = _integer(self._file), time.monotonic()
+
+    def look(self) -> None:
+        """Add what the counter has gone on by."""
+        with self._lock:
+            at, now = _integer(self._file), time.monotonic()
+            if at is None or self._at is None or not self._range or now - self._seen > self._range / 1e6 / MOST_WATTS:
+                self._missed = True
+            else:
+                self._joules += (at - self._at) % self._range / 1e6
+            self._at, self._seen = at, now
+
+    def joules(self) -> float | None:
+        """So far; None if some may be missing since this was asked for last."""
+        with self._lock:
+            self.look()
+            missed, self._missed = self._missed, False
+            return None if missed else self._joules
+
+
+def _packages(powercap: Path) -> list[_Package]:
+    """Those that Linux lists, of Intel's and AMD's processors; not the zones inside them, and not psys, which has them inside."""
+    try:
+        zones = sorted(powercap.glob("intel-rapl:*"))
+        return [_Package(zone) for zone in zones if (zone / "name").read_text("utf-8").startswith("package")]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _integer(file: Path) -> int | None:
+    try:
+        return int(file.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
