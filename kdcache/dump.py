@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kdcache.archive import (
+    TEACHER_COST,
     Archive,
     ArchiveWriter,
     CanvasCard,
@@ -45,7 +46,7 @@ from kdcache.references import folder_name, is_reference, public_name
 from kdcache.replay import replay
 from kdcache.teacher import TeacherConfig, train_teacher
 from kdcache.trained import Teacher, doubt, find_teacher, load_teacher
-from kdcache.training import resolve_device
+from kdcache.training import metered, resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
@@ -288,6 +289,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
+            **({TEACHER_COST: record["cost"]} if "cost" in record else {}),
         },
     )
     if writer.plan.num_views > plan.views:
@@ -295,17 +297,19 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     rows = sum(len(writer.positions(block)) for _, block in writer.missing())
     row_bytes = stored_bytes(writer.plan) // (writer.plan.num_views * writer.plan.num_samples)
     _warn_of_little_room(plan.path, rows * row_bytes, progress)
-    write_shards(
-        writer,
-        forward,
-        plan.canvas,
-        batch_size=config.batch_size,
-        start_view=config.start_view,
-        share=share,
-        workers=config.workers,
-        renderer=config.renderer,
-        progress=progress,
-    )
+    with metered(device, share=this_rank().share) as meter:
+        writer.count_costs(meter.lap)
+        write_shards(
+            writer,
+            forward,
+            plan.canvas,
+            batch_size=config.batch_size,
+            start_view=config.start_view,
+            share=share,
+            workers=config.workers,
+            renderer=config.renderer,
+            progress=progress,
+        )
     if left := writer.missing():
         where = "left to" if share else "being written by"
         progress.say(f"{plan.path}: {len(left)} shards are {where} other processes, the last of which finishes the archive")

@@ -19,6 +19,7 @@ import pytest
 
 from kdcache.archive import ArchiveWriter, derive, open_archive, sweep
 from kdcache.archive.store import LocalStore
+from kdcache.energy import Spent
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError, RetryError, UsageError
 from tests.test_archive import LABELS, SAMPLES, files, finish, logits, write_shard, writer
 
@@ -382,3 +383,64 @@ def test_a_forbidden_folder_is_a_retry_and_what_is_there_is_kept(tmp_path: Path,
     assert files(path) == before
     finish(writer(path))
     assert files(path) == whole(2)
+
+
+# ---------------------------------------------------------------- what writing took
+
+
+def with_costs(path: Path, num_views: int = 2, **spent: float) -> ArchiveWriter:
+    """A writer each of whose shards takes so much."""
+    counting = writer(path, num_views=num_views)
+    counting.count_costs(lambda: Spent(**spent))
+    return counting
+
+
+def cost(path: Path) -> object:
+    return open_archive(path).manifest.provenance.get("cost")
+
+
+def test_costs_of_all_processes_are_added_up_whoever_finishes(tmp_path: Path, whole: Callable[[int], dict[str, bytes]]) -> None:
+    path = tmp_path / "a"
+    one, other = (with_costs(path, device_seconds=seconds, cpu_joules=10.0) for seconds in (1.0, 2.0))
+    for number, shard in enumerate(one.missing()):
+        write_shard((one, other)[number % 2], *shard)
+    ArchiveWriter.resume(path).finalize()
+    assert cost(path) == {"passes": 2 * SAMPLES, "device_seconds": 3 * 1.0 + 3 * 2.0, "cpu_joules": 60.0}
+    same = {name: data for name, data in whole(2).items() if name != "kdcache.json"}
+    assert {name: data for name, data in files(path).items() if name != "kdcache.json"} == same
+
+
+def test_costs_of_views_that_are_appended_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    finish(with_costs(path, device_seconds=1.0, gpu_joules=5.0))
+    appending = with_costs(path, num_views=3, device_seconds=2.0)
+    write_shard(appending, 2, 0)
+    finish(with_costs(path, num_views=3, device_seconds=4.0))  # another process, after the first one's end
+    assert cost(path) == {"passes": 3 * SAMPLES, "device_seconds": 6.0 + 2.0 + 4.0 + 4.0}, "of some joules are unknown"
+
+
+def test_costs_are_counted_once_after_a_kill_between_the_manifest_and_its_sweeping(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.archive.writer._sweep", lambda store, archive: None)
+        finish(with_costs(path, device_seconds=1.0))
+    assert (path / ".dump/costs").is_dir()
+    finish(with_costs(path, num_views=3, device_seconds=2.0))
+    assert cost(path) == {"passes": 3 * SAMPLES, "device_seconds": 6 * 1.0 + 3 * 2.0}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"passes": -3}', "\udcff"])
+def test_a_damaged_record_of_costs_costs_no_archive(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a"
+    begun = with_costs(path, device_seconds=1.0)
+    write_shard(begun, 0, 0)
+    (record,) = (path / ".dump/costs").iterdir()
+    record.write_bytes(damage.encode(errors="surrogateescape"))
+    finish(with_costs(path, device_seconds=2.0))
+    assert cost(path) == {"passes": 2 * SAMPLES - 8, "device_seconds": 5 * 2.0}
+
+
+def test_what_is_made_from_an_archive_keeps_what_that_took(tmp_path: Path) -> None:
+    finish(with_costs(tmp_path / "a", device_seconds=1.0))
+    derive(open_archive(tmp_path / "a"), tmp_path / "b", layout="hdf5")
+    assert cost(tmp_path / "b") == cost(tmp_path / "a") == {"passes": 2 * SAMPLES, "device_seconds": 6.0}

@@ -4,6 +4,7 @@ from typing import Any
 
 from kdcache.archive.card import code_span, escaped, licence_fields
 from kdcache.archive.comparison import Comparison, Distance, Fact, compare
+from kdcache.archive.cost import COST, TEACHER_COST, DumpCost
 from kdcache.archive.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.fidelity import CodecFidelity, TauFidelity, measure_fidelity
@@ -35,9 +36,11 @@ from kdcache.archive.writer import ArchiveWriter, sweep, write_archive
 from kdcache.remote import is_url
 
 __all__ = [
+    "COST",
     "MAX_ROWS",
     "OF_THE_HUB",
     "PAPER_TAUS",
+    "TEACHER_COST",
     "AnyArchive",
     "Archive",
     "ArchiveWriter",
@@ -46,6 +49,7 @@ __all__ = [
     "CodecFidelity",
     "Comparison",
     "Distance",
+    "DumpCost",
     "Ensemble",
     "Fact",
     "Failure",

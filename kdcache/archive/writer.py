@@ -11,7 +11,8 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kdcache.archive.card import card_files
+from kdcache.archive.cost import COST, DumpCost
 from kdcache.archive.encoding import encode_rows
 from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
@@ -57,6 +59,7 @@ from kdcache.archive.store import LocalStore, sha256, translated_os_errors
 from kdcache.codecs import UnstorableError
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
+from kdcache.energy import Spent
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.locks import NoLocksError, locked
 from kdcache.progress import Progress, Silent
@@ -65,6 +68,7 @@ from kdcache.views.policy import ViewPolicy
 __all__ = ["ArchiveWriter", "sweep", "write_archive"]
 
 SIDECARS = f"{WORK}/shards"
+COSTS = f"{WORK}/costs"  # a file for each process
 LOCK = ".lock"  # not in WORK, which is deleted under it
 HASHERS = 2  # threads
 
@@ -145,6 +149,7 @@ class ArchiveWriter:
 
     def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
         self.store = store
+        self._lap: Callable[[], Spent] | None = None
         self._done: dict[tuple[int, int], ShardRecord] = {}
         covered = store.exists(MANIFEST_NAME) and open_archive(store.root).num_views >= plan.num_views
         with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
@@ -162,6 +167,9 @@ class ArchiveWriter:
             views, begun = max(plan.num_views, earlier.num_views), begun_plan(store)
             if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
                 views = max(views, begun.num_views)
+            growing = begun is not None and begun.num_views > earlier.num_views
+            if store.exists(MANIFEST_NAME) and views > earlier.num_views and not growing:
+                shutil.rmtree(store.path(COSTS), ignore_errors=True)  # the manifest has them; left by who was killed after it
             # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
             plan = plan.model_copy(
                 update={
@@ -183,6 +191,10 @@ class ArchiveWriter:
                 self._begin(plan, samples)
             elif earlier is not None and begun_plan(store) != plan:
                 store.write(PLAN, text)
+
+    def count_costs(self, lap: Callable[[], Spent]) -> None:
+        """Record what each further shard takes: what `lap` gives each time that one is about to be finished."""
+        self._lap, self._cost, self._session = lap, DumpCost(), uuid.uuid4().hex
 
     def _collect(self) -> None:
         """Take note of shards that were finished meanwhile, by this process or another."""
@@ -310,8 +322,19 @@ class ArchiveWriter:
                 rows_digest=digest.result(),
                 files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
             )
+        if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
+            self._cost += DumpCost(record.rows, self._lap())
+            self.store.write(f"{COSTS}/{self._session}.json", json.dumps(self._cost.record()).encode())
         self.store.write(_sidecar(view, block), record.model_dump_json().encode())
         self._done[view, block] = record
+
+    def _costs(self) -> dict[str, Any]:
+        """What all processes have recorded of these shards, and what was known of earlier views."""
+        found = []
+        for name in self.store.names(COSTS, ".json"):
+            with suppress(IntegrityError, ValueError):  # of passes whose record is damaged the costs are not known
+                found.append(DumpCost.of(json.loads(self.store.read(name))))
+        return {COST: sum(found, DumpCost.of(self.plan.provenance.get(COST))).record()} if found else {}
 
     def finalize(self, progress: Progress | None = None, *, statistics: Statistics | None = None) -> Archive:
         """Write the manifest and return the archive. Raises IncompleteError while shards are missing.
@@ -338,7 +361,7 @@ class ArchiveWriter:
         return archive if archive is not None and archive.num_views >= self.plan.num_views else None
 
     def _finalize(self, progress: Progress, statistics: Statistics | None) -> Archive:
-        missing = self.missing()
+        missing, costs = self.missing(), self._costs()
         if missing:
             shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
             raise IncompleteError(
@@ -358,7 +381,7 @@ class ArchiveWriter:
         table_name = f"shards-{digest[:8]}.jsonl"
         table = "".join(shard.model_dump_json() + "\n" for shard in shards).encode()
         draft = Manifest(
-            **dict(self.plan),
+            **dict(self.plan) | {"provenance": self.plan.provenance | costs},
             digest=digest,
             policy_digest=self.plan.policy.digest if self.plan.policy else None,
             files=(),

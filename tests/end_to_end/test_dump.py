@@ -77,8 +77,8 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_pa
     assert data_files(killed) == data_files(whole)
     manifests = [json.loads((folder / "kdcache.json").read_text()) for folder in (killed, whole)]
     for manifest in manifests:
-        manifest["provenance"].pop("created")
-        manifest["provenance"].pop("command")
+        for who in ("command", "created", "cost"):
+            manifest["provenance"].pop(who)
     # The card names nothing but the contents, so even its checksum in the manifest is the same.
     assert manifests[0] == manifests[1]
 
@@ -106,13 +106,25 @@ def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     # Whoever comes last finishes the archive; the other may leave while shards are still in the making.
     assert [process.returncode for process in processes] == [0, 0], outcomes
     assert [out.splitlines()[-1] for out, _ in outcomes] == [str(target)] * 2
+    assert open_archive(target).manifest.provenance["cost"]["passes"] == 20 * 1438, "no shard is counted twice or not at all"
     assert kdcache("verify", target).status == 0
+
+
+def test_a_dump_says_what_it_and_its_teacher_took(home, archive):
+    provenance = open_archive(archive).manifest.provenance
+    teacher = json.loads(next(home.glob("teachers/*/teacher.json")).read_text())
+    log = [json.loads(line) for line in next(home.glob("teachers/*/metrics.jsonl")).open()]
+    assert provenance["cost"]["passes"] == 3 * 1438
+    assert provenance["cost"]["device_seconds"] > 0
+    assert provenance["teacher_cost"] == teacher["cost"]
+    assert teacher["cost"]["device_seconds"] == pytest.approx(sum(row["device_seconds"] for row in log))
+    assert all(row["device_seconds"] > row["seconds"] for row in log), "rendering and tests are included"
 
 
 def contents(folder):
     """All files; of the manifest, what does not say who made the archive when."""
     manifest = json.loads((folder / "kdcache.json").read_text())
-    for who in ("command", "created"):
+    for who in ("command", "created", "cost"):
         manifest["provenance"].pop(who)
     return {**data_files(folder), "kdcache.json": manifest, "README.md": (folder / "README.md").read_bytes()}
 
