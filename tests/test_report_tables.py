@@ -1,9 +1,12 @@
 """Tables over tau, of teachers and of costs: on the page and as LaTeX."""
 
+import csv
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +31,12 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdcache.report.html.render", lambda drawing, name: (b"<svg></svg>", b""))
 
 
-def make_archive(path: Path, epochs: int, views: int = 2) -> kdcache.Archive:
+def make_archive(path: Path, epochs: int, views: int = 2, **provenance: Any) -> kdcache.Archive:
     """Of a teacher finetuned for so long; 40 samples of 5 classes."""
     card = teacher_card(
         alias="vit_s", training={"start": "timm", "epochs": epochs}, top1_clean=91.25, weights_sha256=f"{epochs:064x}"
     )
-    writer = ArchiveWriter(path, num_views=views, num_samples=40, class_names=list("abcde"), teacher=card)
+    writer = ArchiveWriter(path, num_views=views, num_samples=40, class_names=list("abcde"), teacher=card, provenance=provenance)
     logits = np.random.default_rng(epochs).normal(scale=np.log(epochs), size=(views, 40, 5)).astype(np.float32)
     for view, block in writer.missing():
         writer.write(view, block, logits[view, list(writer.positions(block))])
@@ -171,20 +174,81 @@ def test_archives_and_their_teachers_are_listed_also_where_they_are_not_there(ma
     assert ">91.25</td>" in text
 
 
+def lines_of(report: Report, table: str, name: str) -> list[list[str]]:
+    """The cells after name and digest, of the lines of an archive in a table."""
+    text = next(path for path in report.tables if path.name == f"{table}.tex").read_text("utf-8")
+    return [line.removesuffix(" \\\\").split(" & ")[2:] for line in text.splitlines() if line.startswith(f"{name} &")]
+
+
 def test_costs_are_what_was_recorded(make_run: RunFolders, tmp_path: Path) -> None:
-    archive = make_archive(tmp_path / "archives/demo", 20)
+    """Hours and watt-hours of a teacher and a dump of 80 passes; of students that have seen 360 online."""
+    cost = {"passes": 80, "device_seconds": 1800.0, "gpu_joules": 7200.0, "cpu_joules": 3600.0}
+    teacher = {"device_seconds": 36000.0, "gpu_joules": 36000.0}
+    archive = make_archive(tmp_path / "archives/demo", 20, cost=cost, teacher_cost=teacher)
     digest = archive.manifest.digest
-    make_run([10.0, 20.0, 30.0], archive_digest=digest)
-    make_run([10.0, 20.0], archive_digest=digest, seed=1, status="unfinished")
-    make_run(90.0, archive_digest=digest, method_spec="mlkd", curves={"second_view": [1, 0]})
+    spent = {"device_seconds": [360.0] * 3, "gpu_joules": [60.0, 60.0, 240.0]}
+    make_run([10.0, 20.0, 30.0], archive_digest=digest, curves=spent)
+    make_run([10.0, 20.0], archive_digest=digest, seed=1, status="unfinished", curves=spent)
+    make_run(90.0, archive_digest=digest, method_spec="mlkd", curves=spent | {"second_view": [1, 0]})
     make_run(90.0, archive_digest="e2" * 32, archive_name="lost", archive="archives/lost")
     report, text = report_of(make_run, tmp_path)
-    table = next(path for path in report.tables if path.name == "costs.tex").read_text("utf-8")
-    (here,) = [line for line in table.splitlines() if line.startswith("demo &")]
-    stored, online = 2 * 40, (3 + 2 + 2 * 2) * 40
-    assert here.split(" & ")[2:] == ["3", "7", "0.00389", f"{archive.nbytes / 1e6:.1f}", str(stored), str(online), "4.5 \\\\"]
-    assert "lost & e2e2e2e2 & 1 & 2 & 0.00111 & -- & -- & -- & -- \\\\" in table
-    assert "energy was used is not recorded" in text
+    megabytes = f"{archive.nbytes / 1e6:.1f}"
+    assert lines_of(report, "costs", "demo") == [["10", "10", "0.5", "3", megabytes, "3", "7", "0.7", "0.167"]]
+    assert lines_of(report, "savings", "demo") == [["80", "360", "4.5", "0.5", "2.25", "1.75", "0.667"]]
+    assert lines_of(report, "costs", "lost") == [["--"] * 5 + ["1", "2", "--", "--"]]
+    assert lines_of(report, "savings", "lost") == [["--"] * 7]
+    assert "Energy is that of whole GPUs, or of GPUs and CPU packages, whoever used them" in " ".join(text.split())
+    for title, shown in (("GPUs and CPU packages", "3.00"), ("GPUs", "10.00"), ("GPUs", "0.17")):
+        assert f'title="{title}">{shown}</td>' in text
+
+
+def test_costs_that_are_not_all_recorded_are_missing(make_run: RunFolders, tmp_path: Path) -> None:
+    """Nothing is added up from a part, nothing is guessed, and nonsense in an archive is no cost."""
+    part = make_archive(tmp_path / "archives/part", 20, cost={"passes": 79, "device_seconds": 1.0})
+    wrong = make_archive(tmp_path / "archives/wrong", 30, cost={"passes": 80, "device_seconds": "long"}, teacher_cost=[1])
+    for archive in (part, wrong):
+        name, digest = archive.name, archive.manifest.digest
+        make_run([1.0, 2.0], archive_name=name, archive_digest=digest, curves={"device_seconds": [360.0, 360.0]})
+        make_run([1.0, 2.0], archive_name=name, archive_digest=digest, curves={"cpu_joules": [1.0, math.nan]}, seed=1)
+    report, text = report_of(make_run, tmp_path)
+    for archive in (part, wrong):
+        (line,) = lines_of(report, "costs", archive.name)
+        assert line == ["--"] * 4 + [f"{archive.nbytes / 1e6:.1f}", "2", "4", "--", "--"]
+        assert lines_of(report, "savings", archive.name) == [["80", "160", "2", "--", "--", "--", "1"]]
+    assert "No counter of energy could be read" in text
+
+
+def test_archives_of_second_views_are_counted_where_they_were_shown(make_run: RunFolders, tmp_path: Path) -> None:
+    cost = {"device_seconds": 3600.0}
+    first = make_archive(tmp_path / "archives/demo", 20, cost={"passes": 80, **cost})
+    other = make_archive(tmp_path / "archives/other", 30, views=3, cost={"passes": 120, **cost})
+    recorded: dict[str, Any] = {
+        "archive_digest": first.manifest.digest,
+        "second_archive": "archives/other",
+        "second_archive_digest": other.manifest.digest,
+    }
+    make_run([1.0, 2.0, 3.0], method_spec="mlkd", curves={"second_view": [0, 1, 2]}, **recorded)
+    make_run([1.0, 2.0], method_spec="kd", **recorded)  # as earlier versions wrote of methods that show one view
+    report, text = report_of(make_run, tmp_path)
+    assert lines_of(report, "savings", "demo, second views of other") == [["200", "240", "1.2", "2", "2.4", "0.4", "0.833"]]
+    assert lines_of(report, "savings", "demo") == [["80", "80", "1", "1", "1", "0", "1"]]
+    (both,) = lines_of(report, "costs", "demo, second views of other")
+    assert both[4] == f"{(first.nbytes + other.nbytes) / 1e6:.1f}"
+    assert "<br>second views of other</span>" in text
+    assert lines_of(report, "teachers-and-archives", "other"), "it is shown as the others are"
+    make_run([1.0], method_spec="mlkd", curves={"second_view": [0]}, **recorded | {"second_archive_digest": "e2" * 32})
+    report = write_report([make_run.base], tmp_path / "again")
+    assert ["--"] * 7 in lines_of(report, "savings", "demo, second views of other")
+
+
+def test_the_file_of_runs_has_what_each_of_them_took(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run([1.0, 2.0], curves={"device_seconds": [1.5, 2.5], "gpu_joules": [100.0, 50.0]})
+    make_run([1.0, 2.0], seed=1, curves={"device_seconds": [1.5, math.nan]})
+    report, _ = report_of(make_run, tmp_path)
+    with report.csv.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["device_seconds"], row["gpu_joules"], row["cpu_joules"]) for row in rows] == [("4.0", "150.0", ""), ("", "", "")]
+    assert not any(name.startswith("last_") and "joules" in name for name in rows[0])
 
 
 # LaTeX
@@ -197,7 +261,13 @@ def test_latex_tables_are_whole_and_say_where_their_numbers_come_from(make_run: 
     make_run(70.0, tau=20.0, control_spec="bottom:5")
     report, _ = report_of(make_run, tmp_path)
     text = (tmp_path / "out/tables/results.tex").read_text("utf-8")
-    assert {path.name for path in report.tables} == {"results.tex", "controls.tex", "teachers-and-archives.tex", "costs.tex"}
+    assert {path.name for path in report.tables} == {
+        "results.tex",
+        "controls.tex",
+        "teachers-and-archives.tex",
+        "costs.tex",
+        "savings.tex",
+    }
     table = text[text.index(r"\begin{tabular}") : text.index(r"\end{tabular}")].splitlines()
     assert table[:3] == [
         r"\begin{tabular}{lrrrr}",

@@ -43,7 +43,7 @@ def _by_archive(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def archive_parts(records: Sequence[RunRecord]) -> list[ArchivePart]:
-    """Every archive that students were trained from; averages of several are followed by these."""
+    """Every archive that students were trained from; averages of several are followed by these, and by those of second views."""
     parts: dict[str, ArchivePart] = {}
     members: dict[str, ArchivePart] = {}
     for digest, runs in _by_archive(records).items():
@@ -56,6 +56,8 @@ def archive_parts(records: Sequence[RunRecord]) -> list[ArchivePart]:
             members |= {member.archive_digest: _archive_part(runs[0], member, {}) for member in args.archives}
         else:
             parts[digest] = _archive_part(runs[0], args, _contact_sheet(runs))
+        seconds = {run.second_archive.archive_digest: (run, run.second_archive) for run in runs if run.second_archive}
+        members |= {digest: _archive_part(run, second, {}) for digest, (run, second) in seconds.items()}
     return list((parts | {digest: part for digest, part in members.items() if digest not in parts}).values())
 
 

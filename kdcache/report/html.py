@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 import kdcache
 from kdcache.archive import translated_os_errors
+from kdcache.energy import NOTHING
 from kdcache.errors import UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
@@ -25,7 +26,7 @@ from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import Cost, costs
 from kdcache.report.figures import Drawing, control_dots, render, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
-from kdcache.report.latex import costs_table, heatmap_table, teachers_table
+from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, rows_of, signed, summarise
@@ -95,7 +96,7 @@ def write_report(
 
 def _tables(records: Sequence[RunRecord], table: Table, archives: Sequence[ArchivePart]) -> _Tables:
     aliases = {each.archive_digest: run.args.teacher for run in records for each in (run.args, *run.args.archives)}
-    teachers = [teacher_figures(part.name, part.digest, aliases[part.digest], part.archive) for part in archives]
+    teachers = [teacher_figures(part.name, part.digest, aliases.get(part.digest, ""), part.archive) for part in archives]
     return _Tables(
         results(table),
         heatmaps(table, {teacher.digest: teacher for teacher in teachers}),
@@ -112,6 +113,7 @@ def _write_tables(tables: _Tables, folder: Path) -> tuple[Path, ...]:
     )
     texts["teachers-and-archives"] = teachers_table(tables.teachers, kdcache.__version__)
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
+    texts["savings"] = savings_table(tables.costs, kdcache.__version__)
     for name, text in texts.items():
         (folder / f"{name}.tex").write_text(text, "utf-8", newline="")
     return tuple(folder / f"{name}.tex" for name in texts)
@@ -190,6 +192,7 @@ def _page(
         table=table,
         repeated=[(run, folders[run].relative_to(base)) for run in table.repeated],
         tables=tables,
+        counted=sorted({spent.counted for cost in tables.costs for spent in (cost.teacher, cost.dump, cost.distill)} - {""}),
         entropies=(WHOLE, REST),
         places={run: number for number, run in enumerate(records, 1)},
         runs=[(run, folders[run].relative_to(base), [getattr(rows[run], field) for field in fields]) for run in records],
@@ -200,15 +203,17 @@ def _page(
 
 def _csv(records: Sequence[RunRecord]) -> str:
     """One line per run: what it was, how it ended, and its last epoch's numbers."""
-    last = sorted({name for run in records for name in run.curves} - {"epoch", "seconds"})
+    costs = tuple(asdict(NOTHING))
+    last = sorted({name for run in records for name in run.curves} - {"epoch", "seconds", *costs})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     args = [name for name in type(records[0].args).model_fields if name not in {"method", "control", "archives"}]
     results = ("epochs", "final_top1", "best_top1", "best_epoch", "final_loss", "seconds", "reason")
-    writer.writerow(["run_folder", "status", *args, "epochs_done", *results[1:], *(f"last_{name}" for name in last)])
+    writer.writerow(["run_folder", "status", *args, "epochs_done", *results[1:], *costs, *(f"last_{name}" for name in last)])
     for run in records:
         line: list[Any] = [run.folder, run.status, *(getattr(run.args, name) for name in args), run.epochs_done]
         line += [getattr(run.summary, name) if run.summary else None for name in results[1:]]
+        line += asdict(run.spent).values()
         ends = [run.curves[name][-1] if run.epochs_done and name in run.curves else np.nan for name in last]
         writer.writerow([*line, *(None if np.isnan(value) else f"{value:.10g}" for value in ends)])
     return text.getvalue()

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 
+from kdcache.energy import Spent
 from kdcache.report.costs import Cost
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
 
-__all__ = ["costs_table", "escaped", "heatmap_table", "teachers_table"]
+__all__ = ["costs_table", "escaped", "heatmap_table", "savings_table", "teachers_table"]
 
 HEAD = r"""% {title}
 % Written by kdcache {version}; needs \usepackage{{booktabs}}."""
@@ -70,23 +71,49 @@ def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
 
 
 def costs_table(costs: Sequence[Cost], version: str) -> str:
-    """What the students of each archive cost."""
-    head = ("archive", "digest", "students", "epochs", "hours in steps", "MB stored", "passes stored", "passes online", "saving")
+    """What each archive, its teacher and its students cost."""
+    head = ("archive", "digest", "teacher h", "teacher Wh", "dump h", "dump Wh", "MB", "students", "epochs", "students h", "Wh")
     rows = [
         [
-            cost.name,
-            cost.digest[:8],
+            *_archive(cost),
+            *_time_and_energy(cost.teacher),
+            *_time_and_energy(cost.dump),
+            _number(cost.bytes and cost.bytes / 1e6, ".1f"),
             _number(cost.students, "d"),
             _number(cost.epochs, "d"),
-            _number(cost.seconds and cost.seconds / 3600, ".3g"),
-            _number(cost.bytes and cost.bytes / 1e6, ".1f"),
-            _number(cost.passes, "d"),
-            _number(cost.online, "d"),
-            _number(cost.saving, ".3g"),
+            *_time_and_energy(cost.distill),
         ]
         for cost in costs
     ]
-    return _plain("Costs, as far as they were recorded; passes are the teacher's", head, rows, "llrrrrrrr", version)
+    counted = sorted({spent.counted for cost in costs for spent in (cost.teacher, cost.dump, cost.distill)} - {""})
+    of = f"; energy of whole {', or of '.join(counted)}" if counted else ""
+    return _plain(f"Costs, as far as they were recorded: device-hours{of}", head, rows, "ll" + "r" * 9, version)
+
+
+def savings_table(costs: Sequence[Cost], version: str) -> str:
+    """What each archive saved."""
+    head = ("archive", "digest", "passes stored", "passes online", "saving", "dump h", "online h", "h saved", "break-even")
+    rows = [
+        [
+            *_archive(cost),
+            _number(cost.passes, "d"),
+            _number(cost.online, "d"),
+            _number(cost.saving, ".3g"),
+            *(_number(hours, ".3g") for hours in (cost.dump.hours, cost.reckoned.hours, cost.hours_saved)),
+            _number(cost.break_even, ".3g"),
+        ]
+        for cost in costs
+    ]
+    title = "Savings: passes are the teacher's; hours online are reckoned from the dump's time for a pass; break-even in students"
+    return _plain(title, head, rows, "llrrrrrrr", version)
+
+
+def _archive(cost: Cost) -> tuple[str, str]:
+    return cost.name + (f", second views of {cost.second}" if cost.second else ""), cost.digest[:8]
+
+
+def _time_and_energy(spent: Spent) -> tuple[str, str]:
+    return _number(spent.hours, ".3g"), _number(spent.watt_hours, ".3g")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from kdcache.archive import LogitMoments
+from kdcache.energy import NOTHING, Spent
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.progress import Progress, Silent
 
@@ -126,6 +127,26 @@ class RunRecord:
     @property
     def epochs_done(self) -> int:
         return len(self.curves["epoch"])
+
+    @property
+    def second_views(self) -> int:
+        """Epochs in which it was shown a second view of every sample."""
+        return int(np.isfinite(self.curves.get("second_view", np.empty(0))).sum())
+
+    @property
+    def second_archive(self) -> ArchiveArgs | None:
+        """Where its second views came from, if not from the archive of the first ones."""
+        args = self.args
+        if not args.second_archive_digest or (self.epochs_done and not self.second_views):
+            return None
+        name = args.second_archive.rstrip("/").rpartition("/")[2]
+        return ArchiveArgs(archive=args.second_archive, archive_digest=args.second_archive_digest, archive_name=name)
+
+    @property
+    def spent(self) -> Spent:
+        """Its part of what the students that it was trained with took, over all of its epochs; known if every epoch logged it."""
+        sums = {name: float(self.curves[name].sum()) for name in asdict(NOTHING) if name in self.curves}
+        return Spent.of(sums) if self.epochs_done else NOTHING
 
     def logit_moments(self) -> LogitMoments | None:
         """Its logits' on training views of the last epoch, read anew; None where it left none. IntegrityError if damaged."""
