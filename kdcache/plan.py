@@ -36,7 +36,7 @@ from kdcache.views.probe import digests
 from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace, parse_dataset
 
-__all__ = ["Costs", "Storage", "StudentCost", "Times", "grid_of", "plan_costs"]
+__all__ = ["Costs", "Storage", "StudentCost", "Times", "archive_to_be", "grid_of", "plan_costs"]
 
 PROBE_BATCH = 4  # images, of a first batch that tells how many more can be tried
 PATIENCE = 2.5  # seconds that a measured batch may take, on the CPU
@@ -217,26 +217,38 @@ def _counts(source: Source, dump: DumpConfig, workspace: Workspace, samples: int
 
 
 def grid_of(
-    distill: DistillConfig, dump: DumpConfig, counts: Counts, views: int, policy: ViewPolicy, workspace: Workspace
+    distill: DistillConfig,
+    dump: DumpConfig,
+    counts: Counts,
+    views: int,
+    policy: ViewPolicy,
+    workspace: Workspace,
+    *,
+    second: Ensemble | None = None,
 ) -> list[StudentSpec]:
-    """Every student, by the rules of distill, for an archive that is not there yet."""
-    names = tuple(map(str, range(counts.classes)))
+    """Every student, by the rules of distill, for an archive that is not there yet; `second` views may be of another."""
+    archive = archive_to_be("plan", dump, counts, views, policy)
+    # What students start from costs nothing, and may well be trained only after this plan.
+    starts = len(distill.inits)
+    chosen = replace(distill, dataset=dump.dataset, inits=("random",))
+    specs = plan_students(chosen, archive, second or archive, workspace)
+    return [spec for spec in specs for _ in range(starts)]
+
+
+def archive_to_be(name: str, dump: DumpConfig, counts: Counts, views: int, policy: ViewPolicy) -> Ensemble:
+    """As much of an archive as students are planned by."""
     archive = SimpleNamespace(
-        name="plan",
-        location="plan",
-        digest="plan",
+        name=name,
+        location=f"{dump.teacher} on {dump.dataset}" + (f", policy {dump.policy}" if dump.policy else ""),
+        digest=name,
         views=range(views),
         num_views=views,
         num_samples=counts.train,
         num_classes=counts.classes,
-        class_names=names,
+        class_names=tuple(map(str, range(counts.classes))),
         manifest=SimpleNamespace(policy=policy, provenance={"dataset": dump.dataset}),
     )
-    archives = cast(Ensemble, archive), cast(Ensemble, archive)
-    # What students start from costs nothing, and may well be trained only after this plan.
-    starts = len(distill.inits)
-    specs = plan_students(replace(distill, dataset=dump.dataset, inits=("random",)), *archives, workspace)
-    return [spec for spec in specs for _ in range(starts)]
+    return cast(Ensemble, archive)
 
 
 def _kind(spec: StudentSpec) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import yaml
 
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.study import running
-from kdcache.study.jobs import Job, StudyPlan, plan_study
+from kdcache.study.jobs import Job, StudyPlan, distill_config, plan_study
 from kdcache.study.schema import Cost, DumpSpec, StatsSpec, StudentsSpec, TrainSpec, find_study, load_study, shipped
 from kdcache.workspace import Workspace
 
@@ -141,6 +141,49 @@ def test_several_archives_can_be_averaged(planned) -> None:
     assert "--average" in job.arguments
 
 
+def two_views(second: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A study whose students of two views have the second one from another archive."""
+    other = {**SMALL["archives"]["one"], "dump": {"view-seed": 7, "views": 3}} | (second or {})
+    block = students(**{"method": "mlkd", "second-archive": "two"} | options)
+    return changed(archives=SMALL["archives"] | {"two": other}, students=[block])
+
+
+def test_second_views_come_from_the_archive_of_the_same_teacher(planned) -> None:
+    plan = planned(two_views())
+    assert [len(of_kind(plan, kind)) for kind in ("train", "dump", "distill")] == [2, 4, 2]
+    dumps = {job.id: job for job in of_kind(plan, "dump")}
+    for job in of_kind(plan, "distill"):
+        one, two = (dumps[name] for name in job.after)
+        assert one.after == two.after
+        assert "--view-seed" in two.arguments
+        assert job.arguments[1:5] == ("--archive", f"{{{one.id}}}", "--second-archive", f"{{{two.id}}}")
+        assert job.students["archives"] == [one.id, two.id]
+        stored = {name: value for name, value in job.students.items() if name != "archives"}
+        config = distill_config(StudentsSpec.model_validate(stored | {"archive": "any"}), ["a", "b"])
+        assert (list(config.archives), config.second_archive) == (["a"], "b")
+    assert ids(planned(two_views(**{"second-archive": "one"}))) != ids(plan)
+    assert plan.students == 2 * 2 * 2
+
+
+def test_students_of_other_second_views_are_others_and_those_of_one_view_the_same(planned) -> None:
+    data = two_views()
+    data["archives"] |= {"three": {**SMALL["archives"]["one"], "dump": {"view-seed": 5, "views": 3}}}
+    same: dict[str, Any] = {"method": ["kd", "mlkd"], "tau": 1, "seed": 0}
+    plan = planned(data | {"students": [students(**same, **{"second-archive": name}) for name in ("two", "three")]})
+    assert plan.students == 2 * (1 + 2)  # for each teacher: one of kd, and of mlkd one for each archive
+    assert all(job.alone for job in of_kind(plan, "distill")), "those of kd are in two jobs"
+
+
+def test_one_archive_of_second_views_serves_all_teachers(planned) -> None:
+    plan = planned(two_views({"teacher": "test_convnext"}))
+    jobs = of_kind(plan, "distill")
+    assert len(jobs) == 2
+    assert len({job.after[1] for job in jobs}) == 1
+    (job,) = of_kind(planned(two_views({"teacher": "test_convnext"}, average="logits")), "distill")
+    assert len(job.after) == 3
+    assert job.arguments.count("--archive") == 2
+
+
 def test_figures_of_archives_need_no_students(planned) -> None:
     plan = planned(changed(students=[], stats={"tau": [1, 40]}))
     assert [job.kind for job in plan.jobs if job.kind not in {"train", "dump"}] == ["stats", "stats"]
@@ -193,6 +236,13 @@ def test_ten_thousand_students_are_planned_in_seconds(planned) -> None:
         ({"archives": {"one": {"dataset": "digits", "teacher": "test_vit", "train": {"recipe": "crb"}}}}, "unknown recipe"),
         ({"archives": {"one": {"dataset": "digits", "teacher": "test_vit", "train": {"epoch": 1}}}}, "archives.one.train.epoch"),
         ({"archives": {}}, "archives"),
+        ({"students": [students(**{"second-archive": "two"})]}, "unknown second-archive in students.0 'two'"),
+        ({"students": [students(**{"second-archive": "one"})]}, "without a method of two views"),
+        (two_views({"dataset": "cifar10"}), "second-archive two is 0 archives for students of 3 views of test_vit on digits"),
+        (two_views({"dump": {"policy": ["none", "digits"]}}), "second-archive two is 2 archives"),
+        (two_views(average="logits"), "second-archive two is 2 archives"),
+        (two_views({"size": 16}), "the views of archive test_vit on digits do not go with those of test_vit on digits"),
+        (two_views({"dump": {"policy": "none"}}), "archive test_vit on digits, policy none do not go"),
         ({"cost": {"gpu-hours": "many", "archive-bytes": 1}}, "cost.gpu-hours = many"),
         ({"title": None}, "title"),
     ],

@@ -7,14 +7,14 @@ changed keeps the jobs that the change does not touch.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.archive import stored_bytes
 from kdcache.datasets import Source, dataset
-from kdcache.errors import KdcacheError, NotFoundError
+from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.study.schema import ArchiveSpec, StudentsSpec, Study, TrainSpec
 from kdcache.workspace import Workspace, parse_dataset
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kdcache.dump import DumpConfig
     from kdcache.grid import DistillConfig
+    from kdcache.views.policy import ViewPolicy
 
 __all__ = ["Job", "StudyPlan", "distill_config", "plan_study"]
 
@@ -86,6 +87,17 @@ class _Archive:
     counts: Any  # kdcache.datasets.Counts; None: not known
     bytes: int | None
 
+    @property
+    def views(self) -> int:
+        return self.config.views or self.source.recipe.student_epochs
+
+    @property
+    def policy(self) -> "ViewPolicy":
+        from kdcache.views.policy import ViewPolicy
+
+        config = self.config
+        return ViewPolicy.load(config.policy or self.source.recipe.policy, size=config.size, seed=config.view_seed)
+
 
 class _Expansion:
     def __init__(self, study: Study, file: Path, workspace: Workspace, smoke: bool) -> None:
@@ -102,9 +114,10 @@ class _Expansion:
         for block in self.study.students:
             chosen = list({one.dump.id: one for name in block.archive for one in archives[name]}.values())
             for group in [chosen] if block.average else [[one] for one in chosen]:
+                second = _second(block, group, archives[block.second_archive]) if block.second_archive else None
                 for epochs, batch in itertools.product(block.epochs or (None,), block.batch_size or (None,)):
                     one = block.model_copy(update={"epochs": epochs and (epochs,), "batch_size": batch and (batch,)})
-                    shown = self._distill(one, group, trained)
+                    shown = self._distill(one, group, second, trained)
                     images += shown or 0
                     total = total and shown is not None
         if self.study.stats is not None:
@@ -213,37 +226,44 @@ class _Expansion:
 
     # ------------------------------------------------------------ students
 
-    def _distill(self, block: StudentsSpec, group: Sequence[_Archive], trained: dict[tuple[str, str], str]) -> int | None:
-        """Add the job that trains a block's students from the archives of a group; how many views it shows them, if known."""
+    def _distill(
+        self, block: StudentsSpec, group: Sequence[_Archive], second: _Archive | None, trained: dict[tuple[str, str], str]
+    ) -> int | None:
+        """Add the job that trains a block's students from the archives of a group; how many images it shows them, if known."""
         from kdcache.datasets import Counts
         from kdcache.grid import views_per_step
-        from kdcache.plan import grid_of
-        from kdcache.views.policy import ViewPolicy
+        from kdcache.plan import archive_to_be, grid_of
 
         first = group[0]
-        before = [one.dump for one in group]
+        read = [one.dump for one in (*group, second) if one is not None]
+        before = list(read)
         for init in dict.fromkeys(block.init or ()):
             if init in {"target", "finetuned"}:
                 start = self.study.starts[init].model_copy(update={"from_scratch": init == "target"})
                 for model in block.student or (first.source.recipe.student,):
                     before.append(self._train(model, first.config.dataset, first.spec, start))
-        arguments = [part for one in group for part in ("--archive", f"{{{one.dump.id}}}")] + _options(block, skip={"archive"})
+        arguments = [part for one in group for part in ("--archive", f"{{{one.dump.id}}}")]
+        arguments += ["--second-archive", f"{{{second.dump.id}}}"] if second else []
+        arguments += _options(block, skip={"archive", "second_archive"})
         what = ", ".join(
             f"{option.replace('_', ' ')} {_text(getattr(block, option))}"
             for option in ("student", "method", "preset", "control", "epochs", "batch_size")
             if getattr(block, option) is not None
         )
-        stored = {"archives": [one.dump.id for one in group], **block.model_dump(mode="json", exclude={"archive"})}
-        job = self._add("distill", f"{what or 'students'} of {' + '.join(one.dump.title for one in group)}", arguments, before)
+        titles = " + ".join(one.dump.title for one in group) + (f", second views: {second.dump.title}" if second else "")
+        stored = {"archives": [dump.id for dump in read], **block.model_dump(mode="json", exclude={"archive"})}
+        job = self._add("distill", f"{what or 'students'} of {titles}", arguments, before)
         if not job.students:
             self.jobs[job.id] = job = replace(job, students=stored)
 
         counts = first.counts or Counts(1_000_000, 1, 1_000)  # so large that nothing is refused for its sake
-        policy = ViewPolicy.load(first.config.policy or first.source.recipe.policy, size=first.config.size)
-        views = first.config.views or first.source.recipe.student_epochs
-        specs = grid_of(distill_config(block, ()), first.config, counts, views, policy, self.workspace)
+        shows = None
+        if second is not None and second.dump.id != first.dump.id:
+            shows = archive_to_be(second.dump.id, second.config, counts, second.views, second.policy)
+        config = distill_config(block, ())
+        specs = grid_of(config, first.config, counts, first.views, first.policy, self.workspace, second=shows)
         shown = 0
-        archives = "+".join(stored["archives"])
+        archives = "+".join(one.dump.id for one in group)
         starts = dict.fromkeys(block.init or ("random",))
         for spec, init in zip(specs, itertools.cycle(starts), strict=False):
             key = (archives, f"{init}/{spec.folder.name}")
@@ -266,6 +286,23 @@ class _Expansion:
         arguments = [*(f"{{{job.id}}}" for job in runs), "--output", str(place), "--study", str(self.file.absolute())]
         quoted = astuple(self.study.experiment(smoke=self.smoke))
         self._add("report", "report", arguments + ["--smoke"] * self.smoke, runs, quoted)
+
+
+def _second(block: StudentsSpec, group: Sequence[_Archive], found: Sequence[_Archive]) -> _Archive:
+    """Of the archives for second views, that of a group's dataset; of several, that of its teacher, and trained as it was."""
+    first, found = group[0], list(found)
+    tests: list[Callable[[_Archive], object]] = [lambda one: one.config.dataset]
+    if len(group) == 1:
+        tests += [lambda one: one.config.teacher, lambda one: one.dump.after]
+    for same in tests:
+        if len(chosen := [one for one in found if same(one) == same(first)]) == 1:
+            return chosen[0]
+        found = chosen
+    raise UsageError(
+        f"second-archive {block.second_archive} is {len(found)} archives for students of {first.dump.title}",
+        why="second views come from one archive, of the same dataset and, where there are several, of the same teacher",
+        fix="name one that has such an archive, and a single policy: a block of students for each, if need be",
+    )
 
 
 def _each_teacher(train: TrainSpec) -> Iterator[TrainSpec]:
@@ -300,9 +337,12 @@ def _text(value: object) -> str:
 
 
 def distill_config(block: StudentsSpec, archives: Sequence[str]) -> "DistillConfig":
-    """What `kdcache distill` makes of a block's options."""
+    """What `kdcache distill` makes of a block's options, and of the archives that its job reads: the last for second views."""
     from kdcache.grid import DistillConfig
 
+    second = block.second_archive
+    if second is not None and archives:
+        *archives, second = archives
     usual = DistillConfig()
     given = {
         "taus": block.tau and tuple(sorted(set(block.tau))),
@@ -328,6 +368,7 @@ def distill_config(block: StudentsSpec, archives: Sequence[str]) -> "DistillConf
     return replace(
         usual,
         archives=archives,
+        second_archive=second,
         share_order=block.share_order,
         amp=block.amp,
         force=block.force,

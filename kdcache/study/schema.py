@@ -117,6 +117,7 @@ class StudentsSpec(_Data):
 
     archive: Several[str]
     average: Literal["logits", "probabilities"] | None = None  # of all these archives, as one
+    second_archive: str | None = None  # where methods of two views get the second one, from the same dataset and teacher
     tau: Numbers[float] | None = None
     method: Several[str] | None = None
     preset: Several[str] | None = None
@@ -192,9 +193,10 @@ class Study(_Data):
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> "Study":
         for number, block in enumerate(self.students):
-            for name in block.archive:
-                if name not in self.archives:
-                    raise unknown_name(f"archive in students.{number}", name, self.archives)
+            for field, names in (("archive", block.archive), ("second-archive", (block.second_archive,))):
+                for name in filter(None, names):
+                    if name not in self.archives:
+                        raise unknown_name(f"{field} in students.{number}", name, self.archives)
             for init in block.init or ():
                 if init in {"target", "finetuned"} and init not in self.starts:
                     raise UsageError(
