@@ -34,7 +34,9 @@ class Zones:
         self.set(zone, microjoules)
 
     def set(self, zone: str, microjoules: int) -> None:
-        (self.folder / zone / "energy_uj").write_text(f"{microjoules}\n")
+        written = self.folder / zone / "written"
+        written.write_text(f"{microjoules}\n")
+        written.replace(self.folder / zone / "energy_uj")  # at once, as the thread of an open meter reads it
 
 
 @pytest.fixture
