@@ -197,7 +197,7 @@ def test_costs_are_what_was_recorded(make_run: RunFolders, tmp_path: Path) -> No
     assert lines_of(report, "savings", "demo") == [["80", "360", "4.5", "0.5", "2.25", "1.75", "0.667"]]
     assert lines_of(report, "costs", "lost") == [["--"] * 5 + ["1", "2", "--", "--"]]
     assert lines_of(report, "savings", "lost") == [["--"] * 7]
-    assert "Energy is that of whole GPUs, or of GPUs and CPU packages, whoever used them" in " ".join(text.split())
+    assert "are of whole GPUs, or of GPUs and CPU packages, whoever used them" in " ".join(text.split())
     for title, shown in (("GPUs and CPU packages", "3.00"), ("GPUs", "10.00"), ("GPUs", "0.17")):
         assert f'title="{title}">{shown}</td>' in text
 

@@ -12,6 +12,7 @@ from kdcache.datasets import dataset
 from kdcache.methods import method
 from kdcache.methods.presets import PRESETS
 from kdcache.report import collect, summarise
+from kdcache.report.costs import costs
 from kdcache.training import Learner
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP
@@ -85,6 +86,12 @@ def test_second_views_from_an_archive_of_a_stronger_policy(home, archive, kdcach
     table = summarise(collect([home / "runs"]))
     assert len(table.rows) == 2  # two experiments, not a repeated one
     assert not table.repeated
+    both = kdcache("distill", "--method", "kd,mlkd", "--archive", archive, "--second-archive", "strong", *QUICK, "--home", home)
+    assert both.status == 0, both.err
+    used = {found.manifest.digest: found for found in map(open_archive, (archive, strong))}
+    epoch = open_archive(archive).num_samples
+    saved = {(cost.second, cost.students, cost.online, cost.passes) for cost in costs(collect([home / "runs"]), used)}
+    assert saved == {("", 2, 3 * epoch, 3 * epoch), ("strong", 1, 2 * epoch, 4 * epoch)}  # kd was shown none of the second ones
     alone = kdcache("distill", "--method", "mlkd", "--archive", strong, *QUICK, "--home", home)
     assert alone.status == 2
     assert "holds one view" in alone.err
