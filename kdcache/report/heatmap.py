@@ -55,6 +55,11 @@ class TeacherFigures:
     entropy: float | None = None  # at tau 1
     entropy_rest: float | None = None
 
+    @property
+    def training(self) -> str:
+        """How it was trained, in a few words; nothing where that is not known."""
+        return f"{self.start} + {self.epochs} epochs" if self.start and self.epochs is not None else ""
+
 
 def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None) -> TeacherFigures:
     """Of an archive called `name`, whose teacher the runs call `alias`; of one that is not there no more than this."""
@@ -177,7 +182,7 @@ def _digest(table: Table, row: Row) -> str:
 
 
 def _other_than_archive(setting: str) -> str:
-    return ", ".join(part for part in setting.split(", ") if not re.fullmatch("archive [0-9a-f]{8}", part))
+    return ", ".join(part for part in setting.split(", ") if not re.fullmatch(r"archive [0-9a-f]{8}( \(.*\))?", part))
 
 
 def _line(table: Table, row: Row, names: tuple[str, ...], taus: Sequence[float]) -> Line:

@@ -29,7 +29,7 @@ from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmap
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
-from kdcache.report.table import UNPAIRED, Row, Table, rows_of, signed, summarise
+from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.training_figures import training_drawings
 
 __all__ = ["Report", "write_report"]
@@ -71,9 +71,10 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", why="a report is a folder", fix="name another place for the report")
     records = collect(paths, progress=progress)
-    table = summarise(records)
     archives = archive_parts(records)
-    tables = _tables(records, table, archives)
+    teachers = _teachers(records, archives)
+    table = summarise(records, {digest: teacher.training for digest, teacher in teachers.items()})
+    tables = _tables(records, table, teachers, archives)
     drawings = _drawings(table, archives)
     every = [drawing for kind in drawings.values() for drawing in kind]
     names = _file_names([drawing.name for drawing in every])
@@ -94,13 +95,19 @@ def write_report(
     return Report(out / "index.html", out / "results.csv", figures, written, table)
 
 
-def _tables(records: Sequence[RunRecord], table: Table, archives: Sequence[ArchivePart]) -> _Tables:
+def _teachers(records: Sequence[RunRecord], archives: Sequence[ArchivePart]) -> dict[str, TeacherFigures]:
+    """By archive digest."""
     aliases = {each.archive_digest: run.args.teacher for run in records for each in (run.args, *run.args.archives)}
-    teachers = [teacher_figures(part.name, part.digest, aliases.get(part.digest, ""), part.archive) for part in archives]
+    return {part.digest: teacher_figures(part.name, part.digest, aliases.get(part.digest, ""), part.archive) for part in archives}
+
+
+def _tables(
+    records: Sequence[RunRecord], table: Table, teachers: dict[str, TeacherFigures], archives: Sequence[ArchivePart]
+) -> _Tables:
     return _Tables(
         results(table),
-        heatmaps(table, {teacher.digest: teacher for teacher in teachers}),
-        teachers,
+        heatmaps(table, teachers),
+        list(teachers.values()),
         costs(records, {part.digest: part.archive for part in archives}),
     )
 
@@ -166,7 +173,7 @@ def _page(
     )
     script = (HERE / "page.js").read_text("utf-8")
     fields = tables.results.fields
-    rows = rows_of(records)
+    rows = table.row_of
     records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
     folders = {run: run.folder.absolute() for run in records}
     found = answers(table)

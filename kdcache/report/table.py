@@ -22,7 +22,6 @@ __all__ = [
     "Table",
     "labels",
     "paired",
-    "rows_of",
     "signed",
     "summarise",
 ]
@@ -119,6 +118,7 @@ class Table:
     rows: tuple[Row, ...]
     taus: tuple[float, ...]
     cells: Mapping[tuple[Row, float], Cell]
+    row_of: Mapping[RunRecord, Row]
     repeated: tuple[RunRecord, ...] = ()  # complete, but a newer run has the same row, tau and seed
 
     def get(self, row: Row, tau: float) -> Cell | None:
@@ -175,9 +175,12 @@ class Comparison:
         return f"{signed(self.mean)} points, {interval}{self.verdict}"
 
 
-def summarise(records: Sequence[RunRecord]) -> Table:
-    """Mean, std and number of seeds of the final test top-1, per row and tau. Only complete runs count; nothing is filled in."""
-    rows = rows_of(records)
+def summarise(records: Sequence[RunRecord], training: Mapping[str, str] | None = None) -> Table:
+    """Mean, std and number of seeds of the final test top-1, per row and tau. Only complete runs count; nothing is filled in.
+
+    `training` says by archive digest how the teacher was trained, for rows that are told apart by their archives.
+    """
+    rows = _rows_of(records, training or {})
     cells: dict[tuple[Row, float], dict[int, RunRecord]] = defaultdict(dict)
     repeated = []
     for record in sorted(records, key=lambda r: (r.args.created, r.folder)):
@@ -190,11 +193,12 @@ def summarise(records: Sequence[RunRecord]) -> Table:
         rows=tuple(sorted(set(rows.values()), key=lambda row: row.order)),
         taus=tuple(sorted({record.args.tau for record in records})),
         cells={key: Cell(tuple(seeds[seed] for seed in sorted(seeds))) for key, seeds in cells.items()},
+        row_of=rows,
         repeated=tuple(repeated),
     )
 
 
-def rows_of(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
+def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[RunRecord, Row]:
     """The row of each run.
 
     Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
@@ -216,6 +220,8 @@ def rows_of(records: Sequence[RunRecord]) -> dict[RunRecord, Row]:
             for name in FOLLOWS_OPT:
                 if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
                     varied.pop(name, None)
+        if "archive_digest" in varied and (known := training.get(args.archive_digest)):
+            varied["archive_digest"] += f" ({known})"
         setting = ", ".join(f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items())
         rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, setting)
     return rows
