@@ -138,20 +138,26 @@ def _snakemake(place: Place, jobs: int | None, profile: str | None) -> None:
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
-    call += ["--keep-going", "--retries", "1", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
+    call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     if profile is None:
-        call += ["--cores", str(jobs or max(1, len(found))), "--quiet", "all"]
+        call += ["--cores", str(jobs or max(1, len(found))), "--retries", "1", "--quiet", "all"]
         call += ["--resources", f"gpu={len(found)}"] if found else []
     else:
         ours = shipped_folder() / "profiles" / profile
         call += ["--profile", str(ours) if ours.is_dir() and not Path(profile).is_dir() else profile]
         call += ["--jobs", str(jobs)] if jobs else []
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a script has it that starts this with `&`
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A group of its own: Ctrl-C reaches it through this process only, and once.
-    with subprocess.Popen(call, start_new_session=True) as process:
+    process = subprocess.Popen(call, start_new_session=True)
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with process:
         try:
             process.wait()
         except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)  # at SIGTERM, Snakemake would wait for the jobs of a cluster
             process.wait()
             raise
 
@@ -160,7 +166,7 @@ def _tell(failed: Sequence[Job], plan: StudyPlan, place: Place, workspace: Works
     """Say of every failed job what its log ends with. Raises IncompleteError."""
     for job in failed:
         progress.say(f"failed: {job.title}\n  {command_of(job, place, workspace)}\n  its log {place.log(job.id)} ends with")
-        for line in _tail(place.log(job.id)) or ["(there is none: it was never started)"]:
+        for line in _tail(place.log(job.id)) or ["(there is none: it was never started; Snakemake says above why)"]:
             progress.say(f"  | {printable(line)}")
     waiting = sum(not place.done(job.id) for job in plan.jobs) - len(failed)
     done = [path for job in plan.jobs if job.kind == "distill" for path in place.outputs(job.id) or ()]
