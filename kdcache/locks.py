@@ -1,13 +1,14 @@
 """Locks between processes. They are the operating system's, and fall with the process that holds one, however it ends."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 
-__all__ = ["NoLocksError", "locked"]
+__all__ = ["NoLocksError", "locked", "locked_by_family"]
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -36,13 +37,39 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
             lock.release()
 
 
+@contextmanager
+def locked_by_family(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[int | None]:
+    """As `locked`, but gives the lock's descriptor, or None; nobody may delete the file. Raises NoLocksError.
+
+    A child that inherits the descriptor (`pass_fds`) holds the lock too, and goes on holding it when this process is killed.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with _told_apart(path):
+            held = filelock.lock_descriptor(descriptor, blocking=False)
+            if not held and wait:
+                waiting()
+                held = filelock.lock_descriptor(descriptor, poll_interval=1)
+        yield descriptor if held else None
+    finally:
+        os.close(descriptor)  # and not unlocked: that would take it from a child, too
+
+
 def _acquire(lock: filelock.BaseFileLock, timeout: float = 0) -> bool:
     try:
-        lock.acquire(timeout=timeout)
+        with _told_apart(Path(lock.lock_file)):
+            lock.acquire(timeout=timeout)
     except filelock.Timeout:
         return False
+    return True
+
+
+@contextmanager
+def _told_apart(path: Path) -> Iterator[None]:
+    """Raises NoLocksError where the file system has no locks."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            raise NoLocksError(error.errno, error.strerror, lock.lock_file) from None
+            raise NoLocksError(error.errno, error.strerror, str(path)) from None
         raise
-    return True

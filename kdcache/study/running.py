@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
-from kdcache.locks import locked
+from kdcache.locks import locked, locked_by_family
 from kdcache.progress import Progress, Silent
 from kdcache.study.jobs import Job, StudyPlan, distill_config
 from kdcache.study.schema import StudentsSpec, shipped_folder
@@ -105,12 +105,13 @@ def run_study(
         raise plan.missing[0]
     place = study_place(plan.name, workspace)
     place.folder.mkdir(parents=True, exist_ok=True)
-    with locked(place.folder / ".lock", wait=False) as held:
-        if not held:
+    lock = place.folder / ".lock"
+    with locked_by_family(lock, wait=False) as held:
+        if held is None:
             raise UsageError(
                 f"study {plan.name} is being run by another process",
                 why=f"both would start the same jobs in {place.folder}",
-                fix="wait for it, or copy the study to another name",
+                fix=f"wait for it, or end it (fuser {lock} says which one it is), or copy the study to another name",
             )
         for job in plan.jobs:
             if not place.done(job.id):
@@ -125,7 +126,7 @@ def run_study(
         todo = [job for job in plan.jobs if not place.done(job.id)]
         progress.say(f"{len(plan.jobs) - len(todo)} of {len(plan.jobs)} jobs are done already; logs: {place.folder / 'logs'}")
         if todo:
-            _snakemake(place, jobs, profile)
+            _snakemake(place, held, jobs, profile)
         failed = [job for job in plan.jobs if not place.done(job.id) and all(map(place.done, job.after))]
         if failed:
             _tell(failed, plan, place, workspace, progress, command)
@@ -133,7 +134,7 @@ def run_study(
     return [path for job in last for path in place.outputs(job.id) or ()]
 
 
-def _snakemake(place: Place, jobs: int | None, profile: str | None) -> None:
+def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -> None:
     found = gpus()
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
@@ -149,8 +150,8 @@ def _snakemake(place: Place, jobs: int | None, profile: str | None) -> None:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a script has it that starts this with `&`
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A group of its own: Ctrl-C reaches it through this process only, and once.
-    process = subprocess.Popen(call, start_new_session=True)
+    # A group of its own: Ctrl-C reaches it through this process only, and once. If this process is killed, it goes on.
+    process = subprocess.Popen(call, start_new_session=True, pass_fds=[lock])
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with process:
@@ -203,6 +204,9 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
             f"job {other} is not done", why=f"{name} works on what it makes", fix=f"kdcache study job {plan_file} {other}"
         )
 
+    def twice() -> None:  # as what a killed study or job has left behind goes on
+        progress.say(f"{job.title}: runs already; waits for that")
+
     for other in job.after:
         if not place.done(other):
             not_done(other)
@@ -210,6 +214,10 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     arguments = _arguments(job, place, workspace, not_done)
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
+        own = held.enter_context(locked_by_family(place.folder / f".{name}.lock", waiting=twice))
+        assert own is not None
+        if place.done(name):
+            return 0
         if job.alone:
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
             held.enter_context(
@@ -220,7 +228,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
             environment["CUDA_VISIBLE_DEVICES"] = held.enter_context(gpu_slot(found))
         progress.say(f"started: {job.title} (log: {place.log(name)})")
         begun = time.monotonic()
-        status, printed = _call(arguments, environment, Path(plan["directory"]), place.log(name))
+        status, printed = _call(arguments, environment, Path(plan["directory"]), place.log(name), own)
     if status:
         progress.say(f"failed with exit status {status}: {job.title} (log: {place.log(name)})")
         return status
@@ -239,7 +247,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     return 0
 
 
-def _call(arguments: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path) -> tuple[int, str]:
+def _call(arguments: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path, lock: int) -> tuple[int, str]:
     """Exit status and stdout of a command line of kdcache; both what it prints and what it notes are added to the log."""
     with log.open("a") as file:
         file.write(f"$ {shlex.join(['kdcache', *arguments])}\n")
@@ -251,6 +259,7 @@ def _call(arguments: Sequence[str], environment: Mapping[str, str], directory: P
             text=True,
             env=dict(environment),
             cwd=directory,
+            pass_fds=[lock],
             start_new_session=True,  # a signal reaches it once, from here: at a second one it would not finish its checkpoint
         )
         try:

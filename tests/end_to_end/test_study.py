@@ -1,12 +1,29 @@
 """`kdcache study run`: real jobs through Snakemake; what is there is kept, what fails is told, and the others go on."""
 
+import contextlib
 import json
+import os
+import platform
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from kdcache import __version__
+from kdcache.errors import UsageError
+from kdcache.locks import locked_by_family
+from kdcache.study.jobs import Job, StudyPlan, plan_study
+from kdcache.study.running import PATIENCE, run_study, study_place
+from kdcache.study.schema import load_study, shipped_folder
+from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import start, until
 
 STUDY = {
@@ -94,3 +111,109 @@ def test_a_study_that_is_interrupted_ends_its_jobs_and_goes_on_later(tmp_path):
     assert not records(tmp_path)
     (log,) = (tmp_path / "studies/two/logs").iterdir()
     assert "interrupted" in log.read_text()
+
+
+def version_study(home: Path) -> Callable[[], list[str]]:
+    """A study of one cheap job, which prints the version; a file of that name is what it makes."""
+    (home / f"kdcache {__version__}").touch()
+    job = Job("report-00000000", "report", "version", ("--version",))
+    plan = StudyPlan("version", (job,), 0, 0, 0, ())
+    return partial(run_study, plan, Workspace(home), file=home / "version.yaml")
+
+
+@pytest.mark.slow
+def test_what_a_killed_study_has_started_is_not_started_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, folder = version_study(tmp_path), tmp_path / "studies/version"
+    folder.mkdir(parents=True)
+    with locked_by_family(folder / ".report-00000000.lock"):  # so the job waits
+        code = f"from tests.end_to_end.test_study import *; version_study(Path({str(tmp_path)!r}))()"
+        killed = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: "version: runs already" in killed.stderr.readline(), killed)
+        killed.kill()
+        killed.wait()
+        with pytest.raises(UsageError, match="study version is being run by another process"):
+            run()
+        assert not (folder / "report-00000000.json").exists()
+    with locked_by_family(folder / ".lock"):
+        assert (folder / "report-00000000.json").exists(), "what is left of the killed study went on"
+    assert run() == [str(tmp_path / f"kdcache {__version__}")]
+    assert (folder / "logs/report-00000000.log").read_text().count("$ kdcache --version") == 1
+
+
+@pytest.mark.slow
+def test_jobs_at_once_have_gpus_of_their_own_and_no_job_runs_twice(tmp_path):
+    three = {"dataset": "digits", "teacher": ["test_vit", "test_resnet", "test_convnext"], "train": {"epochs": 500}}
+    file = written(tmp_path, archives={"digits": three})
+    plan = plan_study(load_study(file), file, Workspace(tmp_path))
+    place = study_place("two", Workspace(tmp_path))
+    place.folder.mkdir(parents=True)
+    place.plan.write_text(json.dumps({"home": str(tmp_path), "data_dir": None, "directory": str(tmp_path)} | plan.as_json()))
+    names = [job.id for job in plan.jobs if job.kind == "train"]
+    two = os.environ | {"CUDA_VISIBLE_DEVICES": "5,GPU-abc", "TMPDIR": str(tmp_path)}
+    jobs = [start("study", "job", place.plan, name, env=two) for name in names]
+    started: set[psutil.Process] = set()
+
+    def seen() -> dict[int, str]:
+        """What the training of each job sees of the GPUs, by the number of the job."""
+        found = {}
+        for number, job in enumerate(jobs):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may be ending
+                for child in psutil.Process(job.pid).children():
+                    if "train-teacher" in child.cmdline():
+                        found[number] = child.environ()["CUDA_VISIBLE_DEVICES"]
+                        started.add(child)
+        return found
+
+    try:
+        until(lambda: len(seen()) == 2, jobs[0])
+        first = seen()
+        assert set(first.values()) == {"5", "GPU-abc"}
+        (third,) = {0, 1, 2} - set(first)
+        time.sleep(2 * PATIENCE)
+        assert seen() == first, "a job did not wait for a GPU"
+        ended, kept = first
+        jobs[ended].terminate()
+        until(lambda: third in seen(), jobs[third])
+        assert seen() == {kept: first[kept], third: first[ended]}
+
+        (orphan,) = psutil.Process(jobs[kept].pid).children()
+        jobs[kept].kill()
+        jobs[kept].wait()
+        jobs.append(start("study", "job", place.plan, names[kept], env=two))
+        assert "runs already; waits for that" in jobs[-1].stderr.readline()
+        assert orphan.is_running()
+        orphan.terminate()
+        until(lambda: len(jobs) - 1 in seen(), jobs[-1])
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate(timeout=60)
+        for training in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                training.kill()
+
+
+def on_slurm() -> bool:
+    """Whether this machine is a node of a running SLURM."""
+    node = ["scontrol", "show", "node", platform.node().partition(".")[0]]
+    return shutil.which("sbatch") is not None and subprocess.run(node, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not on_slurm(), reason="this machine is no node of a SLURM")
+def test_a_study_runs_on_slurm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = yaml.safe_load((shipped_folder() / "profiles/slurm/config.yaml").read_text())
+    profile["default-resources"] |= {"runtime": 5, "cpus_per_task": 1, "mem_mb": 1000}
+    profile["slurm-init-seconds-before-status-checks"] = 10
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/config.yaml").write_text(yaml.safe_dump(profile))
+    assert version_study(tmp_path)(profile="./small") == [str(tmp_path / f"kdcache {__version__}")]
+    (log,) = (tmp_path / "studies/version/.snakemake/log").iterdir()
+    assert "has been submitted with SLURM jobid" in log.read_text()
