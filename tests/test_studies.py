@@ -205,11 +205,9 @@ def test_the_smoke_version_replaces_options_and_single_values(planned) -> None:
     assert len(plan.jobs) == len(planned(SMALL).jobs)
 
 
-def test_ten_thousand_students_are_planned_in_seconds(planned) -> None:
+def test_ten_thousand_students_are_planned(planned) -> None:
     block = students(tau=[1 + n / 10 for n in range(50)], seed="0-24", control=["none", "ls-global", "bottom:2", "bottom:3"])
-    begun = time.perf_counter()
     assert planned(changed(students=[block])).students == 10_000
-    assert time.perf_counter() - begun < 10
 
 
 # ---------------------------------------------------------------- files that are wrong
@@ -352,13 +350,13 @@ def test_jobs_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(running, "PATIENCE", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
     assert running.gpus() == ["2", "GPU-abc"]
-    with running.gpu_slot(running.gpus()) as first:
-        with running.gpu_slot(running.gpus()) as second:
+    with running.gpu_slot(running.gpus()) as (first, _):
+        with running.gpu_slot(running.gpus()) as (second, _):
             assert {first, second} == {"2", "GPU-abc"}
             third: list[str] = []
 
             def wait() -> None:
-                with running.gpu_slot(running.gpus()) as slot:
+                with running.gpu_slot(running.gpus()) as (slot, _):
                     third.append(slot)
 
             waiting = threading.Thread(target=wait)

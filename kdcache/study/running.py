@@ -216,6 +216,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     with ExitStack() as held:
         own = held.enter_context(locked_by_family(place.folder / f".{name}.lock", waiting=twice))
         assert own is not None
+        locks = [own]
         if place.done(name):
             return 0
         if job.alone:
@@ -225,10 +226,11 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
             )
         environment = dict(os.environ)
         if job.needs_gpu and (found := gpus()):
-            environment["CUDA_VISIBLE_DEVICES"] = held.enter_context(gpu_slot(found))
+            environment["CUDA_VISIBLE_DEVICES"], slot = held.enter_context(gpu_slot(found))
+            locks.append(slot)
         progress.say(f"started: {job.title} (log: {place.log(name)})")
         begun = time.monotonic()
-        status, printed = _call(arguments, environment, Path(plan["directory"]), place.log(name), own)
+        status, printed = _call(arguments, environment, Path(plan["directory"]), place.log(name), locks)
     if status:
         progress.say(f"failed with exit status {status}: {job.title} (log: {place.log(name)})")
         return status
@@ -247,8 +249,13 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     return 0
 
 
-def _call(arguments: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path, lock: int) -> tuple[int, str]:
-    """Exit status and stdout of a command line of kdcache; both what it prints and what it notes are added to the log."""
+def _call(
+    arguments: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path, locks: Sequence[int]
+) -> tuple[int, str]:
+    """Exit status and stdout of a command line of kdcache; both what it prints and what it notes are added to the log.
+
+    It holds `locks` as long as it runs, even if this process is killed.
+    """
     with log.open("a") as file:
         file.write(f"$ {shlex.join(['kdcache', *arguments])}\n")
         file.flush()
@@ -259,7 +266,7 @@ def _call(arguments: Sequence[str], environment: Mapping[str, str], directory: P
             text=True,
             env=dict(environment),
             cwd=directory,
-            pass_fds=[lock],
+            pass_fds=locks,
             start_new_session=True,  # a signal reaches it once, from here: at a second one it would not finish its checkpoint
         )
         try:
@@ -307,15 +314,15 @@ def gpus() -> list[str]:
 
 
 @contextmanager
-def gpu_slot(found: Sequence[str]) -> Iterator[str]:
-    """One of these GPUs, which is not given to another job of this user on this machine until it is given back."""
+def gpu_slot(found: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """One of these GPUs, which is not given to another job of this user on this machine until it is given back; and its lock."""
     # Within two jobs of SLURM, GPU 0 is not the same one.
     folder = Path(tempfile.gettempdir()) / "-".join(["kdcache-gpus", str(os.getuid()), os.environ.get("SLURM_JOB_ID", "")])
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
         for gpu in found:
-            with locked(folder / f"{_plain(gpu)}.lock", wait=False) as held:
-                if held:
-                    yield gpu
+            with locked_by_family(folder / f"{_plain(gpu)}.lock", wait=False) as held:
+                if held is not None:
+                    yield gpu, held
                     return
         time.sleep(PATIENCE)
