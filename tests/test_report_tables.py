@@ -132,7 +132,7 @@ def test_teachers_of_one_architecture_are_told_apart_by_their_epochs(make_run: R
     assert brief.entropy > long.entropy
     table = summarise(collect([make_run.base]), {digest: known.training for digest, known in teachers.items()})
     assert {row.setting for row in table.rows} == {
-        f"archive {known.digest[:8]} (pretrained + {known.epochs} epochs)" for known in teachers.values()
+        f"pretrained + {known.epochs} epochs (archive {known.digest[:8]})" for known in teachers.values()
     }
     (same,) = heatmaps(table, teachers)
     assert [line.names for line in same.lines] == [line.names for line in found.lines]

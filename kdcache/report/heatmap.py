@@ -58,7 +58,11 @@ class TeacherFigures:
     @property
     def training(self) -> str:
         """How it was trained, in a few words; nothing where that is not known."""
-        return f"{self.start} + {self.epochs} epochs" if self.start and self.epochs is not None else ""
+        return (
+            f"{self.start} + {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
+            if self.start and self.epochs is not None
+            else ""
+        )
 
 
 def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None) -> TeacherFigures:
@@ -182,7 +186,9 @@ def _digest(table: Table, row: Row) -> str:
 
 
 def _other_than_archive(setting: str) -> str:
-    return ", ".join(part for part in setting.split(", ") if not re.fullmatch(r"archive [0-9a-f]{8}( \(.*\))?", part))
+    return ", ".join(
+        part for part in setting.split(", ") if not re.fullmatch(r"archive [0-9a-f]{8}|.* \(archive [0-9a-f]{8}\)", part)
+    )
 
 
 def _line(table: Table, row: Row, names: tuple[str, ...], taus: Sequence[float]) -> Line:

@@ -220,9 +220,10 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
             for name in FOLLOWS_OPT:
                 if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
                     varied.pop(name, None)
-        if "archive_digest" in varied and (known := training.get(args.archive_digest)):
-            varied["archive_digest"] += f" ({known})"
-        setting = ", ".join(f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items())
+        said = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
+        if "archive_digest" in said and (known := training.get(args.archive_digest)):
+            said["archive_digest"] = f"{known} ({said['archive_digest']})"
+        setting = ", ".join(said.values())
         rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, setting)
     return rows
 
