@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from kdcache.archive import Archive, ArchiveWriter, CanvasCard, TeacherCard
+from kdcache.archive import Archive, ArchiveWriter, CanvasCard
 from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.views.policy import ViewPolicy, ViewTable
@@ -34,6 +34,12 @@ settings.load_profile("kdcache")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -156,21 +162,6 @@ def make_dump() -> Callable[..., Dump]:
 
 
 FINGERPRINT = ("sample", "digest", "probe")
-
-
-def teacher_card(**changes: Any) -> TeacherCard:
-    """The card of some teacher."""
-    card = TeacherCard(
-        alias="t",
-        name="test_resnet",
-        weights_sha256="3" * 64,
-        input_size=16,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        precision="fp32",
-        batch_size=8,
-    )
-    return card.model_copy(update=changes)
 
 
 def made_up(seed: int, dump: Dump) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from kdcache.archive import ArchiveWriter, Plan, derive, open_archive
 from kdcache.archive import writer as writer_module
 from kdcache.archive.layouts.zarr import ZarrLayout
 from kdcache.errors import KdcacheError
-from tests.test_archive import LABELS, SAMPLES, files, logits, writer
+from tests.archives import LABELS, SAMPLES, files, logits, writer
 
 # All that changes a folder. A kill before one of them is a kill after the one before it.
 CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "remove", "rmdir", "truncate")

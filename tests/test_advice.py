@@ -10,7 +10,7 @@ from kdcache.datasets import SourceCard
 from kdcache.progress import Silent
 from kdcache.report.advice import BOTH, LARGE, SMALL, Advice, advise, first_temperatures
 from kdcache.views.policy import ViewPolicy
-from tests.conftest import teacher_card
+from tests.archives import teacher_card
 
 ORIGIN, OVERLAP, TRAINING, DIFFERENCES, SCORES, MATCHING = range(6)
 TITLES = ("other classes", "pretraining", "student is trained", "small differences", "z-score", "temper the teacher only")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, ArchiveWriter, Noise, manifest_schema, open_archive, write_archive
+from kdcache.archive import Archive, ArchiveWriter, manifest_schema, open_archive, write_archive
 from kdcache.archive import store as store_module
 from kdcache.archive import writer as writer_module
 from kdcache.archive.manifest import FOR_PEOPLE
@@ -33,14 +33,9 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.views import ViewPolicy
-from tests.conftest import teacher_card
+from tests.archives import CLASSES, KEYS, LABELS, NAMES, SAMPLES, SHARD_ROWS, TEACHER, files, finish, logits, write_shard, writer
 from tests.hostile import edit_manifest, edit_table
 
-SAMPLES, CLASSES, SHARD_ROWS = 21, 4, 8  # three shards a view
-NAMES = [f"class {i}" for i in range(CLASSES)]
-LABELS = np.arange(SAMPLES) % CLASSES
-KEYS = [f"k/{i}" for i in range(SAMPLES)]
-TEACHER = teacher_card(noise=Noise(views=4, kl_mean=1e-7, kl_max=1e-6, max_logit_difference=0.01))
 CHANGES: dict[str, Any] = {
     "class_names": [*NAMES[:-1], "another"],
     "codec": "f32",
@@ -51,42 +46,6 @@ CHANGES: dict[str, Any] = {
     "labels": LABELS[::-1].copy(),
     "keys": KEYS[::-1],
 }
-
-
-def logits(view: int) -> NDArray[np.float32]:
-    rng = np.random.default_rng(view)
-    return (rng.integers(-10_000, 10_000, (SAMPLES, CLASSES)) / 512).astype(np.float32)
-
-
-def writer(path: Path, num_views: int = 2, **changes: Any) -> ArchiveWriter:
-    options: dict[str, Any] = {
-        "num_samples": SAMPLES,
-        "class_names": NAMES,
-        "labels": LABELS,
-        "keys": KEYS,
-        "shard_rows": SHARD_ROWS,
-        "policy": ViewPolicy(size=16),
-        "teacher": TEACHER,
-        "provenance": {"command": "kdcache dump-teacher --teacher t"},
-    } | changes
-    if len(options["labels"] if options["labels"] is not None else []) != options["num_samples"]:
-        options |= {"labels": None, "keys": None}
-    return ArchiveWriter(path, num_views=num_views, **options)
-
-
-def write_shard(to: ArchiveWriter, view: int, block: int) -> None:
-    rows = np.array(to.positions(block))
-    to.write(view, block, logits(view)[rows])
-
-
-def finish(to: ArchiveWriter) -> Archive:
-    for view, block in to.missing():
-        write_shard(to, view, block)
-    return to.finalize()
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def shard_files(archive: Archive) -> dict[str, bytes]:
@@ -520,7 +479,7 @@ def test_a_shard_claimed_by_another_process_is_left_to_it_until_that_ends(tmp_pa
 DUMP = """
 import sys
 from pathlib import Path
-from tests.test_archive import finish, write_shard, writer
+from tests.archives import finish, write_shard, writer
 from kdcache.errors import KdcacheError
 path, command = Path(sys.argv[1]), sys.argv[2]
 try:

@@ -19,7 +19,7 @@ from kdcache.archive import Archive, write_archive
 from kdcache.archive.card import card_files
 from kdcache.archive.manifest import Licences, SubsetOf
 from kdcache.datasets import SourceCard
-from tests.conftest import teacher_card
+from tests.archives import teacher_card
 
 VIEWS, SAMPLES, CLASSES = 2, 60, 5
 LINES = "first line\nsecond line"

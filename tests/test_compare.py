@@ -15,7 +15,8 @@ from kdcache.archive import Archive, Comparison, Ensemble, Manifest, compare, de
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.stats import softmax
-from tests.conftest import Dump, made_up, redump, teacher_card
+from tests.archives import teacher_card
+from tests.conftest import Dump, made_up, redump
 
 TEACHER = teacher_card(alias="vit_s", name="vit_small", weights_sha256="a" * 64, batch_size=64)
 

@@ -16,7 +16,7 @@ from kdcache.archive import ArchiveWriter
 from kdcache.report import Report, Row, collect, summarise, write_report
 from kdcache.report.heatmap import Heatmap, heatmaps, results, teacher_figures
 from kdcache.report.latex import escaped
-from tests.conftest import teacher_card
+from tests.archives import teacher_card
 from tests.reports import Page, RunFolders
 
 

@@ -41,7 +41,7 @@ from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.remote import open_remote
 from kdcache.views import ViewPolicy
-from tests.conftest import teacher_card
+from tests.archives import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer, Request, faulty_s3

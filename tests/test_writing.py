@@ -21,7 +21,7 @@ from kdcache.archive import ArchiveWriter, derive, open_archive, sweep
 from kdcache.archive.store import LocalStore
 from kdcache.energy import Spent
 from kdcache.errors import IncompatibleError, IncompleteError, NotFoundError, RetryError, UsageError
-from tests.test_archive import LABELS, SAMPLES, files, finish, logits, write_shard, writer
+from tests.archives import LABELS, SAMPLES, files, finish, logits, write_shard, writer
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str,
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 def test_a_writer_killed_before_any_of_its_steps_ends_as_if_never_killed(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kills", tmp_path], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
@@ -54,7 +55,7 @@ def test_a_writer_killed_before_any_of_its_steps_ends_as_if_never_killed(tmp_pat
 
 PARENT_AND_CHILD = """
 import os, sys
-from tests.test_archive import writer
+from tests.archives import writer
 with writer(sys.argv[1]).claim(0, 1) as mine:
     if os.fork():
         print(mine, flush=True)
@@ -345,7 +346,7 @@ def test_a_disk_that_is_full_at_any_step_is_a_retry_and_nothing_half_written_cou
 FORBIDDEN = """
 import os, sys
 from kdcache.errors import KdcacheError
-from tests.test_archive import finish, writer
+from tests.archives import finish, writer
 finish(writer("warm"))  # everything is imported before privileges are dropped
 os.chdir(sys.argv[1])
 if os.getuid() == 0:
