@@ -14,6 +14,7 @@ from kdcache.archive.manifest import FOR_PEOPLE
 from kdcache.cli import run
 
 DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]
+STUDENT = ["--student", "test_vit", "--epochs", "2", "--batch-size", "128"]  # the quickest; test_resnet is for what has buffers
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,23 @@ def home(trained, tmp_path) -> Path:
     """A workspace of one's own, to do harm to."""
     copy = tmp_path / "home"
     shutil.copytree(trained, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def trained_student(trained, tmp_path_factory) -> Path:
+    """A workspace as `trained`, with a student at tau 4; copy it (`distilled`) before changing it."""
+    home = tmp_path_factory.mktemp("distilled") / "home"
+    shutil.copytree(trained, home)
+    assert run(["distill", "--tau", "4", *STUDENT, "--home", str(home)]) == 0
+    return home
+
+
+@pytest.fixture
+def distilled(trained_student, tmp_path) -> Path:
+    """`home`, with a student."""
+    copy = tmp_path / "home"
+    shutil.copytree(trained_student, copy)
     return copy
 
 

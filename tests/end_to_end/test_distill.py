@@ -9,9 +9,7 @@ import pytest
 import yaml
 
 from kdcache import open_archive
-from tests.end_to_end.conftest import start, until, without_costs
-
-STUDENT = ["--student", "test_resnet", "--epochs", "2", "--batch-size", "128"]
+from tests.end_to_end.conftest import STUDENT, start, until, without_costs
 
 
 def only(folder, pattern):
@@ -26,19 +24,19 @@ def test_students_in_lockstep_equal_students_alone(home, archive, kdcache, tmp_p
     alone = tmp_path / "alone"
     result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *STUDENT, "--archive", archive, "--home", alone)
     assert result.status == 0, result.err
-    pattern = "runs/*/test_resnet--kd--tau20--bottom-3--seed0--*"
+    pattern = "runs/*/test_vit--kd--tau20--bottom-3--seed0--*"
     for name in ("last.safetensors", "best.safetensors"):
         assert (only(home, pattern) / name).read_bytes() == (only(alone, pattern) / name).read_bytes()
     runs = list(home.glob("runs/*/*/last.safetensors"))
     assert len({run.read_bytes() for run in runs}) == len(runs) == 4  # every combination became something else
 
 
-def test_run_folders_say_everything(home, archive, kdcache):
-    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
-    folder = only(home, "runs/*/test_resnet--*")
+def test_run_folders_say_everything(distilled):
+    folder = only(distilled, "runs/*/test_vit--*")
+    archive = open_archive(only(distilled, "archives/*"))
     args = yaml.safe_load((folder / "args.yaml").read_text())
-    assert (args["tau"], args["control_spec"], args["seed"], args["student"]) == (4.0, "none", 0, "test_resnet")
-    assert args["archive_digest"] == json.loads((archive / "kdcache.json").read_text())["digest"]
+    assert (args["tau"], args["control_spec"], args["seed"], args["student"]) == (4.0, "none", 0, "test_vit")
+    assert args["archive_digest"] == archive.digest
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
@@ -48,13 +46,14 @@ def test_run_folders_say_everything(home, archive, kdcache):
     assert len((folder / "summary.csv").read_text().splitlines()) == 3
     assert not (folder / "checkpoint.pt").exists()
     moments = json.loads((folder / "logit_moments.json").read_text())
-    assert sum(map(sum, moments["counts"])) == open_archive(archive).num_samples // 128 * 128  # in whole batches
+    assert sum(map(sum, moments["counts"])) == archive.num_samples // 128 * 128  # in whole batches
     assert moments["mean"] == pytest.approx(rows[-1]["logit_mean"], abs=1e-6)
     assert moments["std"] == pytest.approx(rows[-1]["logit_std"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, kdcache, tmp_path):
-    arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "3", "--archive", archive, "--checkpoint-interval", "0"]
+    arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "2", "--archive", archive, "--checkpoint-interval", "0"]
     whole = tmp_path / "whole"
     assert kdcache("distill", *arguments, "--home", whole).status == 0
     process = start("distill", *arguments, "--home", home)
@@ -77,13 +76,11 @@ def same_run(one, other):
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff", "resumed: 7"])
-def test_a_damaged_configuration_of_a_run_is_not_written_over(home, archive, kdcache, content):
-    arguments = ["distill", "--tau", 4, *STUDENT, "--home", home]
-    assert kdcache(*arguments).status == 0
-    args = only(home, "runs/*/test_resnet--*/args.yaml")
+def test_a_damaged_configuration_of_a_run_is_not_written_over(distilled, kdcache, content):
+    args = only(distilled, "runs/*/test_vit--*/args.yaml")
     args.with_name("summary.json").unlink()
     args.write_bytes(content.encode(errors="surrogateescape"))
-    result = kdcache(*arguments)
+    result = kdcache("distill", "--tau", 4, *STUDENT, "--home", distilled)
     assert result.status == 4
     assert str(args) in result.err
     assert args.read_bytes() == content.encode(errors="surrogateescape")
@@ -92,7 +89,7 @@ def test_a_damaged_configuration_of_a_run_is_not_written_over(home, archive, kdc
 def test_an_archive_may_be_named_by_a_dot(home, archive, kdcache, monkeypatch):
     monkeypatch.chdir(archive)
     assert kdcache("distill", "--archive", ".", "--tau", 4, *STUDENT, "--home", home).status == 0
-    run = only(home, f"runs/{archive.name}/test_resnet--*")
+    run = only(home, f"runs/{archive.name}/test_vit--*")
     args = yaml.safe_load((run / "args.yaml").read_text())
     assert (args["archive"], args["archive_name"]) == (str(archive), archive.name)
 
@@ -112,11 +109,10 @@ def test_a_place_that_cannot_hold_runs_is_noticed_at_once(home, archive, kdcache
     assert not (tmp_path / "data").exists()
 
 
-def test_trained_students_are_not_trained_again(home, kdcache):
-    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
-    weights = only(home, "runs/*/test_resnet--*/last.safetensors")
+def test_trained_students_are_not_trained_again(distilled, kdcache):
+    weights = only(distilled, "runs/*/test_vit--*/last.safetensors")
     written = weights.stat().st_mtime_ns
-    result = kdcache("distill", "--tau", "4,7", *STUDENT, "--home", home)
+    result = kdcache("distill", "--tau", "4,7", *STUDENT, "--home", distilled)
     assert result.status == 0
     assert "1 of 2 students are trained already" in result.err
     assert weights.stat().st_mtime_ns == written
@@ -233,13 +229,12 @@ def test_options_come_from_flag_then_environment_then_config(home, kdcache, tmp_
     assert "tau" in refused.err
 
 
-def test_a_run_that_another_process_trains_is_left_alone(home, archive, kdcache):
+def test_a_run_that_another_process_trains_is_left_alone(distilled, kdcache):
     import filelock
 
-    assert kdcache("distill", "--tau", "4", *STUDENT, "--home", home).status == 0
-    folder = only(home, "runs/*/test_resnet--*")
+    folder = only(distilled, "runs/*/test_vit--*")
     (folder / "summary.json").unlink()
     with filelock.FileLock(folder / ".lock"):
-        result = kdcache("distill", "--tau", "4", *STUDENT, "--home", home)
+        result = kdcache("distill", "--tau", "4", *STUDENT, "--home", distilled)
     assert result.status == 75
     assert "is being trained by another process" in result.err

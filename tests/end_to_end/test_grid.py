@@ -13,7 +13,7 @@ from kdcache.workspace import Workspace
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_training_options import rows
 
-SHORT = ["--student", "test_resnet", "--batch-size", "719", "--epochs", "2"]  # two steps an epoch
+SHORT = ["--student", "test_vit", "--batch-size", "719", "--epochs", "2"]  # two steps an epoch
 
 
 def args_of(run):
@@ -23,7 +23,7 @@ def args_of(run):
 def test_optimisers_and_learning_rates_are_a_dimension_of_the_grid(home, archive, kdcache, tmp_path):
     result = kdcache("distill", *SHORT, "--opt", "adamw,sgd:lr=0.05,momentum=0.5", "--lr", "0.002,0.01", "--home", home)
     assert result.status == 0, result.err
-    found = {(a["opt"], a["lr"], a["momentum"]) for a in map(args_of, home.glob("runs/*/test_resnet--*"))}
+    found = {(a["opt"], a["lr"], a["momentum"]) for a in map(args_of, home.glob("runs/*/test_*--*"))}
     assert found == {("adamw", 0.002, 0.9), ("adamw", 0.01, 0.9), ("sgd", 0.05, 0.5)}
     alone = tmp_path / "alone"
     sgd = ["--opt", "sgd", "--lr", "0.05", "--momentum", "0.5"]
@@ -55,17 +55,17 @@ def test_settings_that_cannot_be_are_refused(home, kdcache, arguments, words):
 
 def test_students_of_all_seeds_may_share_one_order(home, archive, kdcache, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    common = ["distill", *SHORT, "--archive", archive, "--share-order"]
+    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", archive, "--share-order"]
     assert kdcache(*common, "--seed", "0,1", "--home", together).status == 0
     assert kdcache(*common, "--seed", "1", "--home", alone).status == 0
-    runs = {args_of(run)["seed"]: run for run in together.glob("runs/*/test_resnet--*")}
-    same_run(runs[1], only(alone, "runs/*/test_resnet--*"))
+    runs = {args_of(run)["seed"]: run for run in together.glob("runs/*/test_*--*")}
+    same_run(runs[1], only(alone, "runs/*/test_*--*"))
     orders = [[row["batch_order"] for row in rows(run)] for run in runs.values()]
     assert orders[0] == orders[1]
     assert "seed 0" in args_of(runs[1])["batch_order"]
     assert runs[0].joinpath("last.safetensors").read_bytes() != runs[1].joinpath("last.safetensors").read_bytes()
     # Seed 0 has its own order either way: it is the same student, and another seed is not.
-    plain = kdcache("distill", *SHORT, "--archive", archive, "--seed", "0,1", "--dry-run", "--home", together)
+    plain = kdcache(*common[:-1], "--seed", "0,1", "--dry-run", "--home", together)
     assert "2 students of 2 epochs, 1 of them trained already" in plain.err
 
 
@@ -77,7 +77,7 @@ def test_students_that_do_not_fit_into_memory_are_trained_in_groups(home, archiv
     assert result.status == 0
     assert "they are trained in groups, one after another" in result.err
     assert "distill 2/2: 4/4 done" in result.err
-    runs = {run.name: run for run in home.glob("runs/*/test_resnet--*")}
+    runs = {run.name: run for run in home.glob("runs/*/test_*--*")}
     assert len(runs) == 2
     for name, run in runs.items():
         same_run(run, next(apart.glob(f"runs/*/{name}")))
@@ -88,7 +88,7 @@ def test_testing_every_few_epochs_changes_no_weights(home, archive, kdcache, tmp
     common = ["distill", *SHORT[:-1], "3", "--archive", archive]
     assert kdcache(*common, "--home", often).status == 0
     assert kdcache(*common, "--val-interval", "2", "--home", seldom).status == 0
-    runs = [only(place, "runs/*/test_resnet--*") for place in (often, seldom)]
+    runs = [only(place, "runs/*/test_*--*") for place in (often, seldom)]
     weights = [(run / "last.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1]
     tested = [[row.get("test_top1") for row in rows(run)] for run in runs]
@@ -100,12 +100,12 @@ def test_testing_every_few_epochs_changes_no_weights(home, archive, kdcache, tmp
 
 def test_channels_last_and_compiled_students_learn_the_same(home, archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a minute of C++
-    common = ["distill", *SHORT, "--archive", archive, "--opt", "sgd", "--lr", "0.01"]
+    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", archive, "--opt", "sgd", "--lr", "0.01"]
     assert kdcache(*common, "--home", home).status == 0
     fast = tmp_path / "fast"
     result = kdcache(*common, "--channels-last", "--compile", "--home", fast)
     assert result.status == 0, result.err
-    runs = [only(place, "runs/*/test_resnet--*") for place in (home, fast)]
+    runs = [only(place, "runs/*/test_*--*") for place in (home, fast)]
     assert runs[0].name == runs[1].name  # how fast a student is trained is not what it is
     ours, theirs = rows(runs[1]), rows(runs[0])
     for key in ("train_loss", "test_loss", "grad_norm"):

@@ -18,9 +18,10 @@ from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP
 from tests.end_to_end.test_distill import only, same_run
 
-QUICK = ["--student", "test_resnet", "--epochs", "1", "--batch-size", "719"]  # two steps
+QUICK = ["--student", "test_vit", "--epochs", "1", "--batch-size", "719"]  # two steps
 
 
+@pytest.mark.slow
 def test_every_method_trains_beside_the_others(home, archive, kdcache):
     result = kdcache("distill", "--method", ",".join(method), "--tau", 4, *QUICK, "--home", home)
     assert result.status == 0, result.err
@@ -35,7 +36,7 @@ def test_every_method_trains_beside_the_others(home, archive, kdcache):
 
 def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
     assert kdcache("distill", "--method", "kd", "--tau", "4", *QUICK, "--home", home).status == 0
-    run = only(home, "runs/*/test_resnet--*")
+    run = only(home, "runs/*/test_vit--*")
     row = json.loads((run / "metrics.jsonl").read_text())
     assert 0 < row["student_entropy"] < 1
     assert 0 <= row["agreement"] <= 100
@@ -50,12 +51,12 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
 
 
 def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(home, archive, kdcache, tmp_path, monkeypatch):
-    arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_resnet", "--epochs", 2]
+    arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_vit", "--epochs", 2]
     arguments += ["--batch-size", 719, "--archive", archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     assert kdcache(*arguments[:2], "paper:kd:cifar100", *arguments[3:], "--home", tmp_path / "alone").status == 0
-    one, two = "runs/*/test_resnet--kd-*", "runs/*/test_resnet--mlkd-*"
+    one, two = "runs/*/test_vit--kd-*", "runs/*/test_vit--mlkd-*"
     same_run(only(whole, one), only(tmp_path / "alone", one))  # whoever trains beside it
     rows = [json.loads(line) for line in (only(whole, two) / "metrics.jsonl").open()]
     assert all(row["view"] != row["second_view"] for row in rows)
@@ -74,7 +75,7 @@ def test_second_views_from_an_archive_of_a_stronger_policy(home, archive, kdcach
     arguments = ["distill", "--method", "mlkd", "--archive", archive, *QUICK, "--home", home]
     assert kdcache(*arguments).status == 0
     assert kdcache(*arguments, "--second-archive", "strong").status == 0
-    runs = sorted(home.glob("runs/*/test_resnet--mlkd*"))
+    runs = sorted(home.glob("runs/*/test_vit--mlkd*"))
     assert len(runs) == 2  # not taken for each other
     recorded = [yaml.safe_load((run / "args.yaml").read_text()) for run in runs]
     digests = {args.get("second_archive_digest") for args in recorded}
@@ -143,14 +144,14 @@ def stop_after(monkeypatch, count: int) -> None:
 
 
 def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_path, monkeypatch):
-    arguments = ["distill", "--method", "ctkd:lambda_epochs=2", "--student", "test_resnet", "--epochs", 2]
+    arguments = ["distill", "--method", "ctkd:lambda_epochs=2", "--student", "test_vit", "--epochs", 2]
     arguments += ["--batch-size", 359, "--archive", archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     stop_after(monkeypatch, 3)
     assert kdcache(*arguments, "--home", home).status == 130
     assert kdcache(*arguments, "--home", home).status == 0
-    runs = [only(place, "runs/*/test_resnet--*") for place in (home, whole)]
+    runs = [only(place, "runs/*/test_vit--*") for place in (home, whole)]
     same_run(*runs)
     rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").open()]
     assert rows[0]["temperature"] != rows[1]["temperature"]

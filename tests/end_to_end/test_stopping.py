@@ -11,10 +11,10 @@ import yaml
 
 from kdcache.cli import run
 from kdcache.training import Learner
-from tests.end_to_end.conftest import start, until
-from tests.end_to_end.test_distill import STUDENT, only, same_run
+from tests.end_to_end.conftest import STUDENT, start, until
+from tests.end_to_end.test_distill import only, same_run
 
-TWO = ["distill", "--tau", "4,20", "--student", "test_resnet", "--epochs", "2", "--batch-size", "115"]  # 12 steps an epoch
+TWO = ["distill", "--tau", "4,20", "--student", "test_vit", "--epochs", "2", "--batch-size", "115"]  # 12 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, uninterrup
     assert not list(home.glob("runs/*/*/summary.json"))
     assert kdcache(*arguments, "--home", home).status == 0
     assert len(steps) == 48  # not one was done twice
-    for one in uninterrupted.glob("runs/*/test_resnet--*"):
+    for one in uninterrupted.glob("runs/*/test_vit--*"):
         same_run(home / one.relative_to(uninterrupted), one)
 
 
@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache,
     monkeypatch.setattr(Learner, "step", interrupted)
     levels = (0, 5, 2)
     assert [kdcache(*arguments, "--allow-drift", level).status for level in levels] == [130, 130, 0]
-    args = yaml.safe_load(only(home, "runs/*/test_resnet--*/args.yaml").read_text())
+    args = yaml.safe_load(only(home, "runs/*/test_vit--*/args.yaml").read_text())
     sessions = [args, *args["resumed"]]
     assert [session["allow_drift"] for session in sessions] == list(levels)
     assert {"device", "command", "kdcache_version", "created"} <= set.intersection(*map(set, sessions))
@@ -109,7 +109,7 @@ def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epoc
 
 @pytest.mark.slow
 def test_many_students_need_no_more_open_files_than_the_system_allows(home, archive, kdcache):
-    arguments = ["distill", "--tau", ",".join(map(str, range(1, 37))), "--student", "test_resnet", "--epochs", 1, "--home", home]
+    arguments = ["distill", "--tau", ",".join(map(str, range(1, 37))), "--student", "test_vit", "--epochs", 1, "--home", home]
     arguments += ["--batch-size", 1438]
 
     def few(hard):
