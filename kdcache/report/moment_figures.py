@@ -75,10 +75,8 @@ def _draw(figure: SubFigure, student: LogitMoments, teacher: LogitMoments | None
             continue
         counts, (means, deviations) = np.array(moments.counts, np.float64), _edges(moments)
         shades = LinearSegmentedColormap.from_list(colour, ["#ffffff", colour])
-        shown = np.ma.masked_equal(counts.T, 0)
-        axes.pcolormesh(
-            means, deviations, shown**0.5, cmap=shades, vmin=0, alpha=0.75, rasterized=False
-        )  # so that few rows show too
+        shown = np.ma.masked_equal(counts.T, 0) ** 0.5  # so that few rows show too
+        axes.pcolormesh(means, deviations, shown, cmap=shades, vmin=0, alpha=0.75)
         axes.plot(moments.mean, moments.std, marker="x", color=cross, markersize=8, markeredgewidth=2)
         along_mean, along_std = counts.sum(axis=1), counts.sum(axis=0)
         look: dict[str, Any] = {"fill": True, "color": colour, "alpha": 0.6}
