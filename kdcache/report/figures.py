@@ -183,9 +183,10 @@ def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], me
 
 def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
     taus = table.taus_of(panel)
+    step = max(1.012, (taus[-1] / taus[0]) ** 0.012)  # so that error bars at the same tau do not hide each other
     for number, row in enumerate(panel):
         colour, marker, dashes = lines.look(row)
-        nudge = 1.012 ** (number - (len(panel) - 1) / 2)  # so that error bars at the same tau do not hide each other
+        nudge = step ** (number - (len(panel) - 1) / 2)
         cells = [table.get(row, tau) for tau in taus]
         x = np.array(taus, np.float64) * nudge
         for own in filter(None, cells):  # where tau is not used, one result stands for all of them
