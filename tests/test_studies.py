@@ -369,5 +369,10 @@ def test_jobs_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest
     assert running.gpus() == []
 
 
+def test_jobs_at_once_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    assert [running.threads_for(jobs) for jobs in (1, 3, 8, 64)] == [{}, *({"OMP_NUM_THREADS": n} for n in ("2", "1", "1"))]
+
+
 def test_costs_are_read_with_their_units() -> None:
     assert Cost.model_validate({"gpu-hours": 1, "archive-bytes": "1.5 GB"}).archive_bytes == 1_500_000_000

@@ -140,8 +140,11 @@ def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
+    environment = dict(os.environ)
     if profile is None:
-        call += ["--cores", str(jobs or max(1, len(found))), "--retries", "1", "--quiet", "all"]
+        at_once = jobs or max(1, len(found))
+        environment = threads_for(at_once) | environment
+        call += ["--cores", str(at_once), "--retries", "1", "--quiet", "all"]
         call += ["--resources", f"gpu={len(found)}"] if found else []
     else:
         ours = shipped_folder() / "profiles" / profile
@@ -151,7 +154,7 @@ def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A group of its own: Ctrl-C reaches it through this process only, and once. If this process is killed, it goes on.
-    process = subprocess.Popen(call, start_new_session=True, pass_fds=[lock])
+    process = subprocess.Popen(call, start_new_session=True, pass_fds=[lock], env=environment)
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with process:
@@ -161,6 +164,11 @@ def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -
             os.killpg(process.pid, signal.SIGINT)  # at SIGTERM, Snakemake would wait for the jobs of a cluster
             process.wait()
             raise
+
+
+def threads_for(jobs: int) -> dict[str, str]:
+    """What divides this machine's cores among jobs that run at once: each would take all of them, and wait for the others'."""
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))} if jobs > 1 else {}
 
 
 def _tell(failed: Sequence[Job], plan: StudyPlan, place: Place, workspace: Workspace, progress: Progress, command: str) -> None:
