@@ -94,11 +94,10 @@ def unknown_name(
     names, name = sorted(known), name[:200]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = ", ".join(close or names[:20]) + (", ..." if not close and len(names) > 20 else "")
-    return error(
-        f"unknown {kind} {name!r}",
-        why=f"there is no {kind} of that name; {'close to it' if close else 'known'}: {shown}",
-        fix=fix or (f"use {close[0]!r}" if close else f"choose one of: {shown}"),
-    )
+    why = f"there is no {kind} of that name"
+    if close:
+        return error(f"unknown {kind} {name!r}", why=f"{why}; close to it: {shown}", fix=fix or f"use {close[0]!r}")
+    return error(f"unknown {kind} {name!r}", why=f"{why}; known: {shown}" if fix else why, fix=fix or f"choose one of: {shown}")
 
 
 # By the beginnings of pydantic's names of errors.

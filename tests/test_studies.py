@@ -287,6 +287,14 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     assert "quickstart" in raised.value.fix
 
 
+@pytest.mark.parametrize("name", ["mine.yaml", "studies/mine", "../mine.yml"])
+def test_a_file_that_is_not_there_is_not_taken_for_a_name(name: str) -> None:
+    with pytest.raises(NotFoundError) as raised:
+        find_study(name)
+    assert raised.value.what == f"no study at {name}"
+    assert "controls" in raised.value.fix
+
+
 def test_fields_are_options_of_the_commands() -> None:
     from tests.test_architecture import command_line
 

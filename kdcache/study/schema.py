@@ -244,6 +244,11 @@ def find_study(name: str) -> Path:
         return Path(name)
     if name in shipped():
         return shipped()[name]
+    if Path(name).suffix or Path(name).name != name:
+        ours = ", ".join(shipped())
+        raise NotFoundError(
+            f"no study at {name}", why="there is no such file", fix=f"name a file, or one of kdcache's own: {ours}"
+        )
     raise unknown_name("study", name, shipped(), error=NotFoundError)
 
 
