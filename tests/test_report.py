@@ -218,6 +218,32 @@ def test_methods_are_compared_with_kd_each_at_its_best_tau(make_run: RunFolders,
     assert "minus kd" in text
 
 
+def test_methods_of_z_scores_are_compared_with_the_same_method_without(make_run: RunFolders, tmp_path: Path) -> None:
+    tops = {"kd:ce_weight=0.1": 70.0, "zkd:ce_weight=0.1": 72.0, "dkd:beta=8": 71.0, "zdkd:beta=72": 74.0, "zmlkd": 75.0}
+    for method, top in tops.items():
+        for seed in range(2):
+            lr = 0.025 if method == "zmlkd" else 0.05  # settings may differ, where there is only one to compare with
+            make_run(top + seed, method_spec=method, seed=seed, lr=lr)
+    found = {contrast.what: contrast for contrast in method_contrasts(table_of(tmp_path))}
+    assert {what: contrast.base for what, contrast in found.items()} == {
+        "zkd:ce_weight=0.1": "kd:ce_weight=0.1",
+        "dkd:beta=8": "kd:ce_weight=0.1",
+        "zdkd:beta=72": "dkd:beta=8",
+        "zmlkd": "kd:ce_weight=0.1",
+    }
+    assert found["zdkd:beta=72"].difference is not None
+    assert found["zdkd:beta=72"].difference.mean == 3.0
+    assert "compared with" in write_report([tmp_path / "runs"], tmp_path / "out").html.read_text("utf-8")
+
+
+def test_a_method_is_not_compared_where_it_is_not_clear_with_what(make_run: RunFolders, tmp_path: Path) -> None:
+    for method in ("kd:ce_weight=0.1", "kd:ce_weight=1", "ttm"):
+        make_run(90.0, method_spec=method)
+    assert method_contrasts(table_of(tmp_path)) == []
+    make_run(89.0, method_spec="kd")
+    assert {contrast.what: contrast.base for contrast in method_contrasts(table_of(tmp_path))} == {"ttm": "kd"}
+
+
 # The report
 
 

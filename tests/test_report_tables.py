@@ -138,6 +138,36 @@ def test_teachers_of_one_architecture_are_told_apart_by_their_epochs(make_run: R
     assert [line.names for line in same.lines] == [line.names for line in found.lines]
 
 
+def test_methods_of_several_pairs_stand_beside_each_other(make_run: RunFolders, tmp_path: Path) -> None:
+    for student, beta, lift in (("resnet20", 2.0, 0.0), ("vgg8", 6.0, 3.0)):
+        for seed in range(2):
+            make_run(70.0 + lift + seed / 4, student=student, seed=seed, tau=4.0, method_spec="kd:ce_weight=0.1")
+            make_run(71.0 - lift + seed / 4, student=student, seed=seed, tau=4.0, method_spec=f"dkd:beta={beta:g}")
+    make_run(60.0, student="vgg8", method_spec="dkd:beta=6")  # at another tau
+    make_run(90.0, student="vgg8", method_spec="ttm")
+    report, text = report_of(make_run, tmp_path)
+    (found,) = (each for each in heatmaps(report.table, {}) if each.name == "pairs")
+    assert (found.fields, found.columns, found.over) == (("student",), ("dkd", "kd", "ttm"), "method")
+    assert [line.names for line in found.lines] == [("resnet20",), ("vgg8",)]
+    means = [[score and score.cell.mean for score in line.scores] for line in found.lines]
+    assert means == [[71.125, 70.125, None], [68.125, 73.125, 90.0]]
+    assert marks(found) == [["best", "", None], ["", "", "best"]]
+    assert "each method at its best tau" in text
+    latex = (tmp_path / "out/tables/pairs.tex").read_text("utf-8")
+    assert r"student & dkd & kd & ttm \\" in latex.splitlines()
+    assert any(line.startswith("% vgg8, method ttm, n = 1: seed 0") for line in latex.splitlines())
+
+
+def test_two_methods_of_one_name_are_told_apart(make_run: RunFolders) -> None:
+    for student in ("resnet20", "vgg8"):
+        make_run(70.0, student=student, method_spec="wttm:ce_weight=1", method={"name": "wttm", "ce_weight": 1.0})
+        make_run(71.0, student=student, method_spec="wttm", method={"name": "wttm", "ce_weight": 0.0})
+        for beta in (2, 6):
+            make_run(60.0, student=student, method_spec=f"dkd:beta={beta}", method={"name": "dkd", "ce_weight": 1.0})
+    (found,) = (each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name == "pairs")
+    assert found.columns == ("dkd:beta=2", "dkd:beta=6", "wttm", "wttm with CE")
+
+
 # Where numbers come from
 
 

@@ -50,13 +50,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A control beside none, at the best tau of none; or a method at its best tau beside kd at kd's."""
+    """A control beside none, at the best tau of none; or a method beside another one, each at its own best tau."""
 
     name: str
     what: str  # the control or method
     tau: float
     cell: Cell
-    difference: Comparison | None  # to none, or to kd; None: no seed in common
+    base: str  # what it is compared with
+    difference: Comparison | None  # None: no seed in common
 
 
 def answers(table: Table) -> list[Answer]:
@@ -91,20 +92,40 @@ def contrasts(table: Table) -> list[Contrast]:
             for other in table.rows:
                 cell = table.get(other, tau)
                 if cell and other != row and dataclasses.replace(other, control="none") == row:
-                    found.append(Contrast(name, other.control, tau, cell, paired(cell, best)))
+                    found.append(Contrast(name, other.control, tau, cell, "none", paired(cell, best)))
     return found
 
 
 def method_contrasts(table: Table) -> list[Contrast]:
-    """Every method of control none beside kd, each at its own best tau."""
+    """Every method of control none beside kd, or of z-scores beside the same method without, each at its own best tau.
+
+    Options and settings of the two may differ, as published ones do, where there is only one to compare with.
+    """
     plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
-    names = labels([row for row in plain if row.method == "kd"], ROW_FIELDS)
+    names = labels(list(plain), ("dataset", "teacher", "student", "setting"))
     found = []
     for row, (tau, cell) in plain.items():
-        base = dataclasses.replace(row, method="kd")
-        if base != row and base in plain:
-            found.append(Contrast(names[base], row.method, tau, cell, paired(cell, plain[base][1])))
+        base = _base(row, [other for other in plain if _pair(other) == _pair(row)])
+        if base is not None:
+            found.append(Contrast(names[row], row.method, tau, cell, base.method, paired(cell, plain[base][1])))
     return found
+
+
+def _base(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Which of the `rows` of its pair of teacher and student a row's method is compared with."""
+    name = row.method.partition(":")[0]
+    for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd")):
+        named = [other for other in rows if other.method.partition(":")[0] == wanted != name]
+        same = [other for other in named if other.setting == row.setting]
+        plain = [other for other in same if other.method == wanted]
+        for choice in (plain, same, named):
+            if len(choice) == 1:
+                return choice[0]
+    return None
+
+
+def _pair(row: Row) -> tuple[str, str, str]:
+    return row.dataset, row.teacher, row.student
 
 
 def _without_control(table: Table) -> dict[Row, str]:

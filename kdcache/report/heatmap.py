@@ -1,8 +1,9 @@
-"""Tables of scores over tau, as the papers print them: the best of a line in bold, what ties with it underlined."""
+"""Tables of scores over tau or methods, as the papers print them: the best of a line in bold, what ties with it underlined."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kdcache.archive import Archive
 from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, paired
@@ -10,6 +11,7 @@ from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, 
 __all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatmaps", "results", "teacher_figures"]
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, and of that without its top class
+PAIR = ("dataset", "teacher", "student")
 STARTS = {"timm": "pretrained", "random": "from scratch"}
 Mark = str  # "best", "tied" or "": nothing
 
@@ -26,18 +28,19 @@ class Score:
 @dataclass(frozen=True, eq=False)
 class Line:
     names: tuple[str, ...]  # one for each of the table's fields
-    scores: tuple[Score | None, ...]  # one for each of its taus; None: not run to its end
+    scores: tuple[Score | None, ...]  # one for each of its columns; None: not run to its end
 
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """Lines over tau. `fields` are the heads of the columns of names."""
+    """Lines over taus, or over methods. `fields` are the heads of the columns of names, `columns` those of scores."""
 
     name: str
     caption: str
     fields: tuple[str, ...]
-    taus: tuple[float, ...]
+    columns: tuple[str, ...]
     lines: tuple[Line, ...]
+    over: Literal["tau", "method"] = "tau"
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,17 @@ def results(table: Table) -> Heatmap:
         "results",
         "Test top-1 of the last epoch in percent: mean ± standard deviation (number of seeds), by tau.",
         fields,
-        table.taus,
-        tuple(_line(table, row, tuple(getattr(row, field) for field in fields), table.taus) for row in table.rows),
+        _texts(table.taus),
+        tuple(_line(tuple(getattr(row, f) for f in fields), _over(table, row, table.taus)) for row in table.rows),
     )
 
 
 def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
-    """Methods, controls and teachers over tau, each where there are several; `teachers` by archive digest."""
+    """Methods of several pairs, and methods, controls and teachers over tau, each where there are several; `teachers` by
+    archive digest."""
     plain = [row for row in table.rows if row.control == "none"]
     return [
+        *_pairs(table, plain),
         *_compared(table, plain, "methods", ("method",), lambda row: (row.dataset, row.teacher, row.student, row.setting)),
         *_compared(
             table,
@@ -126,11 +131,52 @@ def _compared(
             " ".join(filter(None, (name, places[key]))),
             f"Test top-1 in percent by {fields[0]} and tau{_after(places[key])}.",
             fields,
-            tuple(table.taus_of(members)),
-            tuple(_line(table, row, tuple(getattr(row, f) for f in fields), table.taus_of(members)) for row in members),
+            _texts(table.taus_of(members)),
+            tuple(_line(tuple(getattr(row, f) for f in fields), _over(table, row, table.taus_of(members))) for row in members),
         )
         for key, members in groups.items()
     ]
+
+
+def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
+    """Methods beside each other for every pair of teacher and student, as papers on CIFAR-100 compare them."""
+    pairs = _grouped(table, rows, lambda row: tuple(getattr(row, field) for field in PAIR))
+    names = _method_names(table, [row for members in pairs.values() for row in members])
+    columns = tuple(dict.fromkeys(names[row] for row in sorted(names, key=lambda row: (row.method != "kd", natural(row.method)))))
+    if len(pairs) < 2 or len(columns) < 2:
+        return []
+    fields = tuple(field for number, field in enumerate(PAIR) if len({pair[number] for pair in pairs}) > 1)
+    lines = []
+    for members in pairs.values():
+        best: dict[str, Cell] = {}
+        for row in members:
+            cell = table.ranked(row)[0][1]
+            best[names[row]] = max(best.get(names[row], cell), cell, key=lambda one: one.mean)
+        lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
+    caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
+    return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
+
+
+def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
+    """Methods without their options, which may differ from pair to pair; where a pair has two of one name, with what tells
+    them apart: whether labels are learned from too, or else all options."""
+
+    def name(row: Row) -> str:
+        return row.method.partition(":")[0]
+
+    def with_labels(row: Row) -> str:
+        return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)
+
+    found: dict[Row, str] = {}
+    for which in dict.fromkeys(map(name, rows)):
+        members = [row for row in rows if name(row) == which]
+        for how in (name, with_labels, lambda row: row.method):
+            named = {row: how(row) for row in members}
+            places = [(row.dataset, row.teacher, row.student, row.setting, named[row]) for row in members]
+            if len(set(places)) == len(places):
+                break
+        found |= named
+    return found
 
 
 def _teachers(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
@@ -151,8 +197,8 @@ def _teachers(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherF
                 " ".join(filter(None, ("teachers", places[key]))),
                 f"Test top-1 in percent by teacher and tau{_after(places[key])}; relative entropies at tau 1.",
                 ("teacher", "start", "epochs", WHOLE, REST, "archive"),
-                tuple(taus),
-                tuple(_line(table, row, _described(known), taus) for known, row in lines),
+                _texts(taus),
+                tuple(_line(_described(known), _over(table, row, taus)) for known, row in lines),
             )
         )
     return maps
@@ -191,10 +237,18 @@ def _other_than_archive(setting: str) -> str:
     )
 
 
-def _line(table: Table, row: Row, names: tuple[str, ...], taus: Sequence[float]) -> Line:
-    ranked = table.ranked(row)
-    best = ranked[0][1] if ranked else None
-    means = [cell.mean for _, cell in ranked]
+def _texts(taus: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{tau:g}" for tau in taus)
+
+
+def _over(table: Table, row: Row, taus: Sequence[float]) -> list[Cell | None]:
+    return [table.get(row, tau) for tau in taus]
+
+
+def _line(names: tuple[str, ...], cells: Sequence[Cell | None]) -> Line:
+    known = [cell for cell in cells if cell is not None]
+    best = max(known, key=lambda cell: cell.mean, default=None)
+    means = [cell.mean for cell in known]
 
     def score(cell: Cell | None) -> Score | None:
         if cell is None or best is None:
@@ -202,7 +256,7 @@ def _line(table: Table, row: Row, names: tuple[str, ...], taus: Sequence[float])
         shade = (cell.mean - min(means)) / (max(means) - min(means)) if len(set(means)) > 1 else 0.0
         return Score(cell, _mark(cell, best), shade)
 
-    return Line(names, tuple(score(table.get(row, tau)) for tau in taus))
+    return Line(names, tuple(map(score, cells)))
 
 
 def _mark(cell: Cell, best: Cell) -> Mark:

@@ -34,7 +34,10 @@ def escaped(text: str) -> str:
 def heatmap_table(heatmap: Heatmap, version: str) -> str:
     """Scores over tau. The best of a line is bold, what ties with it underlined; missing ones are marked."""
     count = len(heatmap.fields)
-    head = [*map(_field, heatmap.fields), *(rf"$\tau = {tau:g}$" for tau in heatmap.taus)]
+    head = [
+        *map(_field, heatmap.fields),
+        *(rf"$\tau = {name}$" if heatmap.over == "tau" else escaped(name) for name in heatmap.columns),
+    ]
     counts = {score.cell.n for line in heatmap.lines for score in line.scores if score}
     each = len(counts) > 1
     body = [
@@ -48,7 +51,7 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
     comments = [text for line in heatmap.lines for text in _sources(heatmap, line)]
     caption = f"{heatmap.caption} Bold: best of the line; underlined: no significant difference from it, paired over seeds"
     return "\n".join(
-        [_head(caption, version), SHADES, *_tabular("l" * count + "r" * len(heatmap.taus), head, body, note), *comments, ""]
+        [_head(caption, version), SHADES, *_tabular("l" * count + "r" * len(heatmap.columns), head, body, note), *comments, ""]
     )
 
 
@@ -154,8 +157,8 @@ def _score(score: Score, seeds: bool) -> str:
 def _sources(heatmap: Heatmap, line: Line) -> list[str]:
     name = ", ".join(filter(None, line.names))
     return [
-        "% " + _comment(f"{name}, tau {tau:g}, n = {score.cell.n}: {score.cell.source}")
-        for tau, score in zip(heatmap.taus, line.scores, strict=True)
+        "% " + _comment(f"{name}, {heatmap.over} {column}, n = {score.cell.n}: {score.cell.source}")
+        for column, score in zip(heatmap.columns, line.scores, strict=True)
         if score
     ]
 
