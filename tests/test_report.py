@@ -229,7 +229,7 @@ def test_methods_of_z_scores_are_compared_with_the_same_method_without(make_run:
         "zkd:ce_weight=0.1": "kd:ce_weight=0.1",
         "dkd:beta=8": "kd:ce_weight=0.1",
         "zdkd:beta=72": "dkd:beta=8",
-        "zmlkd": "kd:ce_weight=0.1",
+        "zmlkd": "kd:ce_weight=0.1 (lr 0.05)",
     }
     assert found["zdkd:beta=72"].difference is not None
     assert found["zdkd:beta=72"].difference.mean == 3.0
@@ -241,7 +241,14 @@ def test_a_method_is_not_compared_where_it_is_not_clear_with_what(make_run: RunF
         make_run(90.0, method_spec=method)
     assert method_contrasts(table_of(tmp_path)) == []
     make_run(89.0, method_spec="kd")
-    assert {contrast.what: contrast.base for contrast in method_contrasts(table_of(tmp_path))} == {"ttm": "kd"}
+    found = {contrast.what: contrast.base for contrast in method_contrasts(table_of(tmp_path))}
+    assert found == {"kd:ce_weight=0.1": "kd", "kd:ce_weight=1": "kd", "ttm": "kd"}
+
+
+def test_methods_of_different_archives_are_not_compared(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0, archive_digest="a1" * 32)
+    make_run(80.0, archive_digest="b2" * 32, method_spec="zkd")
+    assert method_contrasts(table_of(tmp_path)) == []
 
 
 # The report
@@ -427,22 +434,31 @@ def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: 
     found = answers(table_of(tmp_path))
     assert (
         overview(found)
-        == "Best tau, of 5 rows: 4 in 3, 1 in 2. It is ahead of the second best by more than seed noise in 4 of 5."
+        == "Best tau, of 5 rows with several: 4 in 3, 1 in 2. It is ahead of the second best by more than seed noise in 4 of 5."
     )
     text = write_report([tmp_path / "runs"], tmp_path / "out").html.read_text()
-    assert "Best tau, of 5 rows" in text
+    assert "Best tau, of 5 rows with several" in text
     assert Page(text).tags.count(("td", {"class": "runs"})) == 5
 
 
-def test_a_method_with_its_own_temperature_is_not_counted_among_taus(make_run: RunFolders, tmp_path: Path) -> None:
+def test_what_has_one_tau_only_is_not_counted_among_best_taus(make_run: RunFolders, tmp_path: Path) -> None:
     make_run(90.0, tau=4.0)
     make_run(91.0, method_spec="ctkd", own_temperature=True)
     make_run(status="unfinished", student="rn34", tau=4.0)
-    found = answers(table_of(tmp_path))
-    assert overview(found).startswith("Best tau, of 1 row: 4 in 1. No row has two seeds of two taus")
-    assert overview([answer for answer in found if answer.own_temperature]).startswith(
-        "No run with a tau of its own has finished"
-    )
+    assert overview(answers(table_of(tmp_path))) == "No row has results at two taus, so there is no best tau."
+    make_run(89.0, tau=1.0)
+    said = "Best tau, of 1 row with several: 4 in 1. No row has two seeds of two taus, so none can be told from seed noise."
+    assert overview(answers(table_of(tmp_path))) == said
+
+
+def test_a_best_tau_that_is_behind_on_the_seeds_that_both_have_is_not_ahead(make_run: RunFolders, tmp_path: Path) -> None:
+    for tau, tops in ((4.0, [70.0, 70.0, 80.0]), (1.0, [72.0, 72.1])):
+        for seed, top in enumerate(tops):
+            make_run(top, tau=tau, seed=seed)
+    (answer,) = answers(table_of(tmp_path))
+    assert answer.difference is not None
+    assert answer.difference.significant
+    assert overview([answer]).endswith("in 0 of 1.")
 
 
 def test_a_report_opens_with_what_was_asked(make_run: RunFolders, tmp_path: Path) -> None:

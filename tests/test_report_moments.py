@@ -48,6 +48,8 @@ def test_of_each_row_its_best_tau_is_drawn_beside_the_teacher(make_run: RunFolde
     assert archive.manifest.statistics.details is not None
     teacher = archive.manifest.statistics.details.moments
     assert f"kd, tau 4: mean -3, deviation 1, the teacher's {teacher.mean:.3g} and {teacher.std:.3g}" in drawing.alt
+    assert "in orange the teacher over the archive; crosses" in drawing.caption
+    assert "orange" not in drawings(make_run)[0].caption
     assert "zkd, tau 1: mean 0.5, deviation 1," in drawing.alt
     assert "mean 5, deviation" not in drawing.alt
     assert "mean 7, deviation" not in drawing.alt

@@ -379,7 +379,21 @@ def test_jobs_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest
 
 def test_jobs_at_once_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
-    assert [running.threads_for(jobs) for jobs in (1, 3, 8, 64)] == [{}, *({"OMP_NUM_THREADS": n} for n in ("2", "1", "1"))]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [running.threads_for(jobs)["KDCACHE_THREADS"] for jobs in (1, 3, 8, 64)] == ["", "2", "1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert [running.threads_for(jobs)["KDCACHE_THREADS"] for jobs in (1, 8)] == ["5", "5"], "the user knows better"
+
+
+@pytest.mark.parametrize(("threads", "seen"), [("", None), ("3", "3")])
+def test_snakemake_does_not_decide_about_threads(monkeypatch: pytest.MonkeyPatch, threads: str, seen: str | None) -> None:
+    for name in running.LIBRARIES:
+        monkeypatch.setenv(name, "1")  # as Snakemake does
+    monkeypatch.setenv("KDCACHE_THREADS", threads)
+    found = running._own_environment()
+    assert (found.get("OMP_NUM_THREADS"), found.get("MKL_NUM_THREADS")) == (seen, None)
+    monkeypatch.delenv("KDCACHE_THREADS")
+    assert running._own_environment()["OMP_NUM_THREADS"] == "1", "a job that is started by hand sees what it was given"
 
 
 def test_costs_are_read_with_their_units() -> None:

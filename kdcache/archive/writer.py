@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -68,7 +67,7 @@ from kdcache.views.policy import ViewPolicy
 __all__ = ["ArchiveWriter", "sweep", "write_archive"]
 
 SIDECARS = f"{WORK}/shards"
-COSTS = f"{WORK}/costs"  # a file for each process
+COSTS = f"{WORK}/costs"  # a file for each shard, which is replaced where the shard is written again
 LOCK = ".lock"  # not in WORK, which is deleted under it
 HASHERS = 2  # threads
 
@@ -170,7 +169,7 @@ class ArchiveWriter:
             growing = begun is not None and begun.num_views > earlier.num_views
             if store.exists(MANIFEST_NAME) and views > earlier.num_views and not growing:
                 shutil.rmtree(store.path(COSTS), ignore_errors=True)  # the manifest has them; left by who was killed after it
-            # Who began a dump is who made it: a resumed dump ends byte-identical to an uninterrupted one.
+            # Who began a dump is who made it: a resumed dump's bytes are an uninterrupted one's, all but its costs.
             plan = plan.model_copy(
                 update={
                     "num_views": views,
@@ -194,7 +193,7 @@ class ArchiveWriter:
 
     def count_costs(self, lap: Callable[[], Spent]) -> None:
         """Record what each further shard takes: what `lap` gives each time that one is about to be finished."""
-        self._lap, self._cost, self._session = lap, DumpCost(), uuid.uuid4().hex
+        self._lap = lap
 
     def _collect(self) -> None:
         """Take note of shards that were finished meanwhile, by this process or another."""
@@ -323,8 +322,8 @@ class ArchiveWriter:
                 files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
             )
         if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
-            self._cost += DumpCost(record.rows, self._lap())
-            self.store.write(f"{COSTS}/{self._session}.json", json.dumps(self._cost.record()).encode())
+            cost = DumpCost(record.rows, self._lap())
+            self.store.write(f"{COSTS}/{view}-{block}.json", json.dumps(cost.record()).encode())
         self.store.write(_sidecar(view, block), record.model_dump_json().encode())
         self._done[view, block] = record
 

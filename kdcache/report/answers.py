@@ -72,13 +72,15 @@ def answers(table: Table) -> list[Answer]:
 
 def overview(found: Sequence[Answer]) -> str:
     """Of many answers, which taus were best how often, and how many of them are ahead by more than seed noise."""
-    tuned = [answer for answer in found if answer.tau is not None and not answer.own_temperature]
+    tuned = [answer for answer in found if answer.second is not None and not answer.own_temperature]
     if not tuned:
-        return "No run with a tau of its own has finished, so there is no best tau yet."
+        return "No row has results at two taus, so there is no best tau."
     often = [f"{tau:g} in {count}" for tau, count in Counter(answer.tau for answer in tuned).most_common()]
-    ahead = sum(answer.difference is not None and answer.difference.significant for answer in tuned)
+    ahead = sum(
+        answer.difference is not None and answer.difference.significant and answer.difference.mean > 0 for answer in tuned
+    )
     pairs = sum(answer.difference is not None and answer.difference.low is not None for answer in tuned)
-    said = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)}: {', '.join(often)}. "
+    said = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)} with several: {', '.join(often)}. "
     if not pairs:
         return said + "No row has two seeds of two taus, so none can be told from seed noise."
     return said + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
@@ -99,26 +101,29 @@ def contrasts(table: Table) -> list[Contrast]:
 def method_contrasts(table: Table) -> list[Contrast]:
     """Every method of control none beside kd, or of z-scores beside the same method without, each at its own best tau.
 
-    Options and settings of the two may differ, as published ones do, where there is only one to compare with.
+    Options and settings of the two may differ, as published ones do, where there is only one of the same archive to compare
+    with; a setting that differs is named.
     """
     plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
     names = labels(list(plain), ("dataset", "teacher", "student", "setting"))
+    archive = {row: cell.runs[0].args.archive_digest for row, (_, cell) in plain.items()}
     found = []
     for row, (tau, cell) in plain.items():
-        base = _base(row, [other for other in plain if _pair(other) == _pair(row)])
-        if base is not None:
-            found.append(Contrast(names[row], row.method, tau, cell, base.method, paired(cell, plain[base][1])))
+        others = [other for other in plain if _pair(other) == _pair(row) and archive[other] == archive[row] and other != row]
+        if (base := _base(row, others)) is not None:
+            setting = f" ({base.setting})" if base.setting != row.setting else ""
+            found.append(Contrast(names[row], row.method, tau, cell, base.method + setting, paired(cell, plain[base][1])))
     return found
 
 
 def _base(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Which of the `rows` of its pair of teacher and student a row's method is compared with."""
+    """Which of these other rows of its pair of teacher and student a row's method is compared with."""
     name = row.method.partition(":")[0]
     for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd")):
-        named = [other for other in rows if other.method.partition(":")[0] == wanted != name]
+        named = [other for other in rows if other.method.partition(":")[0] == wanted]
         same = [other for other in named if other.setting == row.setting]
         plain = [other for other in same if other.method == wanted]
-        for choice in (plain, same, named):
+        for choice in (plain,) if wanted == name else (plain, same, named):
             if len(choice) == 1:
                 return choice[0]
     return None

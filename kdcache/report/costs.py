@@ -65,13 +65,14 @@ def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> 
     used = None if members is None or others is None else list({one.manifest.digest: one for one in (*members, *others)}.values())
     epochs, seconds = sum(run.epochs_done for run in runs), sum(run.second_views for run in runs)
     online = None if members is None or others is None else epochs * _samples(members) + seconds * _samples(others)
+    begun = [run for run in runs if run.epochs_done]
     return Cost(
         name=args.archive_name,
         digest=args.archive_digest,
         second=second.archive_name if second else "",
         students=len(runs),
         epochs=epochs,
-        distill=total(run.spent for run in runs),
+        distill=total(run.spent for run in begun) if begun else UNKNOWN,
         dump=UNKNOWN if used is None else total(map(_dump, used)),
         teacher=UNKNOWN if used is None else total(_teachers(used)),
         bytes=None if used is None else sum(archive.nbytes for archive in used),

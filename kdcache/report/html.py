@@ -97,7 +97,7 @@ def write_report(
 
 def _teachers(records: Sequence[RunRecord], archives: Sequence[ArchivePart]) -> dict[str, TeacherFigures]:
     """By archive digest."""
-    aliases = {each.archive_digest: run.args.teacher for run in records for each in (run.args, *run.args.archives)}
+    aliases = {run.args.archive_digest: run.args.teacher for run in records}  # of a member of an average, its card may know
     return {part.digest: teacher_figures(part.name, part.digest, aliases.get(part.digest, ""), part.archive) for part in archives}
 
 

@@ -101,9 +101,9 @@ def savings_table(costs: Sequence[Cost], version: str) -> str:
             *_archive(cost),
             _number(cost.passes, "d"),
             _number(cost.online, "d"),
-            _number(cost.saving, ".3g"),
-            *(_number(hours, ".3g") for hours in (cost.dump.hours, cost.reckoned.hours, cost.hours_saved)),
-            _number(cost.break_even, ".3g"),
+            _brief(cost.saving),
+            *(_brief(hours) for hours in (cost.dump.hours, cost.reckoned.hours, cost.hours_saved)),
+            _brief(cost.break_even),
         ]
         for cost in costs
     ]
@@ -116,11 +116,16 @@ def _archive(cost: Cost) -> tuple[str, str]:
 
 
 def _time_and_energy(spent: Spent) -> tuple[str, str]:
-    return _number(spent.hours, ".3g"), _number(spent.watt_hours, ".3g")
+    return _brief(spent.hours), _brief(spent.watt_hours)
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _brief(value: float | None) -> str:
+    """Three digits, or all before the point."""
+    return "" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _plain(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], columns: str, version: str) -> str:

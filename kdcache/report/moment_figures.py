@@ -52,10 +52,12 @@ def _page(panels: Sequence[_Panel], place: str) -> Drawing:
             _draw(part, student, teacher)
 
     seeds = ", ".join(map(str, sorted({run.args.seed for _, run, _, _ in panels})))
+    known = sum(teacher is not None for _, _, _, teacher in panels)
+    orange = f", in orange the teacher over the archive{'' if known == len(panels) else ', where it is known'}" if known else ""
     caption = (
         f"Rows by mean and standard deviation of their logits, {place}, control none. In blue the student at its best tau on "
-        f"training views of its last epoch (seed {seeds}), in orange the teacher over the archive; crosses are at the means. At "
-        "the sides, the same as histograms, each with a height of its own."
+        f"training views of its last epoch (seed {seeds}){orange}; crosses are at the means. At the sides, the same as "
+        "histograms, each with a height of its own."
     )
     said = []
     for title, _, student, teacher in panels:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from kdcache.archive import LogitMoments
-from kdcache.energy import NOTHING, Spent
+from kdcache.energy import NOTHING, UNKNOWN, Spent
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.progress import Progress, Silent
 
@@ -146,7 +146,7 @@ class RunRecord:
     def spent(self) -> Spent:
         """Its part of what the students that it was trained with took, over all of its epochs; known if every epoch logged it."""
         sums = {name: float(self.curves[name].sum()) for name in asdict(NOTHING) if name in self.curves}
-        return Spent.of(sums) if self.epochs_done else NOTHING
+        return Spent.of(sums) if self.epochs_done else UNKNOWN
 
     def logit_moments(self) -> LogitMoments | None:
         """Its logits' on training views of the last epoch, read anew; None where it left none. IntegrityError if damaged."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
-from kdcache.locks import locked, locked_by_family
+from kdcache.locks import locked_by_family
 from kdcache.progress import Progress, Silent
 from kdcache.study.jobs import Job, StudyPlan, distill_config
 from kdcache.study.schema import StudentsSpec, shipped_folder
@@ -30,6 +30,15 @@ from kdcache.workspace import Workspace, read_record
 __all__ = ["Place", "command_of", "gpu_slot", "gpus", "run_job", "run_study", "study_place"]
 
 LAST_LINES = 8  # of a failed job's log
+THREADS = "KDCACHE_THREADS"  # of each job
+LIBRARIES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "GOTO_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 PATIENCE = 1.0  # seconds between two looks for a free GPU
 
 
@@ -140,10 +149,10 @@ def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
-    environment = dict(os.environ)
+    environment = os.environ | threads_for(1)
     if profile is None:
         at_once = jobs or max(1, len(found))
-        environment = threads_for(at_once) | environment
+        environment |= threads_for(at_once)
         call += ["--cores", str(at_once), "--retries", "1", "--quiet", "all"]
         call += ["--resources", f"gpu={len(found)}"] if found else []
     else:
@@ -167,8 +176,28 @@ def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -
 
 
 def threads_for(jobs: int) -> dict[str, str]:
-    """What divides this machine's cores among jobs that run at once: each would take all of them, and wait for the others'."""
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))} if jobs > 1 else {}
+    """How many threads each job may have of those that run at once: as many as the user says, or else a part of the cores, since
+    each would take all of them and wait for the others'; nothing, which is all, for a single one."""
+    part = str(max(1, len(os.sched_getaffinity(0)) // jobs)) if jobs > 1 else ""
+    return {THREADS: os.environ.get("OMP_NUM_THREADS", part)}
+
+
+def _own_environment() -> dict[str, str]:
+    """What a job's command sees: Snakemake has set every library's threads to one, whatever they were."""
+    environment = dict(os.environ)
+    if (threads := environment.pop(THREADS, None)) is not None:
+        for name in LIBRARIES:
+            environment.pop(name, None)
+        environment |= {"OMP_NUM_THREADS": threads} if threads else {}
+    return environment
+
+
+@contextmanager
+def _waited_for(path: Path, waiting: Callable[[], None]) -> Iterator[int]:
+    """The descriptor of a lock, which a child that inherits it holds too."""
+    with locked_by_family(path, waiting=waiting) as held:
+        assert held is not None
+        yield held
 
 
 def _tell(failed: Sequence[Job], plan: StudyPlan, place: Place, workspace: Workspace, progress: Progress, command: str) -> None:
@@ -212,6 +241,9 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
             f"job {other} is not done", why=f"{name} works on what it makes", fix=f"kdcache study job {plan_file} {other}"
         )
 
+    def students() -> None:
+        progress.say(f"{job.title}: waits for a job with the same students")
+
     def twice() -> None:  # as what a killed study or job has left behind goes on
         progress.say(f"{job.title}: runs already; waits for that")
 
@@ -222,17 +254,13 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     arguments = _arguments(job, place, workspace, not_done)
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        own = held.enter_context(locked_by_family(place.folder / f".{name}.lock", waiting=twice))
-        assert own is not None
-        locks = [own]
+        locks = [held.enter_context(_waited_for(place.folder / f".{name}.lock", twice))]
         if place.done(name):
             return 0
         if job.alone:
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
-            held.enter_context(
-                locked(shared, waiting=lambda: progress.say(f"{job.title}: waits for a job with the same students"))
-            )
-        environment = dict(os.environ)
+            locks.append(held.enter_context(_waited_for(shared, students)))
+        environment = _own_environment()
         if job.needs_gpu and (found := gpus()):
             environment["CUDA_VISIBLE_DEVICES"], slot = held.enter_context(gpu_slot(found))
             locks.append(slot)
