@@ -10,7 +10,7 @@ from kdcache.progress import Progress
 
 __all__ = ["Result", "run_benchmarks"]
 
-NAMES = ("startup", "archive", "views", "dump", "methods", "distill", "rival")
+NAMES = ("startup", "archive", "views", "dump", "methods", "distill", "rival", "study")
 
 
 def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
@@ -37,6 +37,10 @@ def _benchmark(name: str) -> Callable[[float, Path, Progress], list[Result]]:
         from kdcache.bench.rival import rival
 
         return rival
+    if name == "study":
+        from kdcache.bench.study import study
+
+        return study
     from kdcache.bench import pipeline
 
     found: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)

@@ -400,7 +400,7 @@ def methods(
 
 
 def bench(
-    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, methods, distill, rival, or all.")] = "all",
+    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, methods, distill, rival, study, or all.")] = "all",
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
