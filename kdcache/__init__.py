@@ -13,8 +13,8 @@ _PUBLIC = {
     "Ensemble": "kdcache.archive",
     "compare": "kdcache.archive",
     "ViewPolicy": "kdcache.views",
-    "CachedTargets": "kdcache.stream",
-    "Batch": "kdcache.stream",
+    "CachedTargets": "kdcache.replay.stream",
+    "Batch": "kdcache.replay.stream",
 }
 _MODULES = {"methods", "targets", "stats", "views"}
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from kdcache.archive import Archive, ArchiveWriter, Ensemble, compare, open_archive, write_archive
-    from kdcache.stream import Batch, CachedTargets
+    from kdcache.replay.stream import Batch, CachedTargets
     from kdcache.views import ViewPolicy
 
 

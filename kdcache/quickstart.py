@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.archive import open_archive
-from kdcache.distill import DistillConfig, distill
-from kdcache.dump import DumpConfig, dump_teacher
-from kdcache.progress import Progress
 from kdcache.report import Table, collect, summarise, write_report
+from kdcache.students.distill import DistillConfig, distill
+from kdcache.system.progress import Progress
+from kdcache.teachers.dump import DumpConfig, dump_teacher
 from kdcache.workspace import Workspace
 
 __all__ = ["QuickstartResult", "quickstart"]

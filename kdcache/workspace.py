@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdcache.archive import AnyArchive, Archive, Average, Ensemble, is_url, open_archive
-from kdcache.canvas import Canvas, load_canvas
 from kdcache.datasets import Source, Split, dataset
+from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = [
     "Workspace",

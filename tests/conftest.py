@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard
-from kdcache.canvas import Canvas, load_canvas
+from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.views.policy import ViewPolicy, ViewTable
 from tests.miniatures import MINIATURES

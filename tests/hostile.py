@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from kdcache.archive import Archive, ArchiveWriter, open_archive
-from kdcache.archive.derive import derive
+from kdcache.archive.format.manifest import Plan, ShardRecord, archive_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts import rows_digest
-from kdcache.archive.manifest import Plan, ShardRecord, archive_digest
+from kdcache.archive.writing.derive import derive
 from kdcache.codecs import codec as codecs
 from kdcache.errors import KdcacheError
 

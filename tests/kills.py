@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.archive import ArchiveWriter, Plan, derive, open_archive
-from kdcache.archive import writer as writer_module
 from kdcache.archive.layouts.zarr import ZarrLayout
+from kdcache.archive.writing import writer as writer_module
 from kdcache.errors import KdcacheError
 from tests.archives import LABELS, SAMPLES, files, logits, writer
 

@@ -7,8 +7,8 @@ import pytest
 
 from kdcache.archive import PAPER_TAUS, Plan, Statistics, measure_logits
 from kdcache.datasets import SourceCard
-from kdcache.progress import Silent
 from kdcache.report.advice import BOTH, LARGE, SMALL, Advice, advise, first_temperatures
+from kdcache.system.progress import Silent
 from kdcache.views.policy import ViewPolicy
 from tests.archives import teacher_card
 

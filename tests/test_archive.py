@@ -19,10 +19,10 @@ import pytest
 from numpy.typing import NDArray
 
 from kdcache.archive import Archive, ArchiveWriter, manifest_schema, open_archive, write_archive
-from kdcache.archive import store as store_module
-from kdcache.archive import writer as writer_module
-from kdcache.archive.manifest import FOR_PEOPLE
-from kdcache.archive.store import LocalStore
+from kdcache.archive.format import store as store_module
+from kdcache.archive.format.manifest import FOR_PEOPLE
+from kdcache.archive.format.store import LocalStore
+from kdcache.archive.writing import writer as writer_module
 from kdcache.errors import (
     IncompatibleError,
     IncompleteError,

@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdcache.archive import ArchiveWriter, open_archive
-from kdcache.archive import writer as writer_module
+from kdcache.archive.format.manifest import Plan, ShardRecord, archive_digest
+from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import hdf5, webdataset
-from kdcache.archive.manifest import Plan, ShardRecord, archive_digest
-from kdcache.archive.store import LocalStore
+from kdcache.archive.writing import writer as writer_module
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError
 from tests.fuzz import VALUES, fuzz

@@ -16,8 +16,8 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from kdcache.archive import Archive, write_archive
-from kdcache.archive.card import card_files
-from kdcache.archive.manifest import Licences, SubsetOf
+from kdcache.archive.format.manifest import Licences, SubsetOf
+from kdcache.archive.writing.card import card_files
 from kdcache.datasets import SourceCard
 from tests.archives import teacher_card
 
@@ -212,7 +212,7 @@ def test_the_description_records_files_and_finds_every_shard(archive: Archive) -
 
 
 def test_the_models_that_the_paper_names_have_known_licences() -> None:
-    from kdcache.models import ALIASES, licence
+    from kdcache.models.creation import ALIASES, licence
 
     found = {alias: licence(exact) for alias, exact in ALIASES.items() if not exact.startswith("cifar_")}  # those have no weights
     assert found["vit_s"] == "apache-2.0"

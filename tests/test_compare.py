@@ -142,7 +142,7 @@ def test_at_most_so_many_rows_are_read_and_they_are_spread_over_all_views(make: 
 
     a, b = make(1), make(2)
     monkeypatch.setattr(Archive, "take", recorded)
-    monkeypatch.setattr("kdcache.archive.comparison.BLOCK_VALUES", 9)  # blocks of three rows
+    monkeypatch.setattr("kdcache.archive.reading.comparison.BLOCK_VALUES", 9)  # blocks of three rows
     found = compare(a, b, rows=10)
     assert found.rows == 10
     assert len(read) == 20

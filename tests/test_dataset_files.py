@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from kdcache.cli import run
-from kdcache.datasets import Images, Source, dataset, fetch, source_card
+from kdcache.datasets import Images, Source, dataset, fetching, source_card
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from tests import miniatures
 from tests.servers import Fault, FaultyServer
@@ -231,9 +231,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServ
     with tarfile.open(tmp_path / "served/cifar-10-binary.tar.gz", "w:gz", compresslevel=0) as tar:
         tar.add(tmp_path / "made/cifar-10-batches-bin", "cifar-10-batches-bin")
     md5 = hashlib.md5((tmp_path / "served/cifar-10-binary.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setattr("kdcache.remote.BACKOFF", 0.01)
+    monkeypatch.setattr("kdcache.system.remote.BACKOFF", 0.01)
     with FaultyServer(tmp_path / "served") as server:
-        moved = fetch.Download(f"{server.url}/cifar-10-binary.tar.gz", md5, 1)
+        moved = fetching.Download(f"{server.url}/cifar-10-binary.tar.gz", md5, 1)
         monkeypatch.setattr(dataset["cifar10"], "download", moved)
         yield server
 
@@ -306,8 +306,8 @@ def test_a_killed_download_is_taken_up_by_the_next_command(site: FaultyServer, t
     site.faults["cifar-10-binary.tar.gz"] = Fault(drip=(2_000, 0.05))
     download = dataset["cifar10"].download  # type: ignore[attr-defined]
     code = (
-        "import sys, pathlib; from kdcache.datasets import dataset, fetch; "
-        f"dataset['cifar10'].download = fetch.Download({download.url!r}, {download.md5!r}, 1); "
+        "import sys, pathlib; from kdcache.datasets import dataset, fetching; "
+        f"dataset['cifar10'].download = fetching.Download({download.url!r}, {download.md5!r}, 1); "
         f"dataset.build('cifar10').open(pathlib.Path({str(tmp_path / 'data')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
@@ -356,7 +356,7 @@ def test_packed_files_put_nothing_elsewhere(site: FaultyServer, tmp_path: Path, 
         else:
             miniatures.add(tar, name, b"evil")
     md5 = hashlib.md5(packed.read_bytes()).hexdigest()
-    monkeypatch.setattr(dataset["cifar10"], "download", fetch.Download(f"{site.url}/{packed.name}", md5, 1))
+    monkeypatch.setattr(dataset["cifar10"], "download", fetching.Download(f"{site.url}/{packed.name}", md5, 1))
     with pytest.raises(KdcacheError):
         dataset.build("cifar10").open(tmp_path / "data")
     assert not Path("/tmp/kdcache-evil.txt").exists()

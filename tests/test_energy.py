@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import energy
-from kdcache.energy import NOTHING, UNKNOWN, Meter, Spent, total
-from kdcache.lockstep import charge
-from kdcache.models import Normalisation
-from kdcache.ranks import Rank, this_rank
-from kdcache.training import Learner, TrainConfig, metered, seeded
+from kdcache.models.creation import Normalisation
+from kdcache.system import energy
+from kdcache.system.distributed import Rank, this_rank
+from kdcache.system.energy import NOTHING, UNKNOWN, Meter, Spent, total
+from kdcache.training.learner import Learner, TrainConfig, metered, seeded
+from kdcache.training.lockstep import charge
 
 RANGE = 65_532_610_987  # microjoules after which AMD's counters begin anew
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import kdcache.footprint
-from kdcache.footprint import available_memory, fitting, footprint
-from kdcache.training import TrainConfig
+import kdcache.training.memory
+from kdcache.training.learner import TrainConfig
+from kdcache.training.memory import available_memory, fitting, footprint
 
 MODEL, CLASSES, SIZE, STUDENTS = "resnet18", 100, 64, 2
 CONFIG = TrainConfig(epochs=2, batch_size=16, opt="adamw", ema_decay=0.9)
@@ -21,8 +21,8 @@ TRAIN = """
 import ctypes, gc, json, sys, threading, time
 from pathlib import Path
 import torch, torch.nn.functional as F
-from kdcache.models import create_model
-from kdcache.training import Learner, TrainConfig
+from kdcache.models.creation import create_model
+from kdcache.training.learner import Learner, TrainConfig
 
 def own_memory():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -74,7 +74,7 @@ def test_students_take_what_their_footprint_says(tmp_path, run_python) -> None:
 
 
 def test_settings_that_cost_memory_show() -> None:
-    def of(views: int = 1, **changes: object) -> kdcache.footprint.Footprint:
+    def of(views: int = 1, **changes: object) -> kdcache.training.memory.Footprint:
         config = TrainConfig(**{"epochs": 1, "batch_size": 8, "opt": "sgd", "momentum": 0.9} | changes)
         return footprint("test_resnet", 10, 64, config, views=views)
 
@@ -107,8 +107,8 @@ def test_this_machine_has_memory() -> None:
 @pytest.fixture
 def groups(tmp_path, monkeypatch) -> Iterator[Path]:
     """A system with 8 GiB available, its control groups to be filled in."""
-    monkeypatch.setattr(kdcache.footprint, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(kdcache.footprint, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(kdcache.training.memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(kdcache.training.memory, "CGROUPS", tmp_path / "groups")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 << 30))
     return tmp_path

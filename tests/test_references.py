@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.archive.publishing import without_places
 from kdcache.cli.options import specs
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
-from kdcache.inference import Forward
-from kdcache.models import Normalisation, create_model, described, licence, resolve, save_weights, timm_config, weights_digest
-from kdcache.references import folder_name, public_name
+from kdcache.models.creation import (
+    Normalisation,
+    create_model,
+    described,
+    licence,
+    resolve,
+    save_weights,
+    timm_config,
+    weights_digest,
+)
+from kdcache.models.names import folder_name, public_name
+from kdcache.sharing.publishing import without_places
+from kdcache.teachers.forward import Forward
 from tests.hub import WritableHub
 from tests.servers import Fault, FaultyServer
 
@@ -332,5 +341,7 @@ def test_several_students_are_listed_whatever_their_form() -> None:
 
 
 def test_references_load_no_torch_until_they_are_used(run_python: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    done = run_python("import sys, kdcache.references; print(*[m for m in ('torch', 'timm', 'kdcache.zoo') if m in sys.modules])")
+    done = run_python(
+        "import sys, kdcache.models.names; print(*[m for m in ('torch', 'timm', 'kdcache.models.cifar') if m in sys.modules])"
+    )
     assert done.stdout.split() == []

@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache import remote
-from kdcache.archive import Archive, cache, layout, open_archive, reader, write_archive
-from kdcache.archive.cache import Cache, CachedStore
+from kdcache.archive import Archive, layout, open_archive, write_archive
+from kdcache.archive.reading import cache, reader
+from kdcache.archive.reading.cache import Cache, CachedStore
 from kdcache.cli import run
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
-from kdcache.remote import open_remote
-from kdcache.stream import CachedTargets
+from kdcache.replay.stream import CachedTargets
+from kdcache.system import remote
+from kdcache.system.remote import open_remote
 from tests.servers import Fault, FaultyServer, fake_hub, faulty_s3
 
 COMMIT, OLDER = "c0ffee" * 6 + "cafe", "0" * 40

@@ -18,28 +18,17 @@ import filelock
 import numpy as np
 import pytest
 
-from kdcache import remote as remote_module
-from kdcache.archive import (
-    Archive,
-    ArchiveWriter,
-    Licences,
-    Plan,
-    layout,
-    open_archive,
-    pull,
-    push,
-    shipment,
-    sign_archive,
-    stored_bytes,
-    verify_signature,
-)
-from kdcache.archive import sharing as sharing_module
-from kdcache.archive.manifest import FOR_PEOPLE, FileRecord
-from kdcache.archive.publishing import without_places
+from kdcache.archive import Archive, ArchiveWriter, Licences, Plan, layout, open_archive, stored_bytes
+from kdcache.archive.format.manifest import FOR_PEOPLE, FileRecord
 from kdcache.cli import run
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
-from kdcache.remote import open_remote
+from kdcache.sharing import push_pull as sharing_module
+from kdcache.sharing.publishing import without_places
+from kdcache.sharing.push_pull import pull, push, shipment
+from kdcache.sharing.signing import sign_archive, verify_signature
+from kdcache.system import remote as remote_module
+from kdcache.system.remote import open_remote
 from kdcache.views import ViewPolicy
 from tests.archives import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 import kdcache
 from kdcache.archive import PAPER_TAUS, Statistics, measure_logits
-from kdcache.archive.statistics import spread_ranks
-from kdcache.progress import Silent
+from kdcache.archive.reading.statistics import spread_ranks
 from kdcache.stats import label_smoothing, matched_smoothing, relative_entropy, sorted_mean_softmax
+from kdcache.system.progress import Silent
 
 LOGITS = (np.random.default_rng(0).normal(0, 1500, (1000, 37)).round() / 512).astype(np.float32)  # what i16 keeps
 

@@ -16,11 +16,11 @@ from scipy import stats as statistics
 
 import kdcache
 from kdcache.archive import Archive, derive, measure_fidelity
-from kdcache.archive.fidelity import rank_correlation
+from kdcache.archive.reading.fidelity import rank_correlation
 from kdcache.cli import run
 from kdcache.codecs import codec, kl_bound
-from kdcache.progress import Silent
 from kdcache.stats import relative_entropy
+from kdcache.system.progress import Silent
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "v1"
 

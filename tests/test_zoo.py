@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, NotFoundError
-from kdcache.models import ALIASES, create_model, list_models, load_weights, resolve, save_weights, weights_digest
-from kdcache.zoo import TOP1, ZOO, CifarNet
+from kdcache.models.cifar import TOP1, ZOO, CifarNet
+from kdcache.models.creation import ALIASES, create_model, list_models, load_weights, resolve, save_weights, weights_digest
 
 # Parameters for 100 classes, of CRD's networks; and the feature maps `[F, s, s]` of an image of 32 px.
 PUBLISHED = {
@@ -145,8 +145,8 @@ def test_start_values_are_those_of_the_published_code() -> None:
 
 def test_the_zoo_waits_until_it_is_asked_for(run_python: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     done = run_python("""
-import sys, kdcache, kdcache.archive, kdcache.models
-print(*[name for name in ("timm", "kdcache.zoo") if name in sys.modules])
+import sys, kdcache, kdcache.archive, kdcache.models.creation
+print(*[name for name in ("timm", "kdcache.models.cifar") if name in sys.modules])
 """)
     assert done.stdout.split() == []
 

@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from kdcache.archive.card import code_span, escaped, licence_fields
-from kdcache.archive.comparison import Comparison, Distance, Fact, compare
-from kdcache.archive.cost import COST, TEACHER_COST, DumpCost
-from kdcache.archive.derive import derive, derived_plan, stored_bytes
-from kdcache.archive.ensemble import AnyArchive, Average, Ensemble
-from kdcache.archive.fidelity import CodecFidelity, TauFidelity, measure_fidelity
-from kdcache.archive.layouts import layout
-from kdcache.archive.manifest import (
+from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
+from kdcache.archive.format.manifest import (
     CanvasCard,
     Licences,
     LogitMoments,
@@ -23,22 +17,24 @@ from kdcache.archive.manifest import (
     TauStatistics,
     TeacherCard,
 )
-from kdcache.archive.planning import new_plan, recorded_plan
-from kdcache.archive.publishing import require_licences
-from kdcache.archive.reader import Archive, open_archive
-from kdcache.archive.rows import Rows
-from kdcache.archive.sharing import OF_THE_HUB, Shipment, part_label, pull, push, quiet_hub, shipment, told_by_the_hub
-from kdcache.archive.signing import sign_archive, verify_signature
-from kdcache.archive.statistics import MAX_ROWS, PAPER_TAUS, measure_logits, moment_histogram
-from kdcache.archive.store import sha256, translated_os_errors
-from kdcache.archive.verification import Failure, Verification
-from kdcache.archive.writer import ArchiveWriter, sweep, write_archive
-from kdcache.remote import is_url
+from kdcache.archive.format.rows import Rows
+from kdcache.archive.format.store import sha256, translated_os_errors
+from kdcache.archive.layouts import layout
+from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
+from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
+from kdcache.archive.reading.fidelity import CodecFidelity, TauFidelity, measure_fidelity
+from kdcache.archive.reading.reader import Archive, open_archive
+from kdcache.archive.reading.statistics import MAX_ROWS, PAPER_TAUS, measure_logits, moment_histogram
+from kdcache.archive.reading.verification import Failure, Verification
+from kdcache.archive.writing.card import code_span, escaped, licence_fields
+from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
+from kdcache.archive.writing.planning import new_plan, recorded_plan
+from kdcache.archive.writing.writer import ArchiveWriter, sweep, write_archive
+from kdcache.system.remote import is_url
 
 __all__ = [
     "COST",
     "MAX_ROWS",
-    "OF_THE_HUB",
     "PAPER_TAUS",
     "TEACHER_COST",
     "AnyArchive",
@@ -59,7 +55,6 @@ __all__ = [
     "Noise",
     "Plan",
     "Rows",
-    "Shipment",
     "Statistics",
     "StatisticsDetails",
     "SubsetOf",
@@ -82,20 +77,11 @@ __all__ = [
     "moment_histogram",
     "new_plan",
     "open_archive",
-    "part_label",
-    "pull",
-    "push",
-    "quiet_hub",
     "recorded_plan",
-    "require_licences",
     "sha256",
-    "shipment",
-    "sign_archive",
     "stored_bytes",
     "sweep",
-    "told_by_the_hub",
     "translated_os_errors",
-    "verify_signature",
     "write_archive",
 ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdcache.bench.turns import Result
 from kdcache.errors import unknown_name
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["Result", "run_benchmarks"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdcache.archive import Archive, ArchiveWriter, derive, open_archive
 from kdcache.bench.turns import Result, taking_turns
 from kdcache.codecs import codec
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["archive"]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from kdcache.bench.turns import Result, taking_turns
 from kdcache.methods import build, method
 from kdcache.methods.base import LogitMethod
-from kdcache.models import create_model
-from kdcache.progress import Progress
+from kdcache.models.creation import create_model
+from kdcache.system.progress import Progress
 from kdcache.targets import Targets
-from kdcache.training import seeded
+from kdcache.training.learner import seeded
 
 __all__ = ["ONE_VIEW", "PLAIN", "methods"]
 

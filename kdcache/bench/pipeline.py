@@ -15,17 +15,17 @@ from torch import Tensor
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard, write_archive
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.canvas import Canvas
 from kdcache.datasets import dataset
-from kdcache.inference import Forward, write_shards
+from kdcache.datasets.canvas import Canvas
 from kdcache.methods import build
-from kdcache.metrics import agreement, divergence
-from kdcache.models import create_model
-from kdcache.prefetch import choose_renderer, render_batches
-from kdcache.progress import Progress
-from kdcache.stream import Batch, CachedTargets
+from kdcache.models.creation import create_model
+from kdcache.replay.prefetch import choose_renderer, render_batches
+from kdcache.replay.stream import Batch, CachedTargets
+from kdcache.system.progress import Progress
 from kdcache.targets import Targets
-from kdcache.training import Learner, TrainConfig, seeded
+from kdcache.teachers.forward import Forward, write_shards
+from kdcache.training.learner import Learner, TrainConfig, seeded
+from kdcache.training.metrics import agreement, divergence
 from kdcache.views.policy import InceptionCrop, Mix, PadCrop, RandAugment, ViewPolicy, ViewTable
 from kdcache.views.probe import digest_sums, digests
 from kdcache.views.rendering import render_positions

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from kdcache.archive import Archive
 from kdcache.bench.pipeline import digits_canvas, open_writer
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.canvas import Canvas
-from kdcache.inference import Forward, write_shards
+from kdcache.datasets.canvas import Canvas
 from kdcache.methods import build
-from kdcache.metrics import agreement, divergence
-from kdcache.models import create_model
-from kdcache.progress import Progress
-from kdcache.stream import Batch, CachedTargets
-from kdcache.training import Learner, TrainConfig, seeded
+from kdcache.models.creation import create_model
+from kdcache.replay.stream import Batch, CachedTargets
+from kdcache.system.progress import Progress
+from kdcache.teachers.forward import Forward, write_shards
+from kdcache.training.learner import Learner, TrainConfig, seeded
+from kdcache.training.metrics import agreement, divergence
 from kdcache.views.policy import ViewPolicy
 
 __all__ = ["rival"]

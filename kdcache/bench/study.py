@@ -12,7 +12,7 @@ import yaml
 
 from kdcache.archive import moment_histogram, write_archive
 from kdcache.bench.turns import Result
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["study"]
 

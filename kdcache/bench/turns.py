@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["Result", "taking_turns"]
 

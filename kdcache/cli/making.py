@@ -126,7 +126,7 @@ def train_teacher(
     config: ConfigOption = None,
 ) -> None:
     """Finetune teachers, train them from scratch, or take trained weights. Prints each one's folder; nothing is trained twice."""
-    from kdcache.teacher import TeacherConfig, train_teachers
+    from kdcache.teachers.train import TeacherConfig, train_teachers
 
     settings = TeacherConfig(
         teacher=teacher,
@@ -206,9 +206,9 @@ def dump_teacher(
     config: ConfigOption = None,
 ) -> None:
     """Run a teacher over all views and keep its logits. The last line is the archive's folder; run again to resume."""
-    from kdcache.dump import DumpConfig, sketch_dump
-    from kdcache.dump import dump_teacher as dump
-    from kdcache.ranks import this_rank
+    from kdcache.system.distributed import this_rank
+    from kdcache.teachers.dump import DumpConfig, sketch_dump
+    from kdcache.teachers.dump import dump_teacher as dump
 
     settings = DumpConfig(
         teacher=teacher,
@@ -257,7 +257,8 @@ def convert(
     config: ConfigOption = None,
 ) -> None:
     """Write an archive in another layout (its digest stays), by another codec, or in part. Run again to resume."""
-    from kdcache.archive import derive, derived_plan, part_label, stored_bytes
+    from kdcache.archive import derive, derived_plan, stored_bytes
+    from kdcache.sharing.push_pull import part_label
 
     place = workspace(home)
     with bars() as progress:
@@ -354,10 +355,10 @@ def distill(
     config: ConfigOption = None,
 ) -> None:
     """Train students from an archive: every combination of the lists, all of one seed on one stream of views."""
-    from kdcache.distill import DistillConfig
-    from kdcache.distill import distill as run
-    from kdcache.grid import doubts, open_archives, plan_students
-    from kdcache.ranks import this_rank
+    from kdcache.students.distill import DistillConfig
+    from kdcache.students.distill import distill as run
+    from kdcache.students.grid import doubts, open_archives, plan_students
+    from kdcache.system.distributed import this_rank
 
     settings = DistillConfig(
         archives=archive or (),

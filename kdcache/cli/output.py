@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import printable
-from kdcache.progress import Progress, Silent
+from kdcache.system.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from rich.table import Table

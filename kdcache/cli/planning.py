@@ -71,9 +71,9 @@ def plan(
     config: ConfigOption = None,
 ) -> None:
     """Say what a dump and a grid of students will cost: disk, memory, hours measured here, and when it pays. Fetches nothing."""
-    from kdcache.dump import DumpConfig
-    from kdcache.grid import DistillConfig
-    from kdcache.plan import plan_costs
+    from kdcache.students.costs import plan_costs
+    from kdcache.students.grid import DistillConfig
+    from kdcache.teachers.dump import DumpConfig
 
     dump = DumpConfig(
         teacher=teacher,

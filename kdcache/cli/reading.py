@@ -175,14 +175,14 @@ def verify(
     data_dir: DataDirOption = None,
 ) -> None:
     """Check an archive against its manifest: sizes, sha256 of every file, digests of all rows, views rendered again."""
-    from kdcache.archive import verify_signature
+    from kdcache.sharing.signing import verify_signature
 
     opened = find_archive(archive)
     with bars() as progress:
         results = [verify_signature(opened, signed_by)] if signed_by else []
         results.append(opened.verify("quick" if quick else "full", progress))
         if replay:
-            from kdcache.dump import matching_teacher, replay_with_teacher
+            from kdcache.teachers.dump import matching_teacher, replay_with_teacher
             from kdcache.workspace import archive_source
 
             recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt)
@@ -219,7 +219,7 @@ def view(
 ) -> None:
     """Draw a contact sheet: what the teacher saw, the mixing partner and lambda, and the teacher's top-3."""
     from kdcache.cli.options import integers
-    from kdcache.sheet import contact_sheet
+    from kdcache.replay.contact_sheet import contact_sheet
     from kdcache.workspace import archive_source
 
     opened = find_archive(archive)
@@ -314,7 +314,7 @@ def models(
     with timm's config.json and model.safetensors, such as kdcache export writes; and package.module:function, which is called
     with num_classes=... and returns an nn.Module.
     """
-    from kdcache.models import ALIASES, find_aliases, list_models, note
+    from kdcache.models.creation import ALIASES, find_aliases, list_models, note
 
     found = find_aliases(pattern) if pattern else ALIASES
     others = [name for name in list_models(pattern or "cifar_*") if name not in found.values()]

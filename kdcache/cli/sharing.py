@@ -31,7 +31,8 @@ def push(
     home: HomeOption = Path(),
 ) -> None:
     """Share an archive: verified, with the licences of data and weights, without names of local places; goes on if repeated."""
-    from kdcache.archive import derived_plan, part_label, push, shipment, stored_bytes
+    from kdcache.archive import derived_plan, stored_bytes
+    from kdcache.sharing.push_pull import part_label, push, shipment
 
     declared = _licences(licence)
     with bars() as progress:
@@ -75,7 +76,7 @@ def export(
 
     With --push it also goes to the Hugging Face Hub, from where timm loads it as hf-hub:ORG/NAME.
     """
-    from kdcache.export import export, hub_repository, push_export, require_known, write_export
+    from kdcache.sharing.export import export, hub_repository, push_export, require_known, write_export
 
     chosen = [name for name, wanted in {"last": last, "best": best, "ema": ema}.items() if wanted]
     if len(chosen) > 1:
@@ -119,7 +120,7 @@ def pull(
     home: HomeOption = Path(),
 ) -> None:
     """Bring an archive, or a part of it, to this machine and verify it; an interrupted pull goes on if repeated."""
-    from kdcache.archive import part_label, pull
+    from kdcache.sharing.push_pull import part_label, pull
 
     opened = find_archive(source)
     part: dict[str, Any] = _part(opened, views, stats_only)
@@ -134,7 +135,7 @@ def sign(
     home: HomeOption = Path(),
 ) -> None:
     """Sign an archive; who has the public key checks it with: kdcache verify ARCHIVE --signed-by pub.pem"""
-    from kdcache.archive import sign_archive
+    from kdcache.sharing.signing import sign_archive
 
     with bars() as progress:
         opened = workspace(home).open_archive(archive, progress)

@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdcache.progress import Progress
 from kdcache.registry import Registry
+from kdcache.system.progress import Progress
 
 __all__ = ["Counts", "Images", "Recipe", "Sample", "Source", "SourceCard", "Split", "dataset", "source_card"]
 

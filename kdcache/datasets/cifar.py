@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch
-from kdcache.progress import Progress
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch
+from kdcache.system.progress import Progress
 
 __all__ = ["CIFAR10", "CIFAR100"]
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from kdcache.datasets import Recipe, Sample, Split, dataset
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["Digits"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.datasets import Counts, Images, Recipe, Split, dataset
-from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
-from kdcache.progress import Progress
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
+from kdcache.system.progress import Progress
 
 __all__ = ["Cars", "Flowers", "Pets"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kdcache.datasets import Recipe, Sample, Split, dataset
 from kdcache.errors import NotFoundError, UsageError
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["IMAGE_SUFFIXES", "Folder"]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetch import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import NotFoundError
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["ImageNet", "TinyImageNet"]
 

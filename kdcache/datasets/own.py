@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetch import Listed, Rooted, damaged
+from kdcache.datasets.fetching import Listed, Rooted, damaged
 from kdcache.datasets.folder import IMAGE_SUFFIXES
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
-from kdcache.progress import Progress
+from kdcache.system.progress import Progress
 
 __all__ = ["Arrays", "Hub", "Tars"]
 

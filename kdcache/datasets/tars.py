@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets.fetch import damaged
+from kdcache.datasets.fetching import damaged
 
 __all__ = ["Member", "in_tar", "members"]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdcache.archive import COST, TEACHER_COST, Archive, DumpCost
-from kdcache.energy import UNKNOWN, Spent, total
 from kdcache.report.records import ArchiveArgs, RunRecord
+from kdcache.system.energy import UNKNOWN, Spent, total
 
 __all__ = ["Cost", "costs"]
 

@@ -18,9 +18,7 @@ from markupsafe import Markup
 
 import kdcache
 from kdcache.archive import translated_os_errors
-from kdcache.energy import NOTHING
 from kdcache.errors import UsageError
-from kdcache.progress import Progress, Silent
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import Cost, costs
@@ -31,6 +29,8 @@ from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.training_figures import training_drawings
+from kdcache.system.energy import NOTHING
+from kdcache.system.progress import Progress, Silent
 
 __all__ = ["Report", "write_report"]
 

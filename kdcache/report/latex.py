@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from kdcache.energy import Spent
 from kdcache.report.costs import Cost
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
+from kdcache.system.energy import Spent
 
 __all__ = ["costs_table", "escaped", "heatmap_table", "savings_table", "teachers_table"]
 

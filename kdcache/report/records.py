@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from kdcache.archive import LogitMoments
-from kdcache.energy import NOTHING, UNKNOWN, Spent
 from kdcache.errors import IntegrityError, NotFoundError
-from kdcache.progress import Progress, Silent
+from kdcache.system.energy import NOTHING, UNKNOWN, Spent
+from kdcache.system.progress import Progress, Silent
 
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 

@@ -21,8 +21,8 @@ from kdcache.workspace import Workspace, parse_dataset
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcache.dump import DumpConfig
-    from kdcache.grid import DistillConfig
+    from kdcache.students.grid import DistillConfig
+    from kdcache.teachers.dump import DumpConfig
     from kdcache.views.policy import ViewPolicy
 
 __all__ = ["Job", "StudyPlan", "distill_config", "plan_study"]
@@ -148,8 +148,8 @@ class _Expansion:
     def _archives(self, spec: ArchiveSpec) -> Iterator[_Archive]:
         from kdcache.archive import layout
         from kdcache.codecs import codec
-        from kdcache.dump import DumpConfig, rows_of_dump
-        from kdcache.models import resolve
+        from kdcache.models.creation import resolve
+        from kdcache.teachers.dump import DumpConfig, rows_of_dump
         from kdcache.views.policy import ViewPolicy
 
         for name, teacher in itertools.product(spec.dataset, spec.teacher):
@@ -184,9 +184,9 @@ class _Expansion:
                     yield _Archive(self._add("dump", title, arguments, [trained]), config, spec, source, counts, size)
 
     def _train(self, model: str, name: str, spec: ArchiveSpec, train: TrainSpec) -> Job:
-        from kdcache.models import resolve
-        from kdcache.recipes import teacher_recipe
-        from kdcache.training import require_optimizer
+        from kdcache.models.creation import resolve
+        from kdcache.teachers.recipes import teacher_recipe
+        from kdcache.training.learner import require_optimizer
 
         source, _ = self._source(name)
         teacher_recipe(train.recipe, resolve(model, "teacher"), dataset.name_of(source))
@@ -231,8 +231,8 @@ class _Expansion:
     ) -> int | None:
         """Add the job that trains a block's students from the archives of a group; how many images it shows them, if known."""
         from kdcache.datasets import Counts
-        from kdcache.grid import views_per_step
-        from kdcache.plan import archive_to_be, grid_of
+        from kdcache.students.costs import archive_to_be, grid_of
+        from kdcache.students.grid import views_per_step
 
         first = group[0]
         read = [one.dump for one in (*group, second) if one is not None]
@@ -338,7 +338,7 @@ def _text(value: object) -> str:
 
 def distill_config(block: StudentsSpec, archives: Sequence[str]) -> "DistillConfig":
     """What `kdcache distill` makes of a block's options, and of the archives that its job reads: the last for second views."""
-    from kdcache.grid import DistillConfig
+    from kdcache.students.grid import DistillConfig
 
     second = block.second_archive
     if second is not None and archives:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
-from kdcache.locks import locked_by_family
-from kdcache.progress import Progress, Silent
 from kdcache.study.jobs import Job, StudyPlan, distill_config
 from kdcache.study.schema import StudentsSpec, shipped_folder
+from kdcache.system.locks import locked_by_family
+from kdcache.system.progress import Progress, Silent
 from kdcache.workspace import Workspace, read_record
 
 __all__ = ["Place", "command_of", "gpu_slot", "gpus", "run_job", "run_study", "study_place"]
@@ -326,7 +326,7 @@ def _outputs(job: Job, arguments: Sequence[str], printed: str, directory: Path, 
 
 def _runs(job: Job, place: Place, workspace: Workspace) -> list[str]:
     """The folders of the students that a job has trained."""
-    from kdcache.grid import open_archives, plan_students
+    from kdcache.students.grid import open_archives, plan_students
 
     stored = dict(job.students)
     archives = [path for one in stored.pop("archives") for path in place.outputs(one) or ()]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.canvas import load_canvas
 from kdcache.datasets import Images, Source, Split, dataset, source_card
+from kdcache.datasets.canvas import load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.views import PRESETS

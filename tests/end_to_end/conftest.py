@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.archive.manifest import FOR_PEOPLE
+from kdcache.archive.format.manifest import FOR_PEOPLE
 from kdcache.cli import run
 
 DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]

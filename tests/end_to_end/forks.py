@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["kdcache.cli", "kdcache.distill", "kdcache.dump", "kdcache.models", "kdcache.teacher", "timm"])
+_SERVER.set_forkserver_preload(
+    [
+        "kdcache.cli",
+        "kdcache.students.distill",
+        "kdcache.teachers.dump",
+        "kdcache.models.creation",
+        "kdcache.teachers.train",
+        "timm",
+    ]
+)
 
 
 class Forked:

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import dump, inference
 from kdcache.archive import ArchiveWriter, Licences, open_archive
-from kdcache.inference import write_shards
-from kdcache.prefetch import Rendered
-from kdcache.progress import Silent
-from kdcache.training import resolve_device
+from kdcache.replay.prefetch import Rendered
+from kdcache.system.progress import Silent
+from kdcache.teachers import dump
+from kdcache.teachers import forward as inference
+from kdcache.teachers.forward import write_shards
+from kdcache.training.learner import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from kdcache.archive import Ensemble, open_archive
-from kdcache.stream import CachedTargets
+from kdcache.replay.stream import CachedTargets
 from kdcache.targets import averaged
 from tests.conftest import Dump, made_up, redump
 

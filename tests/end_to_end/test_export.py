@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.archive import open_archive
 from kdcache.cli import run
-from kdcache.models import create_model, load_weights
+from kdcache.models.creation import create_model, load_weights
 from kdcache.workspace import read_teacher
 from tests.end_to_end.test_distill import only
 from tests.hub import WritableHub

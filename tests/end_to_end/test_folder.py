@@ -120,8 +120,8 @@ def test_a_checkpoint_of_other_classes_starts_a_new_head(tmp_path, kdcache, trai
 
 
 def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
-    from kdcache.canvas import load_canvas
     from kdcache.datasets import dataset
+    from kdcache.datasets.canvas import load_canvas
 
     folder = tmp_path / "images/train/einfärbig"
     folder.mkdir(parents=True)

@@ -9,9 +9,9 @@ import torch
 
 from kdcache.bench.pipeline import open_writer
 from kdcache.datasets import dataset
-from kdcache.distill import DistillConfig, distill
-from kdcache.inference import Forward, write_shards
-from kdcache.models import create_model
+from kdcache.models.creation import create_model
+from kdcache.students.distill import DistillConfig, distill
+from kdcache.teachers.forward import Forward, write_shards
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 

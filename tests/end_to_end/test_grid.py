@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from kdcache.grid import DistillConfig, plan_students
 from kdcache.report import collect, summarise
+from kdcache.students.grid import DistillConfig, plan_students
 from kdcache.workspace import Workspace
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_training_options import rows

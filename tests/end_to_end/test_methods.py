@@ -13,7 +13,7 @@ from kdcache.methods import method
 from kdcache.methods.presets import PRESETS
 from kdcache.report import collect, summarise
 from kdcache.report.costs import costs
-from kdcache.training import Learner
+from kdcache.training.learner import Learner
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP
 from tests.end_to_end.test_distill import only, same_run

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kdcache import plan
 from kdcache.archive import open_archive
+from kdcache.students import costs as plan
 
 GRID = ["plan", "--teacher", "test_vit", "--dataset", "digits", "--views", "3", "--epochs", "2", "--tau", "1,4,20"]
 

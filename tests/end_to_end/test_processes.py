@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-from kdcache.models import create_model
-from kdcache.training import _with_synchronised_norms
+from kdcache.models.creation import create_model
+from kdcache.training.learner import _with_synchronised_norms
 from tests.end_to_end.conftest import until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run

@@ -11,7 +11,7 @@ import torch
 
 import kdcache as package
 from kdcache.datasets import dataset
-from kdcache.models import create_model
+from kdcache.models.creation import create_model
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until
 

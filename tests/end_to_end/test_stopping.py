@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from kdcache.cli import run
-from kdcache.training import Learner
+from kdcache.training.learner import Learner
 from tests.end_to_end.conftest import STUDENT, start, until
 from tests.end_to_end.test_distill import only, same_run
 

@@ -19,10 +19,10 @@ import yaml
 
 from kdcache import __version__
 from kdcache.errors import UsageError
-from kdcache.locks import locked_by_family
 from kdcache.study.jobs import Job, StudyPlan, plan_study
 from kdcache.study.running import PATIENCE, run_study, study_place
 from kdcache.study.schema import load_study, shipped_folder
+from kdcache.system.locks import locked_by_family
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import start, until
 

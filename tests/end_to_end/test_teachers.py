@@ -17,10 +17,10 @@ from kdcache.datasets.cifar import CIFAR100
 from kdcache.datasets.fine import Pets
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.imagenet import ImageNet
-from kdcache.models import Published, create_model, published, save_weights
-from kdcache.recipes import RECIPES
-from kdcache.teacher import _duration
-from kdcache.training import Learner, TrainConfig, _optimizer
+from kdcache.models.creation import Published, create_model, published, save_weights
+from kdcache.teachers.recipes import RECIPES
+from kdcache.teachers.train import _duration
+from kdcache.training.learner import Learner, TrainConfig, _optimizer
 from tests.end_to_end.conftest import DUMP, without_costs
 from tests.end_to_end.test_distill import only
 from tests.end_to_end.test_methods import stop_after
@@ -248,7 +248,7 @@ def test_published_weights_are_dumped_as_they_are(imagenet, kdcache, tmp_path, m
 def test_the_order_of_classes_is_compared_where_weights_name_them(
     small, kdcache, tmp_path, monkeypatch, untrainable, names, status, words
 ):
-    monkeypatch.setattr("kdcache.teacher.published", lambda name: Published(10, names and tuple(names), 32))
+    monkeypatch.setattr("kdcache.teachers.train.published", lambda name: Published(10, names and tuple(names), 32))
     weights = timm.create_model("test_resnet").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(weights))
     result = kdcache("train-teacher", *small[1:3], *small[-2:], "--epochs", 0, "--home", tmp_path)

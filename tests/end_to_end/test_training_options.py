@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from kdcache.models import Normalisation, create_model, save_weights
+from kdcache.models.creation import Normalisation, create_model, save_weights
 from kdcache.report import collect, summarise
-from kdcache.training import Learner, TrainConfig
+from kdcache.training.learner import Learner, TrainConfig
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
 

@@ -124,7 +124,7 @@ def write_golden_layouts(folder: Path) -> None:
 
 def digit_images() -> NDArray[np.uint8]:
     """The first five training digits on their canvas."""
-    from kdcache.canvas import load_canvas
+    from kdcache.datasets.canvas import load_canvas
     from kdcache.datasets.digits import Digits
 
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +169,7 @@ def orders() -> dict[str, Any]:
     """What a seed means to the stream and to the shuffling control."""
     import torch
 
-    from kdcache.stream import epoch_positions, epoch_view
+    from kdcache.replay.stream import epoch_positions, epoch_view
     from kdcache.targets import Targets, control, row_keys
 
     keys = row_keys("5" * 64, 3, torch.arange(4))

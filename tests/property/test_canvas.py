@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import kdcache.canvas as module
-from kdcache.canvas import Canvas, load_canvas, require_intact
+import kdcache.datasets.canvas as module
 from kdcache.datasets import SourceCard
+from kdcache.datasets.canvas import Canvas, load_canvas, require_intact
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
-from kdcache.stream import CachedTargets
+from kdcache.replay.stream import CachedTargets
 from kdcache.views.policy import ViewPolicy
 from tests.conftest import Dump
 
@@ -138,7 +138,7 @@ def test_a_build_that_was_killed_within_a_line_of_its_journal_can_be_killed_agai
 BUILD = f"""
 import sys, time
 from pathlib import Path
-import kdcache.canvas
+import kdcache.datasets.canvas
 from kdcache.datasets.folder import Folder
 
 class Slow:
@@ -149,8 +149,8 @@ class Slow:
     def say(self, text):
         print(text, flush=True)
 
-kdcache.canvas._CHUNK_SAMPLES = {CHUNK}
-print(kdcache.canvas.load_canvas(Folder(sys.argv[1]), "train", {SIZE}, Path(sys.argv[2]), Slow()).digest)
+kdcache.datasets.canvas._CHUNK_SAMPLES = {CHUNK}
+print(kdcache.datasets.canvas.load_canvas(Folder(sys.argv[1]), "train", {SIZE}, Path(sys.argv[2]), Slow()).digest)
 """
 
 

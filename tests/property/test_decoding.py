@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, features
 
-from kdcache.canvas import Canvas, _decode, load_canvas
 from kdcache.datasets import Sample
+from kdcache.datasets.canvas import Canvas, _decode, load_canvas
 from kdcache.datasets.folder import IMAGE_SUFFIXES, Folder
 from kdcache.errors import IntegrityError
 

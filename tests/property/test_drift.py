@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.archive import ArchiveWriter
-from kdcache.canvas import Canvas, load_canvas
+from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError
-from kdcache.replay import replay
-from kdcache.stream import Batch, CachedTargets
+from kdcache.replay.check import replay
+from kdcache.replay.stream import Batch, CachedTargets
 from kdcache.views import ViewPolicy, ViewTable, device, fingerprint, render_positions
 from kdcache.views.policy import MIX_MIXUP
 from tests.conftest import Dump
@@ -245,7 +245,7 @@ def test_a_device_renderer_that_errs_is_told_from_everything_else(dump: Dump, mo
 def test_archives_with_digests_of_version_1_are_still_replayed_and_appended_to(
     tmp_path: Path, canvas: Canvas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.archive.planning.PROBE_VERSION", 1)
+    monkeypatch.setattr("kdcache.archive.writing.planning.PROBE_VERSION", 1)
     table, rows = POLICY.parameters(0, len(canvas)), np.arange(len(canvas))
     options = {
         "num_samples": len(canvas),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import prefetch
-from kdcache.canvas import Canvas
-from kdcache.prefetch import choose_renderer, render_batches
+from kdcache.datasets.canvas import Canvas
+from kdcache.replay import prefetch
+from kdcache.replay.prefetch import choose_renderer, render_batches
 from kdcache.views import PRESETS, ViewPolicy, fingerprint, render, render_positions
 from kdcache.views.device import _to_hsv, _to_rgb
 from kdcache.views.policy import RANDAUGMENT_OPERATIONS, UNIT, ColorJitter, Mix, RandAugment, RandomErasing

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from kdcache import prefetch
-from kdcache.canvas import Canvas
+from kdcache.datasets.canvas import Canvas
 from kdcache.errors import UsageError
-from kdcache.prefetch import Item, Rendered, choose_renderer, render_batches
+from kdcache.replay import prefetch
+from kdcache.replay.prefetch import Item, Rendered, choose_renderer, render_batches
 from kdcache.views import PRESETS, ViewPolicy, ViewTable, render, render_positions
 from kdcache.views.device import _to_hsv, _to_rgb
 from kdcache.views.policy import (

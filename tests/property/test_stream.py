@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.archive import ArchiveWriter, derive, write_archive
-from kdcache.canvas import Canvas, load_canvas
+from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.methods import build
-from kdcache.prefetch import render_batches
-from kdcache.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
+from kdcache.replay.prefetch import render_batches
+from kdcache.replay.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
 from kdcache.targets import Targets, control, row_keys
 from kdcache.views import ViewPolicy, render_positions
 from tests.conftest import Dump

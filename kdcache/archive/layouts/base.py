@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.manifest import Plan
-from kdcache.archive.store import Buffers, Store
+from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.store import Buffers, Store
 from kdcache.codecs import codec
 from kdcache.registry import Registry
 

@@ -17,8 +17,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from kdcache.archive.manifest import Plan
-from kdcache.archive.store import as_bytes
+from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.store import as_bytes
 from kdcache.codecs import codec
 
 __all__ = ["PROBE_BYTES", "RowType", "row_fields", "rows_digest"]

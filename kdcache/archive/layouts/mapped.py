@@ -14,8 +14,8 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
+from kdcache.archive.format.store import Store, open_local
 from kdcache.archive.layouts.fields import RowType
-from kdcache.archive.store import Store, open_local
 from kdcache.errors import IntegrityError
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]

@@ -15,11 +15,11 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
+from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
-from kdcache.archive.manifest import Plan
-from kdcache.archive.store import Store, as_bytes
 from kdcache.codecs import codec
 from kdcache.errors import IntegrityError, UsageError
 from kdcache.registry import FITTED

@@ -1,0 +1,1 @@
+"""What an archive is on disk: its manifest, its rows, and its bytes by name."""

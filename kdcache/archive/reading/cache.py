@@ -1,0 +1,336 @@
+"""Archives on other machines, through a folder of files that were fetched before.
+
+    <cache>/ab/ab34...           a file, named by its sha256: the same shard of two archives is kept once
+    <cache>/ab/ab34....part      what has arrived of one; the next download goes on there, whoever makes it
+    <cache>/locks/ab3            held by the process that downloads
+
+<cache> is $KDCACHE_CACHE, or kdcache below $XDG_CACHE_HOME (~/.cache). All processes of a user share it without a server
+in between: whatever one of them sees may be gone the next moment, and is fetched again then.
+"""
+
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import filelock
+
+from kdcache.archive.format.manifest import FileRecord
+from kdcache.archive.format.store import inner_name, sha256_of, translated_os_errors
+from kdcache.errors import IntegrityError, NotFoundError, UsageError
+from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import MissingError, Remote, ending
+
+__all__ = ["Cache", "CachedStore", "download"]
+
+WORKERS = 8  # downloads at a time
+READ_LIMIT = 64 << 20  # bytes of a file that is read into memory
+DEFAULT_LIMIT = "50GB"
+Key = tuple[str, int]  # sha256 and size: what is downloaded once, under whatever names
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass
+class Cache:
+    """Files by their sha256, at most `limit` bytes of them: the least recently used give way."""
+
+    root: Path
+    limit: int
+
+    def __post_init__(self) -> None:
+        self._checked: set[str] = set()  # by this process: every byte it uses was hashed once, on arrival or later
+        self._unsurveyed: int | None = None  # bytes that may still be added before the folder is looked through
+
+    @classmethod
+    def from_environment(cls) -> "Cache":
+        text = os.environ.get("KDCACHE_CACHE_LIMIT") or DEFAULT_LIMIT
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+        if not found:
+            raise UsageError(
+                f"KDCACHE_CACHE_LIMIT is {text!r}",
+                why="it is the number of bytes that fetched files may take",
+                fix=f"export KDCACHE_CACHE_LIMIT={DEFAULT_LIMIT}",
+            )
+        root = os.environ.get("KDCACHE_CACHE")
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return cls(Path(root or f"{base}/kdcache").expanduser().absolute(), int(float(found[1]) * _UNITS[found[2].upper()]))
+
+    def path(self, record: FileRecord) -> Path:
+        return self.root / record.sha256[:2] / record.sha256
+
+    def find(self, record: FileRecord) -> Path | None:
+        """The file of `record` if it is here and sound; from now on it is the most recently used one."""
+        path = self.path(record)
+        try:
+            if path.stat().st_size == record.bytes and self._sound(path, record):
+                with suppress(PermissionError):  # in a cache that several users share
+                    os.utime(path)
+                return path
+            path.unlink()
+        except FileNotFoundError:
+            pass
+        return None
+
+    def fetch(self, record: FileRecord, where: str, stream: Callable[[int], Iterator[bytes]]) -> Path:
+        """The file of `record`, downloaded unless it is here; `stream` gives its bytes from any byte on.
+
+        One process downloads, and others that want the same file wait for it.
+        """
+        if record.bytes > self.limit:
+            raise UsageError(
+                f"{where} has {record.bytes:,} bytes",
+                why=f"fetched files may take {self.limit:,} bytes on this machine",
+                fix=f"export KDCACHE_CACHE_LIMIT={-(-2 * record.bytes // 10**9)}GB",
+            )
+        path = self.path(record)
+        with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(record.sha256):
+                if found := self.find(record):
+                    return found
+                part = path.with_name(f"{path.name}.part")
+                download(record, where, part, stream)
+                part.replace(path)
+            self._checked.add(record.sha256)
+            self._make_room(path, record.bytes)
+        return path
+
+    def _sound(self, path: Path, record: FileRecord) -> bool:
+        if record.sha256 not in self._checked:
+            with path.open("rb") as file:
+                if sha256_of(file) != record.sha256:
+                    return False
+            self._checked.add(record.sha256)
+        return True
+
+    def _lock(self, sha256: str, *, wait: bool = True) -> filelock.BaseFileLock:
+        # A fixed set of lock files, which are never deleted: two files that share one are fetched one after the other.
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(folder / sha256[:3], timeout=-1 if wait else 0, thread_local=False)
+
+    def _make_room(self, newest: Path, size: int) -> None:
+        if self._unsurveyed is not None and self._unsurveyed >= size:
+            self._unsurveyed -= size
+            return
+        files = []
+        for folder in self.root.glob("[0-9a-f][0-9a-f]"):
+            for entry in os.scandir(folder):
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                break
+            if path != newest and self._give_up(path):
+                total -= size
+        self._unsurveyed = max(0, self.limit - total) // WORKERS  # other processes add to it as well
+
+    def _give_up(self, path: Path) -> bool:
+        with suppress(FileNotFoundError):
+            if path.suffix != ".part":
+                path.unlink()  # who has it mapped keeps it until then
+                return True
+            with suppress(filelock.Timeout), self._lock(path.stem, wait=False):  # not while it is being downloaded
+                path.unlink()
+                return True
+        return False
+
+
+def download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> None:
+    """Bring `part` to the bytes of `record`. Bytes beyond those recorded are never written; wrong ones are fetched once more."""
+    for last in (False, True):
+        with part.open("a+b") as file:
+            size, digest = _receive(record, where, file, stream)
+        if size == record.bytes and digest == record.sha256:
+            return
+        part.unlink()  # a copy that is damaged underway comes right the second time
+        if last or size > record.bytes:
+            wrong = size != record.bytes
+            got = f"more than {record.bytes:,} bytes" if size > record.bytes else f"{size:,} bytes" if wrong else digest
+            raise IntegrityError(
+                f"{where}: {'the file has' if wrong else 'sha256 is'} {got}, "
+                f"expected {f'{record.bytes:,} bytes' if wrong else record.sha256}",
+                why="the server does not send what the archive's manifest records",
+                fix="ask whoever published the archive to upload this file again",
+            )
+
+
+def _receive(record: FileRecord, where: str, file: BinaryIO, stream: Callable[[int], Iterator[bytes]]) -> tuple[int, str]:
+    """Append what is missing to what `file` holds; returns how many bytes there are, and their sha256."""
+    digest, size = hashlib.sha256(), 0
+    file.seek(0)
+    while (held := file.read(1 << 20)) and size <= record.bytes:
+        digest.update(held)
+        size += len(held)
+    if size < record.bytes:
+        for piece in stream(size):
+            size += len(piece)
+            if size > record.bytes:
+                break
+            digest.update(piece)
+            file.write(piece)
+            if ending():
+                raise KeyboardInterrupt
+    return size, digest.hexdigest()
+
+
+class _Downloads:
+    """Tasks by key, at most `WORKERS` at a time, in threads that end when nothing is left to do, or the interpreter does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[Key, Future[Path]] = {}
+        self._waiting: OrderedDict[Key, Callable[[], Path]] = OrderedDict()
+        self._threads = 0
+
+    def begin(self, key: Key, task: Callable[[], Path], *, first: bool) -> Future[Path]:
+        """The result to come of `task`, or of one with the same key that has not ended yet; `first` passes those that wait."""
+        with self._lock:
+            if key not in self._futures:
+                self._futures[key] = Future()
+                self._waiting[key] = task
+            if first and key in self._waiting:
+                self._waiting.move_to_end(key, last=False)
+            if self._waiting and self._threads < WORKERS:
+                self._threads += 1
+                threading.Thread(target=self._work, name="kdcache-fetch").start()
+            return self._futures[key]
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if ending():
+                    while self._waiting:
+                        self._futures.pop(self._waiting.popitem()[0]).cancel()
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                key, task = self._waiting.popitem(last=False)
+                future = self._futures[key]
+            try:
+                result, error = task(), None
+            except BaseException as caught:
+                result, error = None, caught
+            with self._lock:
+                del self._futures[key]  # so that an error of a prefetch is not the last word: who needs the file tries again
+            if error:
+                future.set_exception(error)
+            elif result:
+                future.set_result(result)
+
+
+class CachedStore:
+    """Files of a remote archive, each fetched whole, checked on arrival and kept in the cache."""
+
+    def __init__(self, remote: Remote, cache: Cache | None = None) -> None:
+        self.remote = remote
+        self.cache = cache or Cache.from_environment()
+        self._record_of: Callable[[str], FileRecord] | None = None
+        self._here: tuple[int, _Downloads] = (os.getpid(), _Downloads())
+
+    @property
+    def name(self) -> str:
+        return self.remote.url
+
+    def expect(self, record_of: Callable[[str], FileRecord]) -> None:
+        self._record_of = record_of
+
+    def exists(self, name: str) -> bool:
+        """Whether the manifest records the file, or else the server has it."""
+        inner_name(name)
+        with suppress(IntegrityError):
+            return bool(self._record(name))
+        try:
+            return self.remote.size(name) >= 0
+        except MissingError:
+            return False
+
+    def size(self, name: str) -> int:
+        """What the server says, whether the file is in the cache or not."""
+        try:
+            return self.remote.size(inner_name(name))
+        except NotFoundError as error:
+            raise self._missing(error) from None
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The bytes of a small file, from the server; no more than `limit` of them are ever kept."""
+        limit, data = READ_LIMIT if limit is None else limit, bytearray()
+        for piece in self.remote.stream(inner_name(name)):
+            if len(data) + len(piece) > limit:
+                raise IntegrityError(
+                    f"{self.name}/{name} has more than {limit:,} bytes",
+                    why=f"at most {limit:,} are expected there",
+                    fix="do not use this archive; get it again from whoever made it",
+                )
+            data += piece
+        return bytes(data)
+
+    def local(self, name: str) -> Path:
+        record = self._record(name)
+        return self.cache.find(record) or self._begin(name, record, first=True).result()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to fetch as many of these files, in their order, as the cache can hold together."""
+        room = self.cache.limit
+        for name in names:
+            record = self._record(name)
+            room -= record.bytes
+            if room < 0:
+                return
+            if not self.cache.path(record).exists():
+                self._begin(name, record, first=False)
+
+    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> None:
+        """Have all these files here at the same time, as far as they are not."""
+        wanted = [(name, self._record(name)) for name in names]
+        total = sum(record.bytes for _, record in wanted)
+        if total > self.cache.limit:
+            raise UsageError(
+                f"{total:,} bytes of {self.name} are needed at a time",
+                why=f"fetched files may take {self.cache.limit:,} bytes on this machine",
+                fix=f"export KDCACHE_CACHE_LIMIT={-(-2 * total // 10**9)}GB",
+            )
+        coming = [(record, self._begin(name, record, first=False)) for name, record in wanted if not self.cache.find(record)]
+        progress, done = progress or Silent(), total - sum(record.bytes for record, _ in coming)
+        for record, future in coming:
+            future.result()
+            done += record.bytes
+            progress.update(f"fetch {self.name}", done, total)
+
+    def _begin(self, name: str, record: FileRecord, *, first: bool) -> Future[Path]:
+        def task() -> Path:
+            try:
+                return self.cache.fetch(record, f"{self.name}/{name}", lambda start: self.remote.stream(name, start))
+            except NotFoundError as error:
+                raise self._missing(error) from None
+
+        process, downloads = self._here
+        if process != os.getpid():  # a fork takes along neither the threads nor who held which lock
+            downloads = _Downloads()
+            self._here = (os.getpid(), downloads)
+        return downloads.begin((record.sha256, record.bytes), task, first=first)
+
+    def _record(self, name: str) -> FileRecord:
+        if self._record_of is None:
+            raise IntegrityError(
+                f"{self.name}/{name} is not recorded",
+                why="the archive's manifest has not been read yet",
+                fix="open the archive with kdcache.open_archive",
+            )
+        return self._record_of(inner_name(name))
+
+    def _missing(self, error: NotFoundError) -> IntegrityError:
+        return IntegrityError(
+            error.what,
+            why=f"{error.why}; the archive's manifest needs this file",
+            fix="ask whoever published the archive to upload this file again",
+        )

@@ -1,0 +1,429 @@
+"""Reading an archive: NumPy and the layout's library, nothing else."""
+
+import io
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from kdcache.archive.format.manifest import (
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    PULL,
+    TABLE_LIMIT,
+    WORK,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    archive_digest,
+    first_error,
+    load_manifest,
+)
+from kdcache.archive.format.rows import Rows, count_of
+from kdcache.archive.format.store import LocalStore, Store, sha256
+from kdcache.archive.layouts import layout, row_fields
+from kdcache.archive.reading.cache import CachedStore
+from kdcache.archive.reading.statistics import MAX_ROWS, spread_logits
+from kdcache.archive.reading.verification import Level, Verification, Verifier
+from kdcache.codecs import codec
+from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import MissingError, is_url, open_remote
+
+__all__ = ["Archive", "open_archive"]
+
+
+def open_archive(path: str | os.PathLike[str]) -> "Archive":
+    """Open a finished archive: a folder, or a URL such as https://HOST/FOLDER, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME.
+
+    Raises NotFoundError, IncompleteError, IntegrityError, IncompatibleError, or RetryError where a server cannot be reached.
+    Files of remote archives are fetched when they are first needed, checked, and kept in a cache.
+    """
+    if is_url(path):
+        return _open_remote(str(path))
+    store = LocalStore(path)
+    if not store.exists(MANIFEST_NAME):
+        if (Path(path) / WORK).is_dir():
+            raise IncompleteError(
+                f"archive {path} is not finished",
+                why="its dump was stopped before the manifest was written",
+                fix=_resume_command(store),
+            )
+        if any(Path(path).glob("shards-*.jsonl")):
+            raise IncompleteError(
+                f"archive {path} is not complete",
+                why=f"its table of shards is there, and no {MANIFEST_NAME}, which comes last",
+                fix="finish the copy or the command that made it",
+            )
+        if (Path(path) / PULL).is_dir():
+            raise IncompleteError(
+                f"archive {path} is not complete",
+                why="the transfer that brings it here was stopped before the manifest was written",
+                fix="repeat the kdcache pull or push command that began it; it goes on where it stopped",
+            )
+        raise NotFoundError(
+            f"no archive at {path}",
+            why=f"there is no {MANIFEST_NAME} in it" if Path(path).is_dir() else "that folder does not exist",
+            fix="list the archives with: kdcache ls",
+        )
+    return Archive(store, load_manifest(store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT), str(path), fix=_manifest_fix(store)))
+
+
+def _open_remote(url: str) -> "Archive":
+    store = CachedStore(open_remote(url))
+    try:
+        text = store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    except NotFoundError as error:
+        if isinstance(error, MissingError) and _has_begun(store):
+            raise IncompleteError(
+                f"archive {url} is not finished",
+                why=f"there are files, but no {MANIFEST_NAME}, which is written last",
+                fix="finish its dump or upload, by repeating the command that began it",
+            ) from None
+        raise NotFoundError(f"no archive at {url}", why=f"{error.what}: {error.why}", fix=error.fix) from None
+    fix = "ask whoever published the archive to upload it again"
+    return Archive(store, load_manifest(text, store.name, fix=fix))
+
+
+def _has_begun(store: CachedStore) -> bool:
+    """Whether there is something where an archive without manifest should be, as far as the server lets us know."""
+    with suppress(NotFoundError):
+        return any(True for _ in store.remote.names()) or store.exists(f"{WORK}/plan.json")
+    return False
+
+
+def _manifest_fix(store: LocalStore) -> str:
+    """How to get a manifest again."""
+    folder, manifest = (shlex.quote(str(part)) for part in (store.root, store.path(MANIFEST_NAME)))
+    if store.exists(f"{WORK}/plan.json"):  # what is needed to write one is there, or can be computed again
+        return f"restore it from a copy, or write it anew: rm {manifest} && kdcache finalize {folder}"
+    aside = shlex.quote(f"{store.root}.damaged")
+    return f"restore it from a copy; or get the archive anew, after setting this one aside: mv {folder} {aside}"
+
+
+def _resume_command(store: LocalStore) -> str:
+    try:
+        plan = json.loads(store.read(f"{WORK}/plan.json", limit=MANIFEST_LIMIT))
+        return dump_command(plan["provenance"])
+    except (KdcacheError, ValueError, KeyError, TypeError, RecursionError):
+        return dump_command({})
+
+
+def dump_command(provenance: Mapping[str, Any]) -> str:
+    """The command that a dump is to be continued with, as it was recorded, where that is one of kdcache's.
+
+    Who made an archive may have written anything there: its words are quoted anew, so that a shell sees arguments only.
+    """
+    command = provenance.get("command") if isinstance(provenance, Mapping) else None
+    if isinstance(command, str) and len(command) <= 1000 and command.isprintable():
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
+        if words[:2] in (["kdcache", "dump-teacher"], ["kdcache", "quickstart"]):
+            share = [number for number, word in enumerate(words) if word == "--shard"]  # of one process; all of it is wanted
+            return shlex.join(word for number, word in enumerate(words) if number not in share and number - 1 not in share)
+    return "run the same dump-teacher command again; it goes on where it stopped"
+
+
+class Archive:
+    """A finished archive. Positions order the rows of a view; `find` looks them up by sample instead."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.views = manifest.views  # their numbers are the policy's: those of a part of an archive need not begin at 0
+        self.num_views, self.num_samples, self.num_classes = manifest.num_views, manifest.num_samples, manifest.num_classes
+        self.class_names = manifest.class_names
+        self._codec = codec.from_dict(manifest.codec)
+        try:
+            arrangement = layout.from_dict(manifest.layout)
+        except KdcacheError as error:
+            raise IncompatibleError(
+                f"{store.name}: {error.what}",
+                why="this installation does not know it",
+                fix="upgrade kdcache, or install the plugin",
+            ) from None
+        self.reader = arrangement.open(manifest, store)
+        self._types = row_fields(manifest)
+        self._files_checked = False
+        self._position_of = lru_cache(maxsize=4)(self._positions)
+        store.expect(self._record_of)
+
+    def __repr__(self) -> str:
+        size = f"V={self.num_views} N={self.num_samples} C={self.num_classes}"
+        return f"<Archive {self.location} {size} {self.manifest.digest[:8]}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open_archive, (self.location,)  # another process maps the files itself
+
+    @property
+    def digest(self) -> str:
+        """What identifies it, sha256: of its rows, teacher, policy and data, whatever the layout."""
+        return self.manifest.digest
+
+    @property
+    def location(self) -> str:
+        """The folder or URL that it was opened at."""
+        return self.store.name
+
+    @property
+    def name(self) -> str:
+        """The last part of its location, less a revision: what folders of runs are called after."""
+        last = self.location.rstrip("/").rpartition("/")[2]
+        return last.partition("@")[0] if is_url(self.location) else last
+
+    @property
+    def path(self) -> Path:
+        """The folder of an archive on this machine; UsageError for one elsewhere."""
+        if not isinstance(self.store, LocalStore):
+            raise UsageError(
+                f"{self.location} is no folder on this machine",
+                why="its files are fetched one by one, as they are read",
+                fix=f"kdcache pull {shlex.quote(self.location)}",
+            )
+        return self.store.root
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Label of every sample, int64 `[N]`; None if the archive was written without."""
+        self._check_files()
+        labels = self.reader.labels()
+        if labels is not None and (wrong := (labels < 0) | (labels >= self.num_classes)).any():
+            raise IntegrityError(
+                f"{self.location}: label {labels[wrong][0]} with {self.num_classes} classes",
+                why="labels are numbers of classes; these were not written by kdcache",
+                fix="do not use this archive; get it again from whoever made it",
+            )
+        return labels
+
+    def keys(self) -> list[str] | None:
+        """Key of every sample, `[N]`; None if the archive was written without."""
+        self._check_files()
+        return self.reader.keys()
+
+    def grown(self) -> "Archive | None":
+        """The archive as it is now, if views have been appended to it since it was opened."""
+        try:
+            now = open_archive(self.location) if isinstance(self.store, LocalStore) else self
+        except KdcacheError:
+            return None
+        return now if now.num_views > self.num_views else None
+
+    def shards(self) -> Iterator[ShardRecord]:
+        """The table of shards, checked against the manifest's sha256."""
+        table = self.manifest.shards
+        try:
+            data = self.store.read(table.path, limit=min(table.bytes, TABLE_LIMIT))
+        except IntegrityError:
+            if (grown := self.grown()) is None:
+                raise
+            mine = [shard for shard in grown.shards() if shard.view in self.views]
+            if archive_digest(self.manifest, mine) != self.manifest.digest:
+                raise
+            return iter(mine)
+        if sha256(data) != table.sha256:
+            raise IntegrityError(
+                f"{table.path}: sha256 is {sha256(data)[:12]}..., the manifest says {table.sha256[:12]}...",
+                why="the table of shards was changed after the archive was finished",
+                fix="restore it from a copy of the archive",
+            )
+        try:
+            return iter([ShardRecord.model_validate_json(line) for line in io.BytesIO(data)])
+        except ValidationError as error:
+            field, wrong, why = first_error(error)
+            raise IntegrityError(
+                f"{table.path}: {why} ({field} = {wrong!r})",
+                why="the table of shards was not written by kdcache",
+                fix="do not use this archive; get it again from whoever made it",
+            ) from None
+
+    def read(self, view: int, start: int, stop: int) -> Rows:
+        """Rows at positions `start` to `stop` (exclusive) of `view`."""
+        self._check_range(view, start, stop)
+        return Rows(self, view, slice(start, stop))
+
+    def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
+        """Rows at any `positions` of `view`, in their order."""
+        positions = np.asarray(positions, np.int64)
+        self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
+        return Rows(self, view, positions)
+
+    def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
+        """Rows of the given sample numbers in `view`, in their order."""
+        samples = np.asarray(samples, np.int64)
+        if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
+            raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
+        self._check_range(view, 0, 0)
+        return self.take(view, self._position_of(view)[samples])
+
+    def spread_logits(self, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
+        """Logits of at most `most` evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
+        self._require_logits()
+        return spread_logits(self.manifest, self.reader, most)
+
+    def column(self, name: str, view: int) -> NDArray:
+        """One stored field of a whole view, `[N, ...]`: `entropy`, `entropy_rest`, `argmax`, `sample`, `digest` or `probe`."""
+        self._check_range(view, 0, self.num_samples)
+        return self.checked(name, view, slice(0, self.num_samples))
+
+    def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        """A copy of what `gather` gives. Numbers of samples and classes, which people take places by, are within their range."""
+        values = np.array(self.gather(name, view, rows))
+        numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
+        if numbers and values.size and not 0 <= values.min() <= values.max() < numbers:
+            raise IntegrityError(
+                f"{self.location}: view {view} has {name} {values[(values < 0) | (values >= numbers)][0]}",
+                why=f"they are numbered 0 to {numbers - 1}; these were not written by kdcache",
+                fix="kdcache verify names the damage",
+            )
+        return values
+
+    def stored(self, view: int, block: int) -> dict[str, NDArray]:
+        """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
+        rows = slice(0, self.manifest.block_rows(block))
+        return {name: self.reader.gather(name, view, block, rows) for name in self._types}
+
+    def prefetch(self, *views: int) -> None:
+        """Begin to fetch the files of these views, where they are not on this machine. Returns at once.
+
+        The first ones matter most: what would not fit into the cache beside them is left for later.
+        """
+        self.store.prefetch(name for view in views for name in self._files_of(view))
+
+    def fetch(self, view: int, progress: Progress | None = None) -> None:
+        """Have all files of a view on this machine, for readers in whatever process."""
+        self.store.fetch(self._files_of(view), progress or Silent())
+
+    def _files_of(self, view: int) -> Iterator[str]:
+        return (name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
+
+    def gather(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        """A stored field at a slice of positions or at any positions, `[n, ...]`; perhaps mapped, and not to be changed."""
+        shards = self._in_shards(rows) if isinstance(rows, slice) else self._scattered(rows)
+        parts = [(where, self.reader.gather(name, view, block, inside)) for block, inside, where in shards]
+        if len(parts) == 1:
+            return parts[0][1]
+        dtype, shape = self._types[name]
+        found = np.empty((count_of(rows), *shape), dtype)
+        for where, values in parts:
+            found[where] = values
+        return found
+
+    def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits at a slice of positions or at any positions: float32 `[n, C]`. See `read`, `take` and `find`."""
+        self._require_logits()
+        if isinstance(rows, slice):
+            return self._slice_of_logits(view, rows)
+        found = np.empty((len(rows), self.num_classes), np.float32)
+        for block, inside, where in self._scattered(rows):
+            stored = {name: self.reader.gather(name, view, block, inside) for name in ("logits", *self._codec.parameters)}
+            found[where] = self._codec.decode(stored)
+        return found
+
+    def _slice_of_logits(self, view: int, rows: slice) -> NDArray[np.float32]:
+        """Decoded piece by piece, each while it is in the cache, from shards that are opened before memory is taken."""
+        shards = [
+            (
+                self.reader.pieces("logits", view, block, inside),
+                {name: self.reader.gather(name, view, block, inside) for name in self._codec.parameters},
+            )
+            for block, inside, _ in self._in_shards(rows)
+        ]
+        found = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
+        end = 0
+        for pieces, beside in shards:
+            first = end
+            for piece in pieces:
+                start, end = end, end + piece.size // self.num_classes
+                stored = {name: values[start - first : end - first].reshape(piece.shape[:-1]) for name, values in beside.items()}
+                self._codec.decode({"logits": piece, **stored}, found[start:end].reshape(piece.shape))
+        return found
+
+    def _in_shards(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
+        """The shards that a slice of positions is in: number of the block, rows in it, and where they are in the slice."""
+        size, at = self.manifest.shard_rows, rows.start
+        while at < rows.stop:
+            block, first = divmod(at, size)
+            count = min(size - first, rows.stop - at)
+            yield block, slice(first, first + count), slice(at - rows.start, at - rows.start + count)
+            at += count
+
+    def _scattered(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """The same for positions in any order."""
+        blocks, inside = np.divmod(rows, self.manifest.shard_rows)
+        for block in np.unique(blocks).tolist():
+            where = np.flatnonzero(blocks == block)
+            yield block, inside[where], where
+
+    def _require_logits(self) -> None:
+        if "logits" not in self._types:
+            raise IncompatibleError(
+                f"{self.location} holds no logits",
+                why="it is the statistics of an archive, pulled or pushed with --stats-only",
+                fix="get the whole archive, or some of its views: kdcache pull SOURCE --views 0:10",
+            )
+
+    def _check_files(self) -> None:
+        """Compare the files that belong to no shard with the manifest, once; what is for people they may edit."""
+        if not self._files_checked:
+            Verifier(self, "full").verify_files_of_no_shard().raise_if_failed()
+            self._files_checked = True
+
+    def _record_of(self, name: str) -> FileRecord:
+        """What the manifest says of a file."""
+        found = self._records.get(name)
+        if found is None:
+            raise IntegrityError(
+                f"{name} is no file of {self.location}",
+                why="neither its manifest nor its table of shards names it",
+                fix="get the archive again from whoever made it",
+            )
+        return found
+
+    def records(self) -> Iterator[FileRecord]:
+        """The records of all files but the manifest."""
+        yield self.manifest.shards
+        yield from self.manifest.files
+        for shard in self.shards():
+            yield from shard.files
+
+    @cached_property
+    def _records(self) -> dict[str, FileRecord]:
+        return {record.path: record for record in self.records()}
+
+    def _positions(self, view: int) -> NDArray[np.int64]:
+        """Where each sample sits in a view: `[N]`."""
+        sample = self.gather("sample", view, slice(0, self.num_samples))
+        positions = np.full(self.num_samples, -1)
+        if not ((sample < 0) | (sample >= self.num_samples)).any():
+            positions[sample] = np.arange(self.num_samples)
+        if (positions < 0).any():
+            raise IntegrityError(
+                f"{self.location}: view {view} does not hold every sample once",
+                why="its sample numbers are not a permutation",
+                fix="kdcache verify names the damage",
+            )
+        return positions
+
+    def _check_range(self, view: int, start: int, stop: int) -> None:
+        if view not in self.views:
+            raise IndexError(f"view {view} of an archive with views {self.views.start}..{self.views.stop - 1}")
+        if not 0 <= start <= stop <= self.num_samples:
+            raise IndexError(f"positions {start}..{stop} of an archive with {self.num_samples} samples")
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all recorded files."""
+        return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
+
+    def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
+        """Compare the files with the manifest: `quick` looks at sizes, `full` at sha256 of bytes and at every row."""
+        return Verifier(self, level).verify(progress or Silent())

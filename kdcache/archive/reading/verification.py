@@ -1,0 +1,223 @@
+"""Whether an archive is what its manifest says."""
+
+import io
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from kdcache.archive.format.manifest import (
+    CLOSING,
+    FOR_PEOPLE,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    FileRecord,
+    ShardRecord,
+    archive_digest,
+)
+from kdcache.archive.format.store import LocalStore, open_local, sha256_of
+from kdcache.archive.layouts import rows_digest
+from kdcache.codecs import codec
+from kdcache.errors import IntegrityError, KdcacheError
+from kdcache.system.progress import Progress
+
+if TYPE_CHECKING:
+    from kdcache.archive.reading.reader import Archive
+
+__all__ = ["Failure", "Level", "Verification", "Verifier"]
+
+Level = Literal["quick", "full"]
+AHEAD = 4  # shards that are fetched while one is looked at
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that is not as recorded."""
+
+    where: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.got}, expected {self.expected}"
+
+
+@dataclass
+class Verification:
+    """What `Archive.verify` found."""
+
+    level: str
+    checked: int = 0  # files, or views for a replay
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: KdcacheError | None = None  # what failures mean, if not that the archive is damaged
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def raise_if_failed(self) -> None:
+        if self.error:
+            raise self.error
+        if self.failures and all(failure.where in FOR_PEOPLE for failure in self.failures):
+            raise IntegrityError(
+                f"verify ({self.level}) found {len(self.failures)} changed file(s) for people; first: {self.failures[0]}",
+                why="all else is as recorded: the card or a figure was edited after the archive was finished",
+                fix="if that was you, all is well: kdcache push records them anew; else do not trust their words",
+            )
+        if self.failures:
+            raise IntegrityError(
+                f"verify ({self.level}) found {len(self.failures)} damaged place(s); first: {self.failures[0]}",
+                why="the archive is not what its manifest says",
+                fix="restore the named files from a copy, or delete the archive and run its dump again",
+            )
+
+
+class Verifier:
+    """Compares an archive's files and rows with what its manifest says of them."""
+
+    def __init__(self, archive: "Archive", level: Level) -> None:
+        self._archive, self._manifest, self._store = archive, archive.manifest, archive.store
+        self._level = level
+        self._result = Verification(level)
+
+    def verify_files_of_no_shard(self) -> Verification:
+        """Only the files without which labels and keys cannot be read; what is for people they may edit."""
+        needed = [record for record in self._manifest.files if record.path not in FOR_PEOPLE]
+        self._store.prefetch(record.path for record in needed)
+        for record in needed:
+            self._verify_file(record)
+        self._verify_no_others()
+        return self._result
+
+    def verify(self, progress: Progress) -> Verification:
+        """Everything, as `level` says."""
+        if self._level == "full" and not isinstance(self._store, LocalStore):
+            self._result.notes.append(
+                "files fetched before were compared as they lie in the cache; KDCACHE_CACHE=EMPTY_FOLDER fetches all anew"
+            )
+        result, level = self._result, self._level
+        try:
+            shards = list(self._archive.shards())
+        except KdcacheError as error:
+            result.failures.append(Failure(self._manifest.shards.path, "the recorded table of shards", error.what))
+            return result
+        planned = self._manifest.num_views * self._manifest.num_blocks
+        present = {(s.view, s.block) for s in shards if s.view in self._manifest.views and s.block < self._manifest.num_blocks}
+        if not len(shards) == len(present) == planned:
+            got = f"{len(present)} of them in {len(shards)} records"
+            result.failures.append(Failure(self._manifest.shards.path, f"{planned} shards", got))
+        actual = archive_digest(self._manifest, shards)
+        if actual != self._manifest.digest:
+            where = f"{MANIFEST_NAME}: digest"
+            result.failures.append(Failure(where, f"{self._manifest.digest[:12]}...", f"the contents have {actual[:12]}..."))
+        for record in self._manifest.files:
+            self._verify_file(record)
+        self._verify_no_others()
+        samples: dict[int, list[NDArray]] = {}  # of each view, block by block
+        for number, shard in enumerate(shards):
+            if level == "full":
+                self._store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
+            found = len(result.failures)
+            if (shard.view, shard.block) in present and self._verify_record(shard):
+                for record in shard.files:
+                    self._verify_file(record)
+                if level == "full" and len(result.failures) == found:
+                    self._verify_rows(shard, samples.setdefault(shard.view, []))
+                if len(samples.get(shard.view, ())) == self._manifest.num_blocks:
+                    self._verify_order(shard.view, samples.pop(shard.view))
+            progress.update(f"verify {level}", number + 1, len(shards))
+        return result
+
+    def _replacing(self, path: str) -> list[FileRecord]:
+        """What an append makes of a file: it replaces some before its manifest is there, and they are right before and after.
+
+        Labels and keys are never among them: more views have the same samples.
+        """
+        if path in self._archive.reader.sample_files():
+            return []
+        found: list[FileRecord] = []
+        try:
+            for line in io.BytesIO(self._store.read(CLOSING, limit=MANIFEST_LIMIT) if self._store.exists(CLOSING) else b""):
+                found.append(FileRecord.model_validate_json(line))
+        except (IntegrityError, ValidationError):
+            found = []
+        if (grown := self._archive.grown()) is not None:
+            found += grown.manifest.files
+        return [record for record in found if record.path == path]
+
+    def _verify_no_others(self) -> None:
+        """Labels and keys that lie there without being recorded would be read as if they were."""
+        recorded = {record.path for record in self._manifest.files}
+        for name in self._archive.reader.sample_files():
+            if name not in recorded and self._store.exists(name):
+                self._result.failures.append(Failure(name, "no such file, since the manifest records none", "a file"))
+
+    def _verify_record(self, shard: ShardRecord) -> bool:
+        """Whether a record is about the rows and files that its shard has."""
+        where, rows = f"view {shard.view} block {shard.block}", self._manifest.block_rows(shard.block)
+        if shard.rows != rows:
+            self._result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
+            return False
+        found, names = sorted(record.path for record in shard.files), sorted(self._archive.reader.files(shard.view, shard.block))
+        if found != names:
+            got = ", ".join(name for name in found if name not in names) or "a record without them"
+            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
+            self._result.failures.append(Failure(where, expected, got[:1000]))
+            return False
+        return True
+
+    def _verify_file(self, record: FileRecord) -> None:
+        self._result.checked += 1
+        failure = self._difference(record)
+        if failure is None or not all(self._difference(other) for other in self._replacing(record.path)):
+            return
+        self._result.failures.append(failure)
+
+    def _difference(self, record: FileRecord) -> Failure | None:
+        try:
+            if self._level == "quick":
+                size, actual = self._store.size(record.path), record.sha256
+            else:
+                with open_local(self._store, record.path) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    actual = sha256_of(file) if size == record.bytes else ""  # a file of any other size may be endless
+            if size != record.bytes:
+                return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
+            if actual != record.sha256:
+                return Failure(record.path, f"sha256 {record.sha256[:12]}...", f"sha256 {actual[:12]}...")
+        except IntegrityError as error:
+            return Failure(record.path, "a file of the archive", error.what)
+        return None
+
+    def _verify_rows(self, shard: ShardRecord, samples: list[NDArray]) -> None:
+        """Compare the rows of a shard with their digest; their sample numbers are added to `samples`."""
+        where = f"view {shard.view} block {shard.block}"
+        try:
+            stored = self._archive.stored(shard.view, shard.block)
+            actual = rows_digest(self._manifest, stored)
+        except KdcacheError as error:
+            self._result.failures.append(Failure(where, "readable rows", error.what))
+            return
+        if actual != shard.rows_digest:
+            self._result.failures.append(
+                Failure(where, f"rows digest {shard.rows_digest[:12]}...", f"rows digest {actual[:12]}...")
+            )
+        if not ((stored["argmax"] >= 0) & (stored["argmax"] < self._manifest.num_classes)).all():
+            self._result.failures.append(
+                Failure(where, f"argmax from 0 to {self._manifest.num_classes - 1}", "others among them")
+            )
+        numbers = [values for values in stored.values() if values.dtype.kind == "f"]
+        coding = codec.from_dict(self._manifest.codec)
+        if coding.parameters and "logits" in stored:
+            numbers.append(coding.decode(stored))
+        if not all(np.isfinite(values).all() for values in numbers):
+            self._result.failures.append(Failure(where, "finite numbers", "others among them"))
+        samples.append(np.array(stored["sample"]))
+
+    def _verify_order(self, view: int, samples: list[NDArray]) -> None:
+        if not np.array_equal(np.sort(np.concatenate(samples)), np.arange(self._manifest.num_samples)):
+            self._result.failures.append(Failure(f"view {view}", "every sample once", "other sample numbers"))

@@ -1,0 +1,1 @@
+"""Writing an archive, and making archives from archives."""

@@ -1,0 +1,193 @@
+"""What a dump will be, as it is recorded before the first shard: its plan, and its samples' labels and keys."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, Plan
+from kdcache.archive.format.store import LocalStore
+from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts.base import unit_bytes_rows
+from kdcache.archive.reading.reader import dump_command, open_archive
+from kdcache.codecs import codec as codecs
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
+from kdcache.views.policy import PROBE_VERSION
+
+__all__ = [
+    "PLAN",
+    "SAMPLES",
+    "begun_plan",
+    "load_plan",
+    "load_samples",
+    "new_plan",
+    "recorded_plan",
+    "require_same",
+    "require_same_samples",
+    "samples_record",
+]
+
+PLAN, SAMPLES = f"{WORK}/plan.json", f"{WORK}/samples.json"
+SHARD_BYTES = 64 << 20  # of logits
+
+
+def new_plan(
+    *,
+    num_views: int,
+    num_samples: int,
+    class_names: Sequence[str],
+    codec: str = "i16",
+    layout: str = "zarr",
+    shard_rows: int | None = None,
+    **described: Any,
+) -> Plan:
+    """What `ArchiveWriter` begins to write; `described` are the plan's other fields. UsageError for what cannot be one."""
+    if num_views < 1 or num_samples < 1:
+        raise UsageError(
+            f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
+        )
+    if len(class_names) < 2:
+        raise UsageError(
+            f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
+        )
+    if len(set(class_names)) < len(class_names):
+        twice = next(name for number, name in enumerate(class_names) if name in class_names[:number])
+        raise UsageError(
+            f"class name {twice!r} is given twice",
+            why="classes are told apart by their names",
+            fix="give every class a name of its own",
+        )
+    coding = codecs.parse(codec)
+    plan = Plan(
+        num_views=num_views,
+        num_samples=num_samples,
+        class_names=tuple(class_names),
+        codec=codecs.to_dict(coding),
+        layout={},
+        shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
+        probe_version=PROBE_VERSION,
+        rows_hash="blake3",
+        **described,
+    )
+    return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
+
+
+def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
+    """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
+    store = LocalStore(path)
+    if store.exists(MANIFEST_NAME):
+        return open_archive(path).manifest
+    return load_plan(store) if store.exists(PLAN) else None
+
+
+def begun_plan(store: LocalStore) -> Plan | None:
+    """The plan of what is being written, if anything is; a damaged one is as good as none."""
+    try:
+        return load_plan(store) if store.exists(PLAN) else None
+    except IntegrityError:
+        return None
+
+
+def load_plan(store: LocalStore) -> Plan:
+    try:
+        plan = Plan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
+        codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
+    except (ValidationError, KdcacheError) as error:
+        aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
+        raise IntegrityError(
+            f"{store.path(PLAN)} is not the plan of a dump any more",
+            why=str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.what,
+            fix="run the dump-teacher command again: finished views are kept"
+            if store.exists(MANIFEST_NAME)
+            else f"set the folder aside ({aside}) and run its dump-teacher command again",
+        ) from None
+    return plan
+
+
+def load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
+    """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
+    try:
+        samples = json.loads(store.read(SAMPLES))
+        for name, kind in (("labels", int), ("keys", str)):
+            values = samples[name]
+            if values is not None and not (len(values) == plan.num_samples and all(type(value) is kind for value in values)):
+                raise ValueError(f"its {name} are not {plan.num_samples} values")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{store.path(SAMPLES)} does not hold the labels and keys of a dump any more",
+            why=str(error).splitlines()[0],
+            fix=f"rm {shlex.quote(str(store.path(SAMPLES)))}; it is written anew by: {dump_command(plan.provenance)}",
+        ) from None
+    return dict(samples)
+
+
+def samples_record(plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
+    """Labels and keys as they are recorded; UsageError if they are not those of the plan's samples and classes."""
+    for name, values in (("labels", labels), ("keys", keys)):
+        if values is not None and len(values) != plan.num_samples:
+            raise UsageError(
+                f"{len(values)} {name} for {plan.num_samples} samples",
+                why=f"there is one of the {name} per sample",
+                fix="pass them all",
+            )
+    for key in keys or ():
+        if not isinstance(key, str) or any(0xD800 <= ord(c) <= 0xDFFF for c in key):
+            raise UsageError(f"key {key!r}", why="keys are text that UTF-8 can hold", fix="pass strings, str(key) for example")
+    if labels is not None and not np.isin(labels, np.arange(plan.num_classes)).all():
+        wrong = np.asarray(labels)[~np.isin(labels, np.arange(plan.num_classes))]
+        raise UsageError(
+            f"label {wrong[0]} with {plan.num_classes} classes",
+            why=f"labels are numbers of classes, 0 to {plan.num_classes - 1}",
+            fix="pass the place of each sample's class in class_names",
+        )
+    return {
+        "labels": None if labels is None else [int(label) for label in labels],
+        "keys": None if keys is None else list(keys),
+    }
+
+
+def require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
+    was, now = (_normalised(one.identity) for one in (earlier, plan))
+    for key in (key for key in Plan.model_fields if now.get(key) != was.get(key)):
+        raise IncompatibleError(
+            f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
+            why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
+            fix="write to another folder, or delete that one",
+        )
+
+
+def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
+    """With every option of codec and layout, those too that there were not yet when it was written."""
+    layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
+    return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
+
+
+def require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:
+    if store.exists(SAMPLES):
+        earlier = load_samples(store, plan)
+    elif store.exists(MANIFEST_NAME):
+        finished = open_archive(store.root)
+        labels = finished.labels()
+        earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
+    else:
+        return  # lost before anything was made from them
+    for name, values in samples.items():
+        if values != earlier[name]:
+            raise IncompatibleError(
+                f"{store.root} holds a dump with other {name}",
+                why=f"the {name} of its samples are not those of this dump",
+                fix="write to another folder, or delete that one",
+            )
+
+
+def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
+    """Rows of a shard: whole units, in every layout, so that any archive can be converted into any layout."""
+    unit = min(unit_bytes_rows(row_bytes), num_samples, wanted or num_samples)
+    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
+    rows = wanted or max(1, SHARD_BYTES // row_bytes)
+    return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit

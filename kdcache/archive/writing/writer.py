@@ -1,0 +1,537 @@
+"""Writing an archive: shard by shard, in any order, by any number of processes, surviving a kill at any moment.
+
+Until it is finished an archive holds the folder `.dump` with the plan and one sidecar per finished shard. A shard is
+finished when its sidecar is there, and the sidecar is written after all of the shard's files; nothing is inferred from
+the presence of a data file. `finalize` turns the sidecars into the manifest, whose appearance makes the archive one.
+
+Who begins, extends or finishes a dump holds the archive's lock meanwhile; who writes a shard holds the shard's.
+"""
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from kdcache.archive.format.cost import COST, DumpCost
+from kdcache.archive.format.manifest import (
+    CLOSING,
+    MANIFEST_NAME,
+    WORK,
+    CanvasCard,
+    FileRecord,
+    Manifest,
+    Plan,
+    ShardRecord,
+    Statistics,
+    TeacherCard,
+    archive_digest,
+)
+from kdcache.archive.format.store import LocalStore, sha256, translated_os_errors
+from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
+from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts.fields import PROBE_BYTES
+from kdcache.archive.reading.reader import Archive, dump_command, open_archive
+from kdcache.archive.reading.statistics import compute_statistics
+from kdcache.archive.writing.card import card_files
+from kdcache.archive.writing.encoding import encode_rows
+from kdcache.archive.writing.planning import (
+    PLAN,
+    SAMPLES,
+    begun_plan,
+    load_plan,
+    load_samples,
+    new_plan,
+    recorded_plan,
+    require_same,
+    require_same_samples,
+    samples_record,
+)
+from kdcache.codecs import UnstorableError
+from kdcache.codecs import codec as codecs
+from kdcache.datasets import SourceCard
+from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.system.energy import Spent
+from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.progress import Progress, Silent
+from kdcache.views.policy import ViewPolicy
+
+__all__ = ["ArchiveWriter", "sweep", "write_archive"]
+
+SIDECARS = f"{WORK}/shards"
+COSTS = f"{WORK}/costs"  # a file for each shard, which is replaced where the shard is written again
+LOCK = ".lock"  # not in WORK, which is deleted under it
+HASHERS = 2  # threads
+
+
+class ArchiveWriter:
+    """Writes logits computed anywhere. Opening the same path again resumes; more `num_views` than before appends.
+
+    Parameters
+    ----------
+    path: folder of the archive; made if missing.
+    num_views, num_samples, class_names: the archive is `[num_views, num_samples, len(class_names)]`.
+    labels, keys: per sample, in the order of sample numbers; optional.
+    codec, layout: specifications such as `"u8"`, `"hdf5"` or `"zarr:bitshuffle"`.
+    shard_rows: rows of a shard; by default 64 MiB of logits, or all samples if that is less.
+    first_view: number of the first view, where the archive holds only some of a policy's views.
+    policy, source, canvas, teacher: what the logits come from. Without a policy the archive cannot be replayed.
+
+    Raises IncompatibleError if the folder holds a dump of something else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_views: int,
+        num_samples: int,
+        class_names: Sequence[str],
+        labels: NDArray[np.int64] | None = None,
+        keys: Sequence[str] | None = None,
+        codec: str = "i16",
+        layout: str = "zarr",
+        shard_rows: int | None = None,
+        first_view: int = 0,
+        policy: ViewPolicy | None = None,
+        source: SourceCard | None = None,
+        canvas: CanvasCard | None = None,
+        teacher: TeacherCard | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        plan = new_plan(
+            num_views=num_views,
+            num_samples=num_samples,
+            class_names=class_names,
+            codec=codec,
+            layout=layout,
+            shard_rows=shard_rows,
+            first_view=first_view,
+            policy=policy,
+            source=source,
+            canvas=canvas,
+            teacher=teacher,
+            provenance=provenance or {},
+        )
+        self._start(LocalStore(path), plan, samples_record(plan, labels, keys))
+
+    @classmethod
+    def of_plan(
+        cls, path: str | os.PathLike[str], plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> "ArchiveWriter":
+        """The writer of an archive that is planned already."""
+        writer = cls.__new__(cls)
+        writer._start(LocalStore(path), plan, samples_record(plan, labels, keys))
+        return writer
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> "ArchiveWriter":
+        """The writer of an unfinished archive, from what the folder itself says."""
+        store = LocalStore(path)
+        if not store.exists(PLAN):
+            raise NotFoundError(
+                f"{path} holds no unfinished dump",
+                why="there is no plan in it" + (", and it is finished" if store.exists(MANIFEST_NAME) else ""),
+                fix="check the path with: kdcache ls",
+            )
+        writer = cls.__new__(cls)
+        writer._start(store, load_plan(store), None)
+        return writer
+
+    def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
+        self.store = store
+        self._lap: Callable[[], Spent] | None = None
+        self._done: dict[tuple[int, int], ShardRecord] = {}
+        covered = store.exists(MANIFEST_NAME) and open_archive(store.root).num_views >= plan.num_views
+        with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
+            self._begin(plan, samples)
+
+    def _begin(self, plan: Plan, samples: dict[str, Any] | None) -> None:
+        """Be the dump that the folder is, or is to be; begin it, or the appending of views, if nobody has."""
+        store = self.store
+        if store.exists(MANIFEST_NAME):
+            self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
+        if (earlier := recorded_plan(store.root)) is not None:
+            require_same(store, earlier, plan)
+            if samples is not None:
+                require_same_samples(store, earlier, samples)
+            views, begun = max(plan.num_views, earlier.num_views), begun_plan(store)
+            if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
+                views = max(views, begun.num_views)
+            growing = begun is not None and begun.num_views > earlier.num_views
+            if store.exists(MANIFEST_NAME) and views > earlier.num_views and not growing:
+                shutil.rmtree(store.path(COSTS), ignore_errors=True)  # the manifest has them; left by who was killed after it
+            # Who began a dump is who made it: a resumed dump's bytes are an uninterrupted one's, all but its costs.
+            plan = plan.model_copy(
+                update={
+                    "num_views": views,
+                    "probe_version": earlier.probe_version,
+                    "rows_hash": earlier.rows_hash,
+                    "teacher": earlier.teacher,
+                    "provenance": dict(earlier.provenance),
+                }
+            )
+        self.plan = plan
+        self._codec = codecs.from_dict(plan.codec)
+        self._layout = layouts.from_dict(plan.layout)
+        if self.missing() or not store.exists(MANIFEST_NAME):
+            if samples is not None and not store.exists(SAMPLES):
+                store.write(SAMPLES, json.dumps(samples).encode())
+            text = plan.model_dump_json(indent=1).encode()
+            if earlier is None and not store.create(PLAN, text):  # another process began it just now, without a lock
+                self._begin(plan, samples)
+            elif earlier is not None and begun_plan(store) != plan:
+                store.write(PLAN, text)
+
+    def count_costs(self, lap: Callable[[], Spent]) -> None:
+        """Record what each further shard takes: what `lap` gives each time that one is about to be finished."""
+        self._lap = lap
+
+    def _collect(self) -> None:
+        """Take note of shards that were finished meanwhile, by this process or another."""
+        present = set(self.store.names(SIDECARS, ".json"))
+        for shard in self.shards():
+            if shard not in self._done and _sidecar(*shard) in present and (found := self._read_sidecar(*shard)):
+                self._done[shard] = found
+        if self.store.exists(MANIFEST_NAME) and any(shard not in self._done for shard in self.shards()):
+            # Another process has finished the archive meanwhile, and the sidecars are gone.
+            for record in open_archive(self.store.root).shards():
+                self._done.setdefault((record.view, record.block), record)
+
+    def _read_sidecar(self, view: int, block: int) -> ShardRecord | None:
+        """The record of a finished shard; None if there is none, or a damaged one: then the shard is written anew."""
+        try:
+            record = ShardRecord.model_validate_json(self.store.read(_sidecar(view, block)))
+        except (IntegrityError, ValidationError):
+            return None
+        planned = (view, block, self.plan.block_rows(block))
+        return record if (record.view, record.block, record.rows) == planned else None
+
+    def shards(self) -> Iterator[tuple[int, int]]:
+        """All (view, block) of the plan."""
+        return ((view, block) for view in self.plan.views for block in range(self.plan.num_blocks))
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(view, block) of the shards that are not finished, in order."""
+        self._collect()
+        return [shard for shard in self.shards() if shard not in self._done]
+
+    def positions(self, block: int) -> range:
+        """The positions of a view that block `block` holds."""
+        start = block * self.plan.shard_rows
+        return range(start, start + self.plan.block_rows(block))
+
+    @contextmanager
+    def claim(self, view: int, block: int, *, owned: bool = False) -> Iterator[bool]:
+        """Own one shard while writing it: True, or False if another process has it or has finished it.
+
+        The lock is the operating system's and ends with its process, however that ends. `owned` shards are no other
+        process's by agreement: they are claimed even where there are no locks, which is a UsageError otherwise.
+        """
+        path = self.store.path(f"{WORK}/{view}-{block}.lock")
+        with ExitStack() as held:
+            try:
+                with translated_os_errors(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    free = held.enter_context(locked(path, wait=False))
+            except NoLocksError as error:
+                if not owned:
+                    raise UsageError(
+                        f"the file system of {self.store.root} has no locks",
+                        why=f"they keep two processes from writing one shard ({error.strerror})",
+                        fix="say who writes what: --shard 0/1 for a single process, --shard 0/4 to --shard 3/4 for four of them",
+                    ) from None
+                free = True
+            yield free and not self.finished(view, block)
+
+    def finished(self, view: int, block: int) -> bool:
+        """Whether a shard is written, by this process or another."""
+        if self.store.exists(MANIFEST_NAME):  # another process may have finished the archive, and swept the records away
+            self._collect()
+        return (view, block) in self._done or self._read_sidecar(view, block) is not None
+
+    def write(
+        self,
+        view: int,
+        block: int,
+        logits: NDArray[np.float32],
+        sample: NDArray[np.int64] | None = None,
+        digest: NDArray[np.uint32] | None = None,
+        probe: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Write one shard whole: raw `logits` float32 `[n, C]` of the `positions(block)` of `view`, uncentred.
+
+        `sample [n]` says which sample sits at each position (default: position j holds sample j); `digest [n]` and
+        `probe [n, 16]` are the views' fingerprints. Raises UsageError for values that the codec cannot hold.
+        """
+        rows = self.positions(block)
+        expected = (len(rows), self.plan.num_classes)
+        logits = np.asarray(logits, dtype=np.float32)
+        if logits.shape != expected or view not in self.plan.views or not 0 <= block < self.plan.num_blocks:
+            raise UsageError(
+                f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
+                why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
+                fix="write whole shards: one row per position of writer.positions(block)",
+            )
+        sample = np.arange(rows.start, rows.stop) if sample is None else np.asarray(sample)
+        fitting = sample.shape == expected[:1] and ((sample >= 0) & (sample < self.plan.num_samples)).all()
+        if not fitting or len(np.unique(sample)) != len(rows):
+            raise UsageError(
+                f"shard (view {view}, block {block}) was given sample numbers {np.array2string(sample, threshold=6)}",
+                why=f"each of its {len(rows)} rows belongs to another sample, numbered 0 to {self.plan.num_samples - 1}",
+                fix="pass which sample sits at each position",
+            )
+        try:
+            encoded = encode_rows(self._codec, logits)
+        except UnstorableError as error:
+            raise UsageError(
+                f"view {view}, position {rows.start + error.row}: sample {sample[error.row]} has the logit {error.value:.6g} "
+                f"for class {error.column}",
+                why=error.why,
+                fix=error.fix,
+            ) from None
+        given = {
+            "sample": sample,
+            "digest": np.zeros(len(rows)) if digest is None else digest,
+            "probe": np.zeros((len(rows), PROBE_BYTES)) if probe is None else probe,
+        }
+        self.write_stored(view, block, {**encoded, **given})
+
+    def write_stored(self, view: int, block: int, fields: Mapping[str, NDArray]) -> None:
+        """Write one shard whole from the `fields` of its rows as they are to be stored, `[n, ...]` each."""
+        kept = {name: np.asarray(fields[name]).astype(dtype, copy=False) for name, (dtype, _) in row_fields(self.plan).items()}
+        files = self._layout.shard_files(self.plan, view, block, kept)
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashing takes longer than writing, and neither needs the interpreter
+            digest = pool.submit(rows_digest, self.plan, kept)
+            records = [pool.submit(_record, name, data) for name, data in sorted(files.items(), key=lambda item: -_size(item[1]))]
+            for name, data in files.items():
+                self.store.write(name, data)
+            record = ShardRecord(
+                view=view,
+                block=block,
+                rows=self.plan.block_rows(block),
+                rows_digest=digest.result(),
+                files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
+            )
+        if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
+            cost = DumpCost(record.rows, self._lap())
+            self.store.write(f"{COSTS}/{view}-{block}.json", json.dumps(cost.record()).encode())
+        self.store.write(_sidecar(view, block), record.model_dump_json().encode())
+        self._done[view, block] = record
+
+    def _costs(self) -> dict[str, Any]:
+        """What all processes have recorded of these shards, and what was known of earlier views."""
+        found = []
+        for name in self.store.names(COSTS, ".json"):
+            with suppress(IntegrityError, ValueError):  # of passes whose record is damaged the costs are not known
+                found.append(DumpCost.of(json.loads(self.store.read(name))))
+        return {COST: sum(found, DumpCost.of(self.plan.provenance.get(COST))).record()} if found else {}
+
+    def finalize(self, progress: Progress | None = None, *, statistics: Statistics | None = None) -> Archive:
+        """Write the manifest and return the archive. Raises IncompleteError while shards are missing.
+
+        `statistics` are computed from the rows, unless they are known better than the rows can tell.
+        """
+        store = self.store
+        if (done := self._finished()) and not store.path(WORK).is_dir() and not store.exists(LOCK):
+            return done  # by another process, to the end
+        with _alone(store):  # processes that share a dump may all come here last; one of them does it
+            try:
+                archive = self._finished() or self._finalize(progress or Silent(), statistics)
+            except (IntegrityError, OSError):
+                # Where there are no locks, another may do it at the same time, and sweep away what this one has yet to read.
+                if (done := self._finished()) is None:
+                    raise
+                archive = done
+            _sweep(store, archive)
+        return archive
+
+    def _finished(self) -> Archive | None:
+        """The archive, if it is there with all views that are planned."""
+        archive = open_archive(self.store.root) if self.store.exists(MANIFEST_NAME) else None
+        return archive if archive is not None and archive.num_views >= self.plan.num_views else None
+
+    def _finalize(self, progress: Progress, statistics: Statistics | None) -> Archive:
+        missing, costs = self.missing(), self._costs()
+        if missing:
+            shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
+            raise IncompleteError(
+                f"{self.store.root} lacks {len(missing)} of {self.plan.num_views * self.plan.num_blocks} shards ({shown}, ...)",
+                why="the dump did not finish",
+                fix=dump_command(self.plan.provenance),
+            )
+        shards = [self._done[shard] for shard in self.shards()]
+        samples = load_samples(self.store, self.plan)
+        labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
+        reader = self._layout.open(self.plan, self.store)
+        _require_every_sample_once(self.plan, reader)
+        if statistics is None:
+            statistics = compute_statistics(self.plan, reader, labels, progress)
+        digest = archive_digest(self.plan, shards)
+        # The table carries the digest in its name: while views are appended, the earlier manifest stays true.
+        table_name = f"shards-{digest[:8]}.jsonl"
+        table = "".join(shard.model_dump_json() + "\n" for shard in shards).encode()
+        draft = Manifest(
+            **dict(self.plan) | {"provenance": self.plan.provenance | costs},
+            digest=digest,
+            policy_digest=self.plan.policy.digest if self.plan.policy else None,
+            files=(),
+            shards=_record(table_name, [table]),
+            statistics=statistics,
+        )
+        closing = self._layout.closing_files(self.plan, labels, samples["keys"])
+        described = [draft.shards, *(_record(name, data) for name, data in sorted(closing.items()))]
+        people = card_files(draft, described, shards, self._layout.reading_lines(draft))
+        closing |= {name: [data] for name, data in people.items()}
+        records = tuple(_record(name, data) for name, data in sorted(closing.items()))
+        if self.store.exists(MANIFEST_NAME):
+            # Views are appended: until the new manifest is there, the old one is to accept these files beside its own.
+            known = self.store.read(CLOSING).decode().splitlines() if self.store.exists(CLOSING) else []
+            known += [record.model_dump_json() for record in records]
+            self.store.write(CLOSING, "\n".join(dict.fromkeys(known)).encode())
+        closing[table_name] = [table]
+        for name, data in closing.items():
+            self.store.write(name, data)
+        manifest = draft.model_copy(update={"files": records})
+        self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        return open_archive(self.store.root)
+
+
+def write_archive(
+    path: str | os.PathLike[str],
+    logits: NDArray[np.float32],
+    class_names: Sequence[str],
+    *,
+    sample: NDArray[np.int64] | None = None,
+    labels: NDArray[np.int64] | None = None,
+    keys: Sequence[str] | None = None,
+    codec: str = "i16",
+    layout: str = "zarr",
+) -> Archive:
+    """Write `logits` float32 `[V, N, C]`, computed elsewhere, as an archive; `sample [V, N]` says which sample each row is."""
+    logits = np.asarray(logits, np.float32)
+    if logits.ndim != 3 or logits.shape[2] != len(class_names):
+        raise UsageError(
+            f"logits of shape {list(logits.shape)} with {len(class_names)} class names",
+            why="they must be [V, N, C] with one name per class",
+            fix="add the view axis with logits[None], or correct the names",
+        )
+    if LocalStore(path).exists(MANIFEST_NAME) or LocalStore(path).exists(PLAN):
+        raise UsageError(
+            f"{path} already holds an archive",
+            why="these logits cannot be compared with those that made it",
+            fix="write to another folder, or delete that one",
+        )
+    if sample is not None and np.shape(sample) != logits.shape[:2]:
+        raise UsageError(
+            f"sample numbers of shape {list(np.shape(sample))} for logits {list(logits.shape)}",
+            why="they must be [V, N]: which sample sits at each position of each view",
+            fix="pass one row of numbers for every view",
+        )
+    existed = Path(path).exists()
+    try:
+        return _write_whole(path, logits, class_names, sample, labels, keys, codec, layout)
+    except KdcacheError:
+        if not existed:  # nothing to go on with: whoever mends the logits begins anew
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write_whole(
+    path: str | os.PathLike[str],
+    logits: NDArray[np.float32],
+    class_names: Sequence[str],
+    sample: NDArray[np.int64] | None,
+    labels: NDArray[np.int64] | None,
+    keys: Sequence[str] | None,
+    codec: str,
+    layout: str,
+) -> Archive:
+    writer = ArchiveWriter(
+        path,
+        num_views=logits.shape[0],
+        num_samples=logits.shape[1],
+        class_names=class_names,
+        labels=labels,
+        keys=keys,
+        codec=codec,
+        layout=layout,
+        provenance={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+    )
+    for view, block in writer.missing():
+        rows = slice(writer.positions(block).start, writer.positions(block).stop)
+        writer.write(view, block, logits[view, rows], sample=None if sample is None else sample[view, rows])
+    return writer.finalize()
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Delete what a killed writer has left behind in a finished archive; nothing while views are appended to it."""
+    store = LocalStore(path)
+    if store.path(WORK).is_dir() or store.exists(LOCK):
+        with _alone(store):
+            _sweep(store, open_archive(path))
+
+
+def _sweep(store: LocalStore, archive: Archive) -> None:
+    begun = begun_plan(store)
+    if begun is not None and begun.num_views > archive.num_views:
+        return
+    for old in store.root.glob("shards-*.jsonl"):
+        if old.name != archive.manifest.shards.path:
+            old.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # where there are no locks, another process may have come to the next line already
+        for left in store.root.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+    shutil.rmtree(store.path(WORK), ignore_errors=True)
+
+
+@contextmanager
+def _alone(store: LocalStore) -> Iterator[None]:
+    """Be the only process that begins, extends or finishes an archive.
+
+    Where there are no locks, all go on at once: processes of one dump write the same bytes, each file whole.
+    """
+    path = store.path(LOCK)
+    with ExitStack() as held:
+        with translated_os_errors(path), suppress(NoLocksError):
+            store.root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path))
+        try:
+            yield
+        finally:
+            if not store.path(WORK).is_dir():  # nothing is being written any more
+                path.unlink(missing_ok=True)
+
+
+def _require_every_sample_once(plan: Plan, reader: ShardReader) -> None:
+    for view in plan.views:
+        present = np.zeros(plan.num_samples, np.bool_)
+        for block in range(plan.num_blocks):
+            numbers = reader.gather("sample", view, block, slice(0, plan.block_rows(block)))
+            present[numbers[(numbers >= 0) & (numbers < plan.num_samples)]] = True
+        if not present.all():
+            raise UsageError(
+                f"view {view} does not hold sample {int(np.argmin(present))}",
+                why="every view holds every sample once, in any order; this one holds others twice",
+                fix="delete the archive, and pass which sample sits at each position of the whole view",
+            )
+
+
+def _sidecar(view: int, block: int) -> str:
+    return f"{SIDECARS}/{view}-{block}.json"
+
+
+def _size(data: Buffers) -> int:
+    return sum(memoryview(piece).nbytes for piece in data)
+
+
+def _record(name: str, data: Buffers) -> FileRecord:
+    return FileRecord(path=name, bytes=_size(data), sha256=sha256(data))

@@ -1,0 +1,428 @@
+"""Canvas: a whole split decoded once, uint8 `[N, 3, R, R]` in one memory map, reused by every teacher and student.
+
+A canvas is a folder: `pixels.npy`, `labels.npy`, `sizes.npy` and `canvas.json` (keys, source card, digest). It is built in a
+hidden folder that is renamed when it is whole, so what has the right name is complete. The hidden folder outlives a kill:
+its journal says which samples are finished, and the next build goes on behind them.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from kdcache.datasets import Images, Sample, Source, SourceCard, Split, dataset, source_card
+from kdcache.errors import IntegrityError, RetryError, UsageError
+from kdcache.system.progress import Progress, Silent
+
+__all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
+
+MAX_SIZE = 4096  # pixels; a side beyond it is a slip of the keyboard
+FORMAT = 2  # changes when the same files would become other pixels
+_CHUNK_BYTES = 1 << 26  # of pixels that are decoded and written together; a kill costs two such chunks at most
+_CHUNK_SAMPLES = 512
+
+_Outcome = tuple[int, int] | str  # of one sample: the original width and height, or why it cannot be decoded
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """`pixels` uint8 `[N, 3, R, R]` (memory map), `labels` int64 `[N]`, `keys`, original `sizes` int32 `[N, 2]` (w, h)."""
+
+    path: Path
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    keys: tuple[str, ...]
+    card: SourceCard
+    digest: str  # sha256 of pixels, labels and keys
+    _as_stored: bool = field(default=False, init=False, repr=False, compare=False)  # set by `_open`, not by replace()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> tuple[Callable[..., "Canvas"], tuple[Any, ...]]:
+        # A spawned worker maps the same file: pickling its pixels would copy all of them. A canvas made in memory has no file.
+        if self._as_stored:
+            return _open, (self.path,)
+        return Canvas, tuple(getattr(self, part.name) for part in fields(self) if part.init)
+
+    @property
+    def size(self) -> int:
+        """Side of the canvas in pixels."""
+        return int(self.pixels.shape[-1])
+
+    @property
+    def intact(self) -> bool:
+        """Whether pixels, labels and keys are still those of `digest`; reads all of them."""
+        return _digest(self.pixels, self.labels, self.keys) == self.digest
+
+
+def load_canvas(
+    source: Source, split: Split, size: int, home: Path, progress: Progress | None = None, *, skip_corrupt: bool = False
+) -> Canvas:
+    """The canvas of one split at `size` pixels below `home`, built now if it is missing or its source has changed.
+
+    `skip_corrupt` matters to the building only: images that cannot be decoded are left out and listed in the source card,
+    and from then on this is the canvas of the split.
+
+    Raises IntegrityError that names every image which cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
+    RetryError if the disk has no room for it, or if the images change while they are decoded.
+    """
+    progress = progress or Silent()
+    if not 1 <= size <= MAX_SIZE:
+        raise UsageError(
+            f"a canvas of {size} px", why=f"its side is between 1 and {MAX_SIZE} px", fix="use for example --canvas 256"
+        )
+    images = source.open(home, progress)
+    fingerprint = images.fingerprint()
+    series, state = _names(source, split, size, fingerprint)
+    path = home / f"{series}-{state[:8]}"
+    if not path.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        with _alone(path, progress):
+            if not path.is_dir():
+                _mention_others(series, path, progress)
+                _build(source, images, split, size, path, state, fingerprint, skip_corrupt, progress)
+    canvas = _open(path)
+    if skipped := canvas.card.skipped:
+        shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        progress.say(
+            f"{len(skipped)} of {len(skipped) + len(canvas)} {split} images are left out, they cannot be decoded: {shown}"
+        )
+    return canvas
+
+
+def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
+    """Where the canvas of a split is, if it has been built, of the files as they are now. Fetches nothing."""
+    series, state = _names(source, split, size, source.open(home, fetch=False).fingerprint())
+    return home / f"{series}-{state[:8]}"
+
+
+def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
+    """What all canvases of one split and size have in common, and the state of the files that one of them is of."""
+    which = [dataset.to_dict(source), split, size]
+    series = f"{dataset.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
+    return series, _sha256([FORMAT, which, fingerprint])
+
+
+def require_intact(canvas: Canvas) -> None:
+    """Raises IntegrityError if the pixels, labels or keys are not those that were decoded."""
+    if not canvas.intact:
+        raise IntegrityError(
+            f"canvas {canvas.path} was changed after it was built",
+            why="the sha256 of its pixels, labels and keys is not the recorded one",
+            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+        )
+
+
+def _open(path: Path) -> Canvas:
+    try:
+        meta = json.loads((path / "canvas.json").read_text())
+        pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(path / "labels.npy", allow_pickle=False)
+        sizes = np.load(path / "sizes.npy", allow_pickle=False)
+        card = SourceCard.model_validate(meta["card"])
+        keys = tuple(meta["keys"])
+        if not len(pixels) == len(labels) == len(sizes) == len(keys) == card.num_samples:
+            raise ValueError("its parts have different lengths")
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
+            raise ValueError(f"its pixels are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, 3, R, R]")
+        digest = str(meta["digest"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"canvas {path} cannot be read",
+            why=str(error).splitlines()[0],
+            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
+        ) from None
+    canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
+    object.__setattr__(canvas, "_as_stored", True)
+    return canvas
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(pixels: NDArray[np.uint8], labels: NDArray[np.int64], keys: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(list(keys)).encode())
+    digest.update(labels.astype("<i8").tobytes())
+    step = _chunk(pixels.shape[-1])
+    for start in range(0, len(labels), step):
+        digest.update(np.ascontiguousarray(pixels[start : start + step]).data)
+    return digest.hexdigest()
+
+
+def _chunk(size: int) -> int:
+    """Samples that are read or written together."""
+    return max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // (3 * size * size)))
+
+
+# ---------------------------------------------------------------- building
+
+
+@contextmanager
+def _alone(path: Path, progress: Progress) -> Iterator[None]:
+    """Whoever holds the lock builds; the others wait for it rather than decode everything twice. It falls with its process."""
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        progress.say(f"waiting for another process to build {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _mention_others(series: str, path: Path, progress: Progress) -> None:
+    """Canvases of the same dataset and size, but of other files: somebody may still need them, so they are only named."""
+    found = {*path.parent.glob(f"{series}-*"), *path.parent.glob(f".{series}-*.tmp")} - {path, _unfinished(path)}
+    others = sorted(folder for folder in found if folder.is_dir())
+    if others:
+        size = 0
+        for folder in others:
+            with suppress(FileNotFoundError):  # another process may be finishing it at this moment
+                size += sum(file.stat().st_size for file in folder.iterdir())
+        progress.say(
+            f"canvases of earlier states of these files: {len(others)}, {size / 1e6:.1f} MB; "
+            f"once nothing needs them: rm -r {shlex.join(map(str, others))}"
+        )
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _build(
+    source: Source,
+    images: Images,
+    split: Split,
+    size: int,
+    path: Path,
+    state: str,
+    fingerprint: str,
+    skip_corrupt: bool,
+    progress: Progress,
+) -> None:
+    names, samples, folder = images.class_names(), images.samples(split), _unfinished(path)
+    card = source_card(source, names, split, samples)
+    # What a resumed build must have in common with the one before. Another Pillow may decode the same file to other pixels.
+    identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
+    outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
+    if images.fingerprint() != fingerprint:
+        shutil.rmtree(folder)
+        raise RetryError(
+            f"images of {card.name}/{split} changed while they were decoded",
+            why="some pixels would be of the old files, some of the new ones",
+            fix="wait until nothing writes to them, and repeat the command",
+        )
+    kept = [(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True) if not isinstance(outcome, str)]
+    if len(kept) < len(samples):
+        reasons = {sample.key: why for sample, why in zip(samples, outcomes, strict=True) if isinstance(why, str)}
+        if not skip_corrupt:
+            raise _undecodable(reasons, len(samples), path)
+        lost = sorted({sample.label for sample in samples} - {sample.label for sample, _ in kept})
+        if lost:
+            raise IntegrityError(
+                f"class {card.class_names[lost[0]]!r} has no image that can be decoded ({len(lost)} such class(es))",
+                why=f"{len(reasons)} of {len(samples)} {split} images are corrupt, and --skip-corrupt would leave nothing of it",
+                fix="replace some of its files",
+            )
+        card = source_card(source, names, split, [sample for sample, _ in kept], skipped=tuple(reasons))
+    labels = np.array([sample.label for sample, _ in kept], np.int64)
+    keys = [sample.key for sample, _ in kept]
+    with (folder / "pixels.npy").open("r+b") as file:
+        file.write(_npy_header(len(kept), size))
+        _sync(file)
+    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    for name, array in (("labels.npy", labels), ("sizes.npy", np.array([outcome for _, outcome in kept], np.int32))):
+        with (folder / name).open("wb") as file:
+            np.save(file, array)
+            _sync(file)
+    meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": _digest(pixels, labels, keys)}
+    with (folder / "canvas.json").open("wb") as file:
+        file.write(json.dumps(meta).encode())
+        _sync(file)
+    folder.replace(path)
+    (path / "journal.jsonl").unlink()  # not before: killed in between, the next build would have to start at nothing
+
+
+def _decode_all(
+    samples: Sequence[Sample], size: int, folder: Path, identity: dict[str, str], task: str, progress: Progress
+) -> list[_Outcome]:
+    """Write the pixels of all samples that can be decoded to `folder`, one behind the other; the outcome of every sample."""
+    outcomes = _resume(folder, identity, size)
+    before, step, started = len(outcomes), _chunk(size), time.monotonic()
+    if before:
+        progress.say(f"{task}: {before} of {len(samples)} images were decoded before, going on from there")
+        progress.update(task, before, len(samples))
+    needed, free = (len(samples) - before) * 3 * size * size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise RetryError(
+            f"the canvas needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB",
+            why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
+            fix="make room (df -h), or put it on another disk with --data-dir",
+        )
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
+    try:
+        with (folder / "pixels.npy").open("ab") as pixels, (folder / "journal.jsonl").open("ab") as journal, _no_warnings():
+            chunks = (samples[start : start + step] for start in range(before, len(samples), step))
+            for decoded in _ahead(pool, lambda sample: _decode(sample, size), chunks):
+                for result in decoded:
+                    if not isinstance(result, str):
+                        pixels.write(result[0])
+                _sync(pixels)
+                # The journal speaks of pixels that are on the disk, never of those that are still on their way.
+                finished = [result if isinstance(result, str) else result[1] for result in decoded]
+                journal.write(json.dumps(finished).encode() + b"\n")
+                _sync(journal)
+                outcomes += finished
+                speed = (len(outcomes) - before) / max(time.monotonic() - started, 1e-9)
+                progress.update(task, len(outcomes), len(samples), f"{speed:.0f} images/s")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return outcomes
+
+
+def _resume(folder: Path, identity: dict[str, str], size: int) -> list[_Outcome]:
+    """Outcomes that the journal of an earlier build records, with the files cut behind them; or an empty build to start with."""
+    pixels, journal = folder / "pixels.npy", folder / "journal.jsonl"
+    outcomes: list[_Outcome] = []
+    try:
+        text = journal.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may have been cut short
+        first, *lines = whole.splitlines()
+        if json.loads(first) == identity:
+            outcomes = [outcome if isinstance(outcome, str) else tuple(outcome) for line in lines for outcome in json.loads(line)]
+        end = len(_npy_header(0, size)) + 3 * size * size * sum(not isinstance(outcome, str) for outcome in outcomes)
+        if outcomes and pixels.stat().st_size >= end:
+            os.truncate(pixels, end)
+            os.truncate(journal, len(whole))
+            return outcomes
+    except (FileNotFoundError, ValueError, TypeError):  # killed before there was anything worth keeping
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    pixels.write_bytes(_npy_header(0, size))
+    journal.write_text(json.dumps(identity) + "\n")
+    return []
+
+
+def _npy_header(rows: int, size: int) -> bytes:
+    """The start of `pixels.npy`. NumPy pads it so that arrays can grow: it is as long for any number of rows."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (rows, 3, size, size)})
+    return header.getvalue()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _ahead(pool: Executor, decode: Callable[[Sample], Any], chunks: Iterator[Sequence[Sample]]) -> Iterator[list[Any]]:
+    """Decoded chunks in order. The next one is already being decoded while the caller writes one to the disk."""
+    running: deque[Iterator[Any]] = deque()
+    for chunk in chunks:
+        running.append(pool.map(decode, chunk))
+        if len(running) > 1:
+            yield list(running.popleft())
+    while running:
+        yield list(running.popleft())
+
+
+def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityError:
+    listing = path.with_name(path.name + ".corrupt.txt")
+    listing.write_text("".join(f"{key}: {why}\n" for key, why in reasons.items()), encoding="utf-8")
+    shown = "; ".join(f"{key} ({why})" for key, why in list(reasons.items())[:10])
+    more = f"; and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+    return IntegrityError(
+        f"{len(reasons)} of {total} images cannot be decoded: {shown}{more}",
+        why=f"a sample without pixels has no views (the whole list: {listing})",
+        fix="replace or remove these files, or repeat the command with --skip-corrupt to leave them out",
+    )
+
+
+# ---------------------------------------------------------------- decoding
+
+_TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation, and how the stored picture becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures, odd palettes and damaged EXIF data, once a file; what matters here is the pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(sample: Sample, size: int) -> tuple[bytes, tuple[int, int]] | str:
+    """Pixels `[3, size, size]` and original (width, height) of one sample, or why it has none."""
+    try:
+        with sample.load() as image:
+            image.load()  # the whole first frame; a TIFF is turned upright by this alone, and forgets its orientation
+            upright = _upright(image)
+            # Pillow's reducing decoder for JPEG is not used: its output depends on the library's version.
+            square = _as_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(square).transpose(2, 0, 1).tobytes(), upright.size
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "not an image of a known format"
+    except Exception as error:  # decoders stumble over bad bytes in many ways: struct.error, IndexError, zlib.error, ...
+        if isinstance(error, OSError) and error.errno is not None:  # the disk or the network, not the picture: try again
+            error.filename = error.filename or sample.key
+            raise
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged notes about a picture do not make the picture damaged
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Three 8-bit channels of an image of any mode.
+
+    Alpha is dropped, as torchvision's loaders do. Pillow would clip deep grey at 255, so it is scaled here: 16 bits by
+    their high byte, whole numbers (`I`) as 16 bits, floats as 0 to 1. Numbers beyond that have no agreed meaning as grey.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        limit = 1 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= limit):  # NaN compares as false, too
+            raise ValueError(f"grey values from {values.min():g} to {values.max():g} in mode {image.mode}, not 0 to {limit}")
+        grey = np.rint(values * 255) if image.mode == "F" else values.astype(np.uint32) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode == "La":  # Pillow knows no direct way
+        image = image.convert("LA")
+    return image.convert("RGB")

@@ -1,0 +1,209 @@
+"""Files of datasets, as their owners serve them: fetched once, checked, unpacked; and what to do where that is not possible."""
+
+import hashlib
+import shlex
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+from PIL import Image
+
+from kdcache.datasets import Images, Sample, Split
+from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.system.progress import Progress, Silent
+
+__all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch", "first_with", "pictures"]
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file at `url` of `megabytes`, of which its publishers state an `md5`; archives are unpacked."""
+
+    url: str
+    md5: str
+    megabytes: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Rooted:
+    """A source whose files are in `root`, or else where they are fetched to."""
+
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        object.__setattr__(self, "root", str(Path(self.root).resolve()) if self.root else "")
+
+
+def find_or_fetch(
+    name: str,
+    root: str,
+    data: Path,
+    find: Callable[[Path], Path | None],
+    layout: str,
+    downloads: Sequence[Download],
+    elsewhere: str,
+    progress: Progress | None,
+    fetch: bool,
+) -> Path:
+    """The folder with the files of dataset `name`, which `find` recognises in a folder: in `root`, or else in `data/name`.
+
+    What is missing there is fetched and unpacked, unless it has to be got by hand (no `downloads`), lies in a folder of the
+    user's own (`root`), or is not to be fetched. Then NotFoundError says where to put which `layout`, or `elsewhere` to look.
+    """
+    place = Path(root) if root else data / name
+    if found := find(place):
+        return found
+    by_hand = f"put {layout} into {place}"
+    if root or not downloads:
+        raise NotFoundError(
+            f"dataset {name} is not in {place}",
+            why=f"there is no {layout}" if root else "its owners let nobody fetch it without asking, or their server is gone",
+            fix=f"{by_hand}; or use {elsewhere}",
+        )
+    size = sum(file.megabytes for file in downloads)
+    if not fetch:
+        raise NotFoundError(
+            f"dataset {name} is not in {place} yet",
+            why=f"nothing is fetched by this command; it would be {size:,} MB from {downloads[0].url}",
+            fix=f"kdcache datasets --fetch {name}",
+        )
+    progress = progress or Silent()
+    place.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(place / ".fetching.lock"):  # a second process waits, and finds what the first one fetched
+        if found := find(place):
+            return found
+        progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
+        _require_room(place, 3 * size)  # beside the packed files the unpacked ones, twice for a moment
+        for file in downloads:
+            try:
+                packed = _fetch(file, place, progress)
+            except RetryError as error:
+                addresses = ", ".join(each.url for each in downloads)
+                fix = f"repeat the command later; or download {addresses} by hand into {place}; or use {elsewhere}"
+                raise RetryError(f"dataset {name} cannot be fetched: {error.what}", why=error.why, fix=fix) from None
+            _unpack(packed, place)
+        found = find(place)
+    if found is None:
+        raise IntegrityError(
+            f"what was fetched for dataset {name} is not {layout}",
+            why=f"the files in {place} are laid out in another way than when this was written",
+            fix=f"look into {place}; or use {elsewhere}",
+        )
+    return found
+
+
+def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], Path | None]:
+    """Finds the first of the folders `below` a place that has all the `needed` files and folders."""
+
+    def find(place: Path) -> Path | None:
+        return next((place / sub for sub in below if all((place / sub / name).exists() for name in needed)), None)
+
+    return find
+
+
+def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
+    """Samples of image files with their labels; keys are paths below `base`."""
+    return [
+        Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
+        for file, label in rows
+    ]
+
+
+def _require_room(place: Path, megabytes: int) -> None:
+    free = shutil.disk_usage(place).free / 1e6
+    if megabytes > free:
+        raise RetryError(
+            f"{place} has {free:,.0f} MB left, the dataset needs {megabytes:,} MB",
+            why="its files are fetched packed, and then unpacked",
+            fix="make room (df -h), or put the data on another disk with --data-dir",
+        )
+
+
+def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
+    """The file, checked; what arrived before a break stays in `NAME.part`, and the next call goes on behind it."""
+    from kdcache.system.remote import open_remote
+
+    file, part = folder / download.name, folder / f"{download.name}.part"
+    if not file.is_file():
+        remote = open_remote(download.url.rpartition("/")[0])
+        total = remote.size(download.name)
+        with part.open("ab") as out:
+            progress.update(f"fetch {download.name}", out.tell(), total)
+            for piece in remote.stream(download.name, out.tell()):
+                out.write(piece)
+                progress.update(f"fetch {download.name}", min(out.tell(), total), total, f"{out.tell() / 1e6:.0f} MB")
+        part.replace(file)
+    with file.open("rb") as stored:
+        found = hashlib.file_digest(stored, "md5").hexdigest()
+    if found != download.md5:
+        raise IntegrityError(
+            f"{file} has the md5 {found}",
+            why=f"{download.md5} was expected: it is damaged, or not the file that was published",
+            fix=f"delete it, and repeat the command: rm {shlex.quote(str(file))}",
+        )
+    return file
+
+
+def _unpack(file: Path, place: Path) -> None:
+    """Unpack a tar or zip archive beside it; it is deleted then. Another file stays as it is."""
+    aside = place / f".{file.name}.unpacking"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as packed:
+                packed.extractall(aside)
+        elif tarfile.is_tarfile(file):
+            with tarfile.open(file) as tar:
+                tar.extractall(aside, filter="data")  # nothing outside, no links to outside, no devices
+        else:
+            return
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise damaged(file, str(error)) from None
+    for entry in aside.iterdir():
+        shutil.rmtree(place / entry.name, ignore_errors=True)
+        entry.replace(place / entry.name)
+    aside.rmdir()
+    file.unlink()
+
+
+def damaged(file: Path, why: str) -> KdcacheError:
+    """The error of a file that cannot be read as what it should be."""
+    return IntegrityError(
+        f"{file} is damaged",
+        why=" ".join(why.split())[:300] or "it ends too early",
+        fix=f"fetch it again; it is in the way until then: rm {shlex.quote(str(file))}",
+    )
+
+
+class Listed(Images):
+    """Images with given `names` of classes; `list_samples` lists those of a split, and `files` are what they are read from."""
+
+    def __init__(
+        self, base: Path, names: Sequence[str], list_samples: Callable[[Split], Sequence[Sample]], files: Iterable[Path]
+    ) -> None:
+        self._base, self._names, self._list, self._files = base, tuple(names), list_samples, sorted(files)
+
+    def class_names(self) -> Sequence[str]:
+        return self._names
+
+    def samples(self, split: Split) -> Sequence[Sample]:
+        return self._list(split)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for file in self._files:
+            status = file.stat()
+            digest.update(f"{file.relative_to(self._base).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()

@@ -1,0 +1,303 @@
+"""Names of models that are none of timm's: on the Hub, in a folder, or made by a function. timm is imported when one is used.
+
+- `hf-hub:ORG/NAME[@REVISION]`, a timm model on the Hub; its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
+- `local-dir:PATH`, a folder with timm's config.json and model.safetensors, such as `kdcache export` writes. Its exact name has
+  the beginning of a digest of both, `local-dir:PATH@DIGEST`; what is recorded, `local-dir:FOLDER@DIGEST`, has no path.
+- `package.module:function`, which is called with num_classes=... and returns an nn.Module.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import json
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError
+
+__all__ = [
+    "CONFIG",
+    "HUB",
+    "LOCAL",
+    "WEIGHTS",
+    "architecture_of",
+    "config_file",
+    "exact_name",
+    "first_line",
+    "folder_name",
+    "is_factory",
+    "is_reference",
+    "kept",
+    "licence",
+    "load_factory",
+    "place",
+    "public_name",
+    "read_config",
+    "this_folder_too",
+    "timm_with_zoo",
+    "unusable",
+]
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of timm's folders
+FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
+_PINNED = re.compile(r"(.+)@([0-9a-f]{12})", re.DOTALL)
+
+
+def timm_with_zoo() -> ModuleType:
+    """timm, with the models of kdcache.models.cifar in its registry."""
+    import timm
+
+    import kdcache.models.cifar  # noqa: F401
+
+    return timm
+
+
+def exact_name(name: str) -> str:
+    """The exact name of a reference, which is there and can be used. Of an exact one it is itself.
+
+    NotFoundError for what is not there. The Hub is asked for the commit of a revision: RetryError if it cannot be reached. A
+    factory's module is imported.
+    """
+    if name.startswith(HUB):
+        return _on_hub(name)
+    if name.startswith(LOCAL):
+        return _in_folder(name)
+    load_factory(name)
+    return name
+
+
+def is_reference(name: str) -> bool:
+    """Whether it is a name of this module's, and none of timm's."""
+    return ":" in name
+
+
+def public_name(exact: str) -> str:
+    """What is recorded of an exact name, and identifies the model: all of it, but of a local folder only its name and digest."""
+    if not exact.startswith(LOCAL):
+        return exact
+    folder, digest = place(exact)
+    name = folder.resolve().name if folder.name in {"", ".."} else folder.name
+    return f"{LOCAL}{name}@{digest}" if digest else f"{LOCAL}{name}"
+
+
+def folder_name(name: str) -> str:
+    """A name as typed, as part of a folder's name: short, and without the place of a local folder."""
+    return re.sub(r"[^\w.+-]", "-", public_name(name).partition("@")[0])[:60]
+
+
+def is_factory(name: str) -> bool:
+    """Whether it names a function that makes the model, which then has the weights that the function gave it."""
+    return is_reference(name) and not name.startswith((HUB, LOCAL))
+
+
+def kept(name: str, folder: Path) -> str:
+    """How the model of a teacher or run is made again: as timm's configuration says that was kept in its `folder`.
+
+    What it was made of may have moved meanwhile. Where none was kept: by its exact name.
+    """
+    return f"{LOCAL}{folder}" if (folder / CONFIG).is_file() else name
+
+
+def licence(name: str) -> str | None:
+    """The licence of pretrained weights by exact name, as timm, their card or their configuration states it; else None."""
+    if is_factory(name):
+        return None
+    if not is_reference(name):
+        config = timm_with_zoo().models.get_pretrained_cfg(name)
+        return (config.license or None) if config is not None else None
+    file = config_file(name)
+    card: Path | None = file.with_name("README.md")
+    if name.startswith(HUB):
+        with contextlib.suppress(RetryError):  # away from the network it is unknown, and asked for before anything is shared
+            card = _download(name, "README.md", needed=False)
+    stated = _card_licence(card) if card is not None and card.is_file() else None
+    settings = read_config(file, name)
+    stated = stated or settings.get("pretrained_cfg", settings).get("license")
+    return stated if isinstance(stated, str) and stated.lower() not in {"", "unknown"} else None
+
+
+def _card_licence(card: Path) -> str | None:
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        stated = metadata_load(card) or {}
+    except (ValueError, RecursionError, yaml.YAMLError):  # somebody's card, which is not as cards are
+        return None
+    found = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+    return " and ".join(map(str, found)) if isinstance(found, list) else found
+
+
+def _on_hub(name: str) -> str:
+    """The exact name of a model on the Hub, whose configuration is fetched, or is in the Hub's cache on this machine."""
+    repo, _, revision = name.partition(":")[2].partition("@")
+    found = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
+    config = _download(found, CONFIG)
+    assert config is not None
+    architecture_of(config, found)
+    return f"{HUB}{repo}@{config.parent.name}"  # the cache has a folder for each commit
+
+
+def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
+    """A file of a model on the Hub; None if it has none and it is not `needed`."""
+    from huggingface_hub import errors, hf_hub_download
+
+    repo, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision or None))
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name} is not a model on the Hub", why=first_line(error), fix=f"{HUB}ORG/NAME[@REVISION]") from None
+    except errors.RepositoryNotFoundError as error:  # the Hub tells nobody that a private one exists; gated ones are among them
+        raise NotFoundError(
+            f"{name}: {type(error).__name__}",
+            why="no such model, or not one that this account may read",
+            fix="correct its name, or log in: hf auth login, or set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise NotFoundError(f"{name} does not exist", why="it has no such revision", fix="correct what follows @") from None
+    except errors.RemoteEntryNotFoundError:
+        if not needed:
+            return None
+        raise NotFoundError(
+            f"{name} has no {file}", why="timm's models on the Hub have one", fix="choose a model of timm's: hf-hub:timm/..."
+        ) from None
+    except Exception as error:  # of huggingface_hub, and of whichever HTTP library it uses
+        raise RetryError(
+            f"{name} could not be fetched",
+            why=first_line(error.__cause__ or error),
+            fix="repeat when the Hub can be reached; what was fetched before is kept",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _in_folder(name: str) -> str:
+    """The exact name of a local folder. Raises IntegrityError for an exact name whose folder holds something else now."""
+    folder, pinned = place(name)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise NotFoundError(
+                f"{LOCAL}{folder} is not a model",
+                why=f"there is no {file} in it" if folder.is_dir() else "there is no such folder",
+                fix="name a folder with config.json and model.safetensors as timm writes them, or make one: kdcache export RUN",
+            )
+    architecture_of(folder / CONFIG, name)
+    digest = hashlib.sha256()
+    for file in (CONFIG, WEIGHTS):
+        with (folder / file).open("rb") as data:
+            digest.update(hashlib.file_digest(data, "sha256").digest())
+    found = digest.hexdigest()[:12]
+    if pinned not in {"", found}:
+        raise IntegrityError(
+            f"{LOCAL}{folder} is not what it was",
+            why=f"the digest of its files is {found}, not {pinned}",
+            fix=f"restore them, or use the model as it is now: {LOCAL}{folder}",
+        )
+    return f"{LOCAL}{folder.resolve()}@{found}"
+
+
+def place(name: str) -> tuple[Path, str]:
+    """The folder of a local model, and the digest that an exact name has."""
+    typed = name.removeprefix(LOCAL)
+    found = _PINNED.fullmatch(typed)
+    if found and not Path(typed).expanduser().is_dir():
+        return Path(found[1]).expanduser(), found[2]
+    return Path(typed).expanduser(), ""
+
+
+def config_file(name: str) -> Path:
+    """`config.json` of a local model or one on the Hub."""
+    if name.startswith(LOCAL):
+        return place(name)[0] / CONFIG
+    file = _download(name, CONFIG)
+    assert file is not None
+    return file
+
+
+def read_config(file: Path, name: str) -> dict[str, Any]:
+    """`config.json` of a local model or one on the Hub. IntegrityError if it is no such thing."""
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        if isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict):
+            return config
+        why = "it holds no mapping"
+    except (OSError, ValueError, RecursionError) as error:
+        why = first_line(error)
+    raise IntegrityError(f"{CONFIG} of {name} cannot be read", why=why, fix="restore it, or use another model")
+
+
+def architecture_of(file: Path, name: str) -> str:
+    config = read_config(file, name)
+    found = config.get("architecture")
+    if not isinstance(found, str) or not timm_with_zoo().models.is_model(found):
+        raise IncompatibleError(
+            f"{name} is not a model of timm",
+            why=f"its {CONFIG} names {'no architecture' if found is None else f'the architecture {found!r}, which timm lacks'}",
+            fix="use a model of timm's, or name a function that makes yours: package.module:function",
+        )
+    return found
+
+
+@contextlib.contextmanager
+def this_folder_too() -> Iterator[None]:
+    """Modules of the working directory can be imported meanwhile; those that are installed come first."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+def load_factory(name: str) -> Callable[..., Any]:
+    """The function behind `package.module:function`."""
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise UsageError(f"model {name!r} is not understood", why=f"a model is {FORMS}", fix="list names with: kdcache models")
+    try:
+        with this_folder_too():
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise unusable(name, f"importing {module_name}", error) from error
+        raise NotFoundError(
+            f"model {name!r}: there is no module {error.name}",
+            why="it is neither installed nor in this folder",
+            fix=f"install it here, change to its folder, or correct the name; a model is {FORMS}",
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise unusable(name, f"importing {module_name}", error) from error
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        close = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=3)
+        raise NotFoundError(
+            f"model {name!r}: {module_name} has no {attribute}",
+            why=f"close to it: {', '.join(close)}" if close else "nothing in it is called so",
+            fix=f"use {module_name}:{close[0]}" if close else "correct what follows the colon",
+        ) from None
+    if not callable(found):
+        raise UsageError(
+            f"model {name!r}: {attribute} is a {type(found).__name__}",
+            why="it is to be called with num_classes=..., and to return an nn.Module",
+            fix="name a function or a class",
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def unusable(name: str, what: str, error: BaseException) -> IncompatibleError:
+    return IncompatibleError(
+        f"model {name!r}: {what} fails",
+        why=f"{type(error).__name__}: {first_line(error)}",
+        fix=f"mend it; try it with: python -c 'from {name.partition(':')[0]} import {name.partition(':')[2].partition('.')[0]}'",
+    )

@@ -1,0 +1,175 @@
+"""Replay: whether views that are rendered now are those that the teacher saw, and what is to blame if they are not."""
+
+import shlex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.archive import AnyArchive, Archive, Failure, Verification
+from kdcache.datasets.canvas import Canvas
+from kdcache.errors import IncompatibleError
+from kdcache.replay.prefetch import Rendered, RendererChoice, render_batches
+from kdcache.system.progress import Progress, Silent
+from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
+from kdcache.views.policy import ViewPolicy
+from kdcache.views.probe import grids
+
+__all__ = ["check_views", "replay", "require_replayable"]
+
+
+def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
+    """The policy of the archive's views. Raises IncompatibleError if they are not views of this canvas's samples."""
+    policy = archive.manifest.policy
+    if policy is None:
+        raise IncompatibleError(
+            f"archive {archive.location} cannot be replayed",
+            why="it was written without a view policy, so nobody knows which views its logits belong to",
+            fix="make one with: kdcache dump-teacher",
+        )
+    source = archive.manifest.source
+    if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
+        raise IncompatibleError(
+            f"archive {archive.location} has {archive.num_samples} samples of other images than the {len(canvas)} here",
+            why="the files, their names or their labels changed since the dump",
+            fix="restore the dataset as it was, or dump again",
+        )
+    recorded = archive.manifest.canvas
+    if recorded is not None and recorded.size != canvas.size:
+        raise IncompatibleError(
+            f"the canvas is {canvas.size} px, the archive's was {recorded.size} px",
+            why="views are cut from the canvas, so its size is part of them",
+            fix=f"use --canvas {recorded.size}",
+        )
+    labels = archive.labels()
+    if labels is not None and (labels != canvas.labels).any():
+        changed = np.flatnonzero(labels != canvas.labels)
+        raise IncompatibleError(
+            f"{len(changed)} samples have another label than in archive {archive.location}, "
+            f"the first is {canvas.keys[changed[0]]}",
+            why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
+            fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+        )
+    return policy
+
+
+def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift: int = 0) -> int:
+    """Compare rendered views with the archive's digests; returns how many were accepted as drifted.
+
+    Raises IncompatibleError, with a diagnosis, at views that differ; but views of a canvas that was decoded otherwise are
+    accepted if their grid means are within `allow_drift` grey levels.
+    """
+    differs = _differing(item)
+    if not differs.any():
+        return 0
+    levels = _levels(item, differs)
+    if allow_drift > 0 and levels <= allow_drift and _decoded_otherwise(archive, canvas) and not _moved(item).any():
+        return int(differs.sum())
+    found = _diagnose(item, archive, canvas, differs)
+    keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
+    raise IncompatibleError(
+        f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw "
+        f"({_extent(item, differs)})",
+        why=str(found),
+        fix=_fix(found.cause, levels, archive, canvas),
+    )
+
+
+def replay(
+    archive: Archive,
+    canvas: Canvas,
+    views: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    renderer: RendererChoice = "auto",
+) -> Verification:
+    """Render `views` randomly chosen views again and compare their digests with the archive's."""
+    policy, progress = require_replayable(archive, canvas), progress or Silent()
+    result = Verification(f"replay {views}")
+    found: Diagnosis | None = None
+    total = archive.num_views * archive.num_samples
+    chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
+    for number in np.unique(chosen // archive.num_samples):
+        view = archive.views[number]
+        positions = np.sort(chosen[chosen // archive.num_samples == number] % archive.num_samples)
+        items = [(view, positions[i : i + 64]) for i in range(0, len(positions), 64)]
+        for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
+            differs = _differing(item)
+            if differs.any():
+                if found is None:  # one diagnosis is enough, since it takes a while
+                    found = _diagnose(item, archive, canvas, differs)
+                    result.error = IncompatibleError(
+                        f"view {view} is not what the teacher saw ({_extent(item, differs)})",
+                        why=str(found),
+                        fix=_fix(found.cause, _levels(item, differs), archive, canvas),
+                    )
+                result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {found}"))
+            result.checked += len(item.positions)
+            progress.update("replay", result.checked, len(chosen))
+    return result
+
+
+def _moved(item: Rendered) -> NDArray[np.bool_]:
+    """Where other samples sit than in the archive `[B]`."""
+    assert item.stored is not None
+    moved: NDArray[np.bool_] = item.rows.sample != item.stored.sample
+    return moved
+
+
+def _differing(item: Rendered) -> NDArray[np.bool_]:
+    """Which views are not the stored ones `[B]`."""
+    assert item.stored is not None
+    other: NDArray[np.bool_] = item.digest != item.stored.digest
+    return other | _moved(item)
+
+
+def _levels(item: Rendered, differs: NDArray[np.bool_]) -> int:
+    """Largest difference between rendered and stored grid means, grey levels."""
+    assert item.stored is not None
+    return int(np.abs(grids(item.images).astype(int) - item.stored.probe.astype(int))[differs].max())
+
+
+def _extent(item: Rendered, differs: NDArray[np.bool_]) -> str:
+    positions = item.positions[differs]
+    shown = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
+    return f"positions {shown} ({len(positions)} in all), grid means up to {_levels(item, differs)} grey levels apart"
+
+
+def _decoded_otherwise(archive: AnyArchive, canvas: Canvas) -> bool:
+    recorded = archive.manifest.canvas
+    return recorded is not None and recorded.digest != canvas.digest
+
+
+def _diagnose(item: Rendered, archive: AnyArchive, canvas: Canvas, differs: NDArray[np.bool_]) -> Diagnosis:
+    """What is wrong with a batch of which some views differ from the stored ones."""
+    assert item.stored is not None
+    if (moved := _moved(item)).any():
+        return Diagnosis("order", f"other samples sit at {moved.sum()} of these positions than when the archive was written")
+
+    def canvas_changed() -> str | None:
+        if _decoded_otherwise(archive, canvas):
+            return "its images are not those of the dump (other files, or decoded by another library)"
+        return None if canvas.intact else "its pixels were changed after it was built"
+
+    return diagnose(
+        canvas.pixels,
+        item.rows.policy.parameters(item.rows.view, len(canvas)),
+        item.positions[differs],
+        item.stored.digest[differs],
+        canvas_changed,
+        archive.manifest.probe_version,
+    )
+
+
+def _fix(cause: Cause, levels: int, archive: AnyArchive, canvas: Canvas) -> str:
+    if cause == "canvas" and _decoded_otherwise(archive, canvas):
+        accepting = f"--allow-drift {max(1, levels)} would accept this batch"
+        return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
+    return {
+        "canvas": f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+        "order": "restore the dataset as it was at the dump, or dump again",
+        "mixing": "use the version of kdcache that wrote the archive, or dump again",
+        "policy": "use the version of kdcache that wrote the archive, or dump again",
+        "renderer": "use --renderer reference, and please report this",
+        "rendering": "install the library versions that the manifest names (kdcache info ARCHIVE --json), or dump again",
+    }[cause]

@@ -1,0 +1,345 @@
+"""The stream of batches that students (and teachers in training) see: views in a shuffled order, with checked targets.
+
+What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.archive import AnyArchive
+from kdcache.datasets.canvas import Canvas
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.replay.check import check_views, require_replayable
+from kdcache.replay.prefetch import Rendered, RendererChoice, Resident, render_batches
+from kdcache.system.distributed import Team
+from kdcache.system.progress import Progress
+from kdcache.targets import Control, Targets, averaged, row_keys
+from kdcache.views.policy import ViewPolicy
+
+__all__ = [
+    "ORDER_VERSION",
+    "Batch",
+    "CachedTargets",
+    "TargetPairs",
+    "ViewStream",
+    "epoch_positions",
+    "epoch_view",
+    "fit_control",
+    "require_batch_size",
+    "require_second",
+]
+
+ORDER_VERSION = 1  # of what a seed means: the order of views and of positions
+BLOCK = 4096  # positions that are shuffled together, part of that meaning
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`.
+
+    Of an `Ensemble` that averages probabilities, `logits` are `[B, K, C]`: `kdcache.targets.averaged` is what to make of them.
+    `second` is another view of the same samples, in the same order, where the stream was asked for one.
+    """
+
+    images: Tensor
+    sample: Tensor
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor  # share of label_a
+    view: int
+    positions: NDArray[np.int64]
+    logits: Tensor | None = None
+    keys: Tensor | None = None  # int64 [B, 2], see `kdcache.targets.row_keys`
+    second: "Batch | None" = None
+
+    def targets(self, tau: float, control: Control | None = None) -> Targets:
+        """The teacher's targets at `tau`, or what `control` makes of them; with the labels, and those of a second view."""
+        if self.logits is None or self.keys is None:
+            raise ValueError("this batch has no logits: it is not of an archive")
+        targets = Targets(averaged(self.logits, tau), tau, self.label_a, self.label_b, self.lam)
+        targets = control(targets, self.keys) if control else targets
+        return targets if self.second is None else replace(targets, second=self.second.targets(tau, control))
+
+    def of_all(self, team: Team) -> "Batch":
+        """The batch that the parts of all processes make, but for images and positions, which stay this one's."""
+        if team.size == 1:
+            return self
+        parts = {key: value for key, value in vars(self).items() if isinstance(value, Tensor) and key != "images"}
+        whole: dict[str, Any] = {key: team.gather(value) for key, value in parts.items()}
+        return replace(self, **whole)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved: dict[str, Any] = {
+            key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.second is not None:
+            moved["second"] = self.second.to(device)
+        return replace(self, **moved)
+
+
+def epoch_view(num_views: int, seed: int, epoch: int, ahead: int = 0) -> int:
+    """The view that epoch `epoch` shows, or the one `ahead` of it: each cycle through the views has its own order."""
+    cycle, turn = divmod(epoch, num_views)
+    return int(np.argsort(_draws(seed, 0, cycle, num_views), kind="stable")[(turn + ahead) % num_views])
+
+
+def epoch_positions(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """All positions in the order of epoch `epoch`: blocks are shuffled, and mixing pairs within each block."""
+    pairs = (num_samples + 1) // 2
+    blocks = -(-num_samples // BLOCK)
+    draws = _draws(seed, 1, epoch, pairs + blocks)
+    pair_key, block_key = draws[:pairs], draws[pairs:]
+    order = np.lexsort((pair_key, block_key[np.arange(pairs) // (BLOCK // 2)]))
+    positions = (order[:, None] * 2 + np.arange(2)).reshape(-1)
+    return positions[positions < num_samples]
+
+
+def _draws(seed: int, purpose: int, number: int, count: int) -> NDArray[np.uint64]:
+    # One word each for seed, purpose and number: seeds are never added to each other.
+    key = np.array([seed, (purpose << 32) | number], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, 0x6F72646572], np.uint64)).random_raw(count)
+
+
+class ViewStream:
+    """Batches of fresh views without targets, for training a teacher. Epoch `e` shows view `e`.
+
+    As `part` (i, n), batches are the i-th of n equal parts of what they would be.
+    """
+
+    archive: AnyArchive | None = None
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        policy: ViewPolicy,
+        *,
+        batch_size: int,
+        seed: int,
+        device: str = "cpu",
+        workers: int = 0,
+        renderer: RendererChoice = "auto",
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        require_batch_size(batch_size, len(canvas), part[1])
+        self.canvas, self.policy, self.part = canvas, policy, part
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.device = torch.device(device)
+        self.renderer = renderer
+        self._resident = Resident()
+
+    def __len__(self) -> int:
+        """Batches of an epoch; the last, smaller one is left out."""
+        return len(self.canvas) // self.batch_size
+
+    def view(self, epoch: int) -> int:
+        """The view that epoch `epoch` shows."""
+        return epoch
+
+    def order_digest(self, epoch: int) -> int:
+        """A crc32 of the positions that an epoch shows, in their order and batches: relations within a batch depend on it."""
+        shown = epoch_positions(len(self.canvas), self.seed, epoch)[: len(self) * self.batch_size]
+        return zlib.crc32(shown.astype("<i8").tobytes(), self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
+        return self._batches(self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch), start)
+
+    def _batches(self, view: int, positions: NDArray[np.int64], start: int) -> Iterator[Batch]:
+        number, parts = self.part
+        own = self.batch_size // parts
+        starts = (batch * self.batch_size + number * own for batch in range(start, len(self)))
+        items = [(view, positions[begin : begin + own]) for begin in starts]
+        for item in render_batches(
+            self.canvas,
+            self.policy,
+            items,
+            workers=self.workers,
+            archive=self.archive,
+            renderer=self.renderer,
+            device=self.device,
+            resident=self._resident,
+        ):
+            yield self._batch(item).to(self.device)
+
+    def _batch(self, item: Rendered) -> Batch:
+        rows = item.rows
+        partner = np.where(rows.partner >= 0, rows.partner, rows.sample)
+        return Batch(
+            images=item.images,
+            sample=torch.from_numpy(rows.sample),
+            label_a=torch.from_numpy(self.canvas.labels[rows.sample]),
+            label_b=torch.from_numpy(self.canvas.labels[partner]),
+            lam=torch.from_numpy(rows.lam.astype(np.float32)),
+            view=rows.view,
+            positions=item.positions,
+            logits=None if item.stored is None else torch.from_numpy(item.stored.logits),
+        )
+
+
+class CachedTargets(ViewStream):
+    """Batches of an archive, or an ensemble: its views rendered again from the canvas, each checked against its fingerprint.
+
+    Iterating yields epoch after epoch's batches (`for batch in stream` is one epoch; `epoch(e)` is any). Raises
+    IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
+    views of a canvas that was decoded otherwise, if their 4 x 4 grid means are within that many grey levels; `drifted`
+    counts them.
+
+    With `second`, an archive over the same samples, batches bring a second view of their samples from there, and never the
+    same one twice. It may be this archive once more: then the second view of an epoch is the one that is half the cycle away.
+    """
+
+    archive: AnyArchive
+
+    def __init__(
+        self,
+        archive: AnyArchive,
+        canvas: Canvas,
+        batch_size: int = 64,
+        seed: int = 0,
+        device: str = "cpu",
+        *,
+        workers: int = 0,
+        renderer: RendererChoice = "auto",
+        allow_drift: int = 0,
+        progress: Progress | None = None,
+        second: AnyArchive | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        policy = require_replayable(archive, canvas)
+        how: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
+        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **how)
+        self.archive = archive
+        self.allow_drift = allow_drift
+        self._progress = progress
+        self._drifted = 0
+        self._next_epoch = 0
+        self._second: CachedTargets | None = None
+        if second is not None:
+            require_second(archive, second)
+            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **how)
+            self._second._resident = self._resident
+
+    @property
+    def drifted(self) -> int:
+        """Views so far that were accepted as drifted."""
+        return self._drifted + (self._second.drifted if self._second else 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        yield from self.epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on. A remote archive's view is fetched first, the next one meanwhile."""
+        view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
+        self._fetch(view, self.view(epoch + 1))
+        batches = self._batches(view, positions, start)
+        if self._second is None:
+            yield from batches
+            return
+        other = self.second_view(epoch)
+        self._second._fetch(other, self.second_view(epoch + 1))
+        theirs = np.argsort(self._second._samples(other))[self._samples(view)[positions]]  # where the same samples sit
+        for batch, second in zip(batches, self._second._batches(other, theirs, start), strict=True):
+            yield replace(batch, second=second)
+
+    def pairs(
+        self, tau: float, normalise: Callable[[Tensor], Tensor] | None = None, control: Control | None = None
+    ) -> "TargetPairs":
+        """The stream for loops over `(input, target)`: images as `normalise` makes them, and `Targets` at `tau`.
+
+        A `control` is fitted to the archive.
+        """
+        fitted = fit_control(control, self.archive, tau) if control else None
+        return TargetPairs(self, tau, normalise or (lambda images: images), fitted)
+
+    def view(self, epoch: int) -> int:
+        return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
+
+    def second_view(self, epoch: int) -> int:
+        """The view of the second archive that epoch `epoch` shows."""
+        assert self._second is not None
+        views, first = self._second.archive.views, self.view(epoch)
+        same = self._second.policy == self.policy  # then views of one number are the same views
+        ahead = len(views) // 2 if same and views == self.archive.views else 0
+        turns = (views[epoch_view(len(views), self.seed, epoch, ahead + step)] for step in range(len(views)))
+        return next(view for view in turns if not same or view != first)
+
+    def _fetch(self, view: int, following: int) -> None:
+        self.archive.fetch(view, self._progress)
+        self.archive.prefetch(view, following)
+
+    def _samples(self, view: int) -> NDArray[np.int64]:
+        """The sample at every position of a view, int64 `[N]`."""
+        return self.policy.parameters(view, len(self.canvas)).sample
+
+    def _batch(self, item: Rendered) -> Batch:
+        self._drifted += check_views(item, self.archive, self.canvas, self.allow_drift)
+        batch = super()._batch(item)
+        return replace(batch, keys=row_keys(self.archive.digest, batch.view, batch.sample))
+
+
+@dataclass(frozen=True)
+class TargetPairs:
+    """`(images, Targets)` of a stream's batches; each time that it is iterated it is the next epoch's.
+
+    Of a stream of two views the images are `[2B, 3, S, S]`, the first views above the second ones.
+    """
+
+    stream: CachedTargets
+    tau: float
+    normalise: Callable[[Tensor], Tensor]
+    control: Control | None
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
+        for batch in self.stream:
+            images = [self.normalise(each.images) for each in (batch, batch.second) if each is not None]
+            yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
+
+
+def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
+    """The control as it is to be used at `tau` on targets from `archive`."""
+    return control.fit((averaged(torch.from_numpy(block), tau).numpy() for block in archive.spread_logits()), tau)
+
+
+def require_second(archive: AnyArchive, second: AnyArchive) -> None:
+    """UsageError or IncompatibleError unless `second` has second views for those of `archive`, of the same size and classes."""
+    policies = [found.manifest.policy for found in (archive, second)]
+    if policies[0] == policies[1] and len(second.views) == 1 and second.views[0] in archive.views:
+        raise UsageError(
+            f"two views of a sample from archive {second.location}",
+            why="it holds one view" + ("" if second.digest == archive.digest else f", which is also in {archive.location}"),
+            fix="dump more with --views; or name another archive of the same images with --second-archive; or use mlkd:views=1",
+        )
+    sizes = [policy.size if policy else None for policy in policies]
+    if sizes[0] != sizes[1] or archive.class_names != second.class_names:
+        raise IncompatibleError(
+            f"the views of archive {second.location} do not go with those of {archive.location}",
+            why=f"they are of {sizes[1]} px and {second.num_classes} classes, against {sizes[0]} px and {archive.num_classes}",
+            fix="dump both over the same dataset, with the same --size",
+        )
+
+
+def require_batch_size(batch_size: int, num_samples: int, parts: int = 1) -> None:
+    """UsageError for a batch size that `num_samples` do not fill, or that cannot be divided into equal `parts`."""
+    if not 1 <= batch_size <= num_samples:
+        raise UsageError(
+            f"batch size {batch_size} with {num_samples} samples",
+            why="an epoch needs at least one full batch",
+            fix=f"use --batch-size {max(1, min(64, num_samples))}",
+        )
+    if batch_size % parts:
+        raise UsageError(
+            f"batch size {batch_size} with {parts} processes",
+            why="each of them takes an equal part of every batch",
+            fix=f"use --batch-size {max(parts, batch_size // parts * parts)}, or --parallel students",
+        )

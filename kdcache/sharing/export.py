@@ -1,0 +1,403 @@
+"""export: a trained student or teacher as a folder that timm loads, with a model card; and to the Hugging Face Hub."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from safetensors.torch import save
+from torch import nn
+
+from kdcache.archive import Licences, code_span, escaped, licence_fields, open_archive
+from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.models.creation import Normalisation, create_model, load_weights, resolve, timm_config, weights_digest
+from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept
+from kdcache.report import RunRecord, collect
+from kdcache.sharing.publishing import require_licences
+from kdcache.sharing.push_pull import OF_THE_HUB, quiet_hub, told_by_the_hub
+from kdcache.system.progress import Progress, Silent
+from kdcache.training.learner import write_atomically
+from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
+
+__all__ = ["Export", "Which", "export", "hub_repository", "push_export", "require_known", "write_export"]
+
+Which = Literal["last", "best", "ema"]
+CARD = "README.md"
+FILES = {WEIGHTS, CONFIG, CARD}
+_HUB_MODEL = re.compile(r"(?:hf://(?:models/)?)?([\w.-]+/[\w.-]+)")
+_CHOSEN: dict[Which, str] = {
+    "last": "the weights after the last epoch",
+    "best": "the weights of the epoch with the highest top-1 on the same test images, which flatters it",
+    "ema": "the moving average of the weights, after the last epoch",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model as it is given away: `files` by name, and under what its data and weights are, as far as that is known."""
+
+    name: str  # of the model, exact
+    files: Mapping[str, bytes]
+    licences: Licences
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.files.values()))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A finished run or teacher: what its model is, and what its card says."""
+
+    name: str  # exact
+    input_size: int
+    class_names: tuple[str, ...]
+    weights: Path
+    licences: Licences
+    title: str
+    facts: Mapping[str, str]  # Markdown by what it is about
+    scores: Mapping[str, float]
+    normalise: Normalisation | None = None  # None: the model's own
+
+
+def export(
+    folder: Path,
+    *,
+    which: Which = "last",
+    licences: Licences | None = None,
+    repository: str | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """The model of a finished run, or of a trained teacher, in `folder`. Writes nothing.
+
+    `licences` declares those that are not known. `repository`: where on the Hub it is going to be, as its card says then.
+    IncompatibleError for a model that timm cannot make again.
+    """
+    found = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
+    if is_factory(found.name):
+        raise IncompatibleError(
+            f"{folder} cannot be exported: its model is made by the function {found.name}",
+            why="timm makes models by the name of their architecture, and has none for it",
+            fix=f"share that function and the weights: safetensors.torch.load_model(make(num_classes={len(found.class_names)}), "
+            f"{str(found.weights)!r})",
+        )
+    if not found.weights.is_file():
+        raise NotFoundError(
+            f"{folder} has no {found.weights.name}",
+            why="averaged weights are kept by runs with --model-ema-decay" if which == "ema" else "the file is missing",
+            fix="export --last or --best of it" if which == "ema" else "restore it from a copy, or train it again",
+        )
+    model, own = create_model(kept(found.name, folder), len(found.class_names), input_size=found.input_size)
+    load_weights(model, found.weights)
+    config = timm_config(found.name, model, found.normalise or own, input_size=found.input_size, class_names=found.class_names)
+    assert config is not None
+    declared, known = licences or Licences(), found.licences
+    licences = Licences(data=declared.data or known.data, weights=declared.weights or known.weights)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    files = {
+        WEIGHTS: save(state, metadata={"format": "pt"}),
+        CONFIG: config,
+        CARD: _card(found, model, which, licences, repository).encode(),
+    }
+    if progress is not None and None in licences.model_dump().values():
+        progress.say("a licence is unknown; it has to be known, or named with --license, before the model is pushed")
+    return Export(found.name, files, licences)
+
+
+def write_export(exported: Export, output: Path) -> None:
+    """Write a model to a folder, which may hold an earlier export, and see that timm loads the very weights."""
+    if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - FILES):
+        raise UsageError(
+            f"{output} is {'not empty' if output.is_dir() else 'a file'}",
+            why="it holds more than an exported model",
+            fix="name a folder that does not exist yet: --output FOLDER",
+        )
+    for name, data in exported.files.items():
+        write_atomically(output / name, data)
+    settings = json.loads(exported.files[CONFIG])
+    classes, size = settings["num_classes"], settings["pretrained_cfg"]["input_size"][-1]
+    again, _ = create_model(resolve(f"{LOCAL}{output}"), classes, input_size=size, pretrained=True)
+    bare, _ = create_model(f"{LOCAL}{output}", classes, input_size=size)
+    load_weights(bare, output / WEIGHTS)
+    if weights_digest(again) != weights_digest(bare):
+        raise IntegrityError(
+            f"{output} is not loaded as it was written",
+            why=f"timm changes weights of {exported.name} when it loads them",
+            fix="report this; the run's own weights are as they were",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- what was trained
+
+
+def _run(folder: Path, which: Which) -> _Trained:
+    runs = collect([folder])
+    if len(runs) > 1:
+        raise UsageError(
+            f"{folder} holds {len(runs)} runs", why="one model is exported at a time", fix=f"kdcache export {runs[0].folder}"
+        )
+    run = runs[0]
+    if run.status != "complete":
+        raise IncompleteError(
+            f"{folder} is {run.status}",
+            why="only what has been trained to its end is exported",
+            fix="repeat the distill command that it was begun with" if run.status == "unfinished" else "export another run",
+        )
+    args, more = run.args, run.args.model_extra or {}
+    size, names = _shape(run)
+    known = Licences.model_validate(more.get("licences", {}))
+    if more.get("init", "random") not in {"random", "target"}:  # nor are a teacher's terms all that there are
+        own = more.get("student_licence")
+        both = None if own is None or known.weights is None else " and ".join(dict.fromkeys((known.weights, own)))
+        known = known.model_copy(update={"weights": both})
+    teacher = more.get("teacher_name", args.teacher)
+    tau = "its own temperature" if args.own_temperature else f"tau {args.tau:g}"
+    archives = args.archives or (args,)
+    facts = {
+        "student": code_span(args.student),
+        "started from": escaped(_started(more)),
+        "teacher": code_span(str(teacher)),
+        "archive of its logits": ", ".join(f"{code_span(a.archive_name)}, digest `{a.archive_digest}`" for a in archives),
+        "data": escaped(_dataset(args.dataset)),
+        "method": f"{code_span(args.method_spec)}, {tau}",
+        "control of the targets": code_span(args.control_spec),
+        "seed": str(args.seed),
+        "epochs": str(args.epochs),
+        "optimiser": _optimiser({**more, **args.model_dump()}),
+    }
+    return _Trained(
+        name=args.student,
+        input_size=size,
+        class_names=names,
+        weights=run.folder / f"{which}.safetensors",
+        licences=known,
+        title=f"{args.student} distilled from {teacher} on {_dataset(args.dataset)}",
+        facts=facts,
+        scores=_scores(run.curves, which),
+    )
+
+
+def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
+    """Input size and class names: from timm's configuration in the run's folder, or else from its archive."""
+    if (run.folder / CONFIG).is_file():
+        config = read_record(run.folder / CONFIG)
+        try:
+            return int(config["pretrained_cfg"]["input_size"][-1]), tuple(map(str, config["label_names"]))
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise IntegrityError(
+                f"{run.folder / CONFIG} is damaged",
+                why="it does not say the size of images and the names of classes",
+                fix=f"delete it; it is made anew where the archive is at hand: rm {run.folder / CONFIG}",
+            ) from None
+    try:
+        archive = open_archive((run.args.archives or (run.args,))[0].archive)
+    except KdcacheError as error:
+        raise NotFoundError(
+            f"{run.folder} does not say what its model looks like",
+            why=f"it has no {CONFIG}, and its archive is not at hand: {error.what}",
+            fix="bring the archive to where it was, or train the student again",
+        ) from None
+    if archive.manifest.policy is None:
+        raise NotFoundError(f"{run.folder} has no {CONFIG}", why="its archive tells no size of views", fix="train it again")
+    return archive.manifest.policy.size, archive.class_names
+
+
+def _teacher(folder: Path, which: Which) -> _Trained:
+    record = read_teacher(folder)
+    training = record["training"]
+    curves = folder / "metrics.jsonl"
+    try:
+        rows = [dict(json.loads(line)) for line in curves.read_text().splitlines()] if curves.is_file() else []
+    except (ValueError, TypeError):
+        raise IntegrityError(
+            f"{curves} is damaged", why="not all of its lines are JSON objects", fix="restore it, or train the teacher again"
+        ) from None
+    columns = {key: np.array([row.get(key) for row in rows], np.float64) for key in dict.fromkeys(k for row in rows for k in row)}
+    label = record.get("dataset_label") or record.get("dataset", "")
+    facts = {
+        "model": code_span(record["name"]),
+        "started from": escaped(
+            {"timm": "pretrained weights", "random": "random weights"}.get(start := training.get("start"), str(start))
+        ),
+        "data": escaped(label),
+        **({"label smoothing": f"{training['smoothing']:g}"} if "smoothing" in training else {}),
+        **({"seed": str(training["seed"])} if "seed" in training else {}),
+        **({"epochs": str(training["epochs"])} if "epochs" in training else {}),
+        **({"optimiser": _optimiser(training)} if "opt" in training else {}),
+    }
+    try:
+        data = parse_dataset(record["dataset"]).licence
+    except (KdcacheError, KeyError):  # a dataset of a package that is not installed here
+        data = None
+    return _Trained(
+        name=record["name"],
+        input_size=record["input_size"],
+        class_names=tuple(record["class_names"]),
+        weights=folder / (WEIGHTS if which == "last" else f"{which}.safetensors"),
+        licences=Licences(data=data, weights=record.get("weights_licence")),
+        title=f"{record['name']} trained on {label}",
+        facts=facts,
+        scores=_scores(columns, which) or {"top-1": record["top1_clean"]},
+        normalise=Normalisation(tuple(record["mean"]), tuple(record["std"])),
+    )
+
+
+def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
+    """The chosen weights' figures on the clean test images, by what the card calls them."""
+    if not len(curves.get("test_top1", ())):
+        return {}
+    row = int(np.nanargmax(curves["test_top1"])) if which == "best" else -1
+    columns = {"top-1": "test_top1", "top-5": "test_top5", "calibration error": "test_ece"}
+    if which == "ema":
+        columns = {"top-1": "ema_top1"}
+    found = {shown: float(curves[column][row]) for shown, column in columns.items() if column in curves}
+    return {shown: value for shown, value in found.items() if np.isfinite(value)}
+
+
+def _dataset(spec: str) -> str:
+    """Its name, with that of its folder or repository, but not where that is."""
+    try:
+        return dataset_label(parse_dataset(spec))
+    except KdcacheError:
+        return spec.partition(":")[0]
+
+
+def _started(args: Mapping[str, Any]) -> str:
+    init = str(args.get("init", "random"))
+    known = {
+        "random": "random weights",
+        "pretrained": "its pretrained weights",
+        "target": "one trained on this dataset from random weights",
+        "finetuned": "one finetuned on this dataset",
+    }
+    digest = str(args.get("student_weights_sha256", ""))
+    return known.get(init, "weights of a file") + (f", sha256 {digest[:16]}..." if digest else "")
+
+
+def _optimiser(settings: Mapping[str, Any]) -> str:
+    said = [
+        code_span(str(settings["opt"])),
+        f"learning rate {settings['lr']:g}",
+        f"weight decay {settings['weight_decay']:g}",
+        f"batches of {settings['batch_size']}",
+        f"schedule {escaped(str(settings.get('sched', 'cosine')))}",
+    ]
+    if settings.get("clip_grad") is not None:
+        said.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
+    if settings.get("amp"):
+        said.append("bf16 where that is safe, also when tested")
+    if settings.get("ema_decay") is not None:
+        said.append(f"averaged with decay {settings['ema_decay']:g}")
+    return ", ".join(said)
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
+    metadata = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        **licence_fields([licences.data, licences.weights]),
+        "tags": ["image-classification", "timm", "kdcache", "knowledge-distillation"],
+    }
+    facts = dict(found.facts)
+    facts["these are"] = _CHOSEN[which]
+    for shown, value in found.scores.items():
+        facts[f"{shown}, clean test images"] = f"{value:.2f} %"
+    facts["licence of the data"] = escaped(licences.data or "unknown")
+    facts["licence of the weights that it comes from"] = escaped(licences.weights or "unknown")
+    zoo = type(model).__module__ == "kdcache.models.cifar"
+    size = found.input_size
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {escaped(found.title)}",
+        "",
+        f"An image classifier of {len(found.class_names):,} classes for {size} x {size} pixels, trained and exported with "
+        "[kdcache](https://pypi.org/project/kdcache).",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+        "",
+        f"How it was tested: once over the dataset's test images, whole, resized to a square and then to {size} px (bilinear, "
+        "antialiased), without any other change. `config.json` has timm resize them so; where images are decoded or resized "
+        "by another library, figures may differ a little."
+        + (
+            " The calibration error is the expected one, in 15 bins of equal width."
+            if "calibration error" in found.scores
+            else ""
+        ),
+        "",
+        "## Using it",
+        "",
+    ]
+    if zoo:
+        lines += [
+            "The architecture is one of kdcache's, which timm knows once `kdcache.zoo` is imported: `pip install kdcache`.",
+            "",
+        ]
+    lines += [
+        "```python",
+        "import timm",
+        "import torch",
+        "from PIL import Image",
+        *(["import kdcache.zoo  # has timm know the architecture"] if zoo else []),
+        "",
+        f'model = timm.create_model("{HUB + repository if repository else LOCAL + "FOLDER"}", pretrained=True).eval()',
+        "settings = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**settings, is_training=False)",
+        'image = transform(Image.open("image.jpg").convert("RGB"))',
+        "with torch.inference_mode():",
+        "    logits = model(image.unsqueeze(0))",
+        'print(model.pretrained_cfg["label_names"][int(logits.argmax())])',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the Hub
+
+
+def hub_repository(destination: str) -> str:
+    """`ORG/NAME` of `hf://models/ORG/NAME`, or of itself. UsageError for anything else."""
+    found = _HUB_MODEL.fullmatch(destination)
+    if not found or destination.startswith("hf://datasets/"):
+        raise UsageError(
+            f"--push {destination!r} is no model on the Hub",
+            why="a model goes to a repository of its own",
+            fix="--push ORG/NAME or --push hf://models/ORG/NAME",
+        )
+    return found[1]
+
+
+def require_known(exported: Export, folder: Path) -> None:
+    """UsageError unless the licences of the data and of the weights are known that a model comes from."""
+    require_licences(exported.licences, str(folder), "a model is made of its data and of its teacher's weights")
+
+
+def push_export(exported: Export, repository: str, *, private: bool = False, progress: Progress | None = None) -> None:
+    """Send a model to the Hub in one commit, over an earlier export if there is one. UsageError if other files are there."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    progress, api, url = progress or Silent(), HfApi(), f"hf://models/{repository}"
+    with told_by_the_hub(url, "model"), quiet_hub():
+        api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        foreign = sorted(set(api.list_repo_files(repository)) - FILES - OF_THE_HUB)
+        if foreign:
+            raise UsageError(
+                f"{url} is not empty",
+                why=f"it holds {foreign[0]!r}, which is no file of an exported model",
+                fix="name a repository that does not exist yet",
+            )
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in exported.files.items()]
+        api.create_commit(repository, additions, commit_message=f"{exported.name}, exported by kdcache", repo_type="model")
+    progress.update(f"push {url}", exported.nbytes, exported.nbytes)

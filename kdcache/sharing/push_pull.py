@@ -1,0 +1,488 @@
+"""Archives from one place to another: `pull` brings one here, `push` sends one away.
+
+Wherever it goes, an archive's manifest is written last, so that half of one is never taken for a whole; and whoever
+repeats an interrupted transfer goes on where it stopped. What has arrived is compared with its record, byte by byte.
+
+In a folder that is being filled, `.pull` holds the beginnings of files; on an object store, `.push.json` says which archive
+is on its way there; a dataset repository on the Hub remembers by itself what it was sent.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from kdcache.archive.format.manifest import (
+    CARD_NAME,
+    FOR_PEOPLE,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    PULL,
+    WORK,
+    FileRecord,
+    Licences,
+    Manifest,
+    load_manifest,
+)
+from kdcache.archive.format.store import LocalStore, inner_name, sha256, translated_os_errors
+from kdcache.archive.reading.cache import CachedStore
+from kdcache.archive.reading.reader import Archive, open_archive
+from kdcache.archive.reading.verification import Failure, Verification
+from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
+from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
+from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
+from kdcache.sharing.transfer import File, Meter, Stopped, bring, in_parallel, require_room
+from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
+
+__all__ = ["OF_THE_HUB", "Shipment", "part_label", "pull", "push", "quiet_hub", "shipment", "told_by_the_hub"]
+
+PIECE = 1 << 20
+LONGEST_NAME = 240  # bytes of a file's name that every file system holds
+MARKER = ".push.json"
+OF_THE_HUB = {".gitattributes", CARD_NAME}  # in a repository that was made on its web page
+HUB_FILES, HUB_BYTES = 100, 4 << 30  # of one commit
+Contents = Literal["all", "statistics"]
+
+
+def part_label(archive: Archive, views: range | None, contents: Contents | None) -> str:
+    """What a part of an archive is called after, `views-0-10` or `statistics`; empty for the whole."""
+    some = "" if views is None or views == archive.views else f"views-{views.start}-{views.stop}"
+    less = "" if contents is None or contents == archive.manifest.contents else contents
+    return "-".join(filter(None, (some, less)))
+
+
+# ------------------------------------------------------------------------------------------------------------- pull
+
+
+def pull(
+    archive: Archive,
+    folder: str | os.PathLike[str],
+    *,
+    views: range | None = None,
+    contents: Contents | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Archive:
+    """Bring `archive`, or only some `views` of it or its statistics (`contents`), to `folder`, and return it as it is there.
+
+    An interrupted pull goes on when it is repeated; a finished one is left as it is. Unless `verify` is False, every row is
+    compared with its digest before the manifest is written. A part is an archive of its own, which says what it is a part of.
+    """
+    folder, progress = Path(folder), progress or Silent()
+    if part_label(archive, views, contents):
+        kept: Any = {"views": views, "contents": contents or archive.manifest.contents}
+        if not (folder / MANIFEST_NAME).is_file():
+            _require_empty(folder, WORK)
+            here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
+        part = derive(archive, folder, **kept, progress=progress, task=f"pull {archive.name}")
+        if verify:
+            part.verify("full", progress).raise_if_failed()
+        return part
+    text = archive.store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    if load_manifest(text, archive.location, fix="") != archive.manifest:
+        raise RetryError(
+            f"{archive.location} was changed while it was read",
+            why="its manifest is another one than a moment ago",
+            fix="repeat the command",
+        )
+    if _is_there(folder, archive.manifest, text):
+        progress.say(f"{folder} is complete: nothing to do")
+        return open_archive(folder)
+    records = _records(archive)
+    extras = {name: archive.store.read(name, limit=CARD_LIMIT) for name in sorted(FOR_PEOPLE & records.keys())}
+    for name, data in extras.items():
+        if sha256(data) != records.pop(name).sha256:
+            progress.say(f"{name} was edited after the archive was finished, and is taken as it is now")
+    with suppress(NotFoundError):  # a server that lists nothing to strangers does not even say that a file is missing
+        if archive.store.exists(SIGNATURE_NAME):
+            extras[SIGNATURE_NAME] = archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
+    files = [File(record, _reader(archive, name)) for name, record in records.items()]
+    closing = {**extras, MANIFEST_NAME: text}
+    return _fill(folder, archive.manifest, files, closing, f"pull {archive.name}", verify=verify, progress=progress)
+
+
+def _records(archive: Archive) -> dict[str, FileRecord]:
+    """Everything that belongs to the archive but its manifest. IntegrityError for what cannot lie in one folder."""
+    found: dict[str, FileRecord] = {}
+    for record in archive.records():
+        if found.setdefault(inner_name(record.path), record) != record:
+            raise _impossible(archive, f"it records {record.path!r} twice, with different contents")
+    folders = {parent for name in found for parent in _parents(name)}
+    for name in found:
+        if name in folders:
+            raise _impossible(archive, f"it records {name!r} both as a file and as a folder")
+        if name.startswith(".") or name in {MANIFEST_NAME, SIGNATURE_NAME}:
+            raise _impossible(archive, f"it records {name!r}, a name that kdcache has another use for")
+        if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME or len(name) > 4 * LONGEST_NAME:
+            raise _impossible(archive, f"it records a name of {len(name)} characters, {name[:40]!r}...")
+    return found
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
+
+
+def _impossible(archive: Archive, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{archive.location} cannot be kept in a folder",
+        why=why,
+        fix="do not use this archive; get it again from whoever made it",
+    )
+
+
+def _reader(archive: Archive, name: str) -> Callable[[int], Iterator[bytes]]:
+    store = archive.store
+    if isinstance(store, CachedStore):  # not through the cache: what is kept in a folder need not be kept twice
+        return lambda start: store.remote.stream(name, start)
+    return lambda start: _read_file(store.local(name), start)
+
+
+def _read_file(path: Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while piece := file.read(PIECE):
+            yield piece
+
+
+def _is_there(folder: Path, manifest: Manifest, text: bytes) -> bool:
+    """Whether this very archive is in `folder` already. UsageError for anything else that is."""
+    store = LocalStore(folder)
+    if store.exists(MANIFEST_NAME):
+        there = open_archive(folder)
+        _require_same(str(folder), there.manifest, manifest)
+        return store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT) == text and not _damage(there.verify("quick"))
+    _require_empty(folder, PULL)
+    return False
+
+
+def _require_empty(folder: Path, work: str) -> None:
+    """UsageError if `folder` holds anything and not the beginning of an archive, which `work` tells."""
+    if folder.is_dir() and not (folder / work).is_dir() and any(folder.iterdir()):
+        raise UsageError(
+            f"{folder} is not empty",
+            why="it holds neither this archive nor the beginning of it",
+            fix="name a folder that does not exist yet",
+        )
+
+
+def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
+    if there.shards.sha256 != coming.shards.sha256:
+        raise UsageError(
+            f"{where} holds another archive, {there.digest[:12]}...",
+            why=f"this one is {coming.digest[:12]}..., with other shards",
+            fix="choose another place, or delete that one first",
+        )
+
+
+def _fill(
+    folder: Path,
+    manifest: Manifest,
+    files: Sequence[File],
+    closing: Mapping[str, bytes],
+    task: str,
+    *,
+    verify: bool,
+    progress: Progress,
+) -> Archive:
+    """Have all files in `folder`, then the `closing` ones in their order, the last of which is the manifest."""
+    store, work = LocalStore(folder), folder / PULL
+    with translated_os_errors(folder):
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = filelock.FileLock(work / "lock", timeout=0).acquire()
+        except filelock.Timeout:
+            raise RetryError(
+                f"another process is filling {folder}", why="it holds the folder's lock", fix="wait for it, or stop it"
+            ) from None
+        with lock:
+            bring(files, folder, task, progress)
+            *others, last = closing.items()
+            for name, data in others:
+                store.write(name, data)
+            arrived = Archive(store, manifest)
+            if verify:
+                _require_sound(arrived.verify("full", progress))
+            store.write(*last)
+            shutil.rmtree(work, ignore_errors=True)
+    return open_archive(folder)
+
+
+def _damage(result: Verification) -> list[Failure]:
+    """What differs from its record, but for files for people, which may be edited."""
+    return [failure for failure in result.failures if failure.where not in FOR_PEOPLE]
+
+
+def _require_sound(result: Verification) -> None:
+    result.failures = _damage(result)
+    result.raise_if_failed()
+
+
+# ------------------------------------------------------------------------------------------------------------- push
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What a push sends: `files` as they are, then `closing` in this order, the last of which is the manifest."""
+
+    archive: Archive
+    manifest: Manifest  # as it is sent
+    files: Mapping[str, FileRecord]
+    closing: Mapping[str, bytes]
+    changed: tuple[str, ...]  # names of files that are sent otherwise than they are here
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.bytes for record in self.files.values()) + sum(map(len, self.closing.values()))
+
+
+def shipment(archive: Archive, licences: Licences, progress: Progress | None = None) -> Shipment:
+    """What a push of the whole archive would send. UsageError where a licence is unknown."""
+    public = public_files(archive, licences, progress or Silent())
+    store, records = LocalStore(archive.path), _records(archive)
+    text = public.get(MANIFEST_NAME) or store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    closing = {
+        name: public.get(name) or read_here(store, name, CARD_LIMIT)
+        for name in sorted(FOR_PEOPLE & (records.keys() | public.keys()))
+    }
+    if store.exists(SIGNATURE_NAME):
+        closing[SIGNATURE_NAME] = read_here(store, SIGNATURE_NAME, SIGNATURE_LIMIT)
+    return Shipment(
+        archive,
+        load_manifest(text, archive.location, fix=""),
+        {name: record for name, record in records.items() if name not in FOR_PEOPLE},
+        {**closing, MANIFEST_NAME: text},
+        tuple(sorted(public)),
+    )
+
+
+def push(
+    archive: Archive,
+    destination: str,
+    *,
+    licences: Licences | None = None,
+    views: range | None = None,
+    contents: Contents | None = None,
+    private: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Send a local archive, or a part of it as in `pull`, to a folder, `s3://BUCKET/FOLDER` or `hf://datasets/ORG/NAME[@BRANCH][/FOLDER]`.
+
+    Refused with a UsageError unless the licences of data and weights are known, or declared by `licences`. Every row is
+    compared with its digest first. Returns the destination. `private`: a repository that is made for it is.
+    """
+    progress, licences = progress or Silent(), licences or Licences()
+    _require_possible(archive, destination)
+    if label := part_label(archive, views, contents):
+        public_files(archive, licences, Silent())  # an unknown licence is better told before the part is made
+        beside = archive.path.with_name(f".{archive.name}.{label}.push")  # kept if this is interrupted
+        kept: Any = {"views": views, "contents": contents or archive.manifest.contents}
+        part = derive(archive, beside, **kept, progress=progress, task=f"cut {label}")
+        sent = push(part, destination, licences=licences, private=private, progress=progress)
+        shutil.rmtree(beside)
+        return sent
+    sending = shipment(archive, licences, progress)
+    _require_sound(archive.verify("full", progress))
+    if not is_url(destination):
+        _push_to_folder(sending, Path(destination), progress)
+    elif destination.startswith("hf://"):
+        _push_to_hub(sending, destination, private, progress)
+    else:
+        _push_to_bucket(sending, destination, progress)
+    return destination
+
+
+def _require_possible(archive: Archive, destination: str) -> None:
+    """UsageError where no archive can go, before every row of one is read. What is there already is looked at later."""
+    if not is_url(destination):
+        if Path(destination).resolve() == archive.path.resolve():
+            raise UsageError(f"{destination} is the archive itself", why="it is to be sent elsewhere", fix="name another folder")
+        if not (Path(destination) / MANIFEST_NAME).is_file():
+            _require_empty(Path(destination), PULL)
+    elif not destination.startswith("hf://"):
+        open_remote(destination).require_writable()
+
+
+def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None:
+    if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
+        progress.say(f"{folder} is complete: nothing to do")
+        return
+    files = [File(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
+    _fill(folder, sending.manifest, files, sending.closing, f"push {folder}", verify=False, progress=progress)
+
+
+def _manifest_there(url: str) -> bytes | None:
+    """The manifest of the archive that is at `url` already."""
+    try:
+        return CachedStore(open_remote(url)).read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    except MissingError:
+        return None
+
+
+def _is_begun(sending: Shipment, url: str) -> bool | None:
+    """Whether (an earlier version of) the archive's manifest is at `url`; None if it is this very one: nothing is to be done.
+
+    UsageError if another archive is there.
+    """
+    text = _manifest_there(url)
+    if text is None:
+        return False
+    _require_same(url, load_manifest(text, url, fix="choose another place, or delete what is there"), sending.manifest)
+    return None if text == sending.closing[MANIFEST_NAME] else True
+
+
+def _require_free(url: str, foreign: Iterable[str]) -> None:
+    """UsageError if there are files of somebody else at `url`."""
+    if first := next(iter(foreign), None):
+        raise UsageError(
+            f"{url} is not empty",
+            why=f"it holds {first!r}, which is no file of this archive",
+            fix="choose a place where there is nothing yet",
+        )
+
+
+def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
+    """A size is all that a store tells of every object; a marker tells that the objects are this archive's."""
+    remote = open_remote(url)
+    begun = _is_begun(sending, url)
+    if begun is None:
+        progress.say(f"{url} is complete: nothing to do")
+        return
+    mark = json.dumps({"shards": sending.manifest.shards.sha256}).encode()
+    marked, there = _marked(url), set(remote.names())
+    if marked not in {None, mark}:
+        raise UsageError(
+            f"{url} holds the beginning of another archive",
+            why=f"{MARKER} there was left by a push that was interrupted",
+            fix="finish that push, choose another place, or delete what is there",
+        )
+    if marked is None:
+        _require_free(url, () if begun else sorted(there))
+        remote.put(MARKER, mark)
+    meter, task, total = Meter(), f"push {url}", sum(record.bytes for record in sending.files.values())
+    store = LocalStore(sending.archive.path)
+
+    def send(record: FileRecord) -> None:
+        if meter.stop.is_set():
+            raise Stopped
+        if record.path not in there or remote.size(record.path) != record.bytes:
+            remote.put(record.path, store.path(record.path))
+        meter.add(record.bytes)
+
+    records = list(sending.files.values())
+    in_parallel(send, records, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    for name, data in sending.closing.items():
+        remote.put(name, data)
+    remote.delete(MARKER)
+    progress.update(task, total, total)
+
+
+def _marked(url: str) -> bytes | None:
+    try:
+        return CachedStore(open_remote(url)).read(MARKER, limit=1 << 10)
+    except MissingError:
+        return None
+
+
+def _push_to_hub(sending: Shipment, url: str, private: bool, progress: Progress) -> None:
+    """Files in commits of bounded size, manifest and card in the last one.
+
+    The Hub compares each file with what it has by sha256 and asks for those only that it lacks, so that a repeated push
+    sends nothing twice.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    repo, revision, folder = hub_address(url)
+    api = HfApi()
+    with told_by_the_hub(url), quiet_hub():
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
+    begun = _is_begun(sending, url)
+    if begun is None:
+        progress.say(f"{url} is complete: nothing to do")
+        return
+    if not begun:
+        ours = sending.files.keys() | OF_THE_HUB
+        _require_free(url, (name for name in open_remote(url).names() if name not in ours))
+    store, prefix = LocalStore(sending.archive.path), f"{folder}/" if folder else ""
+    task, total, done = f"push {url}", sum(record.bytes for record in sending.files.values()), 0
+    began = time.monotonic()
+
+    def commit(files: Mapping[str, Path | bytes], message: str) -> None:
+        additions = [CommitOperationAdd(path_in_repo=prefix + name, path_or_fileobj=data) for name, data in files.items()]
+        with told_by_the_hub(url), quiet_hub():
+            api.create_commit(repo, additions, commit_message=message, repo_type="dataset", revision=revision)
+
+    for records in _batches(list(sending.files.values())):
+        commit({record.path: store.path(record.path) for record in records}, f"Shards of {sending.manifest.digest[:12]}")
+        done += sum(record.bytes for record in records)
+        progress.update(task, done, total, f"{done / 1e6 / max(time.monotonic() - began, 1e-9):,.1f} MB/s")
+    commit(sending.closing, f"Archive {sending.manifest.digest[:12]}")
+    progress.update(task, total, total)
+
+
+def _batches(records: Sequence[FileRecord]) -> Iterator[list[FileRecord]]:
+    batch: list[FileRecord] = []
+    for record in records:
+        if batch and (len(batch) == HUB_FILES or sum(one.bytes for one in batch) + record.bytes > HUB_BYTES):
+            yield batch
+            batch = []
+        batch.append(record)
+    if batch:
+        yield batch
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without bars of the Hub's own library between those of kdcache."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def told_by_the_hub(url: str, kind: str = "dataset") -> Iterator[None]:
+    """What the Hub answers instead of taking what is sent, as kdcache's errors."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except KdcacheError:
+        raise
+    except HFValidationError as error:
+        raise UsageError(f"{url} is not a {kind} on the Hub", why=printable(error), fix="correct its name") from None
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        why = printable(str(error).partition("\n")[0])[:300] or type(error).__name__
+        if status in {401, 403, 404}:
+            raise UsageError(
+                f"not allowed to write {url}",
+                why=why,
+                fix="log in with a token that may write there: hf auth login, or set HF_TOKEN",
+            ) from None
+        if status is not None and 400 <= status < 500 and status not in {408, 425, 429}:
+            raise IncompatibleError(
+                f"the Hub refuses {url}", why=why, fix="correct what it says, and repeat the command"
+            ) from None
+        raise RetryError(
+            f"{url} cannot be reached", why=why, fix="repeat the command when it can: what was sent is kept there"
+        ) from error

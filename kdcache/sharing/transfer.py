@@ -1,0 +1,158 @@
+"""Files on their way: several at a time, watched, stopped together, and each gone on with where it was interrupted."""
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.archive.format.manifest import PULL, FileRecord
+from kdcache.archive.format.store import translated_os_errors
+from kdcache.archive.reading.cache import download
+from kdcache.errors import RetryError
+from kdcache.system.progress import Progress
+from kdcache.system.remote import ending
+
+__all__ = ["File", "Meter", "Stopped", "bring", "in_parallel", "require_room"]
+
+WORKERS = 8  # files on their way at a time
+
+
+@dataclass(frozen=True)
+class File:
+    """A file on its way: what it must be, and its bytes from any byte on."""
+
+    record: FileRecord
+    stream: Callable[[int], Iterator[bytes]]
+
+
+def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) -> None:
+    """Have all files below `folder`, each checked; those that are there stay, and beginnings in `.pull` are gone on with."""
+    total = sum(file.record.bytes for file in files)
+    require_room(folder, _missing_bytes(files, folder))
+    meter = Meter()
+
+    def bring_one(file: File) -> None:
+        target = folder / file.record.path
+        try:
+            if _is(target, file.record):
+                meter.add(file.record.bytes)
+                return
+            part = _part(folder, file.record)
+            download(file.record, file.record.path, part, meter.watched(file.stream))
+            with part.open("rb") as whole:
+                os.fsync(whole.fileno())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(target)
+        except OSError as error:
+            with translated_os_errors(target):
+                raise
+            raise RetryError(
+                f"{target} cannot be written", why=error.strerror or str(error), fix="choose another folder, and repeat"
+            ) from error
+
+    in_parallel(bring_one, files, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    progress.update(task, total, total)
+
+
+def _part(folder: Path, record: FileRecord) -> Path:
+    return folder / PULL / f"{hashlib.sha256(record.path.encode()).hexdigest()[:32]}.part"
+
+
+def _is(target: Path, record: FileRecord) -> bool:
+    if target.is_symlink() or not target.is_file() or target.stat().st_size != record.bytes:
+        return False
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+
+
+def _missing_bytes(files: Sequence[File], folder: Path) -> int:
+    missing = 0
+    for record in (file.record for file in files):
+        held = next((p.stat().st_size for p in (folder / record.path, _part(folder, record)) if p.is_file()), 0)
+        missing += max(0, record.bytes - held)
+    return missing
+
+
+def require_room(folder: Path, needed: int) -> None:
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise RetryError(
+            f"{folder} needs {needed / 1e9:,.2f} GB more",
+            why=f"{free / 1e9:,.2f} GB are free there",
+            fix="make room, choose a folder on another disk, or pull less: --views 0:10 or --stats-only",
+        )
+
+
+class Meter:
+    """Counts the bytes that several threads move, and lets all of them stop."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
+
+    def watched(self, stream: Callable[[int], Iterator[bytes]]) -> Callable[[int], Iterator[bytes]]:
+        counted = 0  # of this file, which may be begun anew
+
+        def pieces(start: int) -> Iterator[bytes]:
+            nonlocal counted
+            self.add(start - counted)
+            counted = start
+            for piece in stream(start):
+                if self.stop.is_set():
+                    raise Stopped
+                self.add(len(piece))
+                counted += len(piece)
+                yield piece
+
+        return pieces
+
+    def note(self, total: int) -> str:
+        speed = self.bytes / max(time.monotonic() - self._began, 1e-9)
+        return f"{self.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s"
+
+
+class Stopped(BaseException):
+    """Another file's error, or whoever waits for all of them, ended this one's transfer. Nobody gets to see it."""
+
+
+def in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: Meter, report: Callable[[], None]) -> None:
+    """`action` on all items, several at a time; the first error, or an interruption, ends all."""
+    waiting, errors = deque(items), deque[BaseException]()
+
+    def work() -> None:
+        with suppress(IndexError):
+            while not meter.stop.is_set() and not ending():
+                item = waiting.popleft()
+                try:
+                    action(item)
+                except BaseException as error:
+                    errors.append(error)
+                    meter.stop.set()
+
+    # No executor: a process that is interrupted would wait for its threads, which try for minutes to reach a lost server.
+    threads = [threading.Thread(target=work, name="kdcache-transfer") for _ in range(min(WORKERS, len(items)))]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads) and not errors:
+            next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(0.2)
+            report()
+    except BaseException:
+        meter.stop.set()
+        raise
+    if errors:
+        raise errors[0]

@@ -1,0 +1,1 @@
+"""Stage two: grids of students are planned, costed and trained from archives."""

@@ -1,0 +1,462 @@
+"""distill: train many students in lockstep from one stream of cached targets.
+
+Every combination of student, method, control and tau that shares an archive, a batch size and a seed sees the very same
+batches, fetched, rendered and checked once. What each of them becomes is what it would have become alone.
+"""
+
+import datetime
+import itertools
+import math
+import resource
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kdcache
+from kdcache.archive import Ensemble, Licences, is_url
+from kdcache.datasets.canvas import Canvas, require_intact
+from kdcache.errors import IncompatibleError, IntegrityError, UsageError
+from kdcache.methods import LogitMethod, method
+from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
+from kdcache.models.names import CONFIG, public_name
+from kdcache.replay.contact_sheet import contact_sheet
+from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
+from kdcache.students.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
+from kdcache.system.distributed import ALONE, Team, joined, this_rank
+from kdcache.system.energy import Meter, total
+from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.progress import Progress, Silent
+from kdcache.targets import controls
+from kdcache.training.evaluation import EvalSet
+from kdcache.training.learner import Learner, metered, resolve_device, seeded, write_atomically
+from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.memory import footprint, groups_that_fit, room
+from kdcache.training.metrics import agreement, divergence
+from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
+
+__all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill"]
+
+
+MUCH_TESTING = 0.02  # of the time of an epoch
+OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """Where a student is and how it did; `summary` is its `summary.json`."""
+
+    spec: StudentSpec
+    summary: dict[str, Any]
+
+
+def distill(config: DistillConfig, workspace: Workspace, progress: Progress | None = None) -> list[StudentResult]:
+    """Train every student of the grid that is not trained yet; returns all of them, in the order of the grid.
+
+    Of several processes that torchrun started, each trains some of the students, or all of them train every student together.
+    """
+    progress = progress or Silent()
+    device = resolve_device(config.device)  # better refused before anything is decoded
+    with joined(this_rank(), device) as team:
+        return _distill(config, workspace, progress if team.first else Silent(), device, team)
+
+
+def _distill(
+    config: DistillConfig, workspace: Workspace, progress: Progress, device: torch.device, team: Team
+) -> list[StudentResult]:
+    archive, second = open_archives(config, workspace, progress)
+    specs = plan_students(config, archive, second, workspace)
+    epochs = specs[0].settings.epochs
+    for doubt in doubts(specs, epochs, config):
+        progress.say(doubt)
+    require_writable(workspace.runs)
+    with team.first_alone():
+        train, test = _canvases(config, archive, workspace, progress)
+    if epochs > archive.num_views:
+        progress.say(f"{epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
+    fresh = team.shared([not (spec.folder / "summary.json").is_file() for spec in specs])[0]  # one opinion for all
+    todo = [spec for spec, is_fresh in zip(specs, fresh, strict=True) if is_fresh]
+    if len(todo) < len(specs):
+        progress.say(f"{len(specs) - len(todo)} of {len(specs)} students are trained already")
+    if todo:
+        todo.sort(key=lambda spec: spec.order_seed)
+        together = team
+        if team.size > 1 and _by_students(config, len(todo), team.size):
+            progress.say(f"{team.size} processes: each trains {len(todo) / team.size:.3g} of {len(todo)} students")
+            share = [len(todo) * number // team.size for number in (team.number, team.number + 1)]
+            todo, together = todo[slice(*share)], ALONE
+        elif team.size > 1:
+            progress.say(f"{team.size} processes: each has {config.batch_size // team.size} views of every batch")
+        size = archive.manifest.policy.size if archive.manifest.policy else train.size
+        evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer, team=together)
+        if team.first:
+            _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
+        available = room(device, config.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
+        groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
+        for number, group in enumerate(groups, 1):
+            task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
+            _Lockstep(task, group, config, archive, second, train, evaluation, device, together, progress).run()
+    team.wait()
+    return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
+
+
+def _by_students(config: DistillConfig, students: int, processes: int) -> bool:
+    """Whether processes divide the students among them, which needs no exchange and changes no result; or else every batch."""
+    return config.parallel == "students" or (config.parallel == "auto" and students >= processes)
+
+
+def _groups(
+    specs: Sequence[StudentSpec], num_classes: int, size: int, device: torch.device, available: int, progress: Progress
+) -> list[list[StudentSpec]]:
+    """Students that are trained at once: those that see the same batches, as many as fit into `available` bytes."""
+    groups = []
+    for seed, students in itertools.groupby(specs, key=lambda spec: spec.order_seed):
+        together = list(students)
+        if len(together) == 1:
+            groups.append(together)
+            continue
+        needed = [
+            footprint(spec.name, num_classes, size, spec.settings, views=views_per_step(spec.method), device=device)
+            for spec in together
+        ]
+        total = sum(each.kept for each in needed) + max(each.passing for each in needed)
+        if total > available:
+            progress.say(
+                f"{len(together)} students on the stream of seed {seed} would take about {total / 1e9:.2f} GB, "
+                f"of {available / 1e9:.2f} GB that there are: they are trained in groups, one after another"
+            )
+        groups += [together[part] for part in groups_that_fit(needed, available)]
+    return groups
+
+
+class _Lockstep:
+    """Students that see the same batches. Each keeps its own epoch, so that one added later catches up with views of its own."""
+
+    def __init__(
+        self,
+        task: str,
+        specs: list[StudentSpec],
+        config: DistillConfig,
+        archive: Ensemble,
+        second: Ensemble,
+        train: Canvas,
+        evaluation: EvalSet,
+        device: torch.device,
+        team: Team,
+        progress: Progress,
+    ) -> None:
+        self.archive, self.second, self.device, self.team = archive, second, device, team
+        self.evaluation, self.progress = evaluation, progress
+        self._told = False
+        self.task, self.epochs = task, specs[0].settings.epochs
+        self.stream = CachedTargets(
+            archive,
+            train,
+            config.batch_size,
+            specs[0].order_seed,
+            str(device),
+            workers=config.workers,
+            renderer=config.renderer,
+            allow_drift=config.allow_drift,
+            progress=progress,
+            second=second if any(views_per_step(spec.method) == 2 for spec in specs) else None,
+            part=(team.number, team.size),
+        )
+        _allow_open_files(len(specs))
+        self.students = [
+            _Student(spec, config, archive, second, evaluation, len(self.stream), device, team, progress) for spec in specs
+        ]
+        for said in dict.fromkeys(student.said for student in self.students):
+            progress.say(f"student {said}")
+
+    def run(self) -> None:
+        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
+        with metered(self.device, share=this_rank().share) as meter:
+            try:
+                with stopped_between_steps() as check:
+                    self._train(self.team.checked(check), meter)
+            except Stopped:
+                learners = [student.learner for student in self.students]
+                self._charge([learner for learner in learners if learner.status == "training"], meter)
+                for learner in learners:
+                    learner.suspend()
+                raise
+        if self.stream.drifted:
+            self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
+
+    def _charge(self, learners: Sequence[Learner], meter: Meter) -> None:
+        """Count what all processes of the team have spent since the last time."""
+        charge(learners, total(self.team.shared(meter.lap())))
+
+    def _train(self, check: Callable[[], None], meter: Meter) -> None:
+        pace = Pace([student.learner for student in self.students])
+        for epoch, active, batches in in_lockstep(self.students, lambda student: student.learner, self.stream):
+            begun = time.monotonic()
+            for batch, due in batches:
+                shown = [_Shown(each, self.team) for each in (batch, batch.second) if each is not None]
+                for student in due:
+                    student.step(shown)
+                    check()
+                note = f"epoch {epoch + 1}/{self.epochs}, {pace.seconds_left:.0f} s left"
+                self.progress.update(self.task, pace.done, pace.total, note)
+            learners = [student.learner for student in active]
+            trained = time.monotonic()
+            tests = self.evaluation.tested(learners, check) if learners[0].tests_next else [{} for _ in learners]
+            self._say_what_tests_take(time.monotonic() - trained, time.monotonic() - begun, learners[0])
+            self._charge(learners, meter)
+            figures: dict[str, float] = {"view": self.stream.view(epoch), "batch_order": self.stream.order_digest(epoch)}
+            if self.stream.allow_drift:
+                figures["drifted_views"] = sum(self.team.shared(self.stream.drifted))
+            for student, row in zip(active, tests, strict=True):
+                two = views_per_step(student.spec.method) == 2
+                other = {"second_view": self.stream.second_view(epoch)} if two else {}
+                student.learner.end_epoch(row, **figures, **other)
+                if student.learner.status == "diverged":
+                    self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
+            self.progress.table(*self._standing())
+        self.progress.table((), ())
+
+    def _say_what_tests_take(self, tested: float, epoch: float, learner: Learner) -> None:
+        """Say once what testing costs, in seconds of an epoch, where that is much and will take long."""
+        share, often = tested / epoch, learner.config.val_interval == 1
+        left = (self.epochs - learner.epoch) * tested
+        if often and not self._told and share > MUCH_TESTING and left > 60:
+            seldom = math.ceil(share / MUCH_TESTING)
+            cost = f"tests take {share:.0%} of the time, {left / 60:.0f} min to come"
+            self.progress.say(f"{cost}; --val-interval {seldom} makes that {share / seldom:.0%}")
+            self._told = True
+
+    def _standing(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Every student's latest figures."""
+        rows = []
+        for student in self.students:
+            learner = student.learner
+            tests = [row["test_top1"] for row in learner.rows if "test_top1" in row]
+            figures = [f"{learner.last['train_loss']:.4g}", f"{learner.last['agreement']:.1f}"] if learner.rows else ["", ""]
+            tops = [f"{tests[-1]:.2f}", f"{max(tests):.2f}"] if tests else ["", ""]
+            rows.append([student.spec.title, str(learner.epoch), *figures, *tops, learner.status])
+        return ("student", "epoch", "loss", "agreement", "top-1", "best", "state"), rows
+
+
+def _allow_open_files(students: int) -> None:
+    """Raise this process's limit of open files where students, each of which keeps its folder locked, need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = students + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UsageError(
+                f"{students} students of one seed",
+                why=f"they need {needed} open files, and this system allows {hard}",
+                fix="train fewer at once (give --tau, --method, --control or --student fewer values), or raise ulimit -n",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class _Shown:
+    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control.
+
+    Images are this process's, targets of the whole batch.
+    """
+
+    def __init__(self, batch: Batch, team: Team) -> None:
+        self.images = batch.images
+        self.targets = cache(replace(batch, second=None).of_all(team).targets)
+
+
+class _Student:
+    """One student: its learner, and how it turns a batch into a loss."""
+
+    def __init__(
+        self,
+        spec: StudentSpec,
+        config: DistillConfig,
+        archive: Ensemble,
+        second: Ensemble,
+        evaluation: EvalSet,
+        steps_per_epoch: int,
+        device: torch.device,
+        team: Team,
+        progress: Progress,
+    ) -> None:
+        self.spec = spec
+        views = views_per_step(spec.method)
+        second = second if views == 2 else archive
+        fitted = fit_control(spec.control, archive, spec.tau)
+        other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
+        self.controls = (fitted, other)[:views]
+        self.state, optimizer = None, None
+        if isinstance(spec.method, LogitMethod):
+            self.state = spec.method.new_state().to(device)
+            optimizer = spec.method.new_optimizer(self.state)
+        with seeded(spec.seed):
+            start, classes = spec.start, archive.num_classes
+            model, normalise = create_model(spec.name, classes, input_size=evaluation.size, pretrained=start.pretrained)
+            redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
+        if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
+            progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")
+        if redrawn:
+            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at random")
+        start_digest = weights_digest(model)
+        self.said = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
+        self.learner = Learner(
+            spec.folder,
+            model,
+            normalise,
+            spec.settings,
+            steps_per_epoch=steps_per_epoch,
+            seed=spec.seed,
+            device=device,
+            checkpoint_interval=config.checkpoint_interval,
+            learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
+            team=team,
+            channels_last=config.channels_last,
+            compiled=config.compiled,
+        )
+        if team.first:
+            made_as = timm_config(spec.name, model, normalise, input_size=evaluation.size, class_names=archive.class_names)
+            if made_as is not None and not (spec.folder / CONFIG).is_file():
+                write_atomically(spec.folder / CONFIG, made_as)
+            _write_args(spec, config, archive, second, team.size, start_digest)
+
+    def step(self, shown: Sequence[_Shown]) -> None:
+        """One step on the views of a batch's samples, as many of them as the method wants."""
+        tau, shown = self.spec.tau, shown[: len(self.controls)]
+        targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
+        targets = replace(targets, second=second[0]) if second else targets
+        teacher = shown[0].targets(tau).logits
+        if self.state is not None:
+            self.state.epoch = self.learner.epoch + 1
+
+        def measure(logits: Tensor) -> dict[str, Tensor]:
+            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
+            if isinstance(self.spec.method, LogitMethod) and self.state is not None:
+                figures |= self.spec.method.figures(self.state)
+            return figures
+
+        self.learner.step([each.images for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
+
+
+def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
+    source = archive_source(archive, config.dataset)
+    recorded = archive.manifest.canvas
+    size = recorded.size if recorded else None
+    train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
+    require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
+    if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
+        raise IncompatibleError(
+            f"archive {archive.location} has {archive.num_classes} classes, "
+            f"{dataset_label(source)} has {len(train.card.class_names)}",
+            why="the class names must be the same, in the same order",
+            fix="name the dataset that was dumped with --dataset, or dump this one",
+        )
+    if recorded and recorded.digest != train.digest:
+        progress.say("the decoded images differ from those of the dump; every view will be compared with what the teacher saw")
+    return train, test
+
+
+def _write_args(
+    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, start_digest: str
+) -> None:
+    """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
+    file, settings = spec.folder / "args.yaml", spec.settings
+    session = {
+        "allow_drift": config.allow_drift,
+        "device": config.device,
+        "renderer": config.renderer,
+        "workers": config.workers,
+        **({"channels_last": True} if config.channels_last else {}),
+        **({"compiled": True} if config.compiled else {}),
+        **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
+        "command": config.command,
+        "kdcache_version": kdcache.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if file.is_file():
+        args = _read_args(file)
+        args.setdefault("resumed", []).append(session)
+        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+        return
+    args = {
+        "archive": archive.location,
+        "archive_name": archive.name,
+        "archive_digest": archive.digest,
+        **_members(archive),
+        **({"second_archive": second.location, "second_archive_digest": second.digest} if second is not archive else {}),
+        "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
+        "teacher": "+".join(
+            member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
+        ),
+        "teacher_name": "+".join(
+            member.manifest.teacher.name if member.manifest.teacher else "unknown" for member in archive.members
+        ),
+        "student": public_name(spec.name),
+        "student_weights_sha256": start_digest,
+        **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
+        "licences": _licences(archive, second).model_dump(),
+        "method": method.to_dict(spec.method),
+        "method_spec": method.spec(spec.method),
+        "control": controls.to_dict(spec.control),
+        "control_spec": controls.spec(spec.control),
+        "tau": spec.tau,
+        **({} if uses_tau(spec.method) else {"own_temperature": True}),
+        "seed": spec.seed,
+        "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.order_seed}, "
+        f"batches of {settings.batch_size}, the last one dropped",
+        **({} if spec.order_seed == spec.seed else {"share_order": True}),
+        **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
+        **settings.model_dump(mode="json"),
+        "decay_epochs": ",".join(map(str, settings.decay_epochs)),
+        **session,
+    }
+    write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def _licences(archive: Ensemble, second: Ensemble) -> Licences:
+    """Under what the data and the teachers' weights are that students learn from; unknown, where one of them is."""
+    known = [member.manifest.known_licences for each in (archive, second) for member in each.members]
+
+    def all_of(terms: Sequence[str | None]) -> str | None:
+        return None if None in terms else " and ".join(dict.fromkeys(filter(None, terms)))
+
+    return Licences(data=all_of([one.data for one in known]), weights=all_of([one.weights for one in known]))
+
+
+def _members(archive: Ensemble) -> dict[str, Any]:
+    """The archives of an ensemble and how they are averaged; of a single one there is no more to say."""
+    if len(archive.members) == 1:
+        return {}
+    described = [{"archive": m.location, "archive_name": m.name, "archive_digest": m.manifest.digest} for m in archive.members]
+    return {"archives": described, "average": archive.average}
+
+
+def _read_args(file: Path) -> dict[str, Any]:
+    try:
+        args = yaml.safe_load(file.read_text("utf-8"))
+        if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
+            return args
+        why = "it holds no configuration"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
+    raise IntegrityError(
+        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
+    )
+
+
+def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int) -> None:
+    """A contact sheet of the archive's views, for the report."""
+    if file.is_file() or archive.manifest.policy is None:
+        return
+    samples = np.linspace(0, archive.num_samples - 1, num=min(6, archive.num_samples), dtype=np.int64)
+    elsewhere = any(is_url(member.location) for member in archive.members)
+    views = archive.views[: 1 if elsewhere else 8]  # a view may be gigabytes to fetch
+    write_atomically(file, contact_sheet(archive, canvas, samples, views, allow_drift=allow_drift))

@@ -1,0 +1,195 @@
+"""Processes that torchrun started together: which one this is, what they exchange, and how they agree."""
+
+import contextlib
+import datetime
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdcache.errors import RetryError, UsageError
+from kdcache.system.interrupts import Stopped
+
+__all__ = ["ALONE", "Rank", "Team", "joined", "this_rank"]
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(days=7)  # the first process may decode a dataset meanwhile; torchrun ends all if one of them fails
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Process `number` of `of`; `local` is its number on this machine, of `here`: None if nobody has told."""
+
+    number: int = 0
+    of: int = 1
+    local: int | None = None
+    here: int | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks for all, and makes what all of them need."""
+        return self.number == 0
+
+    @property
+    def share(self) -> float | None:
+        """Of what the processes on this machine use together, such as its CPUs; None if nobody has told how many there are."""
+        return None if self.here is None else 1 / self.here
+
+
+def this_rank() -> Rank:
+    """As RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment say; the only process where they are not set."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Rank(here=1)
+    try:
+        rank = Rank(*(int(os.environ[name]) if name in os.environ else None for name in NAMES))  # type: ignore[arg-type]
+        if not 0 <= rank.number < rank.of or rank.here == 0:
+            raise ValueError
+    except ValueError:
+        told = " ".join(f"{name}={os.environ[name]}" for name in NAMES if name in os.environ)
+        raise UsageError(
+            f"{told} in the environment",
+            why="they number the processes of a job, from 0 to WORLD_SIZE - 1",
+            fix="unset RANK WORLD_SIZE LOCAL_RANK, or start the processes with torchrun",
+        ) from None
+    return rank
+
+
+class Team:
+    """Process `number` of `size`. Of one, nothing here costs anything.
+
+    Each process holds an equal part of every batch, the parts in the order of the processes. All of them must call the
+    methods in the same order.
+    """
+
+    def __init__(self, number: int = 0, size: int = 1) -> None:
+        self.number, self.size = number, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks and writes for all."""
+        return self.number == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process does what is inside, and then the others do, who find what it has made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def shared(self, value: T) -> list[T]:
+        """Everybody's `value`, in the order of the processes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is true for at least one."""
+        if self.size == 1:
+            return mine
+        found = torch.tensor([float(mine)])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All parts of a batch, `[B, ...]` of `[B / size, ...]`.
+
+        A loss of them has the same gradient in every process as if there was only one, after `wrap` has averaged over processes:
+        each lets through what belongs to its own part, `size` times as large.
+        """
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.detach().contiguous())
+        if part.requires_grad:
+            parts[self.number] = part
+            part.register_hook(lambda gradient: gradient * self.size)  # type: ignore[no-untyped-call]
+        return torch.cat(parts)
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model with gradients that are averaged over the processes as they are found (DistributedDataParallel).
+
+        Batch normalisation is left as it is: it may see each process's part only. Then `average_buffers` makes the running
+        statistics the same everywhere.
+        """
+        if self.size == 1:
+            return model
+        # Statistics that one process sends to others in the forward pass would be changed between the views of a step.
+        devices = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer versions name that option otherwise
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make running statistics, which each process has of its own parts, the mean over the processes."""
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.size
+
+    def checked(self, check: Callable[[], None]) -> Callable[[], None]:
+        """A check that raises Stopped in all processes if one of them was asked to stop: none is left waiting for the others."""
+        if self.size == 1:
+            return check
+
+        def together() -> None:
+            try:
+                check()
+                asked = False
+            except Stopped:
+                asked = True
+            if self.any(asked):
+                raise Stopped
+
+        return together
+
+
+ALONE = Team()
+
+
+@contextlib.contextmanager
+def joined(rank: Rank, device: torch.device) -> Iterator[Team]:
+    """The team of all processes of this job, through the rendezvous that torchrun has set up."""
+    if rank.of == 1:
+        yield ALONE
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UsageError(
+            f"{rank.of} processes without {' and '.join(missing)}",
+            why="RANK and WORLD_SIZE are set, but not where the processes meet",
+            fix="start them with torchrun, for example: torchrun --nproc-per-node 8 -m kdcache distill ...",
+        )
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RetryError(
+            f"process {rank.number} of {rank.of} did not meet the others",
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            fix="see that MASTER_ADDR and MASTER_PORT can be reached from every node, and repeat the command",
+        ) from error
+    try:
+        yield Team(rank.number, rank.of)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,214 @@
+"""Running a teacher over rendered views, shard by shard, into an archive."""
+
+import collections
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdcache.archive import ArchiveWriter
+from kdcache.datasets.canvas import Canvas
+from kdcache.models.creation import Normalisation
+from kdcache.replay.prefetch import Rendered, RendererChoice, render_batches
+from kdcache.system.interrupts import stopped_between_steps
+from kdcache.system.progress import Progress, Silent
+from kdcache.views.probe import grids
+
+__all__ = ["Forward", "Precision", "batches", "write_shards"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+def write_shards(
+    writer: ArchiveWriter,
+    forward: "Forward",
+    canvas: Canvas,
+    *,
+    batch_size: int,
+    start_view: int = 0,
+    share: tuple[int, int] | None = None,
+    workers: int = 0,
+    renderer: RendererChoice = "auto",
+    progress: Progress | None = None,
+) -> None:
+    """Write the missing shards, from `start_view` on and around, but for those that other processes have claimed.
+
+    A shard is claimed when rendering, which runs ahead across shards, reaches it; no batch crosses a shard's border.
+    Of a `share` (i, n), only shards whose running number modulo n is i, which are no other process's by agreement.
+    """
+    progress = progress or Silent()
+    policy = writer.plan.policy
+    assert policy is not None
+    number, parts = share or (0, 1)
+    mine = set(itertools.islice(writer.shards(), number, None, parts))
+    total = sum(len(writer.positions(block)) for _, block in mine)
+    done = total - sum(len(writer.positions(block)) for _, block in mine.intersection(writer.missing()))
+    started, at_start = time.monotonic(), done
+    while missing := mine.intersection(writer.missing()):  # again, for shards that another process left unwritten
+        order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
+        with stopped_between_steps() as check, contextlib.ExitStack() as claims:
+            claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
+            rows = _Rows()
+            rendered = render_batches(
+                canvas,
+                policy,
+                claimed,
+                workers=workers,
+                renderer=renderer,
+                device=forward.device,
+                probe_version=writer.plan.probe_version,
+            )
+            for item in rendered:
+                check()
+                view, block, claim = claimed.shards[0]
+                size = len(writer.positions(block))
+                rows.add(item, forward(item.images), size)
+                if len(rows) < size:
+                    continue
+                if not writer.finished(view, block):  # by another process, where locks do not tell
+                    writer.write(view, block, *rows.columns)
+                claim.close()
+                claimed.shards.popleft()
+                rows = _Rows()
+                done += size
+                speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
+                progress.update("dump", done, total, f"{speed:.0f} views/s")
+            check()
+        if not claimed.any:
+            break
+
+
+class _Claimed:
+    """Batches (view, positions) of all shards that can be claimed; each is when its first batch is asked for."""
+
+    def __init__(
+        self,
+        writer: ArchiveWriter,
+        order: Sequence[tuple[int, int]],
+        batch_size: int,
+        claims: contextlib.ExitStack,
+        *,
+        owned: bool,
+    ) -> None:
+        self._writer, self._order, self._batch_size, self._claims, self._owned = writer, order, batch_size, claims, owned
+        self.shards: collections.deque[tuple[int, int, contextlib.ExitStack]] = collections.deque()  # claimed, not written
+        self.any = False
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        for view, block in self._order:
+            claim = self._claims.enter_context(contextlib.ExitStack())
+            if claim.enter_context(self._writer.claim(view, block, owned=self._owned)):
+                self.any = True
+                self.shards.append((view, block, claim))
+                for rows in batches(self._writer.positions(block), self._batch_size):
+                    yield view, rows
+            else:
+                claim.close()
+
+
+class _Rows:
+    """The rows of one shard, batch by batch, each copied once to where it stays; the pixels are let go."""
+
+    def __init__(self) -> None:
+        self.columns: tuple[NDArray, ...] = ()  # logits, sample numbers, digests and grids
+        self._filled = 0
+
+    def __len__(self) -> int:
+        """Rows so far."""
+        return self._filled
+
+    def add(self, item: Rendered, logits: NDArray[np.float32], size: int) -> None:
+        """The next batch of a shard of `size` rows."""
+        batch = (logits, item.rows.sample, item.digest, grids(item.images))
+        if not self.columns:
+            self.columns = tuple(np.empty((size, *part.shape[1:]), part.dtype) for part in batch)
+        rows = slice(self._filled, self._filled + len(logits))
+        for column, part in zip(self.columns, batch, strict=True):
+            column[rows] = part
+        self._filled = rows.stop
+
+
+def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Positions of a shard in batches counted from its start: restarts and other processes cannot move their borders."""
+    for start in range(positions.start, positions.stop, batch_size):
+        yield np.arange(start, min(start + batch_size, positions.stop))
+
+
+class Forward:
+    """Uint8 views to float32 logits, on the device, in the wanted precision, with the classifier head in float32.
+
+    The head is timm's `forward_head`. Of a model that has none, it is the last linear layer to run, if that gives one number
+    per class; where there is no such layer, all of the model runs in the wanted precision.
+    """
+
+    def __init__(self, model: nn.Module, normalise: Normalisation, device: torch.device, precision: Precision) -> None:
+        self.model, self.normalise, self.device = model, normalise, device
+        self.precision: Precision = precision
+        self._in_two_parts = all(callable(getattr(model, part, None)) for part in ("forward_features", "forward_head"))
+        self._head: nn.Linear | None = None
+        self._searched = False
+
+    @torch.inference_mode()
+    def __call__(self, views: Tensor) -> NDArray[np.float32]:
+        """Logits float32 `[B, C]`; a batch that is not finite in half precision is repeated in float32."""
+        x = self.normalise(views.to(self.device, non_blocking=True))
+        if self.precision == "fp32":
+            return self._numpy(self.model(x))
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        if self._in_two_parts:
+            with torch.autocast(self.device.type, dtype=dtype):
+                features = self.model.forward_features(x)  # type: ignore[operator]
+            logits = self.model.forward_head(features.float())  # type: ignore[operator]
+        else:
+            with self._float32_head(x), torch.autocast(self.device.type, dtype=dtype):
+                logits = self.model(x)
+        if not torch.isfinite(logits).all():
+            logits = self.model(x)
+        return self._numpy(logits)
+
+    @contextlib.contextmanager
+    def _float32_head(self, x: Tensor) -> Iterator[None]:
+        """The last linear layer runs in float32 meanwhile, also under autocast."""
+        if not self._searched:
+            self._head, self._searched = self._last_linear(x[:1]), True
+        head = self._head
+        if head is None:
+            yield
+            return
+        forward = head.forward
+
+        def in_float32(input: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                return forward(input.float())
+
+        head.forward = in_float32  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward  # the class's own is seen again
+
+    def _last_linear(self, x: Tensor) -> nn.Linear | None:
+        ran: list[tuple[nn.Linear, int]] = []
+
+        def note(layer: nn.Module, _: object, output: Tensor) -> None:
+            assert isinstance(layer, nn.Linear)
+            ran.append((layer, output.shape[-1]))
+
+        hooks = [layer.register_forward_hook(note) for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        try:
+            classes = self.model(x).shape[-1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ran[-1][0] if ran and ran[-1][1] == classes else None
+
+    @staticmethod
+    def _numpy(logits: Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = logits.float().cpu().numpy()
+        return array

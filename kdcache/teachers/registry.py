@@ -1,0 +1,173 @@
+"""Trained teachers of a workspace: testing, finding and loading one, comparing several, doubting those that know nothing."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.datasets.canvas import Canvas
+from kdcache.errors import IncompatibleError, NotFoundError
+from kdcache.models.creation import Normalisation, create_model, load_weights, weights_digest
+from kdcache.models.names import kept, public_name
+from kdcache.replay.prefetch import render_batches
+from kdcache.stats import relative_entropy
+from kdcache.system.progress import Progress
+from kdcache.teachers.forward import batches
+from kdcache.training.evaluation import EvalSet
+from kdcache.views.policy import ViewPolicy
+from kdcache.workspace import Workspace
+
+__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher"]
+
+REPORT_VIEWS = 1024  # training views that a teacher's entropies are measured on
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained teacher: its folder with `model.safetensors` and its record `teacher.json`."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+
+class Exam(EvalSet):
+    """The clean test images; and some training views, as a dump draws them, for an early look at the teacher's entropies.
+
+    The temperature study does not say which images its H^(p) and H^(p-bar) are of. Its Fig. 4 averages training samples, and
+    its values lie well above the 0.18 that label smoothing of 37 classes has, as those of augmented, mixed views do. They are
+    what an archive holds, so its own figures are close to these.
+    """
+
+    def __init__(self, test: Canvas, train: Canvas, shown: ViewPolicy, ahead: Any) -> None:
+        super().__init__(test, shown.size, **ahead)
+        items = [(0, rows) for rows in batches(range(min(REPORT_VIEWS, len(train))), 256)]
+        self._views = [item.images for item in render_batches(train, shown, items, **ahead)]
+
+    def metrics(self, logits: Tensor) -> dict[str, float]:
+        return super().metrics(logits) | _entropies("test", logits)
+
+    def on_views(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean relative entropies on the training views, at tau 1."""
+        return _entropies("views", torch.cat([predict(views) for views in self._views]))
+
+    def of(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """All figures of a model that is not in training."""
+        clean = torch.cat([predict(views) for views in self._kept or self._render()])
+        return self.metrics(clean) | self.on_views(predict)
+
+
+def _entropies(which: str, logits: Tensor) -> dict[str, float]:
+    if not torch.isfinite(logits).all():
+        return {f"{which}_entropy": math.nan, f"{which}_entropy_rest": math.nan}
+    h, rest = relative_entropy(logits.numpy())
+    return {f"{which}_entropy": float(h.mean()), f"{which}_entropy_rest": float(rest.mean())}
+
+
+def compared(teachers: Sequence[Teacher]) -> list[str]:
+    """Lines that compare teachers: their top-1, and their entropies with what these mean."""
+    rows: list[tuple[str, ...]] = [("epochs", "start", "top-1", "H^(p)", "H^(p-bar)", "clean H^(p)", "H^(p-bar)")]
+    for training, entropies, top1 in (
+        (t.record["training"], t.record.get("entropies"), t.record["top1_clean"]) for t in teachers
+    ):
+        parts = [(entropies or {}).get(which, {}) for which in ("views", "clean")]
+        figures = [f"{part[key]:.3f}" if key in part else "-" for part in parts for key in ("entropy", "entropy_rest")]
+        rows.append((str(training.get("epochs", "-")), str(training.get("start", "-")), f"{top1:.2f}", *figures))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [
+        "top-1 on clean test images (%); relative entropies at tau 1 of training views as a dump has them and of clean images:",
+        *lines,
+        "longer finetuning lowers H^(p) and raises H^(p-bar) to 1, as of label smoothing: such teachers distil worse, "
+        "and small tau catches up (temperature study, section 4.3)",
+    ]
+
+
+def doubt(teacher: Teacher) -> str | None:
+    """A warning about a teacher that hardly knows its classes."""
+    record, classes = teacher.record, len(teacher.record["class_names"])
+    if classes < 10 or record["top1_clean"] >= 3 * 100 / classes:
+        return None
+    if record["training"].get("epochs") == 0:
+        why = (
+            "its classes are in another order than the dataset's, or it wants pixels of another mean and std than "
+            f"{_triple(record['mean'])} and {_triple(record['std'])} (train-teacher --mean, --std)"
+        )
+    else:
+        why = "it was trained too briefly or at a wrong rate, or labels and images do not belong together"
+    return (
+        f"WARNING: teacher {teacher.folder} has a top-1 of {record['top1_clean']:.2f} % on clean test images, where guessing has "
+        f"{100 / classes:.2f} %: {why}. Students would learn from noise"
+    )
+
+
+def _triple(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a checkpoint."""
+    if not file.is_file():
+        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def find_teacher(
+    name: str,
+    canvas: Canvas,
+    size: int,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    epochs: int | None = None,
+    checkpoint: Path | None = None,
+) -> Teacher | None:
+    """The newest teacher of that exact name trained on these very images for views of `size` pixels.
+
+    With `epochs`, one that was trained for so many; with a `checkpoint`, one that was made from that file.
+    """
+    wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
+    wanted |= {} if epochs is None else {"epochs": epochs}
+    wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
+    found = [
+        Teacher(folder, record)
+        for folder, record in workspace.teacher_records(progress)
+        if (record["name"], record["input_size"]) == (public_name(name), size)
+        and all(record["training"].get(key) == value for key, value in wanted.items())
+    ]
+    if len(found) > 1:
+        durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in found)
+        progress.say(
+            f"teacher: {found[0].folder}, the newest of {len(found)} (newest first, they had {durations} epochs; "
+            "choose with --teacher-epochs or --teacher-folder)"
+        )
+    return found[0] if found else None
+
+
+def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
+    """The model in evaluation mode, checked against its record. Raises IncompatibleError if its weights were changed."""
+    record = teacher.record
+    if not teacher.weights.is_file():
+        raise NotFoundError(
+            f"teacher {teacher.folder} has no weights",
+            why="model.safetensors is missing",
+            fix="train it again: kdcache train-teacher",
+        )
+    model, _ = create_model(kept(record["name"], teacher.folder), len(record["class_names"]), input_size=record["input_size"])
+    load_weights(model, teacher.weights)
+    if weights_digest(model) != record["weights_sha256"]:
+        raise IncompatibleError(
+            f"{teacher.weights} is not the file that its record describes",
+            why="the sha256 of its weights differs from teacher.json",
+            fix="restore the file, or train the teacher again",
+        )
+    return model.eval().requires_grad_(False), Normalisation(tuple(record["mean"]), tuple(record["std"]))

@@ -1,0 +1,501 @@
+"""train-teacher: finetune a timm model on a dataset, train it from scratch, or take its weights as they are.
+
+Teachers of several durations are trained in lockstep on one stream of views, each by a schedule of its own; what each of
+them becomes is what it would have become alone.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from kdcache.datasets import dataset
+from kdcache.datasets.canvas import require_intact
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.models.creation import (
+    Normalisation,
+    create_model,
+    described,
+    licence,
+    load_weights,
+    published,
+    resolve,
+    timm_config,
+    weights_digest,
+)
+from kdcache.models.names import CONFIG, folder_name, is_factory, public_name
+from kdcache.replay.prefetch import RendererChoice
+from kdcache.replay.stream import ViewStream
+from kdcache.system.energy import UNKNOWN, Spent, total
+from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.progress import Progress, Silent
+from kdcache.teachers.forward import Forward
+from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
+from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
+from kdcache.training.learner import (
+    Learner,
+    TrainConfig,
+    metered,
+    resolve_device,
+    seeded,
+    write_atomically,
+)
+from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.views.policy import ViewPolicy
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
+
+__all__ = ["TeacherConfig", "train_teacher", "train_teachers"]
+
+VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
+REPORTS = 20  # times in a training
+WNID = re.compile(r"n\d{8}")
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What to train: a teacher for each of `epochs`. What is None (or empty) is the recipe's, or suits model and dataset."""
+
+    teacher: str
+    dataset: str
+    epochs: Sequence[int] | Literal["paper"] = ()  # 0: the weights as they are; paper: the durations of the study's Table 1
+    recipe: str | None = None
+    policy: str | None = None
+    size: int | None = None
+    canvas: int | None = None
+    batch_size: int | None = None
+    opt: str | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    sched: Literal["cosine", "step"] | None = None
+    decay_epochs: Sequence[int] = ()
+    decay_rate: float | None = None
+    clip_grad: float | None = None  # 0: no clipping
+    amp: bool = False
+    ema_decay: float | None = None
+    val_interval: int = 1
+    smoothing: float | None = None
+    seed: int = 0
+    from_scratch: bool | None = None
+    checkpoint: Path | None = None
+    mean: Triple | None = None  # of the checkpoint's training, where it was not the model's own
+    std: Triple | None = None
+    device: str = "auto"
+    workers: int = 0
+    renderer: RendererChoice = "auto"
+    command: str = ""
+
+
+def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
+    """`train_teachers` of a single duration."""
+    (teacher,) = train_teachers(config, workspace, progress)
+    return teacher
+
+
+def train_teachers(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> list[Teacher]:
+    """Train as configured, one teacher for each number of epochs; what was trained just so before is returned as it is."""
+    progress = progress or Silent()
+    job = _Job(config, workspace, progress)
+    made: dict[int, Teacher] = {}
+    for epochs in job.durations:
+        folder = job.folder(epochs)
+        if (folder / "teacher.json").is_file():
+            progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
+            made[epochs] = Teacher(folder, read_teacher(folder))
+        elif not epochs:
+            made[epochs] = job.register()
+        elif (row := _finished(folder)) is not None:  # and its process ended before it could say so
+            made[epochs] = job.record(epochs, job.finished_model(folder), row)
+    fresh = [epochs for epochs in job.durations if epochs not in made]
+    if fresh:
+        made |= job.train(fresh)
+    teachers = [made[epochs] for epochs in job.durations]
+    for line in [*compared(teachers), *filter(None, map(doubt, teachers))]:
+        progress.say(line)
+    return teachers
+
+
+class _Job:
+    """What a configuration comes to: names and recipe resolved, canvases there, settings for each number of epochs."""
+
+    def __init__(self, config: TeacherConfig, workspace: Workspace, progress: Progress) -> None:
+        self.config, self.workspace, self.progress = config, workspace, progress
+        self.device = resolve_device(config.device)
+        self.source = parse_dataset(config.dataset)
+        self.exact = resolve(config.teacher, "teacher")
+        self.name = public_name(self.exact)
+        suggested = self.source.recipe
+        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, dataset.name_of(self.source))
+        self.start, scratch = self._start(recipe)
+        self.durations = self._durations(recipe)
+        drawn = ViewPolicy.load(config.policy or recipe.policy or suggested.policy, size=config.size)
+        self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
+        self.shown = ViewPolicy.load(config.policy or suggested.policy, size=self.policy.size)  # as a dump without more flags
+        self.smoothing = _given(config.smoothing, recipe.smoothing)
+        self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
+        self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
+        require_writable(workspace.teachers)
+        self._as_is: nn.Module | None = None
+        if 0 in self.durations:  # what cannot be taken as it is is refused before anything is decoded
+            names = tuple(self.source.open(workspace.data, progress).class_names())
+            if self.start == "timm":
+                self._require_classes(names)
+            else:
+                self._as_is = self._as_it_is(names)
+        self.train_canvas = workspace.canvas(self.source, "train", config.canvas, progress)
+        self.test_canvas = workspace.canvas(self.source, "test", config.canvas, progress)
+        for canvas in (self.train_canvas, self.test_canvas):
+            require_intact(canvas)
+        self._ahead: Any = {"workers": config.workers, "renderer": config.renderer}
+
+    def _start(self, recipe: TeacherRecipe) -> tuple[Literal["checkpoint", "factory", "random", "timm"], bool]:
+        """Where weights come from, and whether rates are those of training from scratch."""
+        config = self.config
+        scratch = not _given(recipe.pretrained, self.source.recipe.pretrained)
+        if config.epochs and not any(config.epochs):
+            scratch = False  # what is taken as it is has been trained
+        if config.from_scratch is not None:
+            scratch = config.from_scratch
+        elif is_factory(self.exact):
+            return "checkpoint" if config.checkpoint else "factory", scratch
+        elif not scratch and not config.checkpoint and published(self.exact) is None:
+            self.progress.say(f"{self.name} has no published weights: it is trained from scratch")
+            scratch = True
+        return "checkpoint" if config.checkpoint else "random" if scratch else "timm", scratch
+
+    def _durations(self, recipe: TeacherRecipe) -> list[int]:
+        config, suggested = self.config, self.source.recipe
+        if config.epochs == "paper":
+            if not suggested.durations:
+                raise UsageError(
+                    f"--epochs paper for {config.dataset}",
+                    why="the temperature study compares durations on pets and cifar100 only",
+                    fix="name them, for example: --epochs 20,50,200,400",
+                )
+            return list(suggested.durations)
+        durations = list(dict.fromkeys(config.epochs)) or [_given(recipe.epochs, suggested.teacher_epochs)]
+        if 0 in durations and self.start == "random":
+            raise UsageError(
+                f"{config.teacher} from scratch in 0 epochs",
+                why="weights are taken as they are"
+                + (f" unless --epochs says more: {config.dataset} suggests it" if not config.epochs else "")
+                + ", and random ones know nothing",
+                fix="say for how long to train: --epochs 100, or which weights to take: --checkpoint FILE",
+            )
+        return durations
+
+    def _begun(self, epochs: int) -> dict[str, Any]:
+        """What a teacher of so many epochs is made from, beside its settings."""
+        config = self.config
+        begun: dict[str, Any] = {
+            "start": self.start,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "canvas_digest": self.train_canvas.digest,
+            "test_digest": self.test_canvas.digest,
+        }
+        if epochs:
+            begun |= {"smoothing": self.smoothing, "seed": config.seed, "policy": self.policy.model_dump(mode="json")}
+        else:
+            begun["size"] = self.policy.size
+        return begun | {key: value for key, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+
+    def folder(self, epochs: int) -> Path:
+        settings = self.settings[epochs].identity() if epochs else {"epochs": 0}
+        identity = json.dumps([self.name, settings, self._begun(epochs)], sort_keys=True)
+        label = f"{dataset_label(self.source)}--{folder_name(self.config.teacher)}"
+        return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    def _model(self, classes: int, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
+        model, own = create_model(self.exact, classes, input_size=self.policy.size, pretrained=pretrained)
+        assumed = own.assumed and not (self.config.mean and self.config.std)
+        self.normalise = Normalisation(self.config.mean or own.mean, self.config.std or own.std, assumed)
+        return model, self.normalise
+
+    def finished_model(self, folder: Path) -> nn.Module:
+        """The model that was trained there."""
+        model, _ = self._model(len(self.train_canvas.card.class_names), pretrained=False)
+        load_weights(model, next(file for file in (folder / "last.safetensors", folder / "model.safetensors") if file.is_file()))
+        return model
+
+    def _as_it_is(self, names: tuple[str, ...]) -> nn.Module:
+        model, _ = self._model(len(names), pretrained=self.start == "timm")
+        if self.config.checkpoint:
+            load_weights(model, self.config.checkpoint)
+        return model
+
+    def _require_classes(self, names: tuple[str, ...]) -> None:
+        """Raises unless published weights know these classes, in this order as far as their names tell."""
+        config, known = self.config, published(self.exact)
+        if known is None:
+            return  # there are none to be had, which create_model says
+        finetune = f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --epochs 20"
+        if known.num_classes != len(names):
+            raise IncompatibleError(
+                f"the weights of {self.name} know {known.num_classes} classes, dataset {config.dataset} has {len(names)}",
+                why="only weights of the very same classes can be taken as they are",
+                fix=f"finetune them: {finetune}",
+            )
+        if names == known.class_names:
+            return
+        theirs = known.class_names or ()
+        if theirs and (all(map(WNID.fullmatch, (*names, *theirs))) or set(names) == set(theirs)):
+            first = next(i for i, pair in enumerate(zip(names, theirs, strict=True)) if pair[0] != pair[1])
+            raise IncompatibleError(
+                f"class {first} of dataset {config.dataset} is {names[first]}, of the weights of {self.name} it is "
+                f"{theirs[first]}",
+                why="only weights of the very same classes, in the same order, can be taken as they are",
+                fix=f"finetune them: {finetune}",
+            )
+        self.progress.say("that the dataset's classes are in the order of the weights' is taken for granted: names do not tell")
+
+    def register(self) -> Teacher:
+        """Test weights as they are, and keep them as a teacher."""
+        folder, model = self.folder(0), self._as_is or self._as_it_is(self.train_canvas.card.class_names)
+        model = model.to(self.device).eval()
+        self.progress.say(f"teacher: {self._titled}, weights as they are: they are tested, not trained")
+        self._describe(model)
+        forward = Forward(model, self.normalise, self.device, "fp32")
+        row = self._tests().of(lambda views: torch.from_numpy(forward(views)))
+        if not all(map(math.isfinite, row.values())):
+            raise IncompatibleError(
+                f"teacher {self.config.teacher} gives logits that are not finite",
+                why="its weights are broken, or were made for another input",
+                fix="check them, and the model's name",
+            )
+        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        write_atomically(folder / "model.safetensors", save(weights))
+        return self.record(0, model, row)
+
+    @property
+    def _titled(self) -> str:
+        return f"{self.config.teacher} = {self.name}, {self.policy.size} px, start {self.start}"
+
+    def _tests(self) -> Exam:
+        return Exam(self.test_canvas, self.train_canvas, self.shown, self._ahead)
+
+    def train(self, durations: Sequence[int]) -> dict[int, Teacher]:
+        """Train teachers of these durations in lockstep, each of which is recorded at its end."""
+        config, settings = self.config, self.settings[durations[0]]
+        steps = sum(epochs * (len(self.train_canvas) // settings.batch_size) for epochs in durations)
+        self.progress.say(
+            f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.dataset} ({steps} steps), "
+            f"recipe {self.recipe_name}"
+        )
+        self._say_doubts(durations)
+        stream = ViewStream(
+            self.train_canvas,
+            self.policy,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            device=str(self.device),
+            **self._ahead,
+        )
+        learners: dict[int, Learner] = {}
+        for epochs in durations:
+            with seeded(config.seed):
+                model, normalise = self._model(len(self.train_canvas.card.class_names), pretrained=self.start == "timm")
+                redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
+            if redrawn and not learners:
+                self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at random")
+            if not learners:
+                self._describe(model)
+            learners[epochs] = Learner(
+                self.folder(epochs),
+                model,
+                normalise,
+                self.settings[epochs],
+                steps_per_epoch=len(stream),
+                seed=config.seed,
+                device=self.device,
+            )
+        made: dict[int, Teacher] = {}
+
+        def keep_finished() -> None:
+            for epochs, learner in learners.items():
+                if learner.status == "complete" and epochs not in made:
+                    made[epochs] = self.record(epochs, learner.model, learner.last)
+
+        keep_finished()  # whose process ended just after their last checkpoint
+        _fit(list(learners.values()), stream, self._tests(), self.smoothing, keep_finished, self.progress)
+        for learner in learners.values():
+            if learner.status == "diverged":
+                raise IncompatibleError(
+                    f"teacher {config.teacher} diverged in epoch {learner.epoch - 1}",
+                    why="its loss is not finite any more",
+                    fix=f"use a smaller --lr than {learner.config.lr:g}",
+                )
+        return made
+
+    def _describe(self, model: nn.Module) -> None:
+        digest = weights_digest(model)
+        self.progress.say(described(self.exact, model, self.normalise, digest, pretrained=self.start == "timm"))
+
+    def _say_doubts(self, durations: Sequence[int]) -> None:
+        known, size = published(self.exact), self.policy.size
+        if self.start == "timm" and known is not None and known.input_size >= 2 * size:
+            self.progress.say(
+                f"views have {size} px, and the weights know {known.input_size} px images: little of that is left (which size "
+                f"the temperature study had for CIFAR100 is unknown). --size {known.input_size} enlarges them, for students too"
+            )
+        for settings in (self.settings[epochs] for epochs in durations):
+            if settings.sched == "step" and min(settings.decay_epochs) >= settings.epochs:
+                late = ",".join(map(str, settings.decay_epochs))
+                self.progress.say(f"{settings.epochs} epochs end before the learning rate falls, at --decay-epochs {late}")
+
+    def record(self, epochs: int, model: nn.Module, row: dict[str, float]) -> Teacher:
+        """Make a teacher of a finished folder: `row` has its figures on the test images, and its entropies."""
+        folder, config = self.folder(epochs), self.config
+        settings = self.settings[epochs].model_dump(mode="json") | {"recipe": self.recipe_name} if epochs else {"epochs": 0}
+        entropies = {
+            "tau": 1.0,
+            "clean": {"rows": len(self.test_canvas), "entropy": row["test_entropy"], "entropy_rest": row["test_entropy_rest"]},
+            "views": {
+                "rows": min(REPORT_VIEWS, len(self.train_canvas)),
+                "policy": self.shown.digest,
+                "entropy": row["views_entropy"],
+                "entropy_rest": row["views_entropy_rest"],
+            },
+        }
+        record = {
+            "alias": public_name(config.teacher),
+            "name": self.name,
+            "dataset": dataset.spec(self.source),
+            "dataset_label": dataset_label(self.source),
+            "class_names": list(self.train_canvas.card.class_names),
+            "input_size": self.policy.size,
+            "mean": self.normalise.mean,
+            "std": self.normalise.std,
+            "weights_sha256": weights_digest(model),
+            # Weights finetuned from published ones are under their licence; of others only their owner knows.
+            "weights_licence": licence(self.exact) if self.start == "timm" else None,
+            "top1_clean": row["test_top1"],
+            "entropies": entropies,
+            "training": {**settings, **self._begun(epochs)},
+            **({"cost": cost} if (cost := _cost(folder).known()) else {}),
+            "versions": versions(),
+            "command": config.command,
+        }
+        if (folder / "last.safetensors").is_file():
+            (folder / "last.safetensors").rename(folder / "model.safetensors")
+        made_as = timm_config(
+            self.exact, model, self.normalise, input_size=self.policy.size, class_names=self.train_canvas.card.class_names
+        )
+        if made_as is not None:
+            write_atomically(folder / CONFIG, made_as)
+        write_atomically(folder / "teacher.json", (json.dumps(record, indent=1) + "\n").encode())
+        self.progress.say(f"teacher: {folder}, top-1 {row['test_top1']:.2f} %")
+        return Teacher(folder, record)
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _settings(config: TeacherConfig, recipe: TeacherRecipe, epochs: int, exact: str, scratch: bool) -> TrainConfig:
+    """What the flags say, and else the recipe; and where that is silent, what suits the model."""
+    lr, weight_decay = _defaults(exact, scratch)
+    sched = _given(config.sched, recipe.sched)
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=_given(config.batch_size, recipe.batch_size),
+        opt=_given(config.opt, recipe.opt),
+        lr=_given(config.lr, _given(recipe.lr, lr)),
+        weight_decay=_given(config.weight_decay, _given(recipe.weight_decay, weight_decay)),
+        momentum=_given(config.momentum, recipe.momentum),
+        sched=sched,
+        decay_epochs=tuple(config.decay_epochs) or (recipe.decay_epochs if sched == recipe.sched else ()),
+        decay_rate=_given(config.decay_rate, recipe.decay_rate),
+        clip_grad=_given(config.clip_grad, recipe.clip_grad) or None,
+        amp=config.amp,
+        ema_decay=config.ema_decay,
+        val_interval=config.val_interval,
+        decay_all=recipe.decay_all,
+    )
+
+
+def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
+    """Learning rate and weight decay: the temperature study's for finetuning; from scratch, its students' rate."""
+    is_vit = "vit" in exact and "mobilevit" not in exact
+    if scratch:
+        return 0.002, 0.05
+    return (5e-5, 0.1) if is_vit else (5e-4, 0.05)
+
+
+def _fit(
+    learners: Sequence[Learner],
+    stream: ViewStream,
+    tests: Exam,
+    smoothing: float,
+    keep_finished: Callable[[], None],
+    progress: Progress,
+) -> None:
+    pace, early, seen = Pace(learners), Pace(learners), 0
+    with metered(learners[0].device) as meter:
+        try:
+            with stopped_between_steps() as check:
+                for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
+                    for batch, due in epochs_batches:
+
+                        def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
+                            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+                        for learner in due:
+                            learner.step(batch.images, loss_of, lambda logits: {})
+                            check()
+                        seen += 1
+                        if seen == 2:
+                            early = Pace(learners)  # the first batches of all take longer
+                        elif seen == 12:
+                            left = _duration(early.seconds_left)
+                            progress.say(f"training takes about {left} more, without the tests after epochs")
+                        progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
+                    testing = [learner for learner in active if learner.tests_next]
+                    found = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
+                    for learner, row in found.items():
+                        of = learner.config.epochs
+                        if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
+                            row |= tests.on_views(learner.predict)
+                            check()
+                    charge(active, meter.lap())
+                    for learner in active:
+                        learner.end_epoch(found.get(learner, {}), view=epoch)
+                    keep_finished()
+        except Stopped:
+            charge([learner for learner in learners if learner.status == "training"], meter.lap())
+            for learner in learners:
+                learner.suspend()
+            raise
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _cost(folder: Path) -> Spent:
+    """What training took, by its log; nothing is known of weights that were taken as they are."""
+    log = folder / "metrics.jsonl"
+    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
+
+
+def _finished(folder: Path) -> dict[str, float] | None:
+    """The last row of metrics of a training that is over; None if it is not."""
+    weights = any((folder / name).is_file() for name in ("last.safetensors", "model.safetensors"))
+    if not weights or not (folder / "summary.json").is_file() or (folder / "checkpoint.pt").is_file():
+        return None
+    if read_record(folder / "summary.json").get("status") != "complete":
+        return None
+    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return row

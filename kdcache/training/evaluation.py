@@ -1,0 +1,91 @@
+"""Models in training, tested on the clean images of the test split."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.datasets.canvas import Canvas
+from kdcache.replay.prefetch import RendererChoice, render_batches
+from kdcache.system.distributed import ALONE, Team
+from kdcache.training.learner import Learner
+from kdcache.training.metrics import calibration_error, top_k
+from kdcache.views.policy import ViewPolicy
+
+__all__ = ["EvalSet"]
+
+KEPT_BYTES = 2 << 30
+
+
+class EvalSet:
+    """The test split as clean views of `size` pixels: rendered once and kept, or each time anew if that takes over 2 GiB.
+
+    Each process of a `team` tests a part of it, and all get the figures of the whole.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        size: int,
+        *,
+        batch_size: int = 256,
+        workers: int = 0,
+        renderer: RendererChoice = "auto",
+        team: Team = ALONE,
+    ) -> None:
+        self.size = size
+        self._team = team
+        self.labels = torch.from_numpy(canvas.labels)
+        policy = ViewPolicy.load("none", size=size)
+        order = np.argsort(policy.parameters(0, len(canvas)).sample)
+        starts = range(0, len(canvas), batch_size)
+        self._batches = len(starts)
+        items = [(0, order[start : start + batch_size]) for start in starts[team.number :: team.size]]
+
+        def render() -> Iterator[Tensor]:
+            return (item.images for item in render_batches(canvas, policy, items, workers=workers, renderer=renderer))
+
+        self._render = render
+        self._kept = list(render()) if len(canvas) * 3 * size**2 <= KEPT_BYTES else None
+
+    def tested(self, learners: Sequence[Learner], check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
+        """`metrics` of each learner's model, and the top-1 of its averaged weights, if it keeps any, as `ema_top1`.
+
+        `check` is called after each batch, and may raise.
+        """
+        logits: list[list[Tensor]] = [[] for _ in learners]
+        averaged: list[list[Tensor]] = [[] for _ in learners]
+        for learner in learners:
+            learner.settle()
+        for views in self._kept or self._render():
+            views = views.to(learners[0].device)  # once for all of them
+            for learner, part, other in zip(learners, logits, averaged, strict=True):
+                part.append(learner.predict(views))
+                if learner.average is not None:
+                    other.append(learner.predict(views, averaged=True))
+            if self._team.size == 1:  # others may have no batch left, and would not ask
+                check()
+        found = [self.metrics(self._whole(part)) for part in logits]
+        for row, other, learner in zip(found, averaged, learners, strict=True):
+            if learner.average is not None:
+                row["ema_top1"] = self.metrics(self._whole(other))["test_top1"]
+        return found
+
+    def _whole(self, part: list[Tensor]) -> Tensor:
+        """Logits `[N, C]` of all batches, of which every process has each `size`-th."""
+        parts = self._team.shared(part)
+        return torch.cat([parts[batch % len(parts)][batch // len(parts)] for batch in range(self._batches)])
+
+    def metrics(self, logits: Tensor) -> dict[str, float]:
+        """Figures of `logits [N, C]` on the test split; all NaN where the model is broken."""
+        if not torch.isfinite(logits).all():
+            return dict.fromkeys(("test_top1", "test_top5", "test_loss", "test_ece"), math.nan)
+        return {
+            "test_top1": top_k(logits, self.labels, 1),
+            "test_top5": top_k(logits, self.labels, 5),
+            "test_loss": F.cross_entropy(logits, self.labels).item(),
+            "test_ece": calibration_error(logits, self.labels),
+        }

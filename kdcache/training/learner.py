@@ -1,0 +1,560 @@
+"""What teachers and students in training share: optimiser, schedule, clipping, evaluation, log, checkpoint, exact resume."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from kdcache.archive import MAX_ROWS, moment_histogram, translated_os_errors
+from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
+from kdcache.models.creation import Normalisation
+from kdcache.system.distributed import ALONE, Team, this_rank
+from kdcache.system.energy import UNKNOWN, Meter, Spent
+from kdcache.training.metrics import mean_relative_entropy, moments
+
+__all__ = [
+    "Learner",
+    "TrainConfig",
+    "clip_per_layer",
+    "metered",
+    "require_optimizer",
+    "resolve_device",
+    "seeded",
+    "write_atomically",
+]
+
+LOCK = ".lock"
+LOGIT_MOMENTS = "logit_moments.json"
+
+
+class TrainConfig(BaseModel):
+    """How a model is trained. The defaults are the temperature study's for students (its section 3.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=2)  # batch normalisation has nothing to normalise with one
+    opt: str = "adamw"
+    lr: float = Field(0.002, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
+    clip_grad: float | None = Field(1.0, gt=0)  # largest L2 norm of one layer's gradient; None: no clipping
+    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD and its kin
+    sched: Literal["cosine", "step"] = "cosine"  # half a period over the training, step by step; or in steps of epochs
+    decay_epochs: tuple[int, ...] = ()  # of `step`: epochs after which the rate is multiplied by decay_rate
+    decay_rate: float = Field(0.1, gt=0, le=1)
+    amp: bool = False  # the model runs in bf16 where that is safe; losses and weights stay float32
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # of a moving average of the weights, tested and kept beside them
+    val_interval: int = Field(1, ge=1)  # epochs from one test to the next; the last epoch is always tested
+    decay_all: bool = False  # weight decay of biases and norms too, which timm leaves out
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> "TrainConfig":
+        if self.sched == "step" and not self.decay_epochs:
+            raise UsageError(
+                "the schedule step without epochs",
+                why="it lowers the learning rate after certain epochs, and none is named",
+                fix="name them, for example: --decay-epochs 150,180,210",
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What tells two trainings apart: a setting that is added later leaves the identity of those without it as it was."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, as a share of `lr`."""
+        if self.sched == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
+        return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one; of processes that torchrun started, each gets its own for `auto` and `cuda`.
+
+    Raises UsageError for a device that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := this_rank().local) is not None:
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
+    except Exception as error:  # every backend has its own errors
+        raise UsageError(
+            f"device {name!r} cannot be used",
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            fix="use --device cpu, or --device auto for whatever there is",
+        ) from None
+    return device
+
+
+def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
+    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them."""
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
+    return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Code that draws from torch's global generator (model initialisation) draws from `seed`, and disturbs nobody."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradient of every parameter tensor to an L2 norm of at most `max_norm`; returns the total norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    if max_norm is not None:  # all scales at once: of a GPU's kernels, each small one takes as long as a large one
+        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
+    return norms.square().sum().sqrt()
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Replace `file` by `data`, or leave it as it was."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with translated_os_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(file)
+
+
+def require_optimizer(name: str) -> None:
+    """UsageError for what is not one of timm's optimisers."""
+    _optimizer([nn.Parameter(torch.zeros(1))], TrainConfig(epochs=1, opt=name))
+
+
+def _optimizer(of: nn.Module | list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    import timm.optim
+
+    name = config.opt
+    try:
+        made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
+            of,
+            opt=name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=not config.decay_all,
+        )
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UsageError(
+            f"optimiser {name!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
+        ) from None
+    return made
+
+
+class Learner:
+    """One model in training, with its own optimiser, schedule, random numbers and folder.
+
+    The folder gets `metrics.jsonl`, `summary.csv`, `last.safetensors`, `best.safetensors` and, when over, `summary.json` and
+    `logit_moments.json` (a histogram of training views of the last epoch, at most 65,536 and a batch);
+    `checkpoint.pt` holds what an exact resume needs (tensors and numbers only). A learner made again in the same folder
+    goes on at its last checkpoint: the end of an epoch, or the step after which it was suspended. `learned` is what the loss
+    itself learns, by an optimiser of its own whose rate follows the same schedule.
+
+    In a `team`, every process has the same model, steps on its part of each batch, and learns what one process would learn from
+    the whole; the first one writes. `channels_last` and `compiled` (by torch.compile) are about speed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        normalise: Normalisation,
+        config: TrainConfig,
+        *,
+        steps_per_epoch: int,
+        seed: int,
+        device: torch.device,
+        checkpoint_interval: float = 30.0,
+        learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
+        team: Team = ALONE,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
+        self._team, self._compiled = team, compiled
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        if team.size > 1 and device.type == "cuda":
+            model = _with_synchronised_norms(model)
+        self.model = model.to(device, memory_format=self._format)  # type: ignore[call-overload]
+        forward: Any = torch.compile(self.model) if compiled else self.model
+        self._trained = team.wrap(_EachView(forward), device)
+        self.optimizer = _optimizer(self.model, config)
+        self.average = _average(self.model, config.ema_decay) if config.ema_decay is not None else None
+        self._learned = learned
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * config.epochs
+        self.steps = 0
+        self.epoch = 0  # epochs finished
+        self.rows: list[dict[str, float]] = []
+        self.status: Literal["training", "complete", "diverged"] = "training"
+        self._best: dict[str, Tensor] | None = None
+        self._best_top1 = -1.0
+        self._interval = checkpoint_interval
+        self._saved_at = time.monotonic()
+        self._whole = True  # not in the midst of a step
+        with seeded(seed if team.first else _seed_of_process(seed, team.number)):
+            self._rng = _rng_states(device)
+        self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
+        self._start_epoch()
+        self._lock = _own(folder) if team.first else None
+        self._restore()
+        team.wait()  # before the first one writes what others still read
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The latest epoch's row of metrics."""
+        return self.rows[-1]
+
+    @property
+    def tests_next(self) -> bool:
+        """Whether the epoch that is being trained is one that ends with a test."""
+        number = self.epoch + 1
+        return number % self.config.val_interval == 0 or number == self.config.epochs
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """Steps done since the end of the last epoch."""
+        return self._count
+
+    def _start_epoch(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._seconds = 0.0
+        self._spent: Spent | None = None
+        self._uncharged = 0.0  # seconds
+
+    def charge(self, spent: Spent) -> None:
+        """Count its part of what was spent since it was last charged into the epoch's costs."""
+        self._spent = spent if self._spent is None else self._spent + spent
+        self._uncharged = 0.0
+
+    @property
+    def uncharged(self) -> float:
+        """Seconds in its own steps since it was last charged."""
+        return self._uncharged
+
+    def step(
+        self,
+        views: Tensor | Sequence[Tensor],
+        loss_of: Callable[[Tensor], Tensor],
+        measure: Callable[[Tensor], dict[str, Tensor]],
+    ) -> None:
+        """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means.
+
+        Of several such views, each goes through the model by itself (batch normalisation sees one at a time), `loss_of` gets
+        their logits one below the other, and figures are those of the first. In a team, views are this process's part of the
+        batch, and both functions get the logits of the whole.
+        """
+        each = [views] if isinstance(views, Tensor) else list(views)
+        started = time.perf_counter()
+        self._whole = False
+        share = self.config.rate(self.steps, self._steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
+        with self._own_rng():
+            self.model.train()
+            inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
+            with self._precision():
+                outputs = self._outputs(inputs)
+            outputs = [self._team.gather(logits) for logits in outputs]
+            loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = clip_per_layer(self.parameters, self.config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
+            if self._learned is not None:
+                self._step_learned(share)
+            if self.average is not None:
+                self.average.update(self.model)
+        with torch.no_grad():
+            logits = outputs[0].detach()
+            each_row = moments(logits)
+            mean, std = each_row.mean(dim=1)
+            figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
+            figures |= {"logit_mean": mean, "logit_std": std}
+            if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
+                self._moments.append(each_row)
+            for name, value in (figures | measure(logits)).items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+        self.steps += 1
+        taken = time.perf_counter() - started
+        self._seconds += taken
+        self._uncharged += taken
+        self._whole = True
+
+    def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Logits of this process's part of each view."""
+        try:
+            outputs: list[Tensor] = self._trained(*inputs)
+        except Exception as error:  # compilers have their own errors
+            if not self._compiled or self._count:
+                raise
+            raise IncompatibleError(
+                f"the model of {self.folder.name} cannot be compiled",
+                why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+                fix="leave --compile out",
+            ) from error
+        return outputs
+
+    def _step_learned(self, share: float) -> None:
+        _, optimizer = self._learned  # type: ignore[misc]
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+
+    @torch.no_grad()
+    def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
+        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
+        model = self.average.module if averaged and self.average is not None else self.model
+        model.eval()
+        with self._precision():
+            logits: Tensor = model(self.normalise(views.to(self.device)).contiguous(memory_format=self._format))
+        return logits.float().cpu()
+
+    def settle(self) -> None:
+        """Before the epoch's test: what the processes of a team have each found of their parts becomes the same everywhere."""
+        self._team.average_buffers(self.model)
+        if self.average is not None:
+            self._team.average_buffers(self.average.module)
+
+    def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
+        """Log the epoch, with test figures if there are any; write a checkpoint if the last one is old or training over."""
+        self._whole = False
+        means = {name: (value / self._count).item() for name, value in self._sums.items()}
+        row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
+        row |= tested
+        row["seconds"] = self._seconds
+        row |= (self._spent or UNKNOWN).known()
+        self.rows.append(row)
+        self.epoch += 1
+        self._start_epoch()
+        if not all(math.isfinite(value) for value in row.values()):
+            # The weights are of no use any more: what the last checkpoint holds stays.
+            self._finish("diverged", reason=f"training loss {means['train_loss']}, test loss {row.get('test_loss')}")
+            return
+        if row.get("test_top1", -1.0) > self._best_top1:
+            self._best_top1 = row["test_top1"]
+            self._best = _copied(self.model)
+        self._whole = True
+        over = self.epoch == self.config.epochs
+        if over or self._team.any(time.monotonic() - self._saved_at >= self._interval):
+            self._save()
+        if over:
+            self._finish("complete")
+
+    def suspend(self) -> None:
+        """Write a checkpoint of where it is now, and give the folder back. A step that was cut in two cannot be kept:
+        then the last checkpoint stays."""
+        if self.status == "training" and self._whole and self.steps:
+            self._save()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        rng = self._team.shared(self._rng)
+        if not self._team.first:
+            return
+        weights = _copied(self.model)
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "weights": weights,
+                "rng": rng,  # of every process
+                "epoch": self.epoch,
+                "steps": self.steps,
+                "best_top1": self._best_top1,
+                "rows": self.rows,
+                "sums": {name: value.cpu() for name, value in self._sums.items()},
+                "count": self._count,
+                "seconds": self._seconds,
+                "moments": [part.cpu() for part in self._moments],
+                "spent": None if self._spent is None else self._spent.known(),
+                "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
+                "average": None if self.average is None else self.average.state_dict(),
+            },
+            buffer,
+        )
+        if self._best is not None:
+            write_atomically(self.folder / "best.safetensors", save(self._best))
+        write_atomically(self.folder / "last.safetensors", save(weights))
+        if self.average is not None:
+            write_atomically(self.folder / "ema.safetensors", save(_copied(self.average.module)))
+        self._write_log()
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())  # last: it says that the others are there
+
+    def _write_log(self) -> None:
+        lines = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in self.rows)
+        write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "summary.csv", table.getvalue().encode())
+
+    def _restore(self) -> None:
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            return
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self._learned is not None:
+                module, optimizer = self._learned
+                module.load_state_dict(state["learned"][0])
+                optimizer.load_state_dict(state["learned"][1])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            best = self.folder / "best.safetensors"
+            self._best = load_file(best) if best.is_file() else None
+        except Exception as error:  # a damaged file shows in many ways
+            raise IntegrityError(
+                f"checkpoint {file} cannot be used",
+                why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+                fix=f"train this run anew: rm -r {self.folder}",
+            ) from error
+        rng = state["rng"] if isinstance(state["rng"][0], list) else [state["rng"]]  # earlier versions knew of one process
+        if self._team.number < len(rng):  # one that has joined since draws from its start
+            self._rng = rng[self._team.number]
+        self.epoch, self.steps = state["epoch"], state["steps"]
+        self._best_top1, self.rows = state["best_top1"], state["rows"]
+        self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
+        self._count, self._seconds = state.get("count", 0), state.get("seconds", 0.0)
+        self._moments = [part.to(self.device) for part in state.get("moments", [])]
+        if self._count:  # what it took until here is unknown, unless the checkpoint says it
+            self._spent = Spent.of(state.get("spent"))
+        if self.epoch == self.config.epochs:
+            self._finish("complete")
+
+    def _finish(self, status: Literal["complete", "diverged"], **extra: str) -> None:
+        self.status = status
+        if not self._team.first:
+            return
+        tests = [row for row in self.rows if math.isfinite(row.get("test_top1", math.nan))]
+        best = max(tests, key=lambda row: row["test_top1"], default={})
+        summary = {
+            "status": status,
+            **extra,
+            "epochs": self.epoch,
+            "final_top1": _finite(self.last.get("test_top1", math.nan)),
+            "final_loss": _finite(self.last.get("test_loss", math.nan)),
+            "best_top1": best.get("test_top1"),
+            "best_epoch": best.get("epoch"),
+            "seconds": sum(row["seconds"] for row in self.rows),
+        }
+        self._write_log()
+        if status == "complete" and self._moments:
+            found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
+            write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
+        write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
+        self._release()
+        (self.folder / LOCK).unlink(missing_ok=True)
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Random numbers inside (dropout, stochastic depth) are this learner's, whoever else trains beside it."""
+        others = _rng_states(self.device)
+        _set_rng_states(self._rng, self.device)
+        try:
+            yield
+        finally:
+            self._rng = _rng_states(self.device)
+            _set_rng_states(others, self.device)
+
+
+class _EachView(nn.Module):
+    """A model that is given several views, and sees each by itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        return [self.model(each) for each in views]
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """The weights on the host, as files want them."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+
+
+def _seed_of_process(seed: int, number: int) -> int:
+    """What dropout of a process other than the first draws from; seeds are never added to each other."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "little")
+
+
+def _with_synchronised_norms(model: nn.Module) -> nn.Module:
+    import timm.layers  # whose function knows timm's own norms too
+
+    converted: nn.Module = timm.layers.convert_sync_batchnorm(model)  # type: ignore[attr-defined, no-untyped-call]
+    return converted
+
+
+def _average(model: nn.Module, decay: float) -> Any:
+    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+
+    return ModelEmaV3(model, decay=decay)
+
+
+def _own(folder: Path) -> filelock.BaseFileLock:
+    """Take the folder for this process; the lock is the operating system's and ends with the process."""
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RetryError(
+                f"{folder} is being trained by another process",
+                why="two processes in one folder would overwrite each other's checkpoints",
+                fix="repeat the command when the other one has ended; it goes on from there",
+            ) from None
+    return lock
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _rng_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,237 @@
+"""How much memory a model in training takes, measured on batches of a few samples; and how much there is.
+
+Students in lockstep make their steps one after another: together they need what each keeps between its steps, and once
+what passes during the largest of them.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.models.creation import create_model
+from kdcache.training.learner import Learner, TrainConfig, seeded
+
+__all__ = ["Footprint", "available_memory", "fitting", "footprint", "groups_that_fit", "room"]
+
+TRIED = (2, 4)  # samples in the batches that are measured: what a batch takes grows in a straight line
+BACKWARD_COPIES = 3  # of the largest activation: gradients on both sides of a layer, and that of a branch still to be added
+LOSS_COPIES = 16  # of the logits, that a loss and its figures make on their way
+SPARE = 1.25  # what an allocator needs for it, relative to what passes: pieces that were given back do not always fit again
+GROWN = 1.125  # a buffer that grows while it is written to, relative to what is in it
+SHARE = 0.8  # of what is free, for models: these are estimates, and others need some too
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one model in training takes. `best` and `checkpoint` are in host memory, all else is on its device."""
+
+    device: str  # its type; on the CPU everything is in one place
+    weights: int  # buffers included
+    optimizer: int
+    average: int  # of the weights, where one is kept
+    held: int  # gradients that stay until the next step
+    best: int  # copy of the best weights
+    gradients: int  # those that do not stay
+    activations: int  # at the batch size, with what loss and backward make on their way
+    inputs: int
+    checkpoint: int  # while one is written
+
+    @property
+    def kept(self) -> int:
+        """Between steps, on the device."""
+        return self.weights + self.optimizer + self.average + self.held + (self.best if self.device == "cpu" else 0)
+
+    @property
+    def passing(self) -> int:
+        """During a step, on the device, beside what is kept."""
+        # Optimisers that take all tensors at once make copies of them, when the activations are gone.
+        step = round(SPARE * (self.gradients + max(self.inputs + self.activations, 2 * self.weights)))
+        return max(step, self.checkpoint) if self.device == "cpu" else step
+
+    @property
+    def kept_on_host(self) -> int:
+        return self.kept if self.device == "cpu" else self.best
+
+    @property
+    def passing_on_host(self) -> int:
+        return self.passing if self.device == "cpu" else self.checkpoint
+
+
+def fitting(models: Iterable[Footprint], available: int) -> int:
+    """How many of these models, counted from the first, can train in lockstep in `available` bytes of their device."""
+    kept = passing = count = 0
+    for model in models:
+        kept, passing = kept + model.kept, max(passing, model.passing)
+        if kept + passing > available:
+            break
+        count += 1
+    return count
+
+
+def groups_that_fit(models: Sequence[Footprint], available: int) -> Iterator[slice]:
+    """These models, as many at a time as can train in lockstep; one at a time, where not even one is sure to fit."""
+    start = 0
+    while start < len(models):
+        count = max(1, fitting(models[start:], available))
+        yield slice(start, start + count)
+        start += count
+
+
+def footprint(
+    name: str, num_classes: int, input_size: int, config: TrainConfig, *, views: int = 1, device: str | torch.device = "cpu"
+) -> Footprint:
+    """What a model of that exact name takes in training, when its loss wants `views` of each sample."""
+    # What moves no figure is the same for all: students that differ in it are measured once.
+    small = TrainConfig(epochs=1, opt=config.opt, momentum=config.momentum, amp=config.amp, ema_decay=config.ema_decay and 0.5)
+    measured = _measured(name, num_classes, input_size, small, torch.device(device))
+    rows = config.batch_size * views
+    pixels = rows * 3 * input_size**2
+    activations = views * measured.saved_at(config.batch_size) + BACKWARD_COPIES * measured.largest_at(config.batch_size)
+    return Footprint(
+        device=torch.device(device).type,
+        weights=measured.weights,
+        optimizer=measured.optimizer,
+        average=measured.average,
+        held=measured.held,
+        best=measured.weights,
+        gradients=measured.gradients - measured.held,
+        activations=activations + LOSS_COPIES * 4 * rows * num_classes,
+        inputs=pixels + 4 * pixels,  # as they come, and while they are normalised
+        checkpoint=int(GROWN * (measured.weights + measured.optimizer + measured.average)) + 2 * measured.weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    weights: int
+    optimizer: int
+    average: int
+    gradients: int
+    held: int
+    saved: tuple[int, int]  # for the backward pass, of batches as large as TRIED
+    largest: tuple[int, int]  # of what is saved
+
+    def saved_at(self, batch_size: int) -> int:
+        return _line(self.saved, batch_size)
+
+    def largest_at(self, batch_size: int) -> int:
+        return _line(self.largest, batch_size)
+
+
+def _line(values: tuple[int, int], at: int) -> int:
+    """The straight line through what was measured for TRIED."""
+    slope = (values[1] - values[0]) / (TRIED[1] - TRIED[0])
+    return max(0, round(values[0] + slope * (at - TRIED[0])))
+
+
+@cache
+def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig, device: torch.device) -> _Measured:
+    """Two real steps of a learner, whose tensors are counted."""
+    with seeded(0):
+        model, normalise = create_model(name, num_classes, input_size=input_size)
+    with tempfile.TemporaryDirectory(prefix="kdcache-footprint-") as folder:
+        learner = Learner(
+            Path(folder), model, normalise, config, steps_per_epoch=len(TRIED) + 1, seed=0, device=device, checkpoint_interval=1e9
+        )
+        sizes = [_step(learner, count, num_classes, input_size) for count in TRIED]
+        gradients = [p.grad for p in learner.parameters if p.grad is not None]
+        found = _Measured(
+            weights=_bytes(model.state_dict().values()),
+            optimizer=_bytes(_tensors(learner.optimizer.state)),
+            average=0 if learner.average is None else _bytes(learner.average.state_dict().values()),
+            gradients=_bytes(learner.parameters),
+            held=_bytes(gradients),
+            saved=(sizes[0][0], sizes[1][0]),
+            largest=(sizes[0][1], sizes[1][1]),
+        )
+        learner.status = "complete"  # there is nothing to keep of it
+        learner.suspend()
+    return found
+
+
+def _step(learner: Learner, count: int, num_classes: int, input_size: int) -> tuple[int, int]:
+    """One step on `count` samples: bytes of all that autograd saves, weights aside, and of the largest of it."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in learner.model.state_dict().values()}
+    saved: dict[int, Tensor] = {}  # by address; kept, so that no address is used again
+
+    def save(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in own:
+            saved.setdefault(address, tensor.detach())
+        return tensor
+
+    views = torch.zeros(count, 3, input_size, input_size, dtype=torch.uint8, device=learner.device)
+    labels = torch.arange(count, device=learner.device) % num_classes
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        learner.step(views, lambda logits: F.cross_entropy(logits, labels), lambda logits: {})
+    sizes = [tensor.untyped_storage().nbytes() for tensor in saved.values()]
+    return sum(sizes), max(sizes)
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def room(device: str | torch.device, asked: int | None = None) -> int:
+    """Bytes that models in training may take: what was asked for, or most of what is free."""
+    return asked or int(SHARE * available_memory(device))
+
+
+def available_memory(device: str | torch.device) -> int:
+    """Bytes that this process can still take of a device: of the host, what neither other processes nor its limits forbid."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch can hand out again
+    return min([psutil.virtual_memory().available, *_control_groups()])
+
+
+def _control_groups() -> Iterator[int]:
+    """What each control group that this process is in, and those around it, still allow: versions 1 and 2 (cgroups(7)).
+
+    psutil knows the whole machine only. There are none but on Linux.
+    """
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        limit, usage, reclaimable = names
+        # In a container, its own group may be mounted as the root, where the path leads nowhere.
+        steps = Path(path.lstrip("/"))
+        for group in (root / step for step in (steps, *steps.parents)):
+            try:
+                allowed = (group / limit).read_text().strip()
+                used = int((group / usage).read_text())
+                stat = dict(part.split() for part in (group / "memory.stat").read_text().splitlines())
+            except OSError:  # of the root, version 2 tells nothing
+                continue
+            if allowed != "max":
+                yield max(0, int(allowed) - used + int(stat.get(reclaimable, 0)))
