@@ -5,9 +5,12 @@ from pathlib import Path
 
 from kdcache.archive import open_archive
 from kdcache.report import Table, collect, summarise, write_report
-from kdcache.students.distill import DistillConfig, distill
+from kdcache.students.config import DistillConfig, Grid
+from kdcache.students.distill import distill
 from kdcache.system.progress import Progress
-from kdcache.teachers.dump import DumpConfig, dump_teacher
+from kdcache.teachers.config import DumpConfig, DumpRecipe, TeacherAndData
+from kdcache.teachers.dump import dump_teacher
+from kdcache.training.config import Runtime, StudentRuntime
 from kdcache.workspace import Workspace
 
 __all__ = ["QuickstartResult", "quickstart"]
@@ -27,11 +30,13 @@ class QuickstartResult:
 
 
 def quickstart(
-    workspace: Workspace, progress: Progress, *, device: str = "auto", workers: int = 0, command: str = "kdcache quickstart"
+    workspace: Workspace, progress: Progress, *, runtime: Runtime | None = None, command: str = "kdcache quickstart"
 ) -> QuickstartResult:
     """Train a small teacher, dump 8 views, train 24 students of it and write the report; what is there already is reused."""
     progress.say("1 of 4: a teacher, and its logits of 8 views of every training image")
-    dump = DumpConfig(teacher=TEACHER, dataset=DATASET, views=VIEWS, device=device, workers=workers, command=command)
+    runtime = runtime or Runtime()
+    subject, recipe = TeacherAndData(teacher=TEACHER, dataset=DATASET), DumpRecipe(views=VIEWS)
+    dump = DumpConfig(subject=subject, recipe=recipe, runtime=runtime, command=command)
     archive = open_archive(dump_teacher(dump, workspace, progress))
     students = len(TAUS) * len(CONTROLS) * len(SEEDS)
     progress.say(
@@ -39,14 +44,9 @@ def quickstart(
     )
     results = distill(
         DistillConfig(
-            archives=(str(archive.path),),
-            taus=TAUS,
-            controls=CONTROLS,
-            students=(STUDENT,),
-            seeds=SEEDS,
-            epochs=EPOCHS,
-            device=device,
-            workers=workers,
+            archive=(str(archive.path),),
+            grid=Grid(tau=TAUS, control=CONTROLS, student=(STUDENT,), seed=SEEDS, epochs=EPOCHS),
+            runtime=StudentRuntime(**runtime.given()),
             command=command,
         ),
         workspace,

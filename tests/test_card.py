@@ -212,7 +212,8 @@ def test_the_description_records_files_and_finds_every_shard(archive: Archive) -
 
 
 def test_the_models_that_the_paper_names_have_known_licences() -> None:
-    from kdcache.models.creation import ALIASES, licence
+    from kdcache.models.creation import licence
+    from kdcache.models.names import ALIASES
 
     found = {alias: licence(exact) for alias, exact in ALIASES.items() if not exact.startswith("cifar_")}  # those have no weights
     assert found["vit_s"] == "apache-2.0"

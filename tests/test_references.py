@@ -13,17 +13,8 @@ from torch import nn
 
 from kdcache.cli.options import specs
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
-from kdcache.models.creation import (
-    Normalisation,
-    create_model,
-    described,
-    licence,
-    resolve,
-    save_weights,
-    timm_config,
-    weights_digest,
-)
-from kdcache.models.names import folder_name, public_name
+from kdcache.models.creation import Normalisation, create_model, described, licence, save_weights, timm_config, weights_digest
+from kdcache.models.names import folder_name, public_name, resolve
 from kdcache.sharing.publishing import without_places
 from kdcache.teachers.forward import Forward
 from tests.hub import WritableHub

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from kdcache.errors import KdcacheError, RetryError, UsageError, how_to_write
+from kdcache.errors import KdcacheError, RetryError, UsageError
 
 __all__ = ["main", "run"]
 
@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
     import typer
-    from pydantic import ValidationError
 
     from kdcache.cli.app import command
 
@@ -54,6 +53,8 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        from pydantic import ValidationError
+
         if isinstance(error, OSError) and error.errno is not None:
             system = RetryError(
                 f"{os.strerror(error.errno).lower()}: {error.filename or 'while reading or writing'}",
@@ -69,9 +70,9 @@ def run(argv: list[str]) -> int:
             )
             return _report(memory, memory.exit_code)
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or error.title
-            wrong = UsageError(f"{where} = {first['input']!r}", why=first["msg"], fix=how_to_write([first]))
+            from kdcache.options import wrong_option
+
+            wrong = wrong_option(error)
             return _report(wrong, wrong.exit_code)
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
         return _report(bug, 1)

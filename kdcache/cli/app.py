@@ -1,21 +1,14 @@
-"""All commands of `kdcache`, gathered."""
+"""All commands of `kdcache`, gathered under headings."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 import kdcache
 from kdcache.cli import making, planning, reading, sharing, studies
+from kdcache.cli.commands import Commands
 
-__all__ = ["app", "command"]
-
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    help="Cache teacher logits once, distil students from them any number of times.",
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KDCACHE"},
-)
+__all__ = ["command"]
 
 
 def _version(show: bool) -> None:
@@ -24,7 +17,6 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere on the line).")] = False,
@@ -32,52 +24,36 @@ def _main(
     """Cache teacher logits once, distil students from them any number of times."""
 
 
-for function in (
-    making.quickstart,
-    making.train_teacher,
-    making.dump_teacher,
-    making.convert,
-    making.finalize,
-    making.distill,
-    making.report,
-    planning.plan,
-    reading.info,
-    reading.stats,
-    reading.verify,
-    reading.view,
-    reading.policy,
-    reading.ls,
-    reading.models,
-    reading.datasets,
-    reading.methods,
-    reading.bench,
-    sharing.diff,
-    sharing.push,
-    sharing.export,
-    sharing.pull,
-    sharing.sign,
-):
-    app.command()(function)
-app.add_typer(studies.app, name="study")
-
-
-def _listed(text: str) -> list[str]:
-    """Values of an option in the environment, separated by commas: at spaces, names of folders would fall apart."""
-    return text.split(",")
-
-
-def _with_subcommands(command: Any) -> Iterator[Any]:
-    yield command
-    for one in getattr(command, "commands", {}).values():
-        yield from _with_subcommands(one)
-
-
-def command() -> Any:
-    """The whole command line. Every option can be set as KDCACHE_COMMAND_OPTION, which its help does not repeat each time."""
+def command() -> Commands:
+    """The whole command line. Every option can be set as KDCACHE_COMMAND_OPTION."""
+    study = Commands(name="study", help="Run whole studies from a YAML file: teachers, archives, students and report.")
+    study.sections = {"Commands": _named(studies.run, studies.plan, studies.job)}
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KDCACHE"},
+    )
+    app.callback(cls=Commands)(_main)
     group = typer.main.get_command(app)
-    for one in _with_subcommands(group):
-        for parameter in one.params:
-            parameter.show_envvar = parameter.envvar is not None
-            if getattr(parameter, "multiple", False):
-                parameter.split_envvar_value = _listed
+    assert isinstance(group, Commands)
+    group.sections = {
+        "Make": _named(
+            making.quickstart,
+            making.train_teacher,
+            making.dump_teacher,
+            making.finalize,
+            making.convert,
+            planning.plan,
+            making.distill,
+            making.report,
+        ),
+        "Read": _named(reading.ls, reading.info, reading.stats, reading.view, reading.verify, sharing.diff),
+        "Share": _named(sharing.push, sharing.pull, sharing.sign, sharing.export),
+        "Study": {"study": study},
+        "Lists": _named(reading.models, reading.datasets, reading.methods, reading.policy, reading.bench),
+    }
     return group
+
+
+def _named(*functions: Any) -> dict[str, Any]:
+    return {function.__name__.replace("_", "-"): function for function in functions}

@@ -2,69 +2,19 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from kdcache.cli.making import BatchOption, CanvasOption, PolicyOption, SizeOption, TeacherOption
-from kdcache.cli.options import (
-    ConfigOption,
-    DataDirOption,
-    DatasetOption,
-    DeviceOption,
-    HomeOption,
-    JsonOption,
-    RendererOption,
-    floats,
-    integers,
-    size_in_bytes,
-    specs,
-    temperatures,
-    workspace,
-)
+from kdcache.cli.options import ConfigOption, DataDirOption, HomeOption, JsonOption, workspace
 from kdcache.cli.output import bars, print_json, print_table
+
+if TYPE_CHECKING:
+    from kdcache.students.config import PlanConfig
 
 __all__ = ["plan"]
 
 
 def plan(
-    teacher: TeacherOption,
-    dataset: DatasetOption,
-    tau: Annotated[str | None, typer.Option("--tau", help="Temperatures, such as 1,4,20 [1, or the preset's]")] = None,
-    method: Annotated[str | None, typer.Option("--method", help="Methods; see kdcache methods [kd, or the preset's]")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="Published settings, paper:METHOD:DATASET.")] = None,
-    control: Annotated[str, typer.Option("--control", help="none, ls-global, ls-instance, bottom:K, topk:K.")] = "none",
-    student: Annotated[str, typer.Option("--student", help="Aliases or timm names [the dataset's].")] = "",
-    init: Annotated[str, typer.Option("--init", help="What students start from; here only their number counts.")] = "random",
-    seed: Annotated[str, typer.Option("--seed", help="Seeds, such as 0-2.")] = "0",
-    epochs: Annotated[int | None, typer.Option(min=1, help="[the dataset's recipe]")] = None,
-    views: Annotated[int | None, typer.Option(min=1, help="Views of every sample in the dump [the dataset's recipe]")] = None,
-    policy: PolicyOption = None,
-    size: SizeOption = None,
-    canvas: CanvasOption = None,
-    batch_size: BatchOption = 64,
-    precision: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the teacher [fp16 on a GPU, fp32 on a CPU]")
-    ] = None,
-    codec: Annotated[str, typer.Option(help="How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16",
-    layout: Annotated[str, typer.Option(help="How files are laid out: zarr, hdf5, webdataset.")] = "zarr",
-    share_order: Annotated[bool, typer.Option("--share-order", help="All seeds on one stream.")] = False,
-    opt: Annotated[str, typer.Option(help="Optimisers of the students, timm names.")] = "adamw",
-    lr: Annotated[str, typer.Option(help="Learning rates; here only their number counts.")] = "0.002",
-    momentum: Annotated[float, typer.Option(min=0, help="Of SGD and its kin.")] = 0.9,
-    amp: Annotated[bool, typer.Option("--amp", help="Run students in bf16 where that is safe.")] = False,
-    model_ema: Annotated[
-        float | None, typer.Option("--model-ema-decay", help="Also keep a moving average of the weights, such as 0.999.")
-    ] = None,
-    val_interval: Annotated[int, typer.Option(min=1, help="Epochs from one test to the next.")] = 1,
-    memory: Annotated[
-        str | None, typer.Option(help="What students trained at once may take, such as 12GB [what is free]")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Training images, of a dataset that is not here.")] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="Classes, of a dataset that is not here.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Allow ttm and wttm beyond tau 10.")] = False,
-    device: DeviceOption = "auto",
-    renderer: RendererOption = "auto",
+    options: "PlanConfig",
     as_json: JsonOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -72,56 +22,19 @@ def plan(
 ) -> None:
     """Say what a dump and a grid of students will cost: disk, memory, hours measured here, and when it pays. Fetches nothing."""
     from kdcache.students.costs import plan_costs
-    from kdcache.students.grid import DistillConfig
-    from kdcache.teachers.dump import DumpConfig
 
-    dump = DumpConfig(
-        teacher=teacher,
-        dataset=dataset,
-        views=views,
-        policy=policy,
-        size=size,
-        canvas=canvas,
-        batch_size=batch_size,
-        precision=precision,
-        codec=codec,
-        layout=layout,
-        device=device,
-        renderer=renderer,
-    )
-    grid = DistillConfig(
-        taus=temperatures(tau) if tau is not None else (),
-        methods=specs(method, "--method") if method is not None else (),
-        presets=specs(preset, "--preset") if preset is not None else (),
-        controls=specs(control),
-        students=specs(student),
-        inits=specs(init, "--init"),
-        seeds=integers(seed, "--seed"),
-        epochs=epochs,
-        batch_size=batch_size,
-        share_order=share_order,
-        opts=specs(opt, "--opt"),
-        lrs=floats(lr, "--lr"),
-        momentum=momentum,
-        amp=amp,
-        ema_decay=model_ema,
-        val_interval=val_interval,
-        memory=None if memory is None else size_in_bytes(memory, "--memory"),
-        force=force,
-        device=device,
-    )
     with bars() as progress:
-        costs = plan_costs(dump, grid, workspace(home, data_dir), progress, samples=samples, classes=classes)
+        costs = plan_costs(options, workspace(home, data_dir), progress)
         if costs.storage.needed > costs.storage.free:
             progress.say(
                 f"warning: {_size(costs.storage.needed)} will be needed, and the disk has {_size(costs.storage.free)} free"
             )
-        if costs.memory_free < max(one.memory.kept + one.memory.passing for one in costs.students):
+        if costs.memory_free < max(kind.memory.kept + kind.memory.passing for kind in costs.students):
             progress.say(f"warning: the largest student may not fit into the {_size(costs.memory_free)} of memory that are free")
     if as_json:
         print_json(_as_dict(costs))
     else:
-        _print(costs, teacher)
+        _print(costs, options.subject.teacher)
 
 
 def _as_dict(costs: Any) -> dict[str, Any]:

@@ -8,16 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcache.cli.commands import Of
 from kdcache.cli.options import (
-    AllowDriftOption,
     DataDirOption,
     HomeOption,
     JsonOption,
-    RendererOption,
     SkipCorruptOption,
     find_archive,
-    specs,
-    temperatures,
+    parsed,
     view_range,
     workspace,
 )
@@ -95,11 +93,12 @@ def stats(
     from kdcache.archive import MAX_ROWS, PAPER_TAUS, measure_fidelity, measure_logits
     from kdcache.cli import statistics as show
     from kdcache.codecs import codec as codecs
+    from kdcache.options import Temperatures
     from kdcache.report.advice import advise, first_temperatures
 
     opened = find_archive(archive)
     manifest, total = opened.manifest, opened.num_views * opened.num_samples
-    taus = temperatures(tau) if tau else list(PAPER_TAUS)
+    taus = list(parsed(Temperatures, tau, "--tau")) if tau else list(PAPER_TAUS)
     if fidelity or codec:
         if plot or not fidelity:
             raise UsageError(
@@ -168,7 +167,7 @@ def verify(
         Path | None, typer.Option("--signed-by", help="Also check the signature, by this public key in PEM.")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
-    renderer: RendererOption = "auto",
+    renderer: Annotated[Any, Of("Drawing", "renderer")] = "auto",
     skip_corrupt: SkipCorruptOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),
@@ -212,18 +211,18 @@ def view(
     views: Annotated[str, typer.Option("--views", help="Views FIRST:STOP, as in Python [the first eight]")] = "",
     out: Annotated[Path, typer.Option("--output", "-o", "--out", help="The PNG to write.")] = Path("sheet.png"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
-    allow_drift: AllowDriftOption = 0,
+    allow_drift: Annotated[int, Of("DistillConfig", "allow_drift")] = 0,
     skip_corrupt: SkipCorruptOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
     """Draw a contact sheet: what the teacher saw, the mixing partner and lambda, and the teacher's top-3."""
-    from kdcache.cli.options import integers
+    from kdcache.options import Integers
     from kdcache.replay.contact_sheet import contact_sheet
     from kdcache.workspace import archive_source
 
     opened = find_archive(archive)
-    samples = list(dict.fromkeys(integers(sample, "--sample")))
+    samples = list(dict.fromkeys(parsed(Integers, sample, "--sample")))
     chosen = view_range(views, opened.views, clip=True) if views else opened.views[:8]
     if max(samples) >= opened.num_samples:
         raise UsageError(
@@ -314,7 +313,8 @@ def models(
     with timm's config.json and model.safetensors, such as kdcache export writes; and package.module:function, which is called
     with num_classes=... and returns an nn.Module.
     """
-    from kdcache.models.creation import ALIASES, find_aliases, list_models, note
+    from kdcache.models.creation import note
+    from kdcache.models.names import ALIASES, find_aliases, list_models
 
     found = find_aliases(pattern) if pattern else ALIASES
     others = [name for name in list_models(pattern or "cifar_*") if name not in found.values()]
@@ -336,11 +336,12 @@ def datasets(
 ) -> None:
     """List the datasets, with what they suggest where the command line says nothing; or fetch some."""
     from kdcache.datasets import dataset
+    from kdcache.options import names_in
     from kdcache.workspace import parse_dataset
 
     if fetch:
         with bars() as progress:
-            for spec in specs(fetch):
+            for spec in names_in(fetch):
                 images = parse_dataset(spec).open(workspace(home, data_dir).data, progress)
                 counts = ", ".join(f"{len(images.samples(split))} {split}" for split in ("train", "test"))
                 progress.say(f"{spec}: {counts} images of {len(images.class_names())} classes")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import DryRunOption, HomeOption, JsonOption, find_archive, temperatures, view_range, workspace
+from kdcache.cli.options import DryRunOption, HomeOption, JsonOption, find_archive, parsed, view_range, workspace
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.cli.reading import ArchiveArgument
 from kdcache.errors import IncompatibleError, UsageError
@@ -159,8 +159,9 @@ def diff(
     the same, row by row.
     """
     from kdcache.archive import compare
+    from kdcache.options import Temperatures
 
-    taus = temperatures(tau)
+    taus = list(parsed(Temperatures, tau, "--tau"))
     with bars() as progress:
         found = compare(find_archive(a), find_archive(b), taus, rows, progress)
     if as_json:

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from kdcache.study.schema import Study
     from kdcache.workspace import Workspace
 
-__all__ = ["app"]
-
-app = typer.Typer(help="Run whole studies: teachers, archives, students and report, of which a YAML file says which.")
+__all__ = ["job", "plan", "run"]
 
 StudyArgument = Annotated[str, typer.Argument(metavar="FILE", help="A study: a YAML file, or the name of one of kdcache's own.")]
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="The same jobs in small: tiny models and few epochs, on a CPU.")]
@@ -107,10 +105,6 @@ def job(
     with bars() as progress:
         status = run_job(plan, name, progress)
     raise typer.Exit(status)
-
-
-for function in (run, plan, job):
-    app.command()(function)
 
 
 def _print_plan(study: "Study", planned: "StudyPlan", where: "Workspace", smoke: bool) -> None:

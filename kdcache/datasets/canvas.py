@@ -53,6 +53,7 @@ class Canvas:
     card: SourceCard
     digest: str  # sha256 of pixels, labels and keys
     _as_stored: bool = field(default=False, init=False, repr=False, compare=False)  # set by `_open`, not by replace()
+    _checked: bool = field(default=False, init=False, repr=False, compare=False)  # set by `require_intact`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,13 +124,16 @@ def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[s
 
 
 def require_intact(canvas: Canvas) -> None:
-    """Raises IntegrityError if the pixels, labels or keys are not those that were decoded."""
+    """Raises IntegrityError if the pixels, labels or keys are not those that were decoded. They are read once, however often."""
+    if canvas._checked:
+        return
     if not canvas.intact:
         raise IntegrityError(
             f"canvas {canvas.path} was changed after it was built",
             why="the sha256 of its pixels, labels and keys is not the recorded one",
             fix=f"delete it, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
         )
+    object.__setattr__(canvas, "_checked", True)
 
 
 def _open(path: Path) -> Canvas:

@@ -10,7 +10,6 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, unknown_name
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.models.names import (
     CONFIG,
-    HUB,
     LOCAL,
     architecture_of,
     config_file,
-    exact_name,
     first_line,
     is_factory,
     is_reference,
@@ -34,55 +31,25 @@ from kdcache.models.names import (
     place,
     public_name,
     read_config,
+    resolve,
     this_folder_too,
     timm_with_zoo,
     unusable,
 )
 
 __all__ = [
-    "ALIASES",
     "Normalisation",
     "Published",
     "create_model",
     "described",
-    "find_aliases",
     "licence",
-    "list_models",
     "load_weights",
     "note",
     "published",
-    "resolve",
     "save_weights",
     "timm_config",
     "weights_digest",
 ]
-
-ALIASES: dict[str, str] = {
-    # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
-    "rn50": "resnet50.a1_in1k",
-    "vit_s": "vit_small_patch16_224.augreg_in1k",
-    "cn_t": "convnext_tiny.fb_in1k",
-    "rny6.4": "regnety_064.ra3_in1k",
-    "rn18": "resnet18.a1_in1k",
-    "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
-    "cn_p": "convnextv2_pico.fcmae_ft_in1k",
-    "mvit": "mobilevitv2_150.cvnets_in1k",
-    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1.
-    "rn34": "resnet34.a1_in1k",
-    "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
-    # Networks of their CIFAR pairs, in models/cifar. Where timm has one of that name (vgg13, resnet50), the name is timm's,
-    # and the zoo's is cifar_vgg13, cifar_resnet50.
-    "resnet20": "cifar_resnet20",
-    "resnet32": "cifar_resnet32",
-    "resnet56": "cifar_resnet56",
-    "resnet110": "cifar_resnet110",
-    "resnet8x4": "cifar_resnet8x4",
-    "resnet32x4": "cifar_resnet32x4",
-    "wrn16_2": "cifar_wrn_16_2",
-    "wrn40_1": "cifar_wrn_40_1",
-    "wrn40_2": "cifar_wrn_40_2",
-    "vgg8": "cifar_vgg8",
-}
 
 
 @dataclass(frozen=True)
@@ -100,41 +67,11 @@ class Normalisation:
         return (views.float() - mean) / std
 
 
-def list_models(pattern: str = "") -> list[str]:
-    """timm's model names that match a shell pattern, sorted: those of weights, for a pattern with a dot."""
-    return list(timm_with_zoo().list_models(pattern, include_tags="." in pattern))
-
-
-def find_aliases(pattern: str) -> dict[str, str]:
-    """The aliases that match a shell pattern themselves, or whose models do by exact name or architecture."""
-    return {
-        alias: name
-        for alias, name in ALIASES.items()
-        if any(fnmatchcase(one, pattern) for one in (alias, name, name.partition(".")[0]))
-    }
-
-
 def note(name: str) -> str | None:
     """What is published of a model by exact name; None for most."""
     from kdcache.models.cifar import TOP1
 
     return f"CIFAR-100: {TOP1[name]:.2f} % (CRD)" if name in TOP1 else None
-
-
-def resolve(name: str, kind: str = "model") -> str:
-    """The exact name behind an alias, a timm name or a reference. Raises NotFoundError, for timm's with close matches."""
-    if is_reference(name):
-        return exact_name(name)
-    timm = timm_with_zoo()
-    exact = ALIASES.get(name, name)
-    architecture, _, tag = exact.partition(".")
-    if architecture not in list_models():
-        fix = f"name its kind: {HUB}{name} or {LOCAL}{name}" if "/" in name else "list what there is with: kdcache models"
-        raise unknown_name(kind, name, [*ALIASES, *list_models()], error=NotFoundError, fix=fix)
-    tagged = timm.models.get_arch_pretrained_cfgs(architecture)
-    if tag and exact not in tagged:
-        raise unknown_name(f"{kind} with pretrained weights", name, [architecture, *tagged], error=NotFoundError)
-    return exact
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,16 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError
+from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
 
 __all__ = [
+    "ALIASES",
     "CONFIG",
     "HUB",
     "LOCAL",
@@ -29,16 +32,19 @@ __all__ = [
     "architecture_of",
     "config_file",
     "exact_name",
+    "find_aliases",
     "first_line",
     "folder_name",
     "is_factory",
     "is_reference",
     "kept",
     "licence",
+    "list_models",
     "load_factory",
     "place",
     "public_name",
     "read_config",
+    "resolve",
     "this_folder_too",
     "timm_with_zoo",
     "unusable",
@@ -47,7 +53,37 @@ __all__ = [
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of timm's folders
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
+# Models as timm registers them, and weights in its tables of configurations.
+_NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(", re.MULTILINE)
 _PINNED = re.compile(r"(.+)@([0-9a-f]{12})", re.DOTALL)
+
+
+ALIASES: dict[str, str] = {
+    # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
+    "rn50": "resnet50.a1_in1k",
+    "vit_s": "vit_small_patch16_224.augreg_in1k",
+    "cn_t": "convnext_tiny.fb_in1k",
+    "rny6.4": "regnety_064.ra3_in1k",
+    "rn18": "resnet18.a1_in1k",
+    "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
+    "cn_p": "convnextv2_pico.fcmae_ft_in1k",
+    "mvit": "mobilevitv2_150.cvnets_in1k",
+    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1.
+    "rn34": "resnet34.a1_in1k",
+    "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
+    # Networks of their CIFAR pairs, in models/cifar. Where timm has one of that name (vgg13, resnet50), the name is timm's,
+    # and the zoo's is cifar_vgg13, cifar_resnet50.
+    "resnet20": "cifar_resnet20",
+    "resnet32": "cifar_resnet32",
+    "resnet56": "cifar_resnet56",
+    "resnet110": "cifar_resnet110",
+    "resnet8x4": "cifar_resnet8x4",
+    "resnet32x4": "cifar_resnet32x4",
+    "wrn16_2": "cifar_wrn_16_2",
+    "wrn40_1": "cifar_wrn_40_1",
+    "wrn40_2": "cifar_wrn_40_2",
+    "vgg8": "cifar_vgg8",
+}
 
 
 def timm_with_zoo() -> ModuleType:
@@ -57,6 +93,55 @@ def timm_with_zoo() -> ModuleType:
     import kdcache.models.cifar  # noqa: F401
 
     return timm
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """timm's model names that match a shell pattern, sorted: those of weights, for a pattern with a dot."""
+    return list(timm_with_zoo().list_models(pattern, include_tags="." in pattern))
+
+
+def find_aliases(pattern: str) -> dict[str, str]:
+    """The aliases that match a shell pattern themselves, or whose models do by exact name or architecture."""
+    return {
+        alias: name
+        for alias, name in ALIASES.items()
+        if any(fnmatchcase(one, pattern) for one in (alias, name, name.partition(".")[0]))
+    }
+
+
+@cache
+def _names_in_source() -> frozenset[str]:
+    """Names of models and of weights that stand in the source of timm and of the CIFAR networks, read without importing them.
+
+    They are no others than timm's, and nearly all of them: a name that is not among them is asked of timm itself, which takes
+    seconds and torch.
+    """
+    import importlib.util
+
+    spec = importlib.util.find_spec("timm")
+    folders = [Path(place) / "models" for place in (spec.submodule_search_locations if spec else None) or ()]
+    names: set[str] = set()
+    for file in (*(file for folder in folders for file in folder.glob("*.py")), Path(__file__).with_name("cifar.py")):
+        names.update(name for pair in _NAMED.findall(file.read_text("utf-8")) for name in pair if name)
+    return frozenset(names)
+
+
+def resolve(name: str, kind: str = "model") -> str:
+    """The exact name behind an alias, a timm name or a reference. Raises NotFoundError, for timm's with close matches."""
+    if is_reference(name):
+        return exact_name(name)
+    exact = ALIASES.get(name, name)
+    if exact in _names_in_source():
+        return exact
+    timm = timm_with_zoo()
+    architecture, _, tag = exact.partition(".")
+    if architecture not in list_models():
+        fix = f"name its kind: {HUB}{name} or {LOCAL}{name}" if "/" in name else "list what there is with: kdcache models"
+        raise unknown_name(kind, name, [*ALIASES, *list_models()], error=NotFoundError, fix=fix)
+    tagged = timm.models.get_arch_pretrained_cfgs(architecture)
+    if tag and exact not in tagged:
+        raise unknown_name(f"{kind} with pretrained weights", name, [architecture, *tagged], error=NotFoundError)
+    return exact
 
 
 def exact_name(name: str) -> str:

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from kdcache.archive import AnyArchive, Archive, Failure, Verification
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError
-from kdcache.replay.prefetch import Rendered, RendererChoice, render_batches
+from kdcache.replay.prefetch import Rendered, render_batches
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import RendererChoice, ViewPolicy
 from kdcache.views.probe import grids
 
 __all__ = ["check_views", "replay", "require_replayable"]

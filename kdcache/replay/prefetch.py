@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,14 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from kdcache.archive import AnyArchive, Rows
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import KdcacheError, UsageError, unknown_name
-from kdcache.views.policy import PROBE_VERSION, ViewPolicy, ViewTable
+from kdcache.views.policy import PROBE_VERSION, RendererChoice, ViewPolicy, ViewTable
 from kdcache.views.probe import digest_sums, digests, fold
 from kdcache.views.rendering import Renderer, render_positions
 from kdcache.views.resample import can_resize
 
-__all__ = ["Item", "Rendered", "RendererChoice", "choose_renderer", "render_batches"]
+__all__ = ["Item", "Rendered", "choose_renderer", "render_batches"]
 
-RendererChoice = Literal["auto", "reference", "device"]
 Item = tuple[int, NDArray[np.int64]]  # a view, and positions in it
 
 _AHEAD = 2  # batches that a GPU renders before they are asked for

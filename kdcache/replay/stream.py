@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kdcache.archive import AnyArchive
 from kdcache.datasets.canvas import Canvas
-from kdcache.errors import IncompatibleError, UsageError
 from kdcache.replay.check import check_views, require_replayable
-from kdcache.replay.prefetch import Rendered, RendererChoice, Resident, render_batches
+from kdcache.replay.prefetch import Rendered, Resident, render_batches
+from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.system.distributed import Team
 from kdcache.system.progress import Progress
 from kdcache.targets import Control, Targets, averaged, row_keys
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import RendererChoice, ViewPolicy
 
 __all__ = [
     "ORDER_VERSION",
@@ -32,8 +32,6 @@ __all__ = [
     "epoch_positions",
     "epoch_view",
     "fit_control",
-    "require_batch_size",
-    "require_second",
 ]
 
 ORDER_VERSION = 1  # of what a seed means: the order of views and of positions
@@ -222,7 +220,7 @@ class CachedTargets(ViewStream):
         self._next_epoch = 0
         self._second: CachedTargets | None = None
         if second is not None:
-            require_second(archive, second)
+            require_second(Subject.of(archive), Subject.of(second))
             self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **how)
             self._second._resident = self._resident
 
@@ -309,37 +307,3 @@ class TargetPairs:
 def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
     """The control as it is to be used at `tau` on targets from `archive`."""
     return control.fit((averaged(torch.from_numpy(block), tau).numpy() for block in archive.spread_logits()), tau)
-
-
-def require_second(archive: AnyArchive, second: AnyArchive) -> None:
-    """UsageError or IncompatibleError unless `second` has second views for those of `archive`, of the same size and classes."""
-    policies = [found.manifest.policy for found in (archive, second)]
-    if policies[0] == policies[1] and len(second.views) == 1 and second.views[0] in archive.views:
-        raise UsageError(
-            f"two views of a sample from archive {second.location}",
-            why="it holds one view" + ("" if second.digest == archive.digest else f", which is also in {archive.location}"),
-            fix="dump more with --views; or name another archive of the same images with --second-archive; or use mlkd:views=1",
-        )
-    sizes = [policy.size if policy else None for policy in policies]
-    if sizes[0] != sizes[1] or archive.class_names != second.class_names:
-        raise IncompatibleError(
-            f"the views of archive {second.location} do not go with those of {archive.location}",
-            why=f"they are of {sizes[1]} px and {second.num_classes} classes, against {sizes[0]} px and {archive.num_classes}",
-            fix="dump both over the same dataset, with the same --size",
-        )
-
-
-def require_batch_size(batch_size: int, num_samples: int, parts: int = 1) -> None:
-    """UsageError for a batch size that `num_samples` do not fill, or that cannot be divided into equal `parts`."""
-    if not 1 <= batch_size <= num_samples:
-        raise UsageError(
-            f"batch size {batch_size} with {num_samples} samples",
-            why="an epoch needs at least one full batch",
-            fix=f"use --batch-size {max(1, min(64, num_samples))}",
-        )
-    if batch_size % parts:
-        raise UsageError(
-            f"batch size {batch_size} with {parts} processes",
-            why="each of them takes an equal part of every batch",
-            fix=f"use --batch-size {max(parts, batch_size // parts * parts)}, or --parallel students",
-        )

@@ -18,6 +18,7 @@ from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.progress import Progress, Silent
+from kdcache.training.config import under_present_names
 
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
@@ -83,6 +84,11 @@ class RunArgs(ArchiveArgs):
     command: str = ""
     kdcache_version: _Text = ""
     created: _Text = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, data: Any) -> Any:
+        return under_present_names(data) if isinstance(data, Mapping) else data
 
 
 class Summary(BaseModel):

@@ -31,7 +31,7 @@ ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
 FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
-_HOW = {"workers", "threads", "processes", "compiled", "channels_last", "val_interval", "host", "hostname"}
+_HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_interval", "host", "hostname"}
 _WHERE = {"home", "data_dir", "out", "output", "run", "run_name"}
 _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)

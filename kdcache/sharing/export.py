@@ -14,8 +14,8 @@ from torch import nn
 
 from kdcache.archive import Licences, code_span, escaped, licence_fields, open_archive
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.models.creation import Normalisation, create_model, load_weights, resolve, timm_config, weights_digest
-from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept
+from kdcache.models.creation import Normalisation, create_model, load_weights, timm_config, weights_digest
+from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, resolve
 from kdcache.report import RunRecord, collect
 from kdcache.sharing.publishing import require_licences
 from kdcache.sharing.push_pull import OF_THE_HUB, quiet_hub, told_by_the_hub
@@ -290,8 +290,8 @@ def _optimiser(settings: Mapping[str, Any]) -> str:
         said.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
     if settings.get("amp"):
         said.append("bf16 where that is safe, also when tested")
-    if settings.get("ema_decay") is not None:
-        said.append(f"averaged with decay {settings['ema_decay']:g}")
+    if settings.get("model_ema_decay") is not None:
+        said.append(f"averaged with decay {settings['model_ema_decay']:g}")
     return ", ".join(said)
 
 

@@ -10,33 +10,37 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.archive import Ensemble, stored_bytes
+from kdcache.archive import stored_bytes
 from kdcache.datasets import Counts, Source
 from kdcache.datasets.canvas import canvas_path
 from kdcache.errors import NotFoundError
 from kdcache.methods import build
-from kdcache.models.creation import create_model, resolve
+from kdcache.models.creation import create_model
+from kdcache.models.names import resolve
 from kdcache.replay.prefetch import choose_renderer
-from kdcache.students.grid import DistillConfig, StudentSpec, doubts, plan_students, views_per_step
+from kdcache.replay.subject import Subject
+from kdcache.students.config import PlanConfig
+from kdcache.students.grid import StudentSpec, doubts, plan_ahead, views_per_step
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Targets
-from kdcache.teachers.dump import DumpConfig, free_bytes, rows_of_dump
+from kdcache.teachers.config import DumpRecipe
+from kdcache.teachers.dump import free_bytes
 from kdcache.teachers.forward import Forward
-from kdcache.training.learner import Learner, TrainConfig, resolve_device, seeded
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import Learner, resolve_device, seeded
 from kdcache.training.memory import Footprint, fitting, footprint, groups_that_fit, room
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import digests
 from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace, parse_dataset
 
-__all__ = ["Costs", "Storage", "StudentCost", "Times", "archive_to_be", "grid_of", "plan_costs"]
+__all__ = ["Costs", "Storage", "StudentCost", "Times", "plan_costs"]
 
 PROBE_BATCH = 4  # images, of a first batch that tells how many more can be tried
 PATIENCE = 2.5  # seconds that a measured batch may take, on the CPU
@@ -110,29 +114,21 @@ class Costs:
         return first.step / (first.step + self.render)
 
 
-def plan_costs(
-    dump: DumpConfig,
-    distill: DistillConfig,
-    workspace: Workspace,
-    progress: Progress | None = None,
-    *,
-    samples: int | None = None,
-    classes: int | None = None,
-) -> Costs:
-    """Measure what `dump` and then `distill`, whose dataset and archives are those of the dump, would cost on this machine.
+def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | None = None) -> Costs:
+    """Measure what a dump and then its students would cost on this machine.
 
-    `samples` and `classes` of a dataset that is not there; NotFoundError without them, unless the source knows its own.
+    NotFoundError for a dataset that is not there, unless its source knows how many images and classes it has, or they are given.
     """
-    progress = progress or Silent()
-    device = resolve_device(dump.device)
-    source = parse_dataset(dump.dataset)
-    exact = resolve(dump.teacher, "teacher")
-    policy = ViewPolicy.load(dump.policy or source.recipe.policy, size=dump.size, seed=dump.view_seed)
-    canvas, views = dump.canvas or source.recipe.canvas, dump.views or source.recipe.student_epochs
-    counts = _counts(source, dump, workspace, samples, classes)
-    specs = grid_of(distill, dump, counts, views, policy, workspace)
+    progress, recipe = progress or Silent(), config.recipe
+    device = resolve_device(config.drawing.device)
+    source = parse_dataset(config.subject.dataset)
+    exact = resolve(config.subject.teacher, "teacher")
+    policy = ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
+    canvas, views = recipe.shown.canvas or source.recipe.canvas, recipe.views or source.recipe.student_epochs
+    counts = _counts(source, config, workspace)
+    specs = _students(config, counts, views, policy, workspace)
     epochs = specs[0].settings.epochs
-    for doubt in doubts(specs, epochs, distill):
+    for doubt in doubts(specs, config.grid):
         progress.say(doubt)
 
     kinds = list(dict.fromkeys(map(_kind, specs)))
@@ -144,8 +140,8 @@ def plan_costs(
         progress.update("plan: measuring", done, total)
         return seconds
 
-    render = measured(_rendering(policy, canvas, dump, device))
-    teacher = measured(_teacher(exact, counts.classes, policy.size, dump, device))
+    render = measured(_rendering(policy, canvas, config, device))
+    teacher = measured(_teacher(exact, counts.classes, policy.size, recipe, device))
     costs: dict[tuple[Any, ...], StudentCost] = {}
     for kind in kinds:
         same = [spec.settings for spec in specs if _kind(spec) == kind]
@@ -155,9 +151,9 @@ def plan_costs(
         step, test = _learning(name, counts.classes, policy.size, same[0], seen, device)
         costs[kind] = StudentCost(name, len(same), seen, measured(step), test, memory)
 
-    free = room(device, distill.memory)
+    free = room(device, config.room.memory)
     groups = [group for stream in _streams(specs) for group in _packed([costs[_kind(each)] for each in stream], free)]
-    shown, tests = epochs * counts.train, -(-epochs // distill.val_interval) * counts.test
+    shown, tests = epochs * counts.train, -(-epochs // config.grid.training.val_interval) * counts.test
     alone = [shown * one.views * (render + teacher + one.step) + tests * one.test for one in _each(groups)]
     together = [
         shown * max(one.views for one in group) * render + sum(shown * one.views * one.step + tests * one.test for one in group)
@@ -172,7 +168,7 @@ def plan_costs(
         classes=counts.classes,
         views=views,
         epochs=epochs,
-        storage=_storage(source, dump, counts, canvas, views, [costs[_kind(each)].memory for each in specs], workspace),
+        storage=_storage(source, recipe, counts, canvas, views, [costs[_kind(each)].memory for each in specs], workspace),
         render=render,
         teacher=teacher,
         students=tuple(costs.values()),
@@ -198,7 +194,8 @@ def _break_even(dumping: float, *, packed: int, rendering: float, teaching: floa
     return None
 
 
-def _counts(source: Source, dump: DumpConfig, workspace: Workspace, samples: int | None, classes: int | None) -> Counts:
+def _counts(source: Source, config: PlanConfig, workspace: Workspace) -> Counts:
+    samples, classes, dataset = config.samples, config.classes, config.subject.dataset
     known: Counts | None = getattr(source, "counts", None)
     if samples is None or classes is None:
         try:
@@ -208,53 +205,35 @@ def _counts(source: Source, dump: DumpConfig, workspace: Workspace, samples: int
         except NotFoundError as error:
             if known is None:
                 raise NotFoundError(
-                    f"how many images {dump.dataset} has is not known",
+                    f"how many images {dataset} has is not known",
                     why=f"it is not there: {error.what}",
-                    fix="give --samples and --classes; or fetch it: kdcache datasets --fetch " + dump.dataset,
+                    fix=f"give --samples and --classes; or fetch it: kdcache datasets --fetch {dataset}",
                 ) from None
     known = known or Counts(0, 0, 0)
     return replace(known, train=samples or known.train, classes=classes or known.classes)
 
 
-def grid_of(
-    distill: DistillConfig,
-    dump: DumpConfig,
-    counts: Counts,
-    views: int,
-    policy: ViewPolicy,
-    workspace: Workspace,
-    *,
-    second: Ensemble | None = None,
-) -> list[StudentSpec]:
-    """Every student, by the rules of distill, for an archive that is not there yet; `second` views may be of another."""
-    archive = archive_to_be("plan", dump, counts, views, policy)
-    # What students start from costs nothing, and may well be trained only after this plan.
-    starts = len(distill.inits)
-    chosen = replace(distill, dataset=dump.dataset, inits=("random",))
-    specs = plan_students(chosen, archive, second or archive, workspace)
-    return [spec for spec in specs for _ in range(starts)]
-
-
-def archive_to_be(name: str, dump: DumpConfig, counts: Counts, views: int, policy: ViewPolicy) -> Ensemble:
-    """As much of an archive as students are planned by."""
-    archive = SimpleNamespace(
-        name=name,
-        location=f"{dump.teacher} on {dump.dataset}" + (f", policy {dump.policy}" if dump.policy else ""),
-        digest=name,
-        views=range(views),
-        num_views=views,
-        num_samples=counts.train,
-        num_classes=counts.classes,
-        class_names=tuple(map(str, range(counts.classes))),
-        manifest=SimpleNamespace(policy=policy, provenance={"dataset": dump.dataset}),
-    )
-    return cast(Ensemble, archive)
+def _students(config: PlanConfig, counts: Counts, views: int, policy: ViewPolicy, workspace: Workspace) -> list[StudentSpec]:
+    """Every student, by the rules of distill, of an archive that is not there yet."""
+    subject, dataset = config.subject, config.subject.dataset
+    place = f"{subject.teacher} on {dataset}" + (f", policy {shown}" if (shown := config.recipe.shown.policy) else "")
+    classes = tuple(map(str, range(counts.classes)))
+    archive = Subject("plan", "plan", place, range(views), counts.train, classes, policy, dataset)
+    return [spec for spec, _ in plan_ahead(config.grid, archive, workspace)]
 
 
 def _kind(spec: StudentSpec) -> tuple[Any, ...]:
     """What students have in common that are equally fast and large."""
     how = spec.settings
-    return spec.name, views_per_step(spec.method), how.batch_size, how.opt, how.momentum > 0, how.amp, how.ema_decay is not None
+    return (
+        spec.name,
+        views_per_step(spec.method),
+        how.batch_size,
+        how.opt,
+        how.momentum > 0,
+        how.amp,
+        how.model_ema_decay is not None,
+    )
 
 
 def _streams(specs: Sequence[StudentSpec]) -> Iterator[list[StudentSpec]]:
@@ -276,14 +255,14 @@ def _each(groups: Sequence[Sequence[StudentCost]]) -> Iterator[StudentCost]:
 
 def _storage(
     source: Source,
-    dump: DumpConfig,
+    recipe: DumpRecipe,
     counts: Counts,
     canvas: int,
     views: int,
     students: Sequence[Footprint],
     workspace: Workspace,
 ) -> Storage:
-    rows = rows_of_dump(dump, views, counts.train, list(map(str, range(counts.classes))))
+    rows = recipe.rows(views, counts.train, list(map(str, range(counts.classes))))
     canvases = 0
     for split, count in (("train", counts.train), ("test", counts.test)):
         try:
@@ -292,7 +271,7 @@ def _storage(
             there = False
         canvases += 0 if there else count * 3 * canvas**2
     runs = sum(2 * one.weights + one.average for one in students)
-    return Storage(stored_bytes(rows), canvases, runs, free_bytes(workspace.archives if dump.output is None else dump.output))
+    return Storage(stored_bytes(rows), canvases, runs, free_bytes(workspace.archives))
 
 
 # ---------------------------------------------------------------- measuring
@@ -321,10 +300,10 @@ def _per_image(work: Callable[[int], object], batch_size: int, device: torch.dev
     return min(taken) / count  # what else this machine does now is no part of the work
 
 
-def _rendering(policy: ViewPolicy, canvas: int, dump: DumpConfig, device: torch.device) -> float:
+def _rendering(policy: ViewPolicy, canvas: int, config: PlanConfig, device: torch.device) -> float:
     where = device if device.type == "cuda" else torch.device("cpu")
-    batch = max(2, dump.batch_size)
-    renderer = choose_renderer(dump.renderer, policy, canvas, batch, where)
+    batch = max(2, config.recipe.batch_size)
+    renderer = choose_renderer(config.drawing.renderer, policy, canvas, batch, where)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, canvas, canvas), dtype=np.uint8)
     table = policy.parameters(0, batch)
     return _per_image(lambda count: digests(render_positions(pixels, table, np.arange(count), renderer, where)), batch, where)
@@ -334,12 +313,14 @@ def _views(count: int, size: int, device: torch.device) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
 
 
-def _teacher(name: str, classes: int, size: int, dump: DumpConfig, device: torch.device) -> float:
+def _teacher(name: str, classes: int, size: int, recipe: DumpRecipe, device: torch.device) -> float:
     with seeded(0):
         model, normalise = create_model(name, classes, input_size=size)
-        views = _views(dump.batch_size, size, device)
-    forward = Forward(model.eval().to(device), normalise, device, dump.precision or ("fp16" if device.type == "cuda" else "fp32"))
-    return _per_image(lambda count: forward(views[:count]), dump.batch_size, device)
+        views = _views(recipe.batch_size, size, device)
+    forward = Forward(
+        model.eval().to(device), normalise, device, recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
+    )
+    return _per_image(lambda count: forward(views[:count]), recipe.batch_size, device)
 
 
 def _learning(name: str, classes: int, size: int, config: TrainConfig, seen: int, device: torch.device) -> tuple[float, float]:

@@ -29,14 +29,18 @@ from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import LogitMethod, method
 from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
 from kdcache.models.names import CONFIG, public_name
+from kdcache.options import as_text
 from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
-from kdcache.students.grid import DistillConfig, StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
+from kdcache.replay.subject import Subject
+from kdcache.students.config import DistillConfig
+from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import controls
+from kdcache.training.config import Runtime
 from kdcache.training.evaluation import EvalSet
 from kdcache.training.learner import Learner, metered, resolve_device, seeded, write_atomically
 from kdcache.training.lockstep import Pace, charge, in_lockstep
@@ -44,7 +48,7 @@ from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
-__all__ = ["DistillConfig", "StudentResult", "StudentSpec", "distill"]
+__all__ = ["StudentResult", "StudentSpec", "distill"]
 
 
 MUCH_TESTING = 0.02  # of the time of an epoch
@@ -65,7 +69,7 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     Of several processes that torchrun started, each trains some of the students, or all of them train every student together.
     """
     progress = progress or Silent()
-    device = resolve_device(config.device)  # better refused before anything is decoded
+    device = resolve_device(config.runtime.device)  # better refused before anything is decoded
     with joined(this_rank(), device) as team:
         return _distill(config, workspace, progress if team.first else Silent(), device, team)
 
@@ -74,9 +78,9 @@ def _distill(
     config: DistillConfig, workspace: Workspace, progress: Progress, device: torch.device, team: Team
 ) -> list[StudentResult]:
     archive, second = open_archives(config, workspace, progress)
-    specs = plan_students(config, archive, second, workspace)
+    specs = planned(config, archive, second, workspace)
     epochs = specs[0].settings.epochs
-    for doubt in doubts(specs, epochs, config):
+    for doubt in doubts(specs, config.grid):
         progress.say(doubt)
     require_writable(workspace.runs)
     with team.first_alone():
@@ -95,12 +99,13 @@ def _distill(
             share = [len(todo) * number // team.size for number in (team.number, team.number + 1)]
             todo, together = todo[slice(*share)], ALONE
         elif team.size > 1:
-            progress.say(f"{team.size} processes: each has {config.batch_size // team.size} views of every batch")
+            progress.say(f"{team.size} processes: each has {specs[0].settings.batch_size // team.size} views of every batch")
         size = archive.manifest.policy.size if archive.manifest.policy else train.size
-        evaluation = EvalSet(test, size, workers=config.workers, renderer=config.renderer, team=together)
+        runtime = config.runtime
+        evaluation = EvalSet(test, size, workers=runtime.workers, renderer=runtime.renderer, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
-        available = room(device, config.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
+        available = room(device, runtime.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
         for number, group in enumerate(groups, 1):
             task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
@@ -109,9 +114,15 @@ def _distill(
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
 
+def planned(config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace) -> list[StudentSpec]:
+    """The students of a configuration, whose archives are open."""
+    other = None if config.second_archive is None else Subject.of(second)
+    return plan_students(config.grid, Subject.of(archive), workspace, second=other, dataset=config.dataset)
+
+
 def _by_students(config: DistillConfig, students: int, processes: int) -> bool:
     """Whether processes divide the students among them, which needs no exchange and changes no result; or else every batch."""
-    return config.parallel == "students" or (config.parallel == "auto" and students >= processes)
+    return config.runtime.parallel == "students" or (config.runtime.parallel == "auto" and students >= processes)
 
 
 def _groups(
@@ -161,11 +172,11 @@ class _Lockstep:
         self.stream = CachedTargets(
             archive,
             train,
-            config.batch_size,
+            specs[0].settings.batch_size,
             specs[0].order_seed,
             str(device),
-            workers=config.workers,
-            renderer=config.renderer,
+            workers=config.runtime.workers,
+            renderer=config.runtime.renderer,
             allow_drift=config.allow_drift,
             progress=progress,
             second=second if any(views_per_step(spec.method) == 2 for spec in specs) else None,
@@ -315,11 +326,11 @@ class _Student:
             steps_per_epoch=steps_per_epoch,
             seed=spec.seed,
             device=device,
-            checkpoint_interval=config.checkpoint_interval,
+            checkpoint_interval=config.runtime.checkpoint_interval,
             learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
             team=team,
-            channels_last=config.channels_last,
-            compiled=config.compiled,
+            channels_last=config.runtime.channels_last,
+            compiled=config.runtime.compile,
         )
         if team.first:
             made_as = timm_config(spec.name, model, normalise, input_size=evaluation.size, class_names=archive.class_names)
@@ -367,14 +378,11 @@ def _write_args(
     spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, start_digest: str
 ) -> None:
     """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
-    file, settings = spec.folder / "args.yaml", spec.settings
+    file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
     session = {
         "allow_drift": config.allow_drift,
-        "device": config.device,
-        "renderer": config.renderer,
-        "workers": config.workers,
-        **({"channels_last": True} if config.channels_last else {}),
-        **({"compiled": True} if config.compiled else {}),
+        **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
+        **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
         **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
         "command": config.command,
         "kdcache_version": kdcache.__version__,
@@ -414,7 +422,7 @@ def _write_args(
         **({} if spec.order_seed == spec.seed else {"share_order": True}),
         **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
         **settings.model_dump(mode="json"),
-        "decay_epochs": ",".join(map(str, settings.decay_epochs)),
+        "decay_epochs": as_text(settings.decay_epochs),
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())

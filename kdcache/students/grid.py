@@ -8,70 +8,26 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from kdcache.archive import Average, Ensemble
+from kdcache.archive import Ensemble
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import Method, method
 from kdcache.methods.presets import preset
-from kdcache.models.creation import resolve
-from kdcache.models.names import folder_name, is_factory, public_name
-from kdcache.replay.prefetch import RendererChoice
-from kdcache.replay.stream import require_batch_size, require_second
+from kdcache.models.names import folder_name, is_factory, public_name, resolve
+from kdcache.replay.subject import Subject, require_batch_size, require_second
+from kdcache.students.config import DistillConfig, Grid
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Control, controls
-from kdcache.training.learner import TrainConfig, require_optimizer
-from kdcache.workspace import Workspace, archive_source, dataset_label
+from kdcache.training.config import StudentTraining, TrainConfig
+from kdcache.training.optimizers import require_optimizer
+from kdcache.workspace import Workspace, dataset_label, parse_dataset
 
-__all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students", "uses_tau", "views_per_step"]
+__all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students", "uses_tau", "views_per_step"]
 
 STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "momentum")
 LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """What to train: all combinations of the sequences. How: by default as the temperature study does (its section 3.1)."""
-
-    archives: Sequence[str] = ()  # none: the only one, or the newest; several: the average of them
-    average: Average = "logits"  # or of their probabilities at each student's tau
-    second_archive: str | None = None  # where methods of two views get the second one, if not from the same archives
-    taus: Sequence[float] = ()  # none: 1, and of a preset its own
-    methods: Sequence[str] = ()  # none: kd, unless there are presets
-    presets: Sequence[str] = ()  # published settings beside those methods, `paper:<method>:<dataset>`
-    controls: Sequence[str] = ("none",)
-    students: Sequence[str] = ()  # empty: the dataset's own
-    inits: Sequence[str] = ("random",)  # what students start from: see `find_start`
-    seeds: Sequence[int] = (0,)
-    epochs: int | None = None
-    batch_size: int = 64
-    share_order: bool = False  # students of all seeds see the batches of seed 0
-    opts: Sequence[str] = ("adamw",)  # timm names, with settings of their own if any: `sgd:lr=0.05,momentum=0.9`
-    lrs: Sequence[float] = (0.002,)  # of optimisers without their own
-    weight_decay: float = 0.05
-    clip_grad: float | None = 1.0
-    momentum: float = 0.9
-    sched: Literal["cosine", "step"] = "cosine"
-    decay_epochs: Sequence[int] = ()
-    decay_rate: float = 0.1
-    amp: bool = False
-    ema_decay: float | None = None
-    val_interval: int = 1
-    dataset: str | None = None  # where the images are now, if not where the dump found them
-    strict: bool = False
-    force: bool = False  # temperatures at which a method is not meant to be used
-    allow_drift: int = 0
-    device: str = "auto"
-    workers: int = 0
-    renderer: RendererChoice = "auto"
-    checkpoint_interval: float = 30.0  # seconds
-    memory: int | None = None  # bytes that students trained at once may take of their device; None: most of what is free
-    channels_last: bool = False
-    compiled: bool = False
-    parallel: Literal["auto", "students", "batches"] = "auto"  # what the processes that torchrun started divide
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,96 +80,101 @@ class StudentSpec:
 
 def open_archives(config: DistillConfig, workspace: Workspace, progress: Progress) -> tuple[Ensemble, Ensemble]:
     """The archives that students are trained from, and those that second views come from: the same, unless another is named."""
-    archive = workspace.open_ensemble(config.archives, config.average, progress, strict=config.strict)
+    archive = workspace.open_ensemble(config.archive, config.average, progress, strict=config.strict)
     if config.second_archive is None:
         return archive, archive
     second = workspace.open_ensemble([config.second_archive], config.average, progress, strict=config.strict)
     return archive, archive if second.digest == archive.digest else second
 
 
-def plan_students(config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace) -> list[StudentSpec]:
-    """The grid of students with the folder of each. UsageError for a grid that makes no sense.
+def plan_students(
+    grid: Grid, first: Subject, workspace: Workspace, *, second: Subject | None = None, dataset: str | None = None
+) -> list[StudentSpec]:
+    """The grid of students of the archive `first` with the folder of each. UsageError for a grid that makes no sense.
 
-    All are trained for as many epochs, in batches of one size.
+    All are trained for as many epochs, in batches of one size. Second views, for methods of two, are those of `second`, or of
+    the same archive; images are those of `dataset`, or where the dump found them.
     """
-    wanted = {"--control": config.controls, "--seed": config.seeds, "--init": config.inits, "--opt": config.opts}
-    for option, values in {**wanted, "--lr": config.lrs}.items():
+    training = grid.training
+    wanted = {"--control": grid.control, "--seed": grid.seed, "--init": grid.init, "--opt": training.opt, "--lr": training.lr}
+    for option, values in wanted.items():
         if not values:
             raise UsageError(f"{option} names nothing", why="the grid of students would be empty", fix=f"give {option} a value")
-    for tau in config.taus:
+    for tau in grid.tau:
         if not SMALLEST_TAU <= tau <= LARGEST_TAU:
             raise UsageError(
                 f"tau {tau:g}",
                 why=f"temperatures lie between {SMALLEST_TAU:g} and {LARGEST_TAU:g}: beyond, float32 leaves nothing to learn",
                 fix="use for example --tau 1,4,20",
             )
-    source = archive_source(archive, config.dataset)
+    source = parse_dataset(dataset or first.dataset or _unknown_source(first))
     recipe = source.recipe
-    how_trained = _settings(config, config.epochs or recipe.student_epochs)
-    require_batch_size(config.batch_size, archive.num_samples)
-    for optimizer in {settings.opt for settings in how_trained}:
+    trainings = _trainings(training, grid.epochs or recipe.student_epochs)
+    require_batch_size(training.batch_size, first.samples)
+    for optimizer in {each.opt for each in trainings}:
         require_optimizer(optimizer)
-    names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
-    whats = [controls.parse(spec) for spec in config.controls]
-    grid = [(how, what, tau) for how, taus in _methods_and_taus(config) for what in whats for tau in taus]
-    for what in whats:
-        what.check(archive.num_classes)
-    for how, what, tau in grid:
-        _require_sense(how, what, tau, config)
-    if any(views_per_step(how) == 2 for how, _, _ in grid):
-        require_second(archive, second)
-    elif config.second_archive is not None:
+    exact_names = {student: resolve(student, "student") for student in grid.student or (recipe.student,)}
+    targets = [controls.parse(spec) for spec in grid.control]
+    losses = [(loss, control, tau) for loss, taus in _methods_and_taus(grid) for control in targets for tau in taus]
+    for control in targets:
+        control.check(len(first.classes))
+    for loss, control, tau in losses:
+        _require_sense(loss, control, tau, force=grid.force)
+    if any(views_per_step(loss) == 2 for loss, _, _ in losses):
+        require_second(first, second or first)
+    elif second is not None:
         raise UsageError(
-            f"--second-archive {config.second_archive} without a method of two views",
+            f"--second-archive {second.location} without a method of two views",
             why="second views are shown to mlkd and zmlkd only",
             fix="leave it out, or use --method mlkd",
         )
     label = dataset_label(source)
-    starts = {(init, name): find_start(init, name, label, workspace) for init in config.inits for name in names.values()}
+    starts = {(init, name): find_start(init, name, label, workspace) for init in grid.init for name in exact_names.values()}
     specs = []
-    for seed, (student, name), init, settings, (how, what, tau) in itertools.product(
-        config.seeds, names.items(), config.inits, how_trained, grid
+    for seed, (student, name), init, settings, (loss, control, tau) in itertools.product(
+        grid.seed, exact_names.items(), grid.init, trainings, losses
     ):
-        start, order_seed = starts[init, name], 0 if config.share_order else seed
-        archives = [archive.digest] + [second.digest] * (views_per_step(how) == 2 and second is not archive)
+        start, order_seed = starts[init, name], 0 if grid.share_order else seed
+        other = second if views_per_step(loss) == 2 and second is not None and second.digest != first.digest else None
+        archives = [each.digest for each in (first, other) if each is not None]
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
         order = [] if order_seed == seed else [f"order {order_seed}"]
-        trained = [public_name(name), *begun, method.to_dict(how), controls.to_dict(what), tau, seed, *order, settings.identity()]
-        identity = json.dumps([*archives, *trained], sort_keys=True)
-        spec = StudentSpec(student, name, how, what, tau, seed, order_seed, settings, workspace.runs / archive.name, start)
-        named = folder_name(student) if init == "random" else f"{folder_name(student)}-{start.label}"
-        how_optimised = [spec.optimizer_text.replace(" lr ", "-lr")] if spec.optimizer_text else []
-        parts = (named, method.spec(how), f"tau{spec.tau_text}", controls.spec(what), *how_optimised, f"seed{seed}")
+        trained = [public_name(name), *begun, method.to_dict(loss), controls.to_dict(control), tau, seed, *order]
+        identity = json.dumps([*archives, *trained, settings.identity()], sort_keys=True)
+        spec = StudentSpec(student, name, loss, control, tau, seed, order_seed, settings, workspace.runs / first.name, start)
+        begins = folder_name(student) if init == "random" else f"{folder_name(student)}-{start.label}"
+        optimised = [spec.optimizer_text.replace(" lr ", "-lr")] if spec.optimizer_text else []
+        parts = (begins, method.spec(loss), f"tau{spec.tau_text}", controls.spec(control), *optimised, f"seed{seed}")
         title = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
         specs.append(replace(spec, folder=spec.folder / f"{title}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values())
 
 
-def _settings(config: DistillConfig, epochs: int) -> list[TrainConfig]:
-    """How students are trained: one for each optimiser at each learning rate, or at its own."""
-    found = []
-    for spec in config.opts:
+def plan_ahead(grid: Grid, first: Subject, workspace: Workspace, second: Subject | None = None) -> list[tuple[StudentSpec, str]]:
+    """The students of an archive that is not there yet, each with its start, which may well be trained only after this plan."""
+    specs = plan_students(grid.but(init="random"), first, workspace, second=second)
+    return [(spec, init) for spec in specs for init in dict.fromkeys(grid.init)]
+
+
+def _unknown_source(subject: Subject) -> str:
+    raise UsageError(
+        f"archive {subject.location} does not say where its images are",
+        why="it was not written by dump-teacher",
+        fix="name them: --dataset NAME",
+    )
+
+
+def _trainings(training: StudentTraining, epochs: int) -> list[TrainConfig]:
+    """How students are trained: every optimiser at every learning rate, or at its own."""
+    trainings = []
+    for spec in training.opt:
         opt, _, text = spec.partition(":")
         own = dict(part.partition("=")[::2] for part in text.split(",")) if text else {}
         if wrong := own.keys() - OPTIMIZER_SETTINGS:
             raise unknown_name(f"setting of optimiser {opt}", min(wrong), OPTIMIZER_SETTINGS)
-        for lr in [own["lr"]] if "lr" in own else config.lrs:
-            chosen = {"lr": lr, "weight_decay": config.weight_decay, "momentum": config.momentum, "opt": opt} | own
-            found.append(
-                TrainConfig(
-                    epochs=epochs,
-                    batch_size=config.batch_size,
-                    clip_grad=config.clip_grad,
-                    sched=config.sched,
-                    decay_epochs=tuple(config.decay_epochs),
-                    decay_rate=config.decay_rate,
-                    amp=config.amp,
-                    ema_decay=config.ema_decay,
-                    val_interval=config.val_interval,
-                    **chosen,
-                )
-            )
-    return list(dict.fromkeys(found))
+        for lr in [own["lr"]] if "lr" in own else training.lr:
+            trainings.append(TrainConfig(**(training.given() | {"epochs": epochs, "opt": opt, "lr": lr} | own)))
+    return list(dict.fromkeys(trainings))
 
 
 def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start:
@@ -273,22 +234,22 @@ def uses_tau(how: Method) -> bool:
     return bool(getattr(how, "uses_tau", True))
 
 
-def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[float]]]:
+def _methods_and_taus(grid: Grid) -> Iterator[tuple[Method, Sequence[float]]]:
     """Methods at each temperature, and presets at theirs unless others are asked for. Those that set their own are there once."""
-    found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in config.presets]
-    found += [(method.parse(spec), 1.0) for spec in config.methods or (() if config.presets else ("kd",))]
-    if config.taus and not any(uses_tau(how) for how, _ in found):
+    found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in grid.preset]
+    found += [(method.parse(spec), 1.0) for spec in grid.method or (() if grid.preset else ("kd",))]
+    if grid.tau and not any(uses_tau(how) for how, _ in found):
         names = ", ".join(method.name_of(how) for how, _ in found)
         raise UsageError(
-            f"{names} with --tau {','.join(f'{tau:g}' for tau in config.taus)}",
+            f"{names} with --tau {','.join(f'{tau:g}' for tau in grid.tau)}",
             why="its temperature is found by the method itself, which does not look at tau",
             fix="leave --tau out",
         )
     for how, tau in found:
-        yield how, config.taus if config.taus and uses_tau(how) else (tau,)
+        yield how, grid.tau if grid.tau and uses_tau(how) else (tau,)
 
 
-def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
+def _require_sense(how: Method, what: Control, tau: float, *, force: bool) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
     name, its_control = method.name_of(how), controls.name_of(what)
     if what.smooths and (not uses_tau(how) or getattr(how, "unit_variance", False)):
@@ -300,7 +261,7 @@ def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig
             fix="use --control none or bottom:K, or another method",
         )
     largest = getattr(how, "largest_tau", math.inf)
-    if tau > largest and not config.force:
+    if tau > largest and not force:
         raise UsageError(
             f"{name} with tau {tau:g}",
             why=f"its student is not tempered, and is pushed to the uniform distribution; its paper's largest tau is {largest:g}",
@@ -308,13 +269,13 @@ def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig
         )
 
 
-def doubts(specs: Sequence[StudentSpec], epochs: int, config: DistillConfig) -> Iterator[str]:
+def doubts(specs: Sequence[StudentSpec], grid: Grid) -> Iterator[str]:
     """What is worth knowing about a grid that can be trained, but may not show what it is meant to show."""
-    taus: dict[Method, set[float]] = {}
+    epochs, taus = specs[0].settings.epochs, dict[Method, set[float]]()
     for student in specs:
         taus.setdefault(student.method, set()).add(student.tau)
     for how, its_taus in taus.items():
-        if config.taus and not uses_tau(how):
+        if grid.tau and not uses_tau(how):
             yield f"{method.spec(how)}: finds its temperature by itself, --tau is not for it"
         for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
             yield f"{method.spec(how)}: {doubt}"

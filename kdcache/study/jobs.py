@@ -7,25 +7,28 @@ changed keeps the jobs that the change does not touch.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from kdcache.archive import stored_bytes
-from kdcache.datasets import Source, dataset
+from kdcache.archive import layout, stored_bytes
+from kdcache.codecs import codec
+from kdcache.datasets import Counts, Source, dataset
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
-from kdcache.study.schema import ArchiveSpec, StudentsSpec, Study, TrainSpec
+from kdcache.models.names import resolve
+from kdcache.options import as_text
+from kdcache.replay.subject import Subject
+from kdcache.students.config import DistillConfig
+from kdcache.students.grid import plan_ahead, views_per_step
+from kdcache.study.schema import ArchiveSpec, StudentsSpec, Study
+from kdcache.teachers.config import DumpConfig, TeacherConfig
+from kdcache.teachers.recipes import teacher_recipe
+from kdcache.training.optimizers import require_optimizer
+from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, parse_dataset
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from kdcache.students.grid import DistillConfig
-    from kdcache.teachers.dump import DumpConfig
-    from kdcache.views.policy import ViewPolicy
-
-__all__ = ["Job", "StudyPlan", "distill_config", "plan_study"]
+__all__ = ["Job", "StudyPlan", "plan_study"]
 
 Kind = Literal["train", "dump", "distill", "stats", "report"]
 COMMANDS: dict[Kind, str] = {
@@ -47,7 +50,6 @@ class Job:
     arguments: tuple[str, ...]
     after: tuple[str, ...] = ()
     alone: str = ""  # jobs of one such name never run at once: they have students in common
-    students: dict[str, Any] = field(default_factory=dict)  # of distill, as in the study
 
     @property
     def needs_gpu(self) -> bool:
@@ -81,22 +83,28 @@ class _Archive:
     """An archive of the study with the job that dumps it."""
 
     dump: Job
-    config: "DumpConfig"
+    config: DumpConfig
     spec: ArchiveSpec
     source: Source
-    counts: Any  # kdcache.datasets.Counts; None: not known
+    counts: Counts | None  # None: not known
     bytes: int | None
 
     @property
     def views(self) -> int:
-        return self.config.views or self.source.recipe.student_epochs
+        return self.config.recipe.views or self.source.recipe.student_epochs
 
     @property
-    def policy(self) -> "ViewPolicy":
-        from kdcache.views.policy import ViewPolicy
+    def policy(self) -> ViewPolicy:
+        recipe = self.config.recipe
+        return ViewPolicy.load(recipe.shown.policy or self.source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
 
-        config = self.config
-        return ViewPolicy.load(config.policy or self.source.recipe.policy, size=config.size, seed=config.view_seed)
+    def as_subject(self, name: str) -> Subject:
+        """As much of it as students are planned by."""
+        counts = self.counts or Counts(1_000_000, 1, 1_000)  # so large that nothing is refused for its sake
+        policy, dataset = self.config.recipe.shown.policy, self.config.subject.dataset
+        place = f"{self.config.subject.teacher} on {dataset}" + (f", policy {policy}" if policy else "")
+        classes = tuple(map(str, range(counts.classes)))
+        return Subject(name, name, place, range(self.views), counts.train, classes, self.policy, dataset)
 
 
 class _Expansion:
@@ -115,9 +123,8 @@ class _Expansion:
             chosen = list({one.dump.id: one for name in block.archive for one in archives[name]}.values())
             for group in [chosen] if block.average else [[one] for one in chosen]:
                 second = _second(block, group, archives[block.second_archive]) if block.second_archive else None
-                for epochs, batch in itertools.product(block.epochs or (None,), block.batch_size or (None,)):
-                    one = block.model_copy(update={"epochs": epochs and (epochs,), "batch_size": batch and (batch,)})
-                    shown = self._distill(one, group, second, trained)
+                for options in _combinations(block.given(), "epochs", "batch_size"):
+                    shown = self._distill(options, group, second, trained)
                     images += shown or 0
                     total = total and shown is not None
         if self.study.stats is not None:
@@ -146,67 +153,42 @@ class _Expansion:
     # ------------------------------------------------------------ archives
 
     def _archives(self, spec: ArchiveSpec) -> Iterator[_Archive]:
-        from kdcache.archive import layout
-        from kdcache.codecs import codec
-        from kdcache.models.creation import resolve
-        from kdcache.teachers.dump import DumpConfig, rows_of_dump
-        from kdcache.views.policy import ViewPolicy
-
+        sizes = {"size": spec.size, "canvas": spec.canvas}
         for name, teacher in itertools.product(spec.dataset, spec.teacher):
             source, counts = self._source(name)
             resolve(teacher, "teacher")
-            for train in _each_teacher(spec.train):
-                trained = self._train(teacher, name, spec, train)
-                for policy in spec.dump.policy or (None,):
-                    dump = spec.dump.model_copy(update={"policy": policy and (policy,)})
-                    config = DumpConfig(
-                        teacher=teacher,
-                        dataset=name,
-                        views=dump.views,
-                        policy=policy,
-                        view_seed=dump.view_seed,
-                        size=spec.size,
-                        canvas=spec.canvas,
-                        codec=dump.codec or "i16",
-                        layout=dump.layout or "zarr",
-                        shard_rows=dump.shard_rows,
-                    )
-                    ViewPolicy.load(policy or source.recipe.policy, size=spec.size, seed=dump.view_seed)
-                    _ = codec.parse(config.codec), layout.parse(config.layout)
-                    views = dump.views or source.recipe.student_epochs
+            for training in _combinations(spec.train.given(), "epochs", "seed"):
+                trained = self._train(teacher, name, training | sizes)
+                for options in _combinations(spec.dump.given(), "policy"):
+                    place = Path(f"{{{trained.id}}}")
+                    of = {"teacher": teacher, "dataset": name, "teacher_folder": place}
+                    config = DumpConfig.model_validate(options | sizes | of)
+                    policy, views = config.recipe.shown.policy, config.recipe.views or source.recipe.student_epochs
+                    ViewPolicy.load(policy or source.recipe.policy, size=spec.size, seed=config.recipe.view_seed)
+                    _ = codec.parse(config.recipe.codec), layout.parse(config.recipe.layout)
                     size = None
                     if counts is not None:
-                        classes = list(map(str, range(counts.classes)))
-                        size = stored_bytes(rows_of_dump(config, views, counts.train, classes))
-                    arguments = ["--teacher", teacher, "--dataset", name, "--teacher-folder", f"{{{trained.id}}}"]
-                    arguments += [*_sizes(spec), *_options(dump)]
+                        size = stored_bytes(config.recipe.rows(views, counts.train, list(map(str, range(counts.classes)))))
                     title = f"{views} views of {trained.title}" + (f", policy {policy}" if policy else "")
+                    arguments = config.arguments(first=("teacher", "dataset", "teacher_folder", "size", "canvas"))
                     yield _Archive(self._add("dump", title, arguments, [trained]), config, spec, source, counts, size)
 
-    def _train(self, model: str, name: str, spec: ArchiveSpec, train: TrainSpec) -> Job:
-        from kdcache.models.creation import resolve
-        from kdcache.teachers.recipes import teacher_recipe
-        from kdcache.training.learner import require_optimizer
-
+    def _train(self, model: str, name: str, options: Mapping[str, Any]) -> Job:
         source, _ = self._source(name)
-        teacher_recipe(train.recipe, resolve(model, "teacher"), dataset.name_of(source))
-        if train.opt is not None:
-            require_optimizer(train.opt)
-        how = {True: " from scratch", False: " from pretrained weights", None: ""}[train.from_scratch]
-        epochs = f", {train.epochs[0]} epochs" if train.epochs else ""
-        seed = f", seed {train.seed[0]}" if train.seed != (0,) else ""
-        return self._add(
-            "train",
-            f"{model} on {name}{how}{epochs}{seed}",
-            ["--teacher", model, "--dataset", name, *_sizes(spec), *_options(train)],
-        )
+        config = TeacherConfig.model_validate({**options, "teacher": model, "dataset": name})
+        teacher_recipe(config.recipe, resolve(model, "teacher"), dataset.name_of(source))
+        if "opt" in options:
+            require_optimizer(config.training.opt)
+        start = {True: " from scratch", False: " from pretrained weights", None: ""}[config.from_scratch]
+        epochs = f", {config.epochs[0]} epochs" if config.epochs else ""
+        seed = f", seed {config.seed}" if config.seed else ""
+        arguments = config.arguments(first=("teacher", "dataset", "size", "canvas"))
+        return self._add("train", f"{model} on {name}{start}{epochs}{seed}", arguments)
 
     def _source(self, name: str) -> tuple[Source, Any]:
         """A dataset, and how many images and classes it has, as far as that is known without fetching it."""
         source = parse_dataset(name)
         if name not in self.counted:
-            from kdcache.datasets import Counts
-
             self.counted[name] = getattr(source, "counts", None)
             root = getattr(source, "root", "")
             try:
@@ -227,45 +209,33 @@ class _Expansion:
     # ------------------------------------------------------------ students
 
     def _distill(
-        self, block: StudentsSpec, group: Sequence[_Archive], second: _Archive | None, trained: dict[tuple[str, str], str]
+        self, options: Mapping[str, Any], group: Sequence[_Archive], second: _Archive | None, trained: dict[tuple[str, str], str]
     ) -> int | None:
-        """Add the job that trains a block's students from the archives of a group; how many images it shows them, if known."""
-        from kdcache.datasets import Counts
-        from kdcache.students.costs import archive_to_be, grid_of
-        from kdcache.students.grid import views_per_step
-
+        """Add the job that trains students from the archives of a group; how many images it shows them, if known."""
         first = group[0]
-        read = [one.dump for one in (*group, second) if one is not None]
-        before = list(read)
-        for init in dict.fromkeys(block.init or ()):
+        read = [each.dump for each in (*group, second) if each is not None]
+        places: dict[str, Any] = {"archive": tuple(f"{{{each.dump.id}}}" for each in group), "second_archive": None}
+        if second is not None:
+            places["second_archive"] = f"{{{second.dump.id}}}"
+        config = DistillConfig.model_validate({**options, **places})
+        before, grid = list(read), config.grid
+        for init in dict.fromkeys(grid.init):
             if init in {"target", "finetuned"}:
-                start = self.study.starts[init].model_copy(update={"from_scratch": init == "target"})
-                for model in block.student or (first.source.recipe.student,):
-                    before.append(self._train(model, first.config.dataset, first.spec, start))
-        arguments = [part for one in group for part in ("--archive", f"{{{one.dump.id}}}")]
-        arguments += ["--second-archive", f"{{{second.dump.id}}}"] if second else []
-        arguments += _options(block, skip={"archive", "second_archive"})
-        what = ", ".join(
-            f"{option.replace('_', ' ')} {_text(getattr(block, option))}"
-            for option in ("student", "method", "preset", "control", "epochs", "batch_size")
-            if getattr(block, option) is not None
-        )
-        titles = " + ".join(one.dump.title for one in group) + (f", second views: {second.dump.title}" if second else "")
-        stored = {"archives": [dump.id for dump in read], **block.model_dump(mode="json", exclude={"archive"})}
-        job = self._add("distill", f"{what or 'students'} of {titles}", arguments, before)
-        if not job.students:
-            self.jobs[job.id] = job = replace(job, students=stored)
+                sizes = {"size": first.spec.size, "canvas": first.spec.canvas}
+                (training,) = _combinations(self.study.starts[init].given(), "epochs", "seed")
+                for model in grid.student or (first.source.recipe.student,):
+                    start = training | sizes | {"from_scratch": init == "target"}
+                    before.append(self._train(model, first.config.subject.dataset, start))
+        shown_options = ("student", "method", "preset", "control", "epochs", "batch_size")
+        students = ", ".join(f"{name.replace('_', ' ')} {as_text(options[name])}" for name in shown_options if name in options)
+        titles = " + ".join(each.dump.title for each in group) + (f", second views: {second.dump.title}" if second else "")
+        arguments = config.arguments(first=("archive", "second_archive"))
+        job = self._add("distill", f"{students or 'students'} of {titles}", arguments, before)
 
-        counts = first.counts or Counts(1_000_000, 1, 1_000)  # so large that nothing is refused for its sake
-        shows = None
-        if second is not None and second.dump.id != first.dump.id:
-            shows = archive_to_be(second.dump.id, second.config, counts, second.views, second.policy)
-        config = distill_config(block, ())
-        specs = grid_of(config, first.config, counts, first.views, first.policy, self.workspace, second=shows)
+        other_views = None if second is None else second.as_subject("plan" if second.dump.id == first.dump.id else second.dump.id)
         shown = 0
-        archives = "+".join(one.dump.id for one in group)
-        starts = dict.fromkeys(block.init or ("random",))
-        for spec, init in zip(specs, itertools.cycle(starts), strict=False):
+        archives = "+".join(each.dump.id for each in group)
+        for spec, init in plan_ahead(grid, first.as_subject("plan"), self.workspace, other_views):
             key = (archives, f"{init}/{spec.folder.name}")
             other = trained.setdefault(key, job.id)
             if other == job.id:
@@ -273,12 +243,12 @@ class _Expansion:
             elif not job.alone or not self.jobs[other].alone:
                 for each in (job.id, other):
                     self.jobs[each] = replace(self.jobs[each], alone=archives)
-        return shown * counts.train if first.counts else None
+        return shown * first.counts.train if first.counts else None
 
     def _stats(self, found: _Archive) -> None:
         assert self.study.stats is not None
         place = self.workspace.reports.absolute() / self.name / found.dump.id
-        arguments = [f"{{{found.dump.id}}}", *_options(self.study.stats), "--plot", str(place)]
+        arguments = [f"{{{found.dump.id}}}", *self.study.stats.arguments(), "--plot", str(place)]
         self._add("stats", f"figures of {found.dump.title}", arguments, [found.dump])
 
     def _report(self, runs: Sequence[Job]) -> None:
@@ -291,9 +261,9 @@ class _Expansion:
 def _second(block: StudentsSpec, group: Sequence[_Archive], found: Sequence[_Archive]) -> _Archive:
     """Of the archives for second views, that of a group's dataset; of several, that of its teacher, and trained as it was."""
     first, found = group[0], list(found)
-    tests: list[Callable[[_Archive], object]] = [lambda one: one.config.dataset]
+    tests: list[Callable[[_Archive], object]] = [lambda archive: archive.config.subject.dataset]
     if len(group) == 1:
-        tests += [lambda one: one.config.teacher, lambda one: one.dump.after]
+        tests += [lambda archive: archive.config.subject.teacher, lambda archive: archive.dump.after]
     for same in tests:
         if len(chosen := [one for one in found if same(one) == same(first)]) == 1:
             return chosen[0]
@@ -305,75 +275,8 @@ def _second(block: StudentsSpec, group: Sequence[_Archive], found: Sequence[_Arc
     )
 
 
-def _each_teacher(train: TrainSpec) -> Iterator[TrainSpec]:
-    for epochs, seed in itertools.product(train.epochs or (None,), train.seed):
-        yield train.model_copy(update={"epochs": None if epochs is None else (epochs,), "seed": (seed,)})
-
-
-def _sizes(spec: ArchiveSpec) -> list[str]:
-    return [part for name in ("size", "canvas") if (value := getattr(spec, name)) for part in (f"--{name}", str(value))]
-
-
-def _options(spec: "BaseModel", skip: set[str] | None = None) -> list[str]:
-    """The options of a command as a study has them, in the order of their fields; those at their defaults are left out."""
-    found: list[str] = []
-    for name, kind in type(spec).model_fields.items():
-        value, flag = getattr(spec, name), f"--{name.replace('_', '-')}"
-        if name in (skip or ()) or value is None or value == kind.default:
-            continue
-        if name == "from_scratch":
-            found.append("--from-scratch" if value else "--pretrained")
-        else:
-            found += [flag] if value is True else [flag, _text(value)]
-    return found
-
-
-def _text(value: object) -> str:
-    """A value as it is typed; of several, each once, numbers in ascending order."""
-    if isinstance(value, tuple):
-        each = list(dict.fromkeys(value))
-        return ",".join(map(_text, each if any(isinstance(one, str) for one in each) else sorted(each)))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def distill_config(block: StudentsSpec, archives: Sequence[str]) -> "DistillConfig":
-    """What `kdcache distill` makes of a block's options, and of the archives that its job reads: the last for second views."""
-    from kdcache.students.grid import DistillConfig
-
-    second = block.second_archive
-    if second is not None and archives:
-        *archives, second = archives
-    usual = DistillConfig()
-    given = {
-        "taus": block.tau and tuple(sorted(set(block.tau))),
-        "methods": block.method,
-        "presets": block.preset,
-        "controls": block.control,
-        "students": block.student,
-        "inits": block.init and tuple(dict.fromkeys(block.init)),
-        "seeds": tuple(sorted(set(block.seed))),
-        "epochs": block.epochs and block.epochs[0],
-        "batch_size": block.batch_size and block.batch_size[0],
-        "opts": block.opt,
-        "lrs": block.lr and tuple(sorted(set(block.lr))),
-        "momentum": block.momentum,
-        "sched": block.sched,
-        "decay_epochs": block.decay_epochs and tuple(sorted(set(block.decay_epochs))),
-        "decay_rate": block.decay_rate,
-        "ema_decay": block.model_ema_decay,
-        "val_interval": block.val_interval,
-        "weight_decay": block.weight_decay,
-        "average": block.average,
-    }
-    return replace(
-        usual,
-        archives=archives,
-        second_archive=second,
-        share_order=block.share_order,
-        amp=block.amp,
-        force=block.force,
-        channels_last=block.channels_last,
-        compiled=block.compile,
-        clip_grad=usual.clip_grad if block.clip_grad is None else block.clip_grad or None,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
+def _combinations(options: Mapping[str, Any], *several: str) -> Iterator[dict[str, Any]]:
+    """The options of each job: of those that may have `several` values, one of them."""
+    names = [name for name in several if options.get(name)]
+    for values in itertools.product(*(options[name] for name in names)):
+        yield dict(options) | dict(zip(names, values, strict=True))

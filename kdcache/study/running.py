@@ -17,12 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
-from kdcache.study.jobs import Job, StudyPlan, distill_config
-from kdcache.study.schema import StudentsSpec, shipped_folder
+from kdcache.study.jobs import Job, StudyPlan
+from kdcache.study.schema import shipped_folder
 from kdcache.system.locks import locked_by_family
 from kdcache.system.progress import Progress, Silent
 from kdcache.workspace import Workspace, read_record
@@ -232,7 +232,9 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     """Run one job of a plan as a process of its own, on a GPU that no other has; its exit status. 0: it is done and recorded."""
     progress = progress or Silent()
     plan, place = read_record(plan_file), Place(plan_file.absolute().parent)
-    job = next((Job(**stored) for stored in plan["jobs"] if stored["id"] == name), None)
+    known = {field.name for field in fields(Job)}  # plans that were written before have more
+    jobs = ({key: value for key, value in stored.items() if key in known} for stored in plan["jobs"])
+    job = next((Job(**stored) for stored in jobs if stored["id"] == name), None)
     if job is None:
         raise NotFoundError(f"no job {name}", why=f"{plan_file} has none of that name", fix="use one of those that it lists")
 
@@ -251,7 +253,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
         if not place.done(other):
             not_done(other)
     workspace = Workspace(Path(plan["home"]), Path(plan["data_dir"]) if plan["data_dir"] else None)
-    arguments = _arguments(job, place, workspace, not_done)
+    arguments = _arguments(job, place, workspace, not_done) + (["--json"] if job.kind == "distill" else [])
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         locks = [held.enter_context(_waited_for(place.folder / f".{name}.lock", twice))]
@@ -274,7 +276,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     record = {
         "command": shlex.join(["kdcache", *arguments]),
         "title": job.title,
-        "outputs": _outputs(job, arguments, printed, Path(plan["directory"]), place, workspace),
+        "outputs": _outputs(job, arguments, printed, Path(plan["directory"])),
         "seconds": round(seconds, 1),
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -315,23 +317,13 @@ def _call(
     return process.returncode, printed
 
 
-def _outputs(job: Job, arguments: Sequence[str], printed: str, directory: Path, place: Place, workspace: Workspace) -> list[str]:
+def _outputs(job: Job, arguments: Sequence[str], printed: str, directory: Path) -> list[str]:
     """What a job has made, as absolute paths."""
     if job.kind == "distill":
-        return _runs(job, place, workspace)
+        return [str(directory / run["run"]) for run in json.loads(printed)]
     if job.kind == "stats":
         return [arguments[arguments.index("--plot") + 1]]
     return [str(directory / printed.splitlines()[-1])]
-
-
-def _runs(job: Job, place: Place, workspace: Workspace) -> list[str]:
-    """The folders of the students that a job has trained."""
-    from kdcache.students.grid import open_archives, plan_students
-
-    stored = dict(job.students)
-    archives = [path for one in stored.pop("archives") for path in place.outputs(one) or ()]
-    config = distill_config(StudentsSpec.model_validate(stored | {"archive": archives}), archives)
-    return [str(spec.folder) for spec in plan_students(config, *open_archives(config, workspace, Silent()), workspace)]
 
 
 # ---------------------------------------------------------------- GPUs

@@ -1,52 +1,61 @@
 """What a study's YAML file may say. Its options are those of `train-teacher`, `dump-teacher` and `distill`, under their names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, unknown_name
+from kdcache.options import Option, Options, Temperatures, integers
 from kdcache.report.records import Experiment
+from kdcache.students.config import DistillConfig
+from kdcache.teachers.config import DumpRecipe, TeacherConfig
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20  # bytes
-MOST_SEEDS = 10_000
-SEEDS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def _listed(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _numbers(value: object) -> object:
-    """`1,4,20` as its parts, as on the command line."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else _listed(value)
-
-
-def _seeds(value: object) -> object:
-    """`0-2,5` as 0, 1, 2, 5."""
-    found: list[object] = []
-    for part in value.split(",") if isinstance(value, str) else _listed(value):  # type: ignore[attr-defined]
-        ends = SEEDS.fullmatch(part.strip()) if isinstance(part, str) else None
-        if ends is None:
-            found.append(part)
-            continue
-        first, last = int(ends[1]), int(ends[2] or ends[1])
-        if not 0 <= last - first < MOST_SEEDS:
-            raise ValueError(f"{part} is no ascending range of at most {MOST_SEEDS} seeds")
-        found += range(first, last + 1)
-    return found
-
-
 Several = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
-Numbers = Annotated[tuple[T, ...], BeforeValidator(_numbers), Field(min_length=1)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds), Field(min_length=1)]
+Durations = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(integers), Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(integers), Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(integers), Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+
+# What a study decides for each of its jobs; and the options of a machine, which are set in the environment.
+OF_A_JOB = {"archive", "dataset", "finetune", "output", "second_archive", "shard", "start_view", "strict"}
+OF_A_JOB |= {"teacher", "teacher_epochs", "teacher_folder"}
+OF_A_MACHINE = {"allow_drift", "checkpoint_interval", "device", "memory", "parallel", "renderer", "workers"}
+
+
+class _Form(Options):
+    """The order of numbers, and how often one is written, mean nothing."""
+
+    @model_validator(mode="after")
+    def _sorted(self) -> Self:
+        for name, value in self:
+            if isinstance(value, tuple) and value and not any(isinstance(part, str) for part in value):
+                object.__setattr__(self, name, tuple(sorted(set(value))))
+        return self
+
+
+def form(config: type[Options], *, without: Sequence[str] = (), several: Mapping[str, Any]) -> Any:
+    """A base class with the options of a command as a study has them: `several` are those of which each value makes a job."""
+    fields: dict[str, Any] = {}
+    for option, declared in config.declared().items():
+        if option in several:
+            fields[option] = (Annotated[several[option], declared.option], ())
+        elif option not in {*OF_A_JOB, *OF_A_MACHINE, *without}:
+            fields[option] = (declared.field.annotation, declared.field)
+    return create_model(f"_{config.__name__}Form", __base__=_Form, __module__=__name__, **fields)
 
 
 class _Data(BaseModel):
@@ -62,43 +71,15 @@ class _Data(BaseModel):
     )
 
 
-class TrainSpec(_Data):
+SIZES = ("size", "canvas")  # which teachers and dumps have in common
+
+
+class TrainSpec(form(TeacherConfig, without=SIZES, several={"epochs": Durations, "seed": Seeds})):  # type: ignore[misc]
     """Options of train-teacher; of those with several values, each makes a teacher."""
 
-    epochs: Numbers[Annotated[int, Field(ge=0)]] | None = None
-    recipe: str | None = None
-    policy: str | None = None
-    batch_size: Count | None = None
-    opt: str | None = None
-    lr: float | None = None
-    momentum: float | None = None
-    sched: Literal["cosine", "step"] | None = None
-    decay_epochs: Numbers[int] | None = None
-    decay_rate: float | None = None
-    amp: bool = False
-    model_ema_decay: float | None = None
-    val_interval: Count | None = None
-    weight_decay: float | None = None
-    clip_grad: float | None = None
-    smoothing: float | None = None
-    seed: Seeds = (0,)
-    from_scratch: bool | None = None
-    checkpoint: str | None = None
-    mean: str | None = None
-    std: str | None = None
 
-
-class DumpSpec(_Data):
+class DumpSpec(form(DumpRecipe, without=SIZES, several={"policy": Several[str]})):  # type: ignore[misc]
     """Options of dump-teacher; of several policies, each makes an archive."""
-
-    policy: Several[str] | None = None
-    views: Count | None = None
-    view_seed: int | None = None
-    batch_size: Count | None = None
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
-    codec: str | None = None
-    layout: str | None = None
-    shard_rows: Count | None = None
 
 
 class ArchiveSpec(_Data):
@@ -112,42 +93,17 @@ class ArchiveSpec(_Data):
     dump: DumpSpec = DumpSpec()
 
 
-class StudentsSpec(_Data):
+class StudentsSpec(form(DistillConfig, several={"epochs": Counts, "batch_size": Counts})):  # type: ignore[misc]
     """Options of distill. Students of an archive are trained together, those of other durations and batch sizes by themselves."""
 
     archive: Several[str]
-    average: Literal["logits", "probabilities"] | None = None  # of all these archives, as one
     second_archive: str | None = None  # where methods of two views get the second one, from the same dataset and teacher
-    tau: Numbers[float] | None = None
-    method: Several[str] | None = None
-    preset: Several[str] | None = None
-    control: Several[str] | None = None
-    student: Several[str] | None = None
-    init: Several[str] | None = None
-    seed: Seeds = (0,)
-    epochs: Numbers[Count] | None = None
-    batch_size: Numbers[Count] | None = None
-    share_order: bool = False
-    opt: Several[str] | None = None
-    lr: Numbers[float] | None = None
-    momentum: float | None = None
-    sched: Literal["cosine", "step"] | None = None
-    decay_epochs: Numbers[int] | None = None
-    decay_rate: float | None = None
-    amp: bool = False
-    model_ema_decay: float | None = None
-    val_interval: Count | None = None
-    weight_decay: float | None = None
-    clip_grad: float | None = None
-    force: bool = False
-    channels_last: bool = False
-    compile: bool = False
 
 
-class StatsSpec(_Data):
+class StatsSpec(Options):
     """Figures of every archive, drawn by `kdcache stats`."""
 
-    tau: Numbers[float] | None = None
+    tau: Annotated[Temperatures, Option("Temperatures.")] = ()
 
 
 class Cost(_Data):
@@ -197,7 +153,7 @@ class Study(_Data):
                 for name in filter(None, names):
                     if name not in self.archives:
                         raise unknown_name(f"{field} in students.{number}", name, self.archives)
-            for init in block.init or ():
+            for init in block.init:
                 if init in {"target", "finetuned"} and init not in self.starts:
                     raise UsageError(
                         f"students.{number}.init: {init!r} without starts.{init}",
@@ -205,7 +161,7 @@ class Study(_Data):
                         fix=f"add for example: starts: {{{init}: {{epochs: 20}}}}",
                     )
         for name, start in self.starts.items():
-            if len(start.epochs or ()) > 1 or len(start.seed) > 1:
+            if len(start.epochs) > 1 or len(start.seed) > 1:
                 raise UsageError(
                     f"starts.{name} of several epochs or seeds",
                     why="students start from one model, and it would not be known which",
@@ -293,7 +249,7 @@ def _wrong(error: ValidationError, file: Path) -> UsageError:
 
 def _fields(place: list[str]) -> list[str]:
     """The names that may stand at a place in a study."""
-    kinds: dict[str, type[_Data]] = {
+    kinds: dict[str, type[BaseModel]] = {
         "archives": ArchiveSpec,
         "train": TrainSpec,
         "starts": TrainSpec,

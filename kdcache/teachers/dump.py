@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from kdcache.archive import (
     CanvasCard,
     Failure,
     Noise,
-    Plan,
     TeacherCard,
     Verification,
     layout,
-    new_plan,
     open_archive,
     recorded_plan,
     stored_bytes,
@@ -33,32 +31,34 @@ from kdcache.archive import (
     translated_os_errors,
 )
 from kdcache.codecs import codec as codecs
-from kdcache.datasets import dataset
+from kdcache.datasets import Source, dataset
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
-from kdcache.models.creation import licence, resolve
-from kdcache.models.names import folder_name, is_reference, public_name
+from kdcache.models.creation import licence
+from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.replay.check import replay
-from kdcache.replay.prefetch import RendererChoice, render_batches
+from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import this_rank
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
-from kdcache.teachers.forward import Forward, Precision, batches, write_shards
+from kdcache.teachers.config import DumpConfig, Precision, TeacherConfig
+from kdcache.teachers.forward import Forward, batches, write_shards
 from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
-from kdcache.teachers.train import TeacherConfig, train_teacher
+from kdcache.teachers.train import train_teachers
+from kdcache.training.config import ViewOptions
 from kdcache.training.learner import metered, resolve_device
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import RendererChoice, ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = [
-    "DumpConfig",
     "DumpPlan",
     "dump_teacher",
+    "ensured_teacher",
+    "existing_teacher",
     "free_bytes",
     "matching_teacher",
     "plan_dump",
     "replay_with_teacher",
-    "rows_of_dump",
     "sketch_dump",
 ]
 
@@ -67,44 +67,33 @@ HEAD_START = 60.0  # seconds
 
 
 @dataclass(frozen=True)
-class DumpConfig:
-    """What to dump. What decides on a logit identifies the archive: not who computes it, where, and how fast."""
-
-    teacher: str
-    dataset: str
-    views: int | None = None  # the dataset's own number if not given
-    policy: str | None = None
-    view_seed: int | None = None
-    size: int | None = None
-    canvas: int | None = None
-    batch_size: int = 64
-    precision: Precision | None = None  # None: fp16 on a GPU, fp32 on a CPU
-    codec: str = "i16"
-    layout: str = "zarr"
-    shard_rows: int | None = None
-    finetune: bool = True
-    teacher_folder: Path | None = None  # a certain trained teacher instead of the newest
-    teacher_epochs: int | None = None  # one that was trained for so many epochs; 0: weights as they are
-    checkpoint: Path | None = None  # one made from this file: its weights as they are, unless teacher_epochs says more
-    output: Path | None = None
-    start_view: int = 0
-    share: tuple[int, int] | None = None  # (i, n): of the shards, those whose running number modulo n is i
-    device: str = "auto"
-    workers: int = 0
-    renderer: RendererChoice = "auto"
-    command: str = ""
-
-
-@dataclass(frozen=True)
 class DumpPlan:
-    """What a dump would do."""
+    """What a dump writes, as far as that is known before there is a teacher."""
 
-    path: Path
-    teacher: Teacher | None  # None: it has to be trained first
+    config: DumpConfig
+    source: Source
+    exact: str  # the teacher's exact name
     policy: ViewPolicy
     canvas: Canvas
     views: int
     precision: Precision
+
+    def archive_name(self, teacher: Teacher | None) -> str:
+        """The archive's name, by all that decides on its logits; without a teacher it is not the final one."""
+        recipe = self.config.recipe
+        decisive = [
+            self.canvas.card.digest,
+            self.canvas.digest,
+            self.policy.digest,
+            teacher.record["weights_sha256"] if teacher else None,
+            self.precision,
+            recipe.batch_size,
+            recipe.codec,
+            recipe.layout,
+            recipe.shard_rows,
+        ]
+        digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]
+        return f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}--{digest}"
 
 
 def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) -> str:
@@ -112,24 +101,29 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
 
     That ends in question marks where there is no canvas yet, on which its name depends.
     """
-    source = parse_dataset(config.dataset)
-    size = config.canvas or source.recipe.canvas
-    if canvas_path(source, "train", size, workspace.data).is_dir():
+    source, recipe = parse_dataset(config.subject.dataset), config.recipe
+    if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
-        path, samples, classes, views = plan.path, len(plan.canvas), plan.canvas.card.class_names, plan.views
-        missing = "weights as they are would be tested first" if _epochs(config) == 0 else "it would be trained first"
-        trained = plan.teacher.folder if plan.teacher else f"none yet: {missing}"
+        teacher = existing_teacher(plan, workspace, progress)
+        path, samples, classes, views = (
+            _folder(plan, teacher, workspace),
+            len(plan.canvas),
+            plan.canvas.card.class_names,
+            plan.views,
+        )
+        missing = "weights as they are would be tested first" if _epochs(config, source) == 0 else "it would be trained first"
+        trained = teacher.folder if teacher else f"none yet: {missing}"
     else:
-        resolve(config.teacher, "teacher")
-        ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
+        resolve(config.subject.teacher, "teacher")
+        ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
         images = source.open(workspace.data, progress, fetch=False)
         samples, classes = len(images.samples("train")), tuple(images.class_names())
-        name = f"{dataset_label(source)}--{folder_name(config.teacher)}--????????"
-        path, views = config.output or workspace.archives / name, config.views or source.recipe.student_epochs
+        name = f"{dataset_label(source)}--{folder_name(config.subject.teacher)}--????????"
+        path, views = config.output or workspace.archives / name, recipe.views or source.recipe.student_epochs
         trained = "whether there is one is known once the canvas is built"
         progress.say("canvas: none yet; it would be built first, and completes the archive's name")
-    rows = rows_of_dump(config, views, samples, classes)
-    logits = views * samples * len(classes) * codecs.parse(config.codec).dtype.itemsize
+    rows = recipe.rows(views, samples, classes)
+    logits = views * samples * len(classes) * codecs.parse(recipe.codec).dtype.itemsize
     total = stored_bytes(rows)
     progress.say(f"teacher: {trained}")
     progress.say(
@@ -140,18 +134,6 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     progress.say(f"free there: {free_bytes(path) / 1e9:.1f} GB")
     _warn_of_little_room(path, total - there, progress)
     return str(path)
-
-
-def rows_of_dump(config: DumpConfig, views: int, samples: int, class_names: Sequence[str]) -> Plan:
-    """The rows of the archive that a dump of so many views and samples would write."""
-    return new_plan(
-        num_views=views,
-        num_samples=samples,
-        class_names=class_names,
-        codec=config.codec,
-        layout=config.layout,
-        shard_rows=config.shard_rows,
-    )
 
 
 def free_bytes(path: Path) -> int:
@@ -170,58 +152,55 @@ def _warn_of_little_room(path: Path, needed: int, progress: Progress) -> None:
 
 def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> DumpPlan:
     """Resolve names and defaults. Builds the canvas if need be, trains nothing and writes no archive."""
-    progress = progress or Silent()
-    exact = resolve(config.teacher, "teacher")
-    device = resolve_device(config.device)
+    progress, recipe = progress or Silent(), config.recipe
+    exact = resolve(config.subject.teacher, "teacher")
+    device = resolve_device(config.runtime.device)
     require_writable(config.output or workspace.archives)
-    _ = codecs.parse(config.codec), layout.parse(config.layout)  # an unknown name is better told before anything is trained
-    source = parse_dataset(config.dataset)
-    policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
-    canvas = workspace.canvas(source, "train", config.canvas, progress)
-    label = dataset_label(source)
-    teacher: Teacher | None
+    _ = codecs.parse(recipe.codec), layout.parse(recipe.layout)  # an unknown name is better told before anything is trained
     if config.teacher_folder is not None and (config.teacher_epochs is not None or config.checkpoint is not None):
         raise UsageError(
             f"--teacher-folder {config.teacher_folder} with {'--checkpoint' if config.checkpoint else '--teacher-epochs'}",
             why="a folder holds one teacher, whose weights and epochs are recorded in it",
             fix="leave one of them out",
         )
-    if config.teacher_folder is not None:
-        teacher = _teacher_at(config.teacher_folder)
-        if tuple(teacher.record["class_names"]) != canvas.card.class_names:
-            raise IncompatibleError(
-                f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
-                f"dataset {config.dataset} has {len(canvas.card.class_names)}",
-                why="the class names must be the same, in the same order",
-                fix=f"train one on this dataset: kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset}",
-            )
-    else:
-        epochs = _epochs(config) if config.checkpoint else config.teacher_epochs
-        teacher = find_teacher(exact, canvas, policy.size, workspace, progress, epochs=epochs, checkpoint=config.checkpoint)
-    precision = config.precision or ("fp16" if device.type == "cuda" else "fp32")
-    recipe = json.dumps(
-        [
-            canvas.card.digest,
-            canvas.digest,
-            policy.digest,
-            teacher.record["weights_sha256"] if teacher else None,
-            precision,
-            config.batch_size,
-            config.codec,
-            config.layout,
-            config.shard_rows,
-        ]
-    )
-    name = f"{label}--{folder_name(config.teacher)}--{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    views = config.views or source.recipe.student_epochs
-    return DumpPlan(config.output or workspace.archives / name, teacher, policy, canvas, views, precision)
+    source = parse_dataset(config.subject.dataset)
+    policy = ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
+    if not this_rank().first:
+        coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
+        _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
+    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress)
+    precision = recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
+    return DumpPlan(config, source, exact, policy, canvas, recipe.views or source.recipe.student_epochs, precision)
 
 
-def _epochs(config: DumpConfig) -> int:
+def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -> Teacher | None:
+    """The teacher of a dump, if it is trained already. IncompatibleError for a folder's that knows other classes."""
+    config = plan.config
+    if config.teacher_folder is None:
+        epochs = _epochs(config, plan.source) if config.checkpoint else config.teacher_epochs
+        size, checkpoint = plan.policy.size, config.checkpoint
+        return find_teacher(plan.exact, plan.canvas, size, workspace, progress, epochs=epochs, checkpoint=checkpoint)
+    teacher, names = _teacher_at(config.teacher_folder), plan.canvas.card.class_names
+    if tuple(teacher.record["class_names"]) != names:
+        subject = config.subject
+        raise IncompatibleError(
+            f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
+            f"dataset {subject.dataset} has {len(names)}",
+            why="the class names must be the same, in the same order",
+            fix=f"train one on this dataset: kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset}",
+        )
+    return teacher
+
+
+def _folder(plan: DumpPlan, teacher: Teacher | None, workspace: Workspace) -> Path:
+    return plan.config.output or workspace.archives / plan.archive_name(teacher)
+
+
+def _epochs(config: DumpConfig, source: Source) -> int:
     """For how long a teacher that is missing would be trained, as far as this configuration and the dataset say."""
     if config.teacher_epochs is not None:
         return config.teacher_epochs
-    return 0 if config.checkpoint else parse_dataset(config.dataset).recipe.teacher_epochs
+    return 0 if config.checkpoint else source.recipe.teacher_epochs
 
 
 def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> Path:
@@ -230,62 +209,86 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     It is not finished yet where other processes still write shards of it: the last one finishes it.
     """
     progress = progress or Silent()
-    share = _own_share(config.share)
-    plan = _prepared(config, workspace, progress)
-    assert plan.teacher is not None
-    if config.output is None and (plan.path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
-        archive = open_archive(plan.path)
+    plan = plan_dump(config, workspace, progress)
+    teacher = ensured_teacher(plan, workspace, progress)
+    path = _folder(plan, teacher, workspace)
+    if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
+        archive = open_archive(path)
         if archive.num_views >= plan.views:
-            sweep(plan.path)
-            progress.say(f"{plan.path} is complete with {archive.num_views} views: nothing to do")
+            sweep(path)
+            progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
             progress.say(_top1(archive))
-            return plan.path
+            return path
     require_intact(plan.canvas)
-    record = plan.teacher.record
-    terms = record.get("weights_licence") or _timm_licence(record)
-    progress.say(f"teacher: {config.teacher} = {record['name']} from {plan.teacher.folder}, {plan.precision}")
-    progress.say(f"its weights: sha256 {record['weights_sha256'][:12]}..., licence {terms or 'unknown'}")
-    if text := doubt(plan.teacher):
-        progress.say(text)
-
-    device = resolve_device(config.device)
+    device = resolve_device(config.runtime.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # else every process takes memory of the first GPU
-    model, normalise = load_teacher(plan.teacher)
-    model.to(device)
-    forward = Forward(model, normalise, device, plan.precision)
-    recorded = recorded_plan(plan.path)
+    model, normalise = load_teacher(teacher)
+    forward = Forward(model.to(device), normalise, device, plan.precision)
+    writer = _writer(plan, teacher, path, forward, progress)
+    with metered(device, share=this_rank().share) as meter:
+        writer.count_costs(meter.lap)
+        write_shards(
+            writer,
+            forward,
+            plan.canvas,
+            batch_size=config.recipe.batch_size,
+            start_view=config.start_view,
+            share=_own_share(config.shard),
+            workers=config.runtime.workers,
+            renderer=config.runtime.renderer,
+            progress=progress,
+        )
+    if left := writer.missing():
+        where = "left to" if config.shard else "being written by"
+        progress.say(f"{path}: {len(left)} shards are {where} other processes, the last of which finishes the archive")
+        return path
+    archive = writer.finalize(progress)
+    progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
+    progress.say(_top1(archive))
+    return path
+
+
+def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, progress: Progress) -> ArchiveWriter:
+    """The writer of the archive in `path`, begun or resumed; says which teacher it is of, and how much is missing."""
+    config, recipe, record, device = plan.config, plan.config.recipe, teacher.record, forward.device
+    terms = record.get("weights_licence") or _timm_licence(record)
+    progress.say(f"teacher: {config.subject.teacher} = {record['name']} from {teacher.folder}, {plan.precision}")
+    progress.say(f"its weights: sha256 {record['weights_sha256'][:12]}..., licence {terms or 'unknown'}")
+    if text := doubt(teacher):
+        progress.say(text)
+    recorded = recorded_plan(path)
     begun = recorded.teacher if recorded else None
     writer = ArchiveWriter(
-        plan.path,
+        path,
         num_views=plan.views,
         num_samples=len(plan.canvas),
         class_names=plan.canvas.card.class_names,
         labels=plan.canvas.labels,
         keys=plan.canvas.keys,
-        codec=config.codec,
-        layout=config.layout,
-        shard_rows=config.shard_rows,
+        codec=recipe.codec,
+        layout=recipe.layout,
+        shard_rows=recipe.shard_rows,
         policy=plan.policy,
         source=plan.canvas.card,
         canvas=CanvasCard(size=plan.canvas.size, digest=plan.canvas.digest),
         teacher=TeacherCard(
-            alias=public_name(config.teacher),
+            alias=public_name(config.subject.teacher),
             name=record["name"],
             weights_sha256=record["weights_sha256"],
             input_size=record["input_size"],
             mean=tuple(record["mean"]),
             std=tuple(record["std"]),
             precision=plan.precision,
-            batch_size=config.batch_size,
+            batch_size=recipe.batch_size,
             training=record["training"],
             top1_clean=record["top1_clean"],
-            noise=begun.noise if begun and begun.noise else _noise(forward, plan, config.batch_size),
+            noise=begun.noise if begun and begun.noise else _noise(forward, plan, recipe.batch_size),
             weights_licence=terms,
         ),
         provenance={
             "command": config.command,
-            "dataset": dataset.spec(parse_dataset(config.dataset)),  # as it is found from any working directory
+            "dataset": dataset.spec(plan.source),  # as it is found from any working directory
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
@@ -293,31 +296,11 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         },
     )
     if writer.plan.num_views > plan.views:
-        progress.say(f"{plan.path} was begun with {writer.plan.num_views} views, and gets them all: views are never taken away")
+        progress.say(f"{path} was begun with {writer.plan.num_views} views, and gets them all: views are never taken away")
     rows = sum(len(writer.positions(block)) for _, block in writer.missing())
     row_bytes = stored_bytes(writer.plan) // (writer.plan.num_views * writer.plan.num_samples)
-    _warn_of_little_room(plan.path, rows * row_bytes, progress)
-    with metered(device, share=this_rank().share) as meter:
-        writer.count_costs(meter.lap)
-        write_shards(
-            writer,
-            forward,
-            plan.canvas,
-            batch_size=config.batch_size,
-            start_view=config.start_view,
-            share=share,
-            workers=config.workers,
-            renderer=config.renderer,
-            progress=progress,
-        )
-    if left := writer.missing():
-        where = "left to" if share else "being written by"
-        progress.say(f"{plan.path}: {len(left)} shards are {where} other processes, the last of which finishes the archive")
-        return plan.path
-    archive = writer.finalize(progress)
-    progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
-    progress.say(_top1(archive))
-    return plan.path
+    _warn_of_little_room(path, rows * row_bytes, progress)
+    return writer
 
 
 def _top1(archive: Archive) -> str:
@@ -333,53 +316,42 @@ def _timm_licence(record: Mapping[str, Any]) -> str | None:
     return licence(record["name"]) if of_timm else None
 
 
-def _prepared(config: DumpConfig, workspace: Workspace, progress: Progress) -> DumpPlan:
-    """The plan of a dump that has a canvas and a teacher: one process makes what is missing of them, and others wait for it."""
-    source = parse_dataset(config.dataset)
-    if not this_rank().first:
-        canvas = canvas_path(source, "train", config.canvas or source.recipe.canvas, workspace.data)
-        _after_the_first(lambda: canvas.is_dir() or canvas.with_name(canvas.name + ".lock").exists())
-    plan = plan_dump(config, workspace, progress)
-    if plan.teacher is not None:
-        return plan
-    if not config.finetune and _epochs(config):
+def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -> Teacher:
+    """The teacher of a dump, which one process trains now if there is none, while others wait for it."""
+    if (teacher := existing_teacher(plan, workspace, progress)) is not None:
+        return teacher
+    config, subject, size = plan.config, plan.config.subject, plan.policy.size
+    epochs = _epochs(config, plan.source)
+    if not config.finetune and epochs:
         raise NotFoundError(
-            f"no teacher {config.teacher!r} trained on {config.dataset} at {plan.policy.size} px",
+            f"no teacher {subject.teacher!r} trained on {subject.dataset} at {size} px",
             why="--no-finetune forbids training one now",
-            fix=f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --size {plan.policy.size}",
+            fix=f"kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset} --size {size}",
         )
-    lock = workspace.teachers / f".{dataset_label(source)}--{folder_name(config.teacher)}.lock"
+    lock = workspace.teachers / f".{dataset_label(plan.source)}--{folder_name(subject.teacher)}.lock"
     _after_the_first(lock.exists)
     with contextlib.ExitStack() as held:
         with translated_os_errors(lock), contextlib.suppress(NoLocksError):
             lock.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(lock, waiting=lambda: progress.say("waiting for another process to train the teacher")))
-        plan = plan_dump(config, workspace, progress)
-        if plan.teacher is None:
+        if (teacher := existing_teacher(plan, workspace, progress)) is None:
             for_long = f" for {config.teacher_epochs} epochs" if config.teacher_epochs else ""
-            wanted = f"{config.teacher} trained on {config.dataset} at {plan.policy.size} px{for_long}"
-            first = "training it first" if _epochs(config) else "testing its weights as they are first"
+            wanted = f"{subject.teacher} trained on {subject.dataset} at {size} px{for_long}"
+            first = "training it first" if epochs else "testing its weights as they are first"
             progress.say(f"no teacher {wanted} yet: {first}")
-            train_teacher(
-                TeacherConfig(
-                    teacher=config.teacher,
-                    dataset=config.dataset,
-                    epochs=() if (config.teacher_epochs, config.checkpoint) == (None, None) else (_epochs(config),),
-                    checkpoint=config.checkpoint,
-                    policy=config.policy,
-                    size=plan.policy.size,
-                    canvas=config.canvas,
-                    device=config.device,
-                    workers=config.workers,
-                    renderer=config.renderer,
-                    command=config.command,
-                ),
-                workspace,
-                progress,
+            shown = plan.config.recipe.shown
+            usual = (config.teacher_epochs, config.checkpoint) == (None, None)
+            training = TeacherConfig(
+                subject=subject,
+                epochs=() if usual else (epochs,),
+                checkpoint=config.checkpoint,
+                views=ViewOptions(policy=shown.policy, size=size, canvas=shown.canvas),
+                runtime=config.runtime,
+                command=config.command,
             )
-            plan = plan_dump(config, workspace, progress)
+            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas)
         lock.unlink(missing_ok=True)
-    return plan
+    return teacher
 
 
 def _after_the_first(has_begun: Callable[[], bool]) -> None:

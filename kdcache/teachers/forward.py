@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 from kdcache.archive import ArchiveWriter
 from kdcache.datasets.canvas import Canvas
 from kdcache.models.creation import Normalisation
-from kdcache.replay.prefetch import Rendered, RendererChoice, render_batches
+from kdcache.replay.prefetch import Rendered, render_batches
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
+from kdcache.teachers.config import Precision
+from kdcache.views.policy import RendererChoice
 from kdcache.views.probe import grids
 
-__all__ = ["Forward", "Precision", "batches", "write_shards"]
-
-Precision = Literal["fp32", "fp16", "bf16"]
+__all__ = ["Forward", "batches", "write_shards"]
 
 
 def write_shards(

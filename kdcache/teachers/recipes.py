@@ -1,7 +1,8 @@
 """How teachers were trained where that was published: `train-teacher --recipe NAME`. Flags win over a recipe."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from kdcache.errors import unknown_name
 
@@ -10,23 +11,14 @@ __all__ = ["RECIPES", "TeacherRecipe", "teacher_recipe"]
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """Settings that were published together; None is what suits the model or the dataset."""
+    """Settings that were published together. Those of `training` have `Training`'s names; None is what suits model or dataset."""
 
     source: str
     epochs: int | None = None
     policy: str | None = None
     pretrained: bool | None = None
-    batch_size: int = 64
-    opt: str = "adamw"
-    lr: float | None = None
-    weight_decay: float | None = None
-    momentum: float = 0.9
-    sched: Literal["cosine", "step"] = "cosine"
-    decay_epochs: tuple[int, ...] = ()
-    decay_rate: float = 0.1
-    clip_grad: float | None = 1.0
-    decay_all: bool = False  # weight decay of biases and norms too
     smoothing: float = 0.1
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 RECIPES: dict[str, TeacherRecipe] = {
@@ -38,14 +30,16 @@ RECIPES: dict[str, TeacherRecipe] = {
         epochs=240,
         policy="crd",
         pretrained=False,
-        opt="momentum",  # timm's name of SGD with plain momentum; its `sgd` has Nesterov's
-        lr=0.05,
-        weight_decay=5e-4,
-        sched="step",
-        decay_epochs=(150, 180, 210),
-        clip_grad=None,
-        decay_all=True,
         smoothing=0.0,
+        training={
+            "opt": "momentum",  # timm's name of SGD with plain momentum; its `sgd` has Nesterov's
+            "lr": 0.05,
+            "weight_decay": 5e-4,
+            "sched": "step",
+            "decay_epochs": (150, 180, 210),
+            "clip_grad": None,
+            "decay_all": True,
+        },
     ),
 }
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kdcache.datasets import dataset
-from kdcache.datasets.canvas import require_intact
+from kdcache.datasets import Source, dataset
+from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import (
     Normalisation,
@@ -28,22 +27,21 @@ from kdcache.models.creation import (
     licence,
     load_weights,
     published,
-    resolve,
     timm_config,
     weights_digest,
 )
-from kdcache.models.names import CONFIG, folder_name, is_factory, public_name
-from kdcache.replay.prefetch import RendererChoice
+from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
+from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
+from kdcache.training.config import TrainConfig
 from kdcache.training.learner import (
     Learner,
-    TrainConfig,
     metered,
     resolve_device,
     seeded,
@@ -53,47 +51,11 @@ from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
 
-__all__ = ["TeacherConfig", "train_teacher", "train_teachers"]
+__all__ = ["train_teacher", "train_teachers"]
 
 VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
 REPORTS = 20  # times in a training
 WNID = re.compile(r"n\d{8}")
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """What to train: a teacher for each of `epochs`. What is None (or empty) is the recipe's, or suits model and dataset."""
-
-    teacher: str
-    dataset: str
-    epochs: Sequence[int] | Literal["paper"] = ()  # 0: the weights as they are; paper: the durations of the study's Table 1
-    recipe: str | None = None
-    policy: str | None = None
-    size: int | None = None
-    canvas: int | None = None
-    batch_size: int | None = None
-    opt: str | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    sched: Literal["cosine", "step"] | None = None
-    decay_epochs: Sequence[int] = ()
-    decay_rate: float | None = None
-    clip_grad: float | None = None  # 0: no clipping
-    amp: bool = False
-    ema_decay: float | None = None
-    val_interval: int = 1
-    smoothing: float | None = None
-    seed: int = 0
-    from_scratch: bool | None = None
-    checkpoint: Path | None = None
-    mean: Triple | None = None  # of the checkpoint's training, where it was not the model's own
-    std: Triple | None = None
-    device: str = "auto"
-    workers: int = 0
-    renderer: RendererChoice = "auto"
-    command: str = ""
 
 
 def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
@@ -102,10 +64,20 @@ def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progres
     return teacher
 
 
-def train_teachers(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> list[Teacher]:
-    """Train as configured, one teacher for each number of epochs; what was trained just so before is returned as it is."""
+def train_teachers(
+    config: TeacherConfig,
+    workspace: Workspace,
+    progress: Progress | None = None,
+    *,
+    source: Source | None = None,
+    canvas: Canvas | None = None,
+) -> list[Teacher]:
+    """Train as configured, one teacher for each number of epochs; what was trained just so before is returned as it is.
+
+    `source` and `canvas`, of the training images, are the dataset's where they are at hand already.
+    """
     progress = progress or Silent()
-    job = _Job(config, workspace, progress)
+    job = _Job(config, workspace, progress, source, canvas)
     made: dict[int, Teacher] = {}
     for epochs in job.durations:
         folder = job.folder(epochs)
@@ -128,19 +100,21 @@ def train_teachers(config: TeacherConfig, workspace: Workspace, progress: Progre
 class _Job:
     """What a configuration comes to: names and recipe resolved, canvases there, settings for each number of epochs."""
 
-    def __init__(self, config: TeacherConfig, workspace: Workspace, progress: Progress) -> None:
+    def __init__(
+        self, config: TeacherConfig, workspace: Workspace, progress: Progress, source: Source | None, canvas: Canvas | None
+    ) -> None:
         self.config, self.workspace, self.progress = config, workspace, progress
-        self.device = resolve_device(config.device)
-        self.source = parse_dataset(config.dataset)
-        self.exact = resolve(config.teacher, "teacher")
+        self.device = resolve_device(config.runtime.device)
+        self.source = source or parse_dataset(config.subject.dataset)
+        self.exact = resolve(config.subject.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
         self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, dataset.name_of(self.source))
         self.start, scratch = self._start(recipe)
         self.durations = self._durations(recipe)
-        drawn = ViewPolicy.load(config.policy or recipe.policy or suggested.policy, size=config.size)
+        drawn = ViewPolicy.load(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
         self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
-        self.shown = ViewPolicy.load(config.policy or suggested.policy, size=self.policy.size)  # as a dump without more flags
+        self.shown = ViewPolicy.load(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
         self.smoothing = _given(config.smoothing, recipe.smoothing)
         self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
@@ -152,11 +126,13 @@ class _Job:
                 self._require_classes(names)
             else:
                 self._as_is = self._as_it_is(names)
-        self.train_canvas = workspace.canvas(self.source, "train", config.canvas, progress)
-        self.test_canvas = workspace.canvas(self.source, "test", config.canvas, progress)
+        self.train_canvas = (
+            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress)
+        )
+        self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress)
         for canvas in (self.train_canvas, self.test_canvas):
             require_intact(canvas)
-        self._ahead: Any = {"workers": config.workers, "renderer": config.renderer}
+        self._ahead: Any = {"workers": config.runtime.workers, "renderer": config.runtime.renderer}
 
     def _start(self, recipe: TeacherRecipe) -> tuple[Literal["checkpoint", "factory", "random", "timm"], bool]:
         """Where weights come from, and whether rates are those of training from scratch."""
@@ -178,7 +154,7 @@ class _Job:
         if config.epochs == "paper":
             if not suggested.durations:
                 raise UsageError(
-                    f"--epochs paper for {config.dataset}",
+                    f"--epochs paper for {config.subject.dataset}",
                     why="the temperature study compares durations on pets and cifar100 only",
                     fix="name them, for example: --epochs 20,50,200,400",
                 )
@@ -186,9 +162,9 @@ class _Job:
         durations = list(dict.fromkeys(config.epochs)) or [_given(recipe.epochs, suggested.teacher_epochs)]
         if 0 in durations and self.start == "random":
             raise UsageError(
-                f"{config.teacher} from scratch in 0 epochs",
+                f"{config.subject.teacher} from scratch in 0 epochs",
                 why="weights are taken as they are"
-                + (f" unless --epochs says more: {config.dataset} suggests it" if not config.epochs else "")
+                + (f" unless --epochs says more: {config.subject.dataset} suggests it" if not config.epochs else "")
                 + ", and random ones know nothing",
                 fix="say for how long to train: --epochs 100, or which weights to take: --checkpoint FILE",
             )
@@ -212,7 +188,7 @@ class _Job:
     def folder(self, epochs: int) -> Path:
         settings = self.settings[epochs].identity() if epochs else {"epochs": 0}
         identity = json.dumps([self.name, settings, self._begun(epochs)], sort_keys=True)
-        label = f"{dataset_label(self.source)}--{folder_name(self.config.teacher)}"
+        label = f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}"
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def _model(self, classes: int, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
@@ -238,10 +214,10 @@ class _Job:
         config, known = self.config, published(self.exact)
         if known is None:
             return  # there are none to be had, which create_model says
-        finetune = f"kdcache train-teacher --teacher {config.teacher} --dataset {config.dataset} --epochs 20"
+        finetune = f"kdcache train-teacher --teacher {config.subject.teacher} --dataset {config.subject.dataset} --epochs 20"
         if known.num_classes != len(names):
             raise IncompatibleError(
-                f"the weights of {self.name} know {known.num_classes} classes, dataset {config.dataset} has {len(names)}",
+                f"the weights of {self.name} know {known.num_classes} classes, dataset {config.subject.dataset} has {len(names)}",
                 why="only weights of the very same classes can be taken as they are",
                 fix=f"finetune them: {finetune}",
             )
@@ -251,7 +227,7 @@ class _Job:
         if theirs and (all(map(WNID.fullmatch, (*names, *theirs))) or set(names) == set(theirs)):
             first = next(i for i, pair in enumerate(zip(names, theirs, strict=True)) if pair[0] != pair[1])
             raise IncompatibleError(
-                f"class {first} of dataset {config.dataset} is {names[first]}, of the weights of {self.name} it is "
+                f"class {first} of dataset {config.subject.dataset} is {names[first]}, of the weights of {self.name} it is "
                 f"{theirs[first]}",
                 why="only weights of the very same classes, in the same order, can be taken as they are",
                 fix=f"finetune them: {finetune}",
@@ -268,7 +244,7 @@ class _Job:
         row = self._tests().of(lambda views: torch.from_numpy(forward(views)))
         if not all(map(math.isfinite, row.values())):
             raise IncompatibleError(
-                f"teacher {self.config.teacher} gives logits that are not finite",
+                f"teacher {self.config.subject.teacher} gives logits that are not finite",
                 why="its weights are broken, or were made for another input",
                 fix="check them, and the model's name",
             )
@@ -278,7 +254,7 @@ class _Job:
 
     @property
     def _titled(self) -> str:
-        return f"{self.config.teacher} = {self.name}, {self.policy.size} px, start {self.start}"
+        return f"{self.config.subject.teacher} = {self.name}, {self.policy.size} px, start {self.start}"
 
     def _tests(self) -> Exam:
         return Exam(self.test_canvas, self.train_canvas, self.shown, self._ahead)
@@ -288,7 +264,7 @@ class _Job:
         config, settings = self.config, self.settings[durations[0]]
         steps = sum(epochs * (len(self.train_canvas) // settings.batch_size) for epochs in durations)
         self.progress.say(
-            f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.dataset} ({steps} steps), "
+            f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.subject.dataset} ({steps} steps), "
             f"recipe {self.recipe_name}"
         )
         self._say_doubts(durations)
@@ -330,7 +306,7 @@ class _Job:
         for learner in learners.values():
             if learner.status == "diverged":
                 raise IncompatibleError(
-                    f"teacher {config.teacher} diverged in epoch {learner.epoch - 1}",
+                    f"teacher {config.subject.teacher} diverged in epoch {learner.epoch - 1}",
                     why="its loss is not finite any more",
                     fix=f"use a smaller --lr than {learner.config.lr:g}",
                 )
@@ -367,7 +343,7 @@ class _Job:
             },
         }
         record = {
-            "alias": public_name(config.teacher),
+            "alias": public_name(config.subject.teacher),
             "name": self.name,
             "dataset": dataset.spec(self.source),
             "dataset_label": dataset_label(self.source),
@@ -403,32 +379,18 @@ def _given(value: Any, otherwise: Any) -> Any:
 
 def _settings(config: TeacherConfig, recipe: TeacherRecipe, epochs: int, exact: str, scratch: bool) -> TrainConfig:
     """What the flags say, and else the recipe; and where that is silent, what suits the model."""
-    lr, weight_decay = _defaults(exact, scratch)
-    sched = _given(config.sched, recipe.sched)
-    return TrainConfig(
-        epochs=epochs,
-        batch_size=_given(config.batch_size, recipe.batch_size),
-        opt=_given(config.opt, recipe.opt),
-        lr=_given(config.lr, _given(recipe.lr, lr)),
-        weight_decay=_given(config.weight_decay, _given(recipe.weight_decay, weight_decay)),
-        momentum=_given(config.momentum, recipe.momentum),
-        sched=sched,
-        decay_epochs=tuple(config.decay_epochs) or (recipe.decay_epochs if sched == recipe.sched else ()),
-        decay_rate=_given(config.decay_rate, recipe.decay_rate),
-        clip_grad=_given(config.clip_grad, recipe.clip_grad) or None,
-        amp=config.amp,
-        ema_decay=config.ema_decay,
-        val_interval=config.val_interval,
-        decay_all=recipe.decay_all,
-    )
+    given, published = config.training.given(), dict(recipe.training)
+    if given.get("sched", published.get("sched")) != published.get("sched"):
+        published.pop("decay_epochs", None)  # they are those of another schedule
+    return TrainConfig(**(_suitable(exact, scratch) | published | given), epochs=epochs)
 
 
-def _defaults(exact: str, scratch: bool) -> tuple[float, float]:
+def _suitable(exact: str, scratch: bool) -> dict[str, float]:
     """Learning rate and weight decay: the temperature study's for finetuning; from scratch, its students' rate."""
     is_vit = "vit" in exact and "mobilevit" not in exact
     if scratch:
-        return 0.002, 0.05
-    return (5e-5, 0.1) if is_vit else (5e-4, 0.05)
+        return {"lr": 0.002, "weight_decay": 0.05}
+    return {"lr": 5e-5, "weight_decay": 0.1} if is_vit else {"lr": 5e-4, "weight_decay": 0.05}
 
 
 def _fit(

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.datasets.canvas import Canvas
-from kdcache.replay.prefetch import RendererChoice, render_batches
+from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import ALONE, Team
 from kdcache.training.learner import Learner
 from kdcache.training.metrics import calibration_error, top_k
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import RendererChoice, ViewPolicy
 
 __all__ = ["EvalSet"]
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import filelock
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -22,14 +21,14 @@ from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageE
 from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team, this_rank
 from kdcache.system.energy import UNKNOWN, Meter, Spent
+from kdcache.training.config import TrainConfig
 from kdcache.training.metrics import mean_relative_entropy, moments
+from kdcache.training.optimizers import make_optimizer
 
 __all__ = [
     "Learner",
-    "TrainConfig",
     "clip_per_layer",
     "metered",
-    "require_optimizer",
     "resolve_device",
     "seeded",
     "write_atomically",
@@ -37,47 +36,6 @@ __all__ = [
 
 LOCK = ".lock"
 LOGIT_MOMENTS = "logit_moments.json"
-
-
-class TrainConfig(BaseModel):
-    """How a model is trained. The defaults are the temperature study's for students (its section 3.1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(64, ge=2)  # batch normalisation has nothing to normalise with one
-    opt: str = "adamw"
-    lr: float = Field(0.002, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
-    clip_grad: float | None = Field(1.0, gt=0)  # largest L2 norm of one layer's gradient; None: no clipping
-    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD and its kin
-    sched: Literal["cosine", "step"] = "cosine"  # half a period over the training, step by step; or in steps of epochs
-    decay_epochs: tuple[int, ...] = ()  # of `step`: epochs after which the rate is multiplied by decay_rate
-    decay_rate: float = Field(0.1, gt=0, le=1)
-    amp: bool = False  # the model runs in bf16 where that is safe; losses and weights stay float32
-    ema_decay: float | None = Field(None, gt=0, lt=1)  # of a moving average of the weights, tested and kept beside them
-    val_interval: int = Field(1, ge=1)  # epochs from one test to the next; the last epoch is always tested
-    decay_all: bool = False  # weight decay of biases and norms too, which timm leaves out
-
-    @model_validator(mode="after")
-    def _has_steps(self) -> "TrainConfig":
-        if self.sched == "step" and not self.decay_epochs:
-            raise UsageError(
-                "the schedule step without epochs",
-                why="it lowers the learning rate after certain epochs, and none is named",
-                fix="name them, for example: --decay-epochs 150,180,210",
-            )
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """What tells two trainings apart: a setting that is added later leaves the identity of those without it as it was."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, as a share of `lr`."""
-        if self.sched == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
-        return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -134,31 +92,6 @@ def write_atomically(file: Path, data: bytes) -> None:
         temporary.replace(file)
 
 
-def require_optimizer(name: str) -> None:
-    """UsageError for what is not one of timm's optimisers."""
-    _optimizer([nn.Parameter(torch.zeros(1))], TrainConfig(epochs=1, opt=name))
-
-
-def _optimizer(of: nn.Module | list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    import timm.optim
-
-    name = config.opt
-    try:
-        made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
-            of,
-            opt=name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            filter_bias_and_bn=not config.decay_all,
-        )
-    except (ValueError, AssertionError, KeyError) as error:
-        raise UsageError(
-            f"optimiser {name!r} cannot be made", why=str(error), fix="use --opt adamw, --opt sgd or another timm name"
-        ) from None
-    return made
-
-
 class Learner:
     """One model in training, with its own optimiser, schedule, random numbers and folder.
 
@@ -196,8 +129,8 @@ class Learner:
         self.model = model.to(device, memory_format=self._format)  # type: ignore[call-overload]
         forward: Any = torch.compile(self.model) if compiled else self.model
         self._trained = team.wrap(_EachView(forward), device)
-        self.optimizer = _optimizer(self.model, config)
-        self.average = _average(self.model, config.ema_decay) if config.ema_decay is not None else None
+        self.optimizer = make_optimizer(self.model, config)
+        self.average = _average(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
         self._learned = learned
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._steps_per_epoch = steps_per_epoch

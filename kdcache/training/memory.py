@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.models.creation import create_model
-from kdcache.training.learner import Learner, TrainConfig, seeded
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import Learner, seeded
 
 __all__ = ["Footprint", "available_memory", "fitting", "footprint", "groups_that_fit", "room"]
 
@@ -90,7 +91,9 @@ def footprint(
 ) -> Footprint:
     """What a model of that exact name takes in training, when its loss wants `views` of each sample."""
     # What moves no figure is the same for all: students that differ in it are measured once.
-    small = TrainConfig(epochs=1, opt=config.opt, momentum=config.momentum, amp=config.amp, ema_decay=config.ema_decay and 0.5)
+    small = TrainConfig(
+        epochs=1, opt=config.opt, momentum=config.momentum, amp=config.amp, model_ema_decay=config.model_ema_decay and 0.5
+    )
     measured = _measured(name, num_classes, input_size, small, torch.device(device))
     rows = config.batch_size * views
     pixels = rows * 3 * input_size**2

@@ -37,9 +37,12 @@ __all__ = [
     "PadCrop",
     "RandAugment",
     "RandomErasing",
+    "RendererChoice",
     "ViewPolicy",
     "ViewTable",
 ]
+
+RendererChoice = Literal["auto", "reference", "device"]  # how views are drawn, all to the same bytes
 
 PROBE_VERSION = 2  # of the digests of views that new archives hold; see probe.py
 COLUMNS = 64  # draws per sample, fixed by policy version 1

@@ -1,0 +1,105 @@
+"""What `train-teacher` and `dump-teacher` are asked for. Nothing here needs torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from kdcache.archive import Plan, new_plan
+from kdcache.options import Option, Options, Share, Triple, Usual, integers
+from kdcache.training.config import MODEL_FORMS, Runtime, Training, ViewOptions
+
+__all__ = ["DumpConfig", "DumpRecipe", "TeacherAndData", "TeacherConfig"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Seed = Annotated[int, Field(ge=0, le=(1 << 64) - 1)]
+Durations = Annotated[
+    tuple[int, ...] | Literal["paper"], BeforeValidator(lambda value: value if value == "paper" else integers(value))
+]
+
+
+class TeacherAndData(Options):
+    """A model as a teacher of a dataset."""
+
+    teacher: Annotated[str, Option(f"Alias (vit_s, rn50, ...), timm name, {MODEL_FORMS}.")]
+    dataset: Annotated[str, Option("Dataset name, or folder:ROOT for your own images.")]
+
+
+class TeacherConfig(Options):
+    """What to train: a teacher for each of `epochs`. What is not given is the recipe's, or suits model and dataset."""
+
+    subject: TeacherAndData
+    epochs: Annotated[
+        Durations,
+        Option(
+            "A teacher for each, such as 20,50,200,400, trained at once; paper: the temperature study's; 0: weights as they "
+            "are [the recipe's, or the dataset's]."
+        ),
+    ] = ()
+    recipe: Annotated[
+        str | None,
+        Option("Published settings, where flags do not say otherwise: study, or crd [crd for CIFAR's own models]."),
+    ] = None
+    views: ViewOptions = ViewOptions()
+    training: Annotated[Training, Usual("the recipe's")] = Training()
+    smoothing: Annotated[Annotated[float, Field(ge=0, le=1)] | None, Option("Label smoothing [0.1].")] = None
+    seed: Annotated[Seed, Option("Seed of the initial weights and of the order.")] = 0
+    from_scratch: Annotated[
+        bool | None, Option("Start at random or from timm's weights [as suits the dataset].", off="--pretrained")
+    ] = None
+    checkpoint: Annotated[Path | None, Option("Start from these weights (.safetensors, .pth).")] = None
+    mean: Annotated[Triple | None, Option("Of pixels in [0, 1], that the checkpoint was trained with [the model's].")] = None
+    std: Annotated[Triple | None, Option("Likewise.")] = None
+    runtime: Runtime = Runtime()
+    command: str = Field("", exclude=True)
+
+
+class DumpRecipe(Options):
+    """What decides on the logits of a dump and on its files: not who computes them, where, and how fast."""
+
+    shown: ViewOptions = ViewOptions()
+    views: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Option("Views of every sample; more than before appends [the dataset's recipe]."),
+    ] = None
+    view_seed: Annotated[Seed | None, Option("Seed of the views [0].")] = None
+    batch_size: Annotated[int, Field(ge=1), Option("Images per step.", short="-b")] = 64
+    precision: Annotated[Precision | None, Option("Of the teacher [fp16 on a GPU, fp32 on a CPU].")] = None
+    codec: Annotated[str, Option("How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16"
+    layout: Annotated[str, Option("How files are laid out: zarr, hdf5, webdataset.")] = "zarr"
+    shard_rows: Annotated[Annotated[int, Field(ge=1)] | None, Option("Rows of a shard [64 MiB of logits].")] = None
+
+    def rows(self, views: int, samples: int, class_names: Sequence[str]) -> Plan:
+        """The rows of the archive that a dump of so many views and samples would write."""
+        return new_plan(
+            num_views=views,
+            num_samples=samples,
+            class_names=class_names,
+            codec=self.codec,
+            layout=self.layout,
+            shard_rows=self.shard_rows,
+        )
+
+
+class DumpConfig(Options):
+    """What to dump, from which teacher, to where."""
+
+    subject: TeacherAndData
+    recipe: DumpRecipe = DumpRecipe()
+    finetune: Annotated[bool, Option("Train the teacher first if there is none.", off="--no-finetune")] = True
+    teacher_folder: Annotated[Path | None, Option("This trained teacher, not the newest.")] = None
+    teacher_epochs: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Option("The newest trained for so many epochs; 0: with weights as they are [any]."),
+    ] = None
+    checkpoint: Annotated[
+        Path | None, Option("The teacher's weights, as they are unless --teacher-epochs says more (.safetensors, .pth).")
+    ] = None
+    output: Annotated[Path | None, Option("Archive folder [HOME/archives/NAME].", short="-o")] = None
+    start_view: Annotated[int, Field(ge=0), Option("View to begin with; changes nothing in the archive.")] = 0
+    shard: Annotated[
+        Share | None, Option("I/N: write every N-th shard only, from number I on; for arrays of jobs [all shards].")
+    ] = None
+    runtime: Runtime = Runtime()
+    command: str = Field("", exclude=True)

@@ -1,0 +1,157 @@
+"""The options that several commands share, declared once: how models are trained, which views are drawn, where and how fast.
+
+Nothing here needs torch.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from kdcache.errors import UsageError
+from kdcache.options import Bytes, Floats, Integers, Names, Option, Options
+from kdcache.views.policy import RendererChoice
+
+__all__ = [
+    "Drawing",
+    "Memory",
+    "Runtime",
+    "StudentRuntime",
+    "StudentTraining",
+    "TrainConfig",
+    "Training",
+    "ViewOptions",
+    "under_present_names",
+]
+
+MODEL_FORMS = "hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
+
+
+class Training(Options):
+    """How a model is trained, as far as teachers and students have it in common.
+
+    The defaults are the temperature study's for students (its section 3.1); for teachers, what is not given is a recipe's.
+    """
+
+    panel: ClassVar[str] = "How to train"
+
+    batch_size: Annotated[int, Field(ge=2), Option("Images per step.", short="-b")] = 64  # of one, batch norms know nothing
+    opt: Annotated[str, Option("Optimiser, a timm name.")] = "adamw"
+    lr: Annotated[float, Field(gt=0), Option("Learning rate.")] = 0.002
+    momentum: Annotated[float, Field(ge=0, lt=1), Option("Of SGD and its kin.")] = 0.9
+    sched: Annotated[
+        Literal["cosine", "step"], Option("Half a period of a cosine, step by step; or --decay-rate at --decay-epochs.")
+    ] = "cosine"
+    decay_epochs: Annotated[Integers, Option("Epochs after which the step schedule lowers the rate, such as 150,180,210.")] = ()
+    decay_rate: Annotated[float, Field(gt=0, le=1), Option("What the rate is multiplied by there.")] = 0.1
+    amp: Annotated[bool, Option("Run models in bf16 where that is safe; losses and weights stay float32.")] = False
+    model_ema_decay: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Option("Also keep and test a moving average of the weights, such as 0.999.", former="ema_decay"),
+    ] = None
+    val_interval: Annotated[int, Field(ge=1), Option("Epochs from one test to the next; the last one is always tested.")] = 1
+    weight_decay: Annotated[float, Field(ge=0), Option("Weight decay; of biases and norms only with --decay-all.")] = 0.05
+    clip_grad: Annotated[
+        Annotated[float, Field(ge=0), AfterValidator(lambda norm: norm or None)] | None,
+        Option("Largest L2 norm of one layer's gradient; 0: no clipping.", none="0"),
+    ] = 1.0
+    decay_all: Annotated[bool, Option("Weight decay of biases and norms too, which timm leaves out.", off="--no-decay-all")] = (
+        False
+    )
+
+
+class StudentTraining(Training):
+    """The same for a grid of students: every optimiser at every learning rate, or at its own."""
+
+    opt: Annotated[Names, Option("Optimisers, timm names, with their own settings if any: adamw,sgd:lr=0.05,momentum=0.9.")] = (
+        "adamw",
+    )  # type: ignore[assignment]
+    lr: Annotated[Floats, Option("Learning rates.")] = (0.002,)  # type: ignore[assignment]
+
+
+class TrainConfig(Training):
+    """How one model is trained, for so many epochs: nothing is left to a recipe. UsageError for a schedule without epochs."""
+
+    epochs: Annotated[int, Field(ge=1), Option("Times that every sample is seen.")]
+
+    def model_post_init(self, context: Any) -> None:
+        if self.sched == "step" and not self.decay_epochs:
+            raise UsageError(
+                "the schedule step without epochs",
+                why="it lowers the learning rate after certain epochs, and none is named",
+                fix="name them, for example: --decay-epochs 150,180,210",
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Tells two trainings apart: an option that is added later leaves the identity of trainings without it as it was.
+
+        Options have their former names here, by which the folders of runs and teachers are found.
+        """
+        former = {name: each.option.former or name for name, each in type(self).declared().items()}
+        return {former[name]: value for name, value in self.model_dump(mode="json", exclude_defaults=True).items()}
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, as a share of `lr`."""
+        if self.sched == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
+        return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
+
+
+class ViewOptions(Options):
+    """Which views are drawn, from which canvas."""
+
+    policy: Annotated[
+        str | None,
+        Option("View policy: a preset or YAML file, with changes if any: pets:hflip=0,randaugment.m=9 [the dataset's]."),
+    ] = None
+    size: Annotated[Annotated[int, Field(ge=8)] | None, Option("Side of a view in pixels [the policy's].")] = None
+    canvas: Annotated[Annotated[int, Field(ge=8)] | None, Option("Side of the decoded images in pixels [the dataset's].")] = None
+
+
+class Drawing(Options):
+    """Which device does the work, and how it draws views."""
+
+    panel: ClassVar[str] = "Where and how fast"
+
+    device: Annotated[str, Option("auto, cpu, cuda, cuda:1, ...")] = "auto"
+    renderer: Annotated[RendererChoice, Option("How views are drawn, all to the same bytes; auto: the faster one here.")] = "auto"
+
+
+class Runtime(Drawing):
+    """Where a command works and how fast, which changes no result on a CPU."""
+
+    workers: Annotated[int, Field(ge=0), Option("Processes that render views ahead; 0 renders inline.", short="-j")] = 0
+
+
+class Memory(Options):
+    """How much students that are trained at once may take."""
+
+    panel: ClassVar[str] = "Where and how fast"
+
+    memory: Annotated[Bytes | None, Option("Memory of students that train at once, such as 12GB [most of what is free].")] = None
+
+
+class StudentRuntime(Memory, Runtime):
+    """Where students are trained and how fast."""
+
+    checkpoint_interval: Annotated[float, Field(ge=0), Option("Seconds between checkpoints.")] = 30.0
+    channels_last: Annotated[bool, Option("Keep a pixel's channels together; suits GPUs.")] = False
+    compile: Annotated[bool, Option("Compile the students (torch.compile).", former="compiled")] = False
+    parallel: Annotated[
+        Literal["auto", "students", "batches"],
+        Option("What torchrun's processes divide [students, if there are as many as processes, or else each batch]."),
+    ] = "auto"
+
+
+FORMER = {
+    each.option.former: name
+    for kind in (Training, StudentRuntime)
+    for name, each in kind.declared().items()
+    if each.option.former
+}
+
+
+def under_present_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from `args.yaml` or `teacher.json` under the names that options have now."""
+    return {FORMER.get(name, name): value for name, value in record.items()}
