@@ -138,17 +138,18 @@ class Options(BaseModel):
         return type(self)(**(self.given() | changes))
 
     def arguments(self, first: Sequence[str] = ()) -> list[str]:
-        """The options that differ from their defaults, as they are typed: those named `first`, then the others as declared."""
+        """The options that were given, as they are typed: those named `first`, then the others in the order of declaration."""
         declared, given = type(self).declared(), self.given()
         arguments: list[str] = []
         for name in [*first, *(name for name in declared if name not in first)]:
             option, flag = declared[name].option, flag_of(name)
-            value = given.get(name, default := declared[name].field.get_default(call_default_factory=True))
-            if value == default or (value is None and not option.none):
+            if name not in given or ((value := given[name]) is None and not option.none):
                 continue
             if value is None:
                 arguments += [flag, option.none]
             elif isinstance(value, bool):
+                if value == declared[name].field.default:
+                    continue
                 arguments += [flag if value else option.off or flag.replace("--", "--no-", 1)]
             elif option.repeated:
                 arguments += [part for each in value for part in (flag, as_text(each))]

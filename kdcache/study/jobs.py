@@ -17,7 +17,7 @@ from kdcache.codecs import codec
 from kdcache.datasets import Counts, Source, dataset
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import resolve
-from kdcache.options import as_text
+from kdcache.options import Options, as_text
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import plan_ahead, views_per_step
@@ -121,9 +121,9 @@ class _Expansion:
         images, total = 0, True
         for block in self.study.students:
             chosen = list({one.dump.id: one for name in block.archive for one in archives[name]}.values())
-            for group in [chosen] if block.average else [[one] for one in chosen]:
+            for group in [chosen] if "average" in block.model_fields_set else [[one] for one in chosen]:
                 second = _second(block, group, archives[block.second_archive]) if block.second_archive else None
-                for options in _combinations(block.given(), "epochs", "batch_size"):
+                for options in _combinations(block, "epochs", "batch_size"):
                     shown = self._distill(options, group, second, trained)
                     images += shown or 0
                     total = total and shown is not None
@@ -157,9 +157,9 @@ class _Expansion:
         for name, teacher in itertools.product(spec.dataset, spec.teacher):
             source, counts = self._source(name)
             resolve(teacher, "teacher")
-            for training in _combinations(spec.train.given(), "epochs", "seed"):
+            for training in _combinations(spec.train, "epochs", "seed"):
                 trained = self._train(teacher, name, training | sizes)
-                for options in _combinations(spec.dump.given(), "policy"):
+                for options in _combinations(spec.dump, "policy"):
                     place = Path(f"{{{trained.id}}}")
                     of = {"teacher": teacher, "dataset": name, "teacher_folder": place}
                     config = DumpConfig.model_validate(options | sizes | of)
@@ -222,7 +222,7 @@ class _Expansion:
         for init in dict.fromkeys(grid.init):
             if init in {"target", "finetuned"}:
                 sizes = {"size": first.spec.size, "canvas": first.spec.canvas}
-                (training,) = _combinations(self.study.starts[init].given(), "epochs", "seed")
+                (training,) = _combinations(self.study.starts[init], "epochs", "seed")
                 for model in grid.student or (first.source.recipe.student,):
                     start = training | sizes | {"from_scratch": init == "target"}
                     before.append(self._train(model, first.config.subject.dataset, start))
@@ -275,8 +275,9 @@ def _second(block: StudentsSpec, group: Sequence[_Archive], found: Sequence[_Arc
     )
 
 
-def _combinations(options: Mapping[str, Any], *several: str) -> Iterator[dict[str, Any]]:
-    """The options of each job: of those that may have `several` values, one of them."""
+def _combinations(form: Options, *several: str) -> Iterator[dict[str, Any]]:
+    """The options of each job: one value of those that may have `several`."""
+    options = {name: value for name, value in form.given().items() if (name, value) != ("seed", (0,))}  # which needs no flag
     names = [name for name in several if options.get(name)]
     for values in itertools.product(*(options[name] for name in names)):
-        yield dict(options) | dict(zip(names, values, strict=True))
+        yield options | dict(zip(names, values, strict=True))
