@@ -18,7 +18,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
 )
 from kdcache.archive.format.rows import Rows
-from kdcache.archive.format.store import sha256, translated_os_errors
+from kdcache.archive.format.store import sha256
 from kdcache.archive.layouts import layout
 from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
@@ -81,7 +81,6 @@ __all__ = [
     "sha256",
     "stored_bytes",
     "sweep",
-    "translated_os_errors",
     "write_archive",
 ]
 

@@ -31,7 +31,7 @@ from kdcache.archive.format.manifest import (
     Manifest,
     load_manifest,
 )
-from kdcache.archive.format.store import LocalStore, inner_name, sha256, translated_os_errors
+from kdcache.archive.format.store import LocalStore, inner_name, sha256
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.reader import Archive, open_archive
 from kdcache.archive.reading.verification import Failure, Verification
@@ -40,6 +40,7 @@ from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotF
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.sharing.transfer import File, Meter, Stopped, bring, in_parallel, require_room
+from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.archive.format.manifest import PULL, FileRecord
-from kdcache.archive.format.store import translated_os_errors
 from kdcache.archive.reading.cache import download
 from kdcache.errors import RetryError
+from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
 from kdcache.system.remote import ending
 

@@ -30,7 +30,6 @@ from kdcache.archive import (
     recorded_plan,
     stored_bytes,
     sweep,
-    translated_os_errors,
 )
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import dataset
@@ -41,6 +40,7 @@ from kdcache.models.names import folder_name, is_reference, public_name
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import RendererChoice, render_batches
 from kdcache.system.distributed import this_rank
+from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.forward import Forward, Precision, batches, write_shards

@@ -36,6 +36,7 @@ from kdcache.models.names import CONFIG, folder_name, is_factory, public_name
 from kdcache.replay.prefetch import RendererChoice
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import UNKNOWN, Spent, total
+from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.forward import Forward
@@ -47,7 +48,6 @@ from kdcache.training.learner import (
     metered,
     resolve_device,
     seeded,
-    write_atomically,
 )
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.views.policy import ViewPolicy

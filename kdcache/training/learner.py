@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdcache.archive import MAX_ROWS, moment_histogram, translated_os_errors
+from kdcache.archive import MAX_ROWS, moment_histogram
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
 from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team, this_rank
 from kdcache.system.energy import UNKNOWN, Meter, Spent
+from kdcache.system.files import translated_os_errors, write_atomically
 from kdcache.training.metrics import mean_relative_entropy, moments
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "require_optimizer",
     "resolve_device",
     "seeded",
-    "write_atomically",
 ]
 
 LOCK = ".lock"
@@ -123,15 +123,6 @@ def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:  # all scales at once: of a GPU's kernels, each small one takes as long as a large one
         torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
     return norms.square().sum().sqrt()
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace `file` by `data`, or leave it as it was."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with translated_os_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(file)
 
 
 def require_optimizer(name: str) -> None:

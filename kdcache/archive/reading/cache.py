@@ -23,8 +23,9 @@ from typing import BinaryIO
 import filelock
 
 from kdcache.archive.format.manifest import FileRecord
-from kdcache.archive.format.store import inner_name, sha256_of, translated_os_errors
+from kdcache.archive.format.store import inner_name, sha256_of
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
+from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, Remote, ending
 

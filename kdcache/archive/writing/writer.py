@@ -35,7 +35,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
     archive_digest,
 )
-from kdcache.archive.format.store import LocalStore, sha256, translated_os_errors
+from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.fields import PROBE_BYTES
@@ -60,6 +60,7 @@ from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.system.energy import Spent
+from kdcache.system.files import sweep_temporaries, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
@@ -487,9 +488,7 @@ def _sweep(store: LocalStore, archive: Archive) -> None:
     for old in store.root.glob("shards-*.jsonl"):
         if old.name != archive.manifest.shards.path:
             old.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):  # where there are no locks, another process may have come to the next line already
-        for left in store.root.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+    sweep_temporaries(store.root)
     shutil.rmtree(store.path(WORK), ignore_errors=True)
 
 
