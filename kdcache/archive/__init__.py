@@ -29,7 +29,8 @@ from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.archive.writing.card import code_span, escaped, licence_fields
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.writing.planning import new_plan, recorded_plan
-from kdcache.archive.writing.writer import ArchiveWriter, sweep, write_archive
+from kdcache.archive.writing.whole import write_archive
+from kdcache.archive.writing.writer import ArchiveWriter, sweep
 from kdcache.system.remote import is_url
 
 __all__ = [

@@ -25,10 +25,11 @@ from typing import BinaryIO
 from kdcache.archive.format.manifest import FileRecord
 from kdcache.archive.format.store import inner_name, sha256_of
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
+from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors, unique
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.remote import MissingError, Remote, ending
+from kdcache.system.remote import MissingError, Remote
 
 __all__ = ["Cache", "CachedStore", "download"]
 
