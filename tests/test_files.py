@@ -8,20 +8,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
 import pytest
 
+from kdcache.archive import Archive, open_archive
 from kdcache.archive.format.manifest import FileRecord
 from kdcache.archive.format.store import sha256
 from kdcache.archive.reading.cache import ABANDONED, Cache
 from kdcache.datasets.canvas import load_canvas, require_intact
 from kdcache.datasets.folder import Folder
 from kdcache.errors import RetryError
+from kdcache.sharing.push_pull import pull
 from kdcache.system.files import create_atomically, sweep_temporaries, write_atomically
 from kdcache.system.locks import NoLocksError, locked, locked_by_family
 from kdcache.training.learner import LOCK, _own
+from tests.archives import files, finish, writer
 from tests.test_writing import at_once
 
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524]
@@ -257,3 +261,20 @@ def test_without_locks_only_old_beginnings_of_files_make_room(tmp_path: Path, no
     record = FileRecord(path="file", bytes=len(data), sha256=sha256(data))
     Cache(tmp_path, 1000).fetch(record, "there", lambda begin: iter([data[begin:]]))
     assert part.exists() == kept
+
+
+def test_a_pull_without_locks_is_compared_with_its_digests_even_if_nobody_asked(
+    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = finish(writer(tmp_path / "a"))
+    leave_marker(tmp_path / "b/.pull/lock")
+    levels, verify = [], type(archive).verify
+
+    def note(of: Archive, level: str, *arguments: Any) -> Any:
+        levels.append(level)
+        return verify(of, level, *arguments)
+
+    monkeypatch.setattr(Archive, "verify", note)
+    pull(open_archive(archive.path), tmp_path / "b", verify=False)
+    assert "full" in levels, "two processes may have written into the same beginnings of files"
+    assert files(tmp_path / "b") == files(tmp_path / "a")
