@@ -231,7 +231,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServ
     with tarfile.open(tmp_path / "served/cifar-10-binary.tar.gz", "w:gz", compresslevel=0) as tar:
         tar.add(tmp_path / "made/cifar-10-batches-bin", "cifar-10-batches-bin")
     md5 = hashlib.md5((tmp_path / "served/cifar-10-binary.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setattr("kdcache.system.remote.BACKOFF", 0.01)
+    monkeypatch.setattr("kdcache.system.attempts.BACKOFF", 0.01)
     with FaultyServer(tmp_path / "served") as server:
         moved = fetching.Download(f"{server.url}/cifar-10-binary.tar.gz", md5, 1)
         monkeypatch.setattr(dataset["cifar10"], "download", moved)

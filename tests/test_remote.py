@@ -24,7 +24,7 @@ from kdcache.archive.reading.cache import Cache, CachedStore
 from kdcache.cli import run
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.replay.stream import CachedTargets
-from kdcache.system import remote
+from kdcache.system import attempts, remote
 from kdcache.system.remote import open_remote
 from tests.servers import Fault, FaultyServer, fake_hub, faulty_s3
 
@@ -36,7 +36,7 @@ SHARD = "logits/c/1/0/0"  # of the first layout: view 1, block 0
 def quick(monkeypatch, tmp_path):
     """A cache of each test's own, and no patience."""
     monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BACKOFF", 0.002)
+    monkeypatch.setattr(attempts, "BACKOFF", 0.002)
     for name in ("HF_TOKEN", "KDCACHE_CACHE_LIMIT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -220,7 +220,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_that_pass_are_survived(server, archives, monkeypatch, kind):
     if kind == "stalls":
-        monkeypatch.setattr(remote, "READ_TIMEOUT", 0.25)
+        monkeypatch.setattr(attempts, "READ_TIMEOUT", 0.25)
     there = open_archive(f"{server.url}/zarr")
     server.faults = {SHARD: FAULTS[kind]}
     assert_equal(there, open_archive(archives / "zarr"), range(1, 2))
@@ -251,9 +251,9 @@ def test_giving_up_says_what_was_tried(server, capfd):
     server.faults = {SHARD: Fault(status=500), "kdcache.json": Fault(status=503)}
     with pytest.raises(RetryError, match=f"{SHARD} cannot be reached") as caught:
         there.read(1, 0, 10).load()
-    assert f"tried {remote.ATTEMPTS} times" in caught.value.why
+    assert f"tried {attempts.ATTEMPTS} times" in caught.value.why
     assert "500 Internal Server Error" in caught.value.why
-    assert len(server.asked(SHARD)) == remote.ATTEMPTS
+    assert len(server.asked(SHARD)) == attempts.ATTEMPTS
 
     assert run(["info", f"{server.url}/zarr"]) == 75
     said = capfd.readouterr().err.splitlines()
@@ -402,7 +402,7 @@ def test_what_fails_in_a_prefetch_is_tried_again_by_who_needs_it(server, archive
     there = open_archive(f"{server.url}/zarr")
     server.faults = {SHARD: Fault(status=500)}
     there.prefetch(1)
-    wait_until(lambda: len(server.asked(SHARD)) == remote.ATTEMPTS)
+    wait_until(lambda: len(server.asked(SHARD)) == attempts.ATTEMPTS)
     with pytest.raises(RetryError, match=SHARD):
         there.read(1, 0, 10).load()
     server.faults = {}

@@ -27,7 +27,7 @@ from kdcache.sharing import push_pull as sharing_module
 from kdcache.sharing.publishing import without_places
 from kdcache.sharing.push_pull import pull, push, shipment
 from kdcache.sharing.signing import sign_archive, verify_signature
-from kdcache.system import remote as remote_module
+from kdcache.system import attempts
 from kdcache.system.remote import open_remote
 from kdcache.views import ViewPolicy
 from tests.archives import teacher_card
@@ -45,7 +45,7 @@ SECRET = "/home/somebody/very secret"
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache of each test's own, and no patience."""
     monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_module, "BACKOFF", 0.002)
+    monkeypatch.setattr(attempts, "BACKOFF", 0.002)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 

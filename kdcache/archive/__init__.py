@@ -18,7 +18,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
 )
 from kdcache.archive.format.rows import Rows
-from kdcache.archive.format.store import sha256, translated_os_errors
+from kdcache.archive.format.store import sha256
 from kdcache.archive.layouts import layout
 from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
@@ -29,7 +29,8 @@ from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.archive.writing.card import code_span, escaped, licence_fields
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.writing.planning import new_plan, recorded_plan
-from kdcache.archive.writing.writer import ArchiveWriter, sweep, write_archive
+from kdcache.archive.writing.whole import write_archive
+from kdcache.archive.writing.writer import ArchiveWriter, sweep
 from kdcache.system.remote import is_url
 
 __all__ = [
@@ -81,7 +82,6 @@ __all__ = [
     "sha256",
     "stored_bytes",
     "sweep",
-    "translated_os_errors",
     "write_archive",
 ]
 

@@ -2,9 +2,11 @@
 
 A canvas is a folder: `pixels.npy`, `labels.npy`, `sizes.npy` and `canvas.json` (keys, source card, digest). It is built in a
 hidden folder that is renamed when it is whole, so what has the right name is complete. The hidden folder outlives a kill:
-its journal says which samples are finished, and the next build goes on behind them.
+its journal says which samples are finished, and the next build goes on behind them. Where the file system has no locks,
+every process builds in a hidden folder of its own, and a killed build begins anew.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -16,12 +18,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import numpy as np
 import PIL
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kdcache.datasets import Images, Sample, Source, SourceCard, Split, dataset, source_card
 from kdcache.errors import IntegrityError, RetryError, UsageError
+from kdcache.system.files import unique, write_atomically
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
@@ -97,10 +100,10 @@ def load_canvas(
     path = home / f"{series}-{state[:8]}"
     if not path.is_dir():
         home.mkdir(parents=True, exist_ok=True)
-        with _alone(path, progress):
+        with _alone(path, progress) as folder:
             if not path.is_dir():
                 _mention_others(series, path, progress)
-                _build(source, images, split, size, path, state, fingerprint, skip_corrupt, progress)
+                _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, progress)
     canvas = _open(path)
     if skipped := canvas.card.skipped:
         shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
@@ -182,18 +185,20 @@ def _chunk(size: int) -> int:
 
 
 @contextmanager
-def _alone(path: Path, progress: Progress) -> Iterator[None]:
-    """Whoever holds the lock builds; the others wait for it rather than decode everything twice. It falls with its process."""
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        progress.say(f"waiting for another process to build {path}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _alone(path: Path, progress: Progress) -> Iterator[Path]:
+    """The hidden folder to build in. Whoever holds the lock builds; the others wait rather than decode everything twice.
+
+    Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
+    """
+    lock = path.with_name(path.name + ".lock")
+    with ExitStack() as held:
+        folder = _unfinished(path)
+        try:
+            held.enter_context(locked(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")))
+        except NoLocksError:
+            folder = path.with_name(f".{path.name}.{unique()}.tmp")
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def _mention_others(series: str, path: Path, progress: Progress) -> None:
@@ -221,12 +226,13 @@ def _build(
     split: Split,
     size: int,
     path: Path,
+    folder: Path,
     state: str,
     fingerprint: str,
     skip_corrupt: bool,
     progress: Progress,
 ) -> None:
-    names, samples, folder = images.class_names(), images.samples(split), _unfinished(path)
+    names, samples = images.class_names(), images.samples(split)
     card = source_card(source, names, split, samples)
     # What a resumed build must have in common with the one before. Another Pillow may decode the same file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
@@ -265,8 +271,13 @@ def _build(
     with (folder / "canvas.json").open("wb") as file:
         file.write(json.dumps(meta).encode())
         _sync(file)
-    folder.replace(path)
-    (path / "journal.jsonl").unlink()  # not before: killed in between, the next build would have to start at nothing
+    try:
+        folder.replace(path)
+    except OSError as error:  # where there are no locks, another process may have built the same canvas meanwhile
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+    # Not before: killed in between, the next build would have to start at nothing.
+    (path / "journal.jsonl").unlink(missing_ok=True)
 
 
 def _decode_all(
@@ -355,7 +366,7 @@ def _ahead(pool: Executor, decode: Callable[[Sample], Any], chunks: Iterator[Seq
 
 def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityError:
     listing = path.with_name(path.name + ".corrupt.txt")
-    listing.write_text("".join(f"{key}: {why}\n" for key, why in reasons.items()), encoding="utf-8")
+    write_atomically(listing, "".join(f"{key}: {why}\n" for key, why in reasons.items()).encode())
     shown = "; ".join(f"{key} ({why})" for key, why in list(reasons.items())[:10])
     more = f"; and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     return IntegrityError(

@@ -6,14 +6,15 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 from PIL import Image
 
 from kdcache.datasets import Images, Sample, Split
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch", "first_with", "pictures"]
@@ -80,7 +81,10 @@ def find_or_fetch(
         )
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place / ".fetching.lock"):  # a second process waits, and finds what the first one fetched
+    with ExitStack() as held:
+        with suppress(NoLocksError):  # what two processes fetched into one file at once, its checksum would refuse
+            # A second process waits, and finds what the first one fetched.
+            held.enter_context(locked(place / ".fetching.lock"))
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")

@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import kdcache
-from kdcache.archive import translated_os_errors
 from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
@@ -30,6 +29,7 @@ from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.training_figures import training_drawings
 from kdcache.system.energy import NOTHING
+from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["Report", "write_report"]

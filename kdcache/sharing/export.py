@@ -19,8 +19,8 @@ from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, 
 from kdcache.report import RunRecord, collect
 from kdcache.sharing.publishing import require_licences
 from kdcache.sharing.push_pull import OF_THE_HUB, quiet_hub, told_by_the_hub
+from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress, Silent
-from kdcache.training.learner import write_atomically
 from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
 
 __all__ = ["Export", "Which", "export", "hub_repository", "push_export", "require_known", "write_export"]

@@ -12,12 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import filelock
 
 from kdcache.archive.format.manifest import (
     CARD_NAME,
@@ -31,7 +29,7 @@ from kdcache.archive.format.manifest import (
     Manifest,
     load_manifest,
 )
-from kdcache.archive.format.store import LocalStore, inner_name, sha256, translated_os_errors
+from kdcache.archive.format.store import LocalStore, inner_name, sha256
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.reader import Archive, open_archive
 from kdcache.archive.reading.verification import Failure, Verification
@@ -40,6 +38,8 @@ from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotF
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.sharing.transfer import File, Meter, Stopped, bring, in_parallel, require_room
+from kdcache.system.files import translated_os_errors
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 
@@ -198,24 +198,25 @@ def _fill(
 ) -> Archive:
     """Have all files in `folder`, then the `closing` ones in their order, the last of which is the manifest."""
     store, work = LocalStore(folder), folder / PULL
-    with translated_os_errors(folder):
+    with translated_os_errors(folder), ExitStack() as held:
         work.mkdir(parents=True, exist_ok=True)
         try:
-            lock = filelock.FileLock(work / "lock", timeout=0).acquire()
-        except filelock.Timeout:
+            alone = held.enter_context(locked(work / "lock", wait=False))
+        except NoLocksError:
+            alone = verify = True  # another process may write into the same beginnings of files
+        if not alone:
             raise RetryError(
                 f"another process is filling {folder}", why="it holds the folder's lock", fix="wait for it, or stop it"
-            ) from None
-        with lock:
-            bring(files, folder, task, progress)
-            *others, last = closing.items()
-            for name, data in others:
-                store.write(name, data)
-            arrived = Archive(store, manifest)
-            if verify:
-                _require_sound(arrived.verify("full", progress))
-            store.write(*last)
-            shutil.rmtree(work, ignore_errors=True)
+            )
+        bring(files, folder, task, progress)
+        *others, last = closing.items()
+        for name, data in others:
+            store.write(name, data)
+        arrived = Archive(store, manifest)
+        if verify:
+            _require_sound(arrived.verify("full", progress))
+        store.write(*last)
+        shutil.rmtree(work, ignore_errors=True)
     return open_archive(folder)
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.archive.format.manifest import PULL, FileRecord
-from kdcache.archive.format.store import translated_os_errors
 from kdcache.archive.reading.cache import download
 from kdcache.errors import RetryError
+from kdcache.system.attempts import ending
+from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
-from kdcache.system.remote import ending
 
 __all__ = ["File", "Meter", "Stopped", "bring", "in_parallel", "require_room"]
 

@@ -37,12 +37,13 @@ from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
+from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import controls
 from kdcache.training.config import Runtime
 from kdcache.training.evaluation import EvalSet
-from kdcache.training.learner import Learner, metered, resolve_device, seeded, write_atomically
+from kdcache.training.learner import Learner, metered, resolve_device, seeded
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence

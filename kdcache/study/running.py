@@ -23,6 +23,7 @@ from pathlib import Path
 from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
 from kdcache.study.jobs import Job, StudyPlan
 from kdcache.study.schema import shipped_folder
+from kdcache.system.files import write_atomically
 from kdcache.system.locks import locked_by_family
 from kdcache.system.progress import Progress, Silent
 from kdcache.workspace import Workspace, read_record
@@ -131,7 +132,7 @@ def run_study(
             "data_dir": str(workspace.data_dir.absolute()) if workspace.data_dir else None,
             "directory": str(Path.cwd()),
         }
-        place.plan.write_text(json.dumps(settings | plan.as_json(), indent=1))
+        write_atomically(place.plan, json.dumps(settings | plan.as_json(), indent=1).encode())
         todo = [job for job in plan.jobs if not place.done(job.id)]
         progress.say(f"{len(plan.jobs) - len(todo)} of {len(plan.jobs)} jobs are done already; logs: {place.folder / 'logs'}")
         if todo:
@@ -280,9 +281,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
         "seconds": round(seconds, 1),
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    written = place.record(name).with_suffix(".part")
-    written.write_text(json.dumps(record, indent=1))
-    written.replace(place.record(name))
+    write_atomically(place.record(name), json.dumps(record, indent=1).encode())
     progress.say(f"done in {seconds:.0f} s: {job.title}")
     return 0
 

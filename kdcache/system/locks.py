@@ -1,4 +1,8 @@
-"""Locks between processes. They are the operating system's, and fall with the process that holds one, however it ends."""
+"""Locks between processes. They are the operating system's, and fall with the process that holds one, however it ends.
+
+Nothing but such a lock counts as held: a file that is there says nothing. Where the file system has no locks, callers get
+NoLocksError and decide whether to go on without one.
+"""
 
 import errno
 import os
@@ -10,7 +14,8 @@ import filelock
 
 __all__ = ["NoLocksError", "locked", "locked_by_family"]
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_ENOTSUPP = 524  # the Linux kernel's own, which NFS lets through
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP}
 
 
 class NoLocksError(OSError):

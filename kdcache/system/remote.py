@@ -1,40 +1,38 @@
 """Bytes by name on other machines: over HTTP, on object stores and on the Hugging Face Hub.
 
-obstore sends single requests. Whether to ask again, when, and from which byte on is decided here, alike for every server.
+obstore sends single requests. From which byte on to ask again is decided here, and when in `attempts`, alike for every server.
 """
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from kdcache import errors
-from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, RetryError, UsageError, unknown_name
+from kdcache.errors import KdcacheError, NotFoundError, RetryError, UsageError, unknown_name
+from kdcache.system import attempts as patience
+from kdcache.system.attempts import (
+    WORTH_REPEATING,
+    Attempts,
+    MissingError,
+    credentials,
+    give_up_if_certain,
+    reason_of,
+    refuse,
+    status_of,
+)
 
-__all__ = ["SCHEMES", "MissingError", "Remote", "ending", "hub_address", "is_url", "open_remote"]
+__all__ = ["SCHEMES", "MissingError", "Remote", "hub_address", "is_url", "open_remote"]
 
 SCHEMES = ("https", "http", "s3", "gs", "az", "hf")
-FIRST_ATTEMPTS = 4  # of a server that never answered: its name may be mistyped, and somebody is waiting
-ATTEMPTS = 10  # in a row without a new byte, of a server that did: two minutes in all
-BACKOFF = 0.5  # seconds before the second attempt; doubled before each further one
-LONGEST_BACKOFF = 30.0
-CONNECT_TIMEOUT = 10.0
-READ_TIMEOUT = 30.0  # seconds without a byte
 _NO_TIMEOUT = "365days"  # of a whole request: a large file on a slow line is no error
-
-
-class MissingError(NotFoundError):
-    """The server says that it has no such file."""
 
 
 class Remote(Protocol):
@@ -93,110 +91,6 @@ def open_remote(url: str) -> Remote:
     return _Objects(url, url, writable=True)
 
 
-def ending() -> bool:
-    """Whether the interpreter only waits for its threads, which should then end too."""
-    return not threading.main_thread().is_alive()
-
-
-# ----------------------------------------------------------------------------------------------- when to ask again
-
-
-class _Attempts:
-    """Attempts in a row that brought nothing new, with a growing pause before each next one."""
-
-    def __init__(self, what: str, limit: int) -> None:
-        self._what, self._limit = what, limit
-        self._failed = 0
-
-    def progressed(self) -> None:
-        self._failed, self._limit = 0, ATTEMPTS
-
-    def failed(self, reason: str) -> None:
-        """Returns when it is time to try again; raises RetryError when it is time to give up."""
-        self._failed += 1
-        if self._failed >= self._limit or ending():
-            raise RetryError(
-                f"{self._what} cannot be reached",
-                why=f"tried {self._failed} times, the last time: {reason}",
-                fix="look at the address and the network, then repeat the command: what was fetched is kept",
-            )
-        pause = min(LONGEST_BACKOFF, BACKOFF * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)
-        until = time.monotonic() + pause
-        while (left := until - time.monotonic()) > 0 and not ending():
-            time.sleep(min(left, 0.2))
-
-
-_STATUS = re.compile(r"non-2xx status code: (\d{3})([^:]*)")
-_CAUSE = re.compile(r'message: "([^"]+)"|error: "([^"]+)"')
-_CREDENTIALS_OF_MACHINES = "169.254.169.254"  # where clouds keep them, and obstore looks last
-_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
-_WORTH_REPEATING = {408, 425, 429}  # of the client errors: too slow, too early, too often
-
-
-def _status(error: Exception) -> int | None:
-    # obstore has classes for 401, 403 and 404 only; any other status is in its text.
-    found = _STATUS.search(str(error))
-    return int(found[1]) if found else None
-
-
-def _reason(error: Exception) -> str:
-    """What happened, in few words: obstore's text goes on for a page, with the cause at its end."""
-    text = str(error)
-    if found := _STATUS.search(text):
-        return f"the server answered {found[1]}{found[2]}".rstrip()
-    if "TimedOut" in text or "kind: Timeout" in text:
-        return f"no answer for {READ_TIMEOUT:g} seconds"
-    causes = [message or other for message, other in _CAUSE.findall(text)]
-    return causes[-1] if causes else text.partition("\n")[0].partition(" in ")[0]
-
-
-def _give_up_if_certain(error: Exception, where: str, answered: bool) -> None:
-    """Raise what asking again would not change, also considering whether the server has `answered` before."""
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status in {404, 410}:
-        raise MissingError(
-            f"{where} does not exist", why="the server answered 404 Not Found", fix="correct the address"
-        ) from None
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
-        raise NotFoundError(f"not allowed to read {where}", why=_reason(error), fix=_credentials(where)) from None
-    if _CREDENTIALS_OF_MACHINES in str(error) and not answered:
-        why = "no credentials are set, and this machine has none of its own"
-        raise NotFoundError(f"not allowed to read {where}", why=why, fix=_credentials(where)) from None
-    if status is None and "Content-Length" in str(error):
-        raise IncompatibleError(
-            f"{where}: the server does not say how long the file is",
-            why="it sends no Content-Length, so that a broken connection would look like the end of the file",
-            fix="serve the archive's files as they are, without compressing them on the way",
-        ) from None
-    if status is None and (found := _CERTIFICATE.search(str(error))):
-        raise NotFoundError(
-            f"{where} is not read",
-            why=f"the server's certificate is not one to trust: {found[1]}",
-            fix="where you know who issued it: export SSL_CERT_FILE=THEIR-CERTIFICATES.pem",
-        ) from None
-    if status is None and "following redirect" in str(error):
-        _refuse(where, "the server redirects in circles, or from https to http")
-    if status is not None and 300 <= status < 500 and status not in _WORTH_REPEATING:
-        _refuse(where, _reason(error))
-
-
-def _refuse(where: str, why: str) -> NoReturn:
-    raise NotFoundError(f"{where} cannot be read", why=why, fix="correct the address, or ask whoever runs the server") from None
-
-
-def _credentials(where: str) -> str:
-    if where.startswith("s3:"):
-        return (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_REGION, AWS_ENDPOINT_URL), "
-            "or AWS_SKIP_SIGNATURE=true for public data; profiles of ~/.aws are read where boto3 is installed"
-        )
-    if where.startswith("hf:"):
-        return "log in with: hf auth login, or set HF_TOKEN; ask for access on the page of the dataset if it is gated"
-    return "ask whoever runs the server for access"
-
-
 # ------------------------------------------------------------------------------------------------------- obstore
 
 
@@ -237,10 +131,10 @@ class _Objects:
                     raise
                 ranges = False
             except _failures() as error:
-                if _status(error) == 416:  # there is nothing from this byte on
+                if status_of(error) == 416:  # there is nothing from this byte on
                     return
-                _give_up_if_certain(error, self._where(name), self._answered)
-                attempts.failed(_reason(error))
+                give_up_if_certain(error, self._where(name), self._answered)
+                attempts.failed(reason_of(error))
 
     def size(self, name: str) -> int:
         import obstore
@@ -263,8 +157,8 @@ class _Objects:
                         yield last
                 return
             except _failures() as error:
-                _give_up_if_certain(error, self._where(folder), self._answered)
-                attempts.failed(_reason(error))
+                give_up_if_certain(error, self._where(folder), self._answered)
+                attempts.failed(reason_of(error))
 
     def put(self, name: str, data: bytes | Path) -> None:
         import obstore
@@ -295,11 +189,11 @@ class _Objects:
                 self._answered = True
                 return answer
             except _failures() as error:
-                _give_up_if_certain(error, self._where(name), self._answered)
-                attempts.failed(_reason(error))
+                give_up_if_certain(error, self._where(name), self._answered)
+                attempts.failed(reason_of(error))
 
-    def _attempts(self, name: str) -> _Attempts:
-        return _Attempts(self._where(name), ATTEMPTS if self._answered else FIRST_ATTEMPTS)
+    def _attempts(self, name: str) -> Attempts:
+        return Attempts(self._where(name), answered=self._answered)
 
     def _where(self, name: str) -> str:
         return f"{self.url}/{name}".rstrip("/")
@@ -307,7 +201,7 @@ class _Objects:
     @property
     def _store(self) -> Any:
         # Headers are part of the key, so that a token is never sent for somebody else's URL.
-        return _obstore(self._base, tuple(sorted(self._headers.items())), CONNECT_TIMEOUT, READ_TIMEOUT)
+        return _obstore(self._base, tuple(sorted(self._headers.items())), patience.CONNECT_TIMEOUT, patience.READ_TIMEOUT)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -412,7 +306,7 @@ def _open_hub(url: str) -> Remote:
     if not _COMMIT.fullmatch(revision):
         from huggingface_hub import HfApi
 
-        revision = _ask_hub(url, lambda: HfApi().dataset_info(repo, revision=revision, timeout=READ_TIMEOUT).sha)
+        revision = _ask_hub(url, lambda: HfApi().dataset_info(repo, revision=revision, timeout=patience.READ_TIMEOUT).sha)
     return _Hub(repo, revision, folder)
 
 
@@ -425,13 +319,13 @@ def _ask_hub(url: str, question: Any) -> Any:
         RevisionNotFoundError,
     )
 
-    attempts = _Attempts(url, FIRST_ATTEMPTS)
+    attempts = Attempts(url)
     while True:
         try:
             return question()
         except (GatedRepoError, RepositoryNotFoundError) as error:  # the Hub tells nobody that a private dataset exists
             why = "no such dataset, or not one that this account may read"
-            raise NotFoundError(f"{url}: {type(error).__name__}", why=why, fix=_credentials(url)) from None
+            raise NotFoundError(f"{url}: {type(error).__name__}", why=why, fix=credentials(url)) from None
         except RevisionNotFoundError:
             why = "the dataset has no such revision"
             raise NotFoundError(f"{url} does not exist", why=why, fix="correct what follows @") from None
@@ -439,8 +333,8 @@ def _ask_hub(url: str, question: Any) -> Any:
             raise UsageError(f"{url} is not a dataset on the Hub", why=str(error), fix="correct its name") from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            if 400 <= status < 500 and status not in _WORTH_REPEATING:
-                _refuse(url, f"the Hub answered {status}")
+            if 400 <= status < 500 and status not in WORTH_REPEATING:
+                refuse(url, f"the Hub answered {status}")
             attempts.failed(f"the Hub answered {status}")
         except KdcacheError:
             raise

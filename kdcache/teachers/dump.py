@@ -28,7 +28,6 @@ from kdcache.archive import (
     recorded_plan,
     stored_bytes,
     sweep,
-    translated_os_errors,
 )
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import Source, dataset
@@ -39,6 +38,7 @@ from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import this_rank
+from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import DumpConfig, Precision, TeacherConfig

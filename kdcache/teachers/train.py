@@ -33,6 +33,7 @@ from kdcache.models.creation import (
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import UNKNOWN, Spent, total
+from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import TeacherConfig
@@ -45,7 +46,6 @@ from kdcache.training.learner import (
     metered,
     resolve_device,
     seeded,
-    write_atomically,
 )
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.views.policy import ViewPolicy

@@ -7,20 +7,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdcache.archive import MAX_ROWS, moment_histogram, translated_os_errors
+from kdcache.archive import MAX_ROWS, moment_histogram
 from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
 from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team, this_rank
 from kdcache.system.energy import UNKNOWN, Meter, Spent
+from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.training.config import TrainConfig
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import make_optimizer
@@ -31,7 +32,6 @@ __all__ = [
     "metered",
     "resolve_device",
     "seeded",
-    "write_atomically",
 ]
 
 LOCK = ".lock"
@@ -81,15 +81,6 @@ def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:  # all scales at once: of a GPU's kernels, each small one takes as long as a large one
         torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
     return norms.square().sum().sqrt()
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace `file` by `data`, or leave it as it was."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with translated_os_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(file)
 
 
 class Learner:
@@ -308,7 +299,7 @@ class Learner:
 
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
@@ -410,8 +401,8 @@ class Learner:
             write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
         write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
+        (self.folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's
         self._release()
-        (self.folder / LOCK).unlink(missing_ok=True)
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
@@ -459,20 +450,22 @@ def _average(model: nn.Module, decay: float) -> Any:
     return ModelEmaV3(model, decay=decay)
 
 
-def _own(folder: Path) -> filelock.BaseFileLock:
-    """Take the folder for this process; the lock is the operating system's and ends with the process."""
-    with translated_os_errors(folder):
+def _own(folder: Path) -> ExitStack:
+    """Take the folder for this process, until the result is closed or the process ends.
+
+    Where there are no locks, a second process in the folder is not noticed: it would overwrite checkpoints, each whole.
+    """
+    held = ExitStack()
+    with translated_os_errors(folder), suppress(NoLocksError):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
+        if not held.enter_context(locked(folder / LOCK, wait=False)):
             raise RetryError(
                 f"{folder} is being trained by another process",
                 why="two processes in one folder would overwrite each other's checkpoints",
                 fix="repeat the command when the other one has ended; it goes on from there",
-            ) from None
-    return lock
+            )
+        sweep_temporaries(folder)
+    return held
 
 
 def _finite(value: float) -> float | None:

@@ -1,13 +1,10 @@
 """Bytes by name, below one folder, each written whole or not at all."""
 
-import errno
 import hashlib
 import os
 import re
-import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import FileRecord
 from kdcache.errors import IntegrityError, RetryError
+from kdcache.system.files import Buffers, create_atomically, write_atomically
 from kdcache.system.progress import Progress
 
 __all__ = [
@@ -28,15 +26,7 @@ __all__ = [
     "open_local",
     "sha256",
     "sha256_of",
-    "translated_os_errors",
 ]
-
-Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
-
-PIECES = 1024  # that every system takes at a time (IOV_MAX)
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def as_bytes(array: NDArray) -> memoryview:
@@ -54,27 +44,6 @@ def sha256(data: bytes | memoryview | Buffers) -> str:
 def sha256_of(file: BufferedReader) -> str:
     """sha256 of a file, which need not fit into memory."""
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into an error that says so; what was written before stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise RetryError(
-                f"no room to write {path}",
-                why=f"{os.strerror(error.errno or 0)}; everything finished before this file is kept",
-                fix="free some space (df -h shows where) and repeat the command: it goes on where it stopped",
-            ) from error
-        if error.errno in _NOT_ALLOWED:
-            raise RetryError(
-                f"not allowed to write {path}",
-                why=os.strerror(error.errno or 0),
-                fix=f"make {path.parent} writable, or choose another place with {elsewhere}",
-            ) from error
-        raise
 
 
 # Letters that mean the same on every system, in parts that are neither empty nor `.` or `..`, nor too long for a file system.
@@ -199,32 +168,17 @@ class LocalStore:
 
     def write(self, name: str, data: bytes | Buffers) -> None:
         """Write atomically: to a temporary name beside it, synced to disk, then renamed."""
-        self._write(name, data, Path.replace)
+        write_atomically(self.path(name), data)
 
     def create(self, name: str, data: bytes | Buffers) -> bool:
         """Write atomically what is not there yet; False if it is. Of several processes that try at once, one gets True."""
         try:
-            self._write(name, data, _link)
+            create_atomically(self.path(name), data)
         except FileExistsError:
             if not self.exists(name):  # it is a folder on the way there that cannot be made
                 raise
             return False
         return True
-
-    def _write(self, name: str, data: bytes | Buffers, publish: Callable[[Path, Path], object]) -> None:
-        path = self.path(name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with translated_os_errors(path):
-            _make_folder(path.parent)
-            try:
-                with temporary.open("wb", buffering=0) as file:
-                    _write_all(file.fileno(), [data] if isinstance(data, bytes) else data)
-                    os.fsync(file.fileno())
-                publish(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(path.parent)
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
@@ -242,52 +196,3 @@ def _unreadable(path: Path, error: OSError) -> IntegrityError:
         why="the archive's manifest needs it" + ("" if missing else f"; {os.strerror(error.errno or 0).lower()}"),
         fix="restore it from a copy, or run the dump again",
     )
-
-
-def _write_all(handle: int, data: Buffers) -> None:
-    """Many pieces with each call: the system then keeps the file in large pages, which cost a reader few page faults."""
-    left = [memoryview(piece).cast("B") for piece in data if len(piece)]
-    while left:
-        written = os.writev(handle, left[:PIECES])
-        done = 0
-        while done < len(left) and written >= left[done].nbytes:
-            written -= left[done].nbytes
-            done += 1
-        del left[:done]
-        if written:
-            left[0] = left[0][written:]
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Rename, but never onto a file that is there. Where the file system has no links, the last one wins."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}:
-            raise
-        temporary.replace(path)
-    else:
-        temporary.unlink()
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Each is an entry in another one, which is as good as nothing until it is synced."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable only once its directory is; not every filesystem lets a directory be synced.
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # swept away by the process that has finished the archive meanwhile: nothing is left to be lost
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
     <cache>/ab/ab34...           a file, named by its sha256: the same shard of two archives is kept once
     <cache>/ab/ab34....part      what has arrived of one; the next download goes on there, whoever makes it
+    <cache>/ab/ab34....9-ab.part the same where the file system has no locks: of one process, and nobody goes on there
     <cache>/locks/ab3            held by the process that downloads
 
 <cache> is $KDCACHE_CACHE, or kdcache below $XDG_CACHE_HOME (~/.cache). All processes of a user share it without a server
@@ -12,27 +13,30 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import filelock
-
 from kdcache.archive.format.manifest import FileRecord
-from kdcache.archive.format.store import inner_name, sha256_of, translated_os_errors
+from kdcache.archive.format.store import inner_name, sha256_of
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
+from kdcache.system.attempts import ending
+from kdcache.system.files import translated_os_errors, unique
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.remote import MissingError, Remote, ending
+from kdcache.system.remote import MissingError, Remote
 
 __all__ = ["Cache", "CachedStore", "download"]
 
 WORKERS = 8  # downloads at a time
 READ_LIMIT = 64 << 20  # bytes of a file that is read into memory
 DEFAULT_LIMIT = "50GB"
+ABANDONED = 24 * 3600  # seconds without a byte, after which nobody is downloading into a file any more
 Key = tuple[str, int]  # sha256 and size: what is downloaded once, under whatever names
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -81,7 +85,8 @@ class Cache:
     def fetch(self, record: FileRecord, where: str, stream: Callable[[int], Iterator[bytes]]) -> Path:
         """The file of `record`, downloaded unless it is here; `stream` gives its bytes from any byte on.
 
-        One process downloads, and others that want the same file wait for it.
+        One process downloads, and others that want the same file wait for it. Where there are no locks, each downloads for
+        itself.
         """
         if record.bytes > self.limit:
             raise UsageError(
@@ -92,10 +97,9 @@ class Cache:
         path = self.path(record)
         with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(record.sha256):
+            with self._begun(path) as part:
                 if found := self.find(record):
                     return found
-                part = path.with_name(f"{path.name}.part")
                 download(record, where, part, stream)
                 part.replace(path)
             self._checked.add(record.sha256)
@@ -110,11 +114,23 @@ class Cache:
             self._checked.add(record.sha256)
         return True
 
-    def _lock(self, sha256: str, *, wait: bool = True) -> filelock.BaseFileLock:
+    @contextmanager
+    def _begun(self, path: Path) -> Iterator[Path]:
+        """The file that `path` is downloaded into, which no other process writes to meanwhile."""
+        with ExitStack() as held:
+            part = path.with_name(f"{path.name}.part")
+            try:
+                held.enter_context(locked(self._lock(path)))
+            except NoLocksError:
+                part = path.with_name(f"{path.name}.{unique()}.part")
+                held.callback(part.unlink, missing_ok=True)
+            yield part
+
+    def _lock(self, path: Path) -> Path:
         # A fixed set of lock files, which are never deleted: two files that share one are fetched one after the other.
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / sha256[:3], timeout=-1 if wait else 0, thread_local=False)
+        return folder / path.name[:3]
 
     def _make_room(self, newest: Path, size: int) -> None:
         if self._unsurveyed is not None and self._unsurveyed >= size:
@@ -139,9 +155,14 @@ class Cache:
             if path.suffix != ".part":
                 path.unlink()  # who has it mapped keeps it until then
                 return True
-            with suppress(filelock.Timeout), self._lock(path.stem, wait=False):  # not while it is being downloaded
-                path.unlink()
-                return True
+            with ExitStack() as held:
+                try:
+                    free = held.enter_context(locked(self._lock(path), wait=False))
+                except NoLocksError:
+                    free = time.time() - path.stat().st_mtime > ABANDONED
+                if free:  # it is not being downloaded
+                    path.unlink()
+                return free
         return False
 
 

@@ -7,14 +7,12 @@ the presence of a data file. `finalize` turns the sidecars into the manifest, wh
 Who begins, extends or finishes a dump holds the archive's lock meanwhile; who writes a shard holds the shard's.
 """
 
-import datetime
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +33,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
     archive_digest,
 )
-from kdcache.archive.format.store import LocalStore, sha256, translated_os_errors
+from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.fields import PROBE_BYTES
@@ -58,13 +56,14 @@ from kdcache.archive.writing.planning import (
 from kdcache.codecs import UnstorableError
 from kdcache.codecs import codec as codecs
 from kdcache.datasets import SourceCard
-from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
 from kdcache.system.energy import Spent
+from kdcache.system.files import sweep_temporaries, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
 
-__all__ = ["ArchiveWriter", "sweep", "write_archive"]
+__all__ = ["ArchiveWriter", "sweep"]
 
 SIDECARS = f"{WORK}/shards"
 COSTS = f"{WORK}/costs"  # a file for each shard, which is replaced where the shard is written again
@@ -405,73 +404,6 @@ class ArchiveWriter:
         return open_archive(self.store.root)
 
 
-def write_archive(
-    path: str | os.PathLike[str],
-    logits: NDArray[np.float32],
-    class_names: Sequence[str],
-    *,
-    sample: NDArray[np.int64] | None = None,
-    labels: NDArray[np.int64] | None = None,
-    keys: Sequence[str] | None = None,
-    codec: str = "i16",
-    layout: str = "zarr",
-) -> Archive:
-    """Write `logits` float32 `[V, N, C]`, computed elsewhere, as an archive; `sample [V, N]` says which sample each row is."""
-    logits = np.asarray(logits, np.float32)
-    if logits.ndim != 3 or logits.shape[2] != len(class_names):
-        raise UsageError(
-            f"logits of shape {list(logits.shape)} with {len(class_names)} class names",
-            why="they must be [V, N, C] with one name per class",
-            fix="add the view axis with logits[None], or correct the names",
-        )
-    if LocalStore(path).exists(MANIFEST_NAME) or LocalStore(path).exists(PLAN):
-        raise UsageError(
-            f"{path} already holds an archive",
-            why="these logits cannot be compared with those that made it",
-            fix="write to another folder, or delete that one",
-        )
-    if sample is not None and np.shape(sample) != logits.shape[:2]:
-        raise UsageError(
-            f"sample numbers of shape {list(np.shape(sample))} for logits {list(logits.shape)}",
-            why="they must be [V, N]: which sample sits at each position of each view",
-            fix="pass one row of numbers for every view",
-        )
-    existed = Path(path).exists()
-    try:
-        return _write_whole(path, logits, class_names, sample, labels, keys, codec, layout)
-    except KdcacheError:
-        if not existed:  # nothing to go on with: whoever mends the logits begins anew
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _write_whole(
-    path: str | os.PathLike[str],
-    logits: NDArray[np.float32],
-    class_names: Sequence[str],
-    sample: NDArray[np.int64] | None,
-    labels: NDArray[np.int64] | None,
-    keys: Sequence[str] | None,
-    codec: str,
-    layout: str,
-) -> Archive:
-    writer = ArchiveWriter(
-        path,
-        num_views=logits.shape[0],
-        num_samples=logits.shape[1],
-        class_names=class_names,
-        labels=labels,
-        keys=keys,
-        codec=codec,
-        layout=layout,
-        provenance={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
-    )
-    for view, block in writer.missing():
-        rows = slice(writer.positions(block).start, writer.positions(block).stop)
-        writer.write(view, block, logits[view, rows], sample=None if sample is None else sample[view, rows])
-    return writer.finalize()
-
-
 def sweep(path: str | os.PathLike[str]) -> None:
     """Delete what a killed writer has left behind in a finished archive; nothing while views are appended to it."""
     store = LocalStore(path)
@@ -487,9 +419,7 @@ def _sweep(store: LocalStore, archive: Archive) -> None:
     for old in store.root.glob("shards-*.jsonl"):
         if old.name != archive.manifest.shards.path:
             old.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):  # where there are no locks, another process may have come to the next line already
-        for left in store.root.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+    sweep_temporaries(store.root)
     shutil.rmtree(store.path(WORK), ignore_errors=True)
 
 
