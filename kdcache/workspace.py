@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kdcache.archive import AnyArchive, Archive, Average, Ensemble, is_url, open_archive
+from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
 from kdcache.datasets import Source, Split, dataset
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.system.progress import Progress
+from kdcache.system.remote import is_url
 
 __all__ = [
     "Workspace",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch
 from kdcache.system.progress import Progress
 
 __all__ = ["CIFAR10", "CIFAR100"]
@@ -68,7 +68,7 @@ class _Cifar(Rooted):
             read = [_binary(file, form.label_bytes) if form.label_bytes else _python(file, form.label_key) for file in files]
             for file, (_, labels) in zip(files, read, strict=True):
                 if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
-                    raise damaged(file, f"it has labels from {labels.min()} to {labels.max()}, of {len(names)} classes")
+                    raise damaged_file(file, f"it has labels from {labels.min()} to {labels.max()}, of {len(names)} classes")
             pairs = ((image, label) for images, labels in read for image, label in zip(images, labels.tolist(), strict=True))
             return [
                 Sample(f"{split}/{i:05d}", label, lambda image=image: _picture(image))  # type: ignore[misc]
@@ -146,7 +146,7 @@ Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, 3072], labels 
 def _binary(file: Path, label_bytes: int) -> Batch:
     width = label_bytes + PIXELS
     if file.stat().st_size % width:
-        raise damaged(file, f"its {file.stat().st_size} bytes are not records of {width}")
+        raise damaged_file(file, f"its {file.stat().st_size} bytes are not records of {width}")
     records = np.memmap(file, np.uint8, "r").reshape(-1, width)
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
@@ -158,7 +158,7 @@ def _python(file: Path, label_key: str) -> Batch:
         if images.dtype != np.uint8 or images.shape != (len(labels), PIXELS):
             raise ValueError(f"its data are {images.dtype} {list(images.shape)} for {len(labels)} labels")
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
     return images, labels
 
 
@@ -167,7 +167,7 @@ def _names(file: Path, key: str) -> list[str]:
         return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
     found = _unpickled(file).get(key)
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise damaged(file, f"it has no list {key!r} of names")
+        raise damaged_file(file, f"it has no list {key!r} of names")
     return found
 
 
@@ -190,7 +190,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
     except Exception as error:  # damaged pickles fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 

@@ -16,7 +16,7 @@ from kdcache.datasets import Images, Sample, Split
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.system.progress import Progress, Silent
 
-__all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch", "first_with", "pictures"]
+__all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
 _PIECE = 1 << 20
 
@@ -170,7 +170,7 @@ def _unpack(file: Path, place: Path) -> None:
             return
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
     for entry in aside.iterdir():
         shutil.rmtree(place / entry.name, ignore_errors=True)
         entry.replace(place / entry.name)
@@ -178,7 +178,7 @@ def _unpack(file: Path, place: Path) -> None:
     file.unlink()
 
 
-def damaged(file: Path, why: str) -> KdcacheError:
+def damaged_file(file: Path, why: str) -> KdcacheError:
     """The error of a file that cannot be read as what it should be."""
     return IntegrityError(
         f"{file} is damaged",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.datasets import Counts, Images, Recipe, Split, dataset
-from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch, first_with, pictures
 from kdcache.system.progress import Progress
 
 __all__ = ["Cars", "Flowers", "Pets"]
@@ -52,7 +52,7 @@ class Pets(Rooted):
         # The breed is in the image's name: Abyssinian_100.
         breeds = {number: name.rpartition("_")[0] for part in rows.values() for name, number in part}
         if sorted(breeds) != list(range(1, len(breeds) + 1)):
-            raise damaged(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
+            raise damaged_file(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
         paths = {split: [(base / f"images/{name}.jpg", number - 1) for name, number in part] for split, part in rows.items()}
         files = [*listings.values(), *(file for part in paths.values() for file, _ in part)]
         return Listed(base, [breeds[i] for i in sorted(breeds)], lambda split: pictures(paths[split], base), files)
@@ -64,7 +64,7 @@ def _pet_rows(file: Path) -> list[tuple[str, int]]:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip() and line[0] != "#"]
         return [(line[0], int(line[1])) for line in lines]
     except (ValueError, IndexError) as error:
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
 
 
 @dataset.register("flowers")
@@ -99,7 +99,7 @@ class Flowers(Rooted):
             "test": np.sort(_matlab(sets, "tstid")[0]).astype(np.int64),
         }
         if any(part.size and not 1 <= part.min() <= part.max() <= len(labels) for part in chosen.values()):
-            raise damaged(sets, f"it names images beyond the {len(labels)} that have labels")
+            raise damaged_file(sets, f"it names images beyond the {len(labels)} that have labels")
         paths = {
             split: [(base / f"jpg/image_{number:05d}.jpg", int(labels[number - 1])) for number in part.tolist()]
             for split, part in chosen.items()
@@ -148,9 +148,9 @@ def _car_rows(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
     try:
         found = [(folder / str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
     except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise damaged(file, f"its annotations have no file names and classes: {error}") from None
+        raise damaged_file(file, f"its annotations have no file names and classes: {error}") from None
     if any(not 0 <= label < classes for _, label in found):
-        raise damaged(file, f"it has labels beyond the {classes} classes")
+        raise damaged_file(file, f"it has labels beyond the {classes} classes")
     return found
 
 
@@ -161,4 +161,4 @@ def _matlab(file: Path, name: str) -> Any:
     try:
         return loadmat(file)[name]
     except Exception as error:  # damaged files fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None

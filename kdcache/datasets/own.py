@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetching import Listed, Rooted, damaged
+from kdcache.datasets.fetching import Listed, Rooted, damaged_file
 from kdcache.datasets.folder import IMAGE_SUFFIXES
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
@@ -84,7 +84,7 @@ def _array(root: Path, name: str) -> NDArray:
                 return np.asarray(arrays[name])
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # damaged files fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
 
 
 def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray[np.int64], classes: int) -> None:
@@ -156,10 +156,10 @@ def _in_shard(shard: Path, classes: int) -> list[Sample]:
         elif suffix == "cls":
             text = member.read().decode("ascii", "replace").strip()
             if not text.isdigit() or int(text) >= classes:
-                raise damaged(shard, f"{member.name} holds {text[:40]!r}, not the number of one of {classes} classes")
+                raise damaged_file(shard, f"{member.name} holds {text[:40]!r}, not the number of one of {classes} classes")
             labels[key] = int(text)
     if unlabelled := sorted(images.keys() ^ labels.keys()):
-        raise damaged(shard, f"{unlabelled[0]} has an image without a label, or a label without an image")
+        raise damaged_file(shard, f"{unlabelled[0]} has an image without a label, or a label without an image")
     return [Sample(f"{shard.stem}/{key}", labels[key], load) for key, load in images.items()]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets.fetching import damaged
+from kdcache.datasets.fetching import damaged_file
 
 __all__ = ["Member", "in_tar", "members"]
 
@@ -39,7 +39,7 @@ def members(file: Path, offset: int = 0) -> Iterator[Member]:
                         yield Member(member.name, file, member.offset_data, member.size)
                     tar.members = []  # type: ignore[attr-defined]  # it keeps all of them otherwise, which may be millions
     except (tarfile.TarError, EOFError) as error:
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
 
 
 def in_tar(member: Member) -> Callable[[], Image.Image]:

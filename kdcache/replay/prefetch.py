@@ -89,7 +89,7 @@ def _outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Tables:
+class _DrawTables:
     """Tables of draws; the last one is kept, since batches of one view follow each other."""
 
     def __init__(self, policy: ViewPolicy, num_samples: int) -> None:
@@ -109,7 +109,7 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         self, canvas: Canvas, policy: ViewPolicy, archive: AnyArchive | None, renderer: Renderer, probe_version: int
     ) -> None:
         self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
-        self._tables = _Tables(policy, len(canvas))
+        self._tables = _DrawTables(policy, len(canvas))
 
     def __getitem__(self, item: Item) -> Rendered | KdcacheError:
         view, positions = item
@@ -148,7 +148,7 @@ def _on_gpu(
     resident: Resident,
 ) -> Iterator[Rendered]:
     """The device renderer on a side stream, some batches ahead of the model's stream, which waits for each batch."""
-    tables, pixels = _Tables(policy, len(canvas)), resident.pixels(canvas, device)
+    tables, pixels = _DrawTables(policy, len(canvas)), resident.pixels(canvas, device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from kdcache.archive import LogitMoments, Plan, Statistics, TauStatistics
+from kdcache.archive import ArchivePlan, LogitMoments, Statistics, TauStatistics
 
 __all__ = ["Advice", "Finding", "advise", "first_temperatures"]
 
@@ -93,7 +93,7 @@ class Advice:
     limits: str
 
 
-def advise(plan: Plan, statistics: Statistics) -> list[Advice]:
+def advise(plan: ArchivePlan, statistics: Statistics) -> list[Advice]:
     """Advice on an archive from its plan (or manifest) and its statistics; what orders the temperatures comes first."""
     origin, overlap = _origin(plan, statistics), _overlap(plan)
     # Classes that the pretraining never saw reverse the trend, whatever the entropies look like.
@@ -112,7 +112,7 @@ def first_temperatures(pieces: Iterable[Advice]) -> tuple[float, ...]:
     return next((piece.taus for piece in pieces if piece.taus and piece.finding in (ORIGIN, OVERLAP)), BOTH)
 
 
-def _origin(plan: Plan, statistics: Statistics) -> Advice:
+def _origin(plan: ArchivePlan, statistics: Statistics) -> Advice:
     """How much the teacher still says about the classes below the top one."""
     figures = _at(statistics, 1)
     if figures is None or plan.num_classes == 2:
@@ -157,7 +157,7 @@ def _origin(plan: Plan, statistics: Statistics) -> Advice:
     return Advice(ORIGIN, taus, "; ".join(numbers), applies, _sentences(doubts))
 
 
-def _doubts(plan: Plan, statistics: Statistics, figures: TauStatistics) -> list[str]:
+def _doubts(plan: ArchivePlan, statistics: Statistics, figures: TauStatistics) -> list[str]:
     """Why the ranges of the study's Table 1 may say little about this archive."""
     found = []
     low, high = STUDIED_CLASSES
@@ -177,7 +177,7 @@ def _doubts(plan: Plan, statistics: Statistics, figures: TauStatistics) -> list[
     return found
 
 
-def _overlap(plan: Plan) -> Advice:
+def _overlap(plan: ArchivePlan) -> Advice:
     """Overlap with the pretraining classes, and granularity."""
     name = plan.source.name if plan.source else "unknown"
     numbers = f"data {name}, {plan.num_classes} classes such as {', '.join(plan.class_names[:3])}"
@@ -212,7 +212,7 @@ def _training(statistics: Statistics) -> Advice:
     )
 
 
-def _differences(plan: Plan, statistics: Statistics) -> Advice:
+def _differences(plan: ArchivePlan, statistics: Statistics) -> Advice:
     details, taus = statistics.details, [figures.tau for figures in statistics.per_tau]
     if plan.num_classes < 4 or 10 not in taus or details is None:
         few = plan.num_classes < 4
@@ -232,7 +232,7 @@ def _differences(plan: Plan, statistics: Statistics) -> Advice:
     )
 
 
-def _standardization(plan: Plan, statistics: Statistics) -> Advice:
+def _standardization(plan: ArchivePlan, statistics: Statistics) -> Advice:
     if plan.num_classes == 2 or statistics.details is None:
         why = (
             "Two logits have the z-scores +1 and -1 in every row."

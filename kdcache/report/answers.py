@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, Comparison, Row, Table, labels, paired
+from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, PairedDifference, Row, Table, labels, paired
 
 __all__ = ["Answer", "Contrast", "answers", "contrasts", "method_contrasts", "overview"]
 
@@ -19,7 +19,7 @@ class Answer:
     best: Cell | None = None
     second_tau: float | None = None
     second: Cell | None = None
-    difference: Comparison | None = None  # of best and second over the seeds that both have; None: they share none
+    difference: PairedDifference | None = None  # of best and second over the seeds that both have; None: they share none
 
     @property
     def own_temperature(self) -> bool:
@@ -57,7 +57,7 @@ class Contrast:
     tau: float
     cell: Cell
     base: str  # what it is compared with
-    difference: Comparison | None  # None: no seed in common
+    difference: PairedDifference | None  # None: no seed in common
 
 
 def answers(table: Table) -> list[Answer]:

@@ -13,7 +13,7 @@ from kdcache.archive import Statistics, TauDetail, TauStatistics
 from kdcache.report.figures import COLOURS, Drawing
 from kdcache.stats import label_smoothing
 
-__all__ = ["archive_drawings", "logit_moments", "one_page", "sorted_softmax"]
+__all__ = ["archive_drawings", "moments_drawing", "one_page", "sorted_softmax"]
 
 SHOWN_RANKS = 20  # of the sorted softmax, as in the temperature study's Fig. 4
 MOST_TAUS = 4  # side by side
@@ -28,7 +28,7 @@ def archive_drawings(statistics: Statistics, num_classes: int, place: str) -> li
         drawings += [
             _entropy_histograms(statistics, place),
             sorted_softmax(statistics, num_classes, place),
-            logit_moments(statistics, place),
+            moments_drawing(statistics, place),
         ]
     return drawings
 
@@ -144,7 +144,7 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
     return Drawing("sorted softmax", caption, alt, (1.0 + 2.3 * len(shown), 4.8), draw)
 
 
-def logit_moments(statistics: Statistics, place: str) -> Drawing:
+def moments_drawing(statistics: Statistics, place: str) -> Drawing:
     """Logit standardization's Fig. 5: rows by mean and standard deviation of their logits, with both margins."""
     assert statistics.details
     moments = statistics.details.moments

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.archive import Archive, is_url, open_archive
+from kdcache.archive import Archive, open_archive
 from kdcache.errors import KdcacheError
-from kdcache.report.archive_figures import logit_moments, sorted_softmax
+from kdcache.report.archive_figures import moments_drawing, sorted_softmax
 from kdcache.report.figures import Drawing, entropy_histograms
 from kdcache.report.records import ArchiveArgs, RunRecord
+from kdcache.system.remote import is_url
 
 __all__ = ["ArchivePart", "archive_parts"]
 
@@ -106,7 +107,7 @@ def _teacher(archive: Archive, name: str) -> dict[str, Any]:
     facts.append(f"histograms over {len(values['entropy']):,} views")
     drawings = [entropy_histograms(name, values, means)]
     if manifest.statistics.details:
-        more = (sorted_softmax(manifest.statistics, archive.num_classes, name), logit_moments(manifest.statistics, name))
+        more = (sorted_softmax(manifest.statistics, archive.num_classes, name), moments_drawing(manifest.statistics, name))
         drawings += [dataclasses.replace(drawing, name=f"{drawing.name} {name}") for drawing in more]
     return {"archive": archive, "facts": "; ".join(facts) + ".", "drawings": tuple(drawings)}
 

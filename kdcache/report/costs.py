@@ -7,11 +7,11 @@ from kdcache.archive import COST, TEACHER_COST, Archive, DumpCost
 from kdcache.report.records import ArchiveArgs, RunRecord
 from kdcache.system.energy import UNKNOWN, Spent, total
 
-__all__ = ["Cost", "costs"]
+__all__ = ["ArchiveCosts", "costs"]
 
 
 @dataclass(frozen=True)
-class Cost:
+class ArchiveCosts:
     """Of all students of one archive, of one average of archives, or of one and another for second views.
 
     None is what was not recorded. A pass is the teacher's (of an average, every teacher's) answer to one view of one sample.
@@ -49,7 +49,7 @@ class Cost:
         return self.students / self.saving if self.saving else None
 
 
-def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> list[Cost]:
+def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> list[ArchiveCosts]:
     """A line for all students of the same archives; `archives` by digest, those of second views too."""
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
@@ -58,7 +58,7 @@ def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) 
     return [_cost(runs, archives) for runs in groups.values()]
 
 
-def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> Cost:
+def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> ArchiveCosts:
     args, second = runs[0].args, runs[0].second_archive
     members = _opened(args.archives or (args,), archives)
     others = _opened((second,), archives) if second else members
@@ -66,7 +66,7 @@ def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> 
     epochs, seconds = sum(run.epochs_done for run in runs), sum(run.second_views for run in runs)
     online = None if members is None or others is None else epochs * _samples(members) + seconds * _samples(others)
     begun = [run for run in runs if run.epochs_done]
-    return Cost(
+    return ArchiveCosts(
         name=args.archive_name,
         digest=args.archive_digest,
         second=second.archive_name if second else "",

@@ -29,7 +29,7 @@ __all__ = [
     "control_dots",
     "entropy_histograms",
     "pages_of",
-    "render",
+    "render_figure",
     "short",
     "tau_curves",
 ]
@@ -79,7 +79,7 @@ class Drawing:
     draw: Callable[[Figure], None]
 
 
-def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
+def render_figure(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
     """The figure as SVG and as PNG; the same bytes for the same data. Different `salt`s give different ids in the SVG."""
     svg, png = io.BytesIO(), io.BytesIO()
     with style.context(["default", STYLE | {"svg.hashsalt": salt}]):

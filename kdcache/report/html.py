@@ -21,8 +21,8 @@ from kdcache.archive import translated_os_errors
 from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
-from kdcache.report.costs import Cost, costs
-from kdcache.report.figures import Drawing, control_dots, render, tau_curves
+from kdcache.report.costs import ArchiveCosts, costs
+from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
 from kdcache.report.moment_figures import moment_drawings
@@ -50,13 +50,13 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Tables:
+class _PageTables:
     """What the page shows as tables, besides the runs themselves."""
 
     results: Heatmap
     heatmaps: list[Heatmap]
     teachers: list[TeacherFigures]
-    costs: list[Cost]
+    costs: list[ArchiveCosts]
 
 
 def write_report(
@@ -83,7 +83,7 @@ def write_report(
         for folder in ("figures", "tables"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         for number, (drawing, name) in enumerate(zip(every, names, strict=True), 1):
-            svg, png = render(drawing, name)
+            svg, png = render_figure(drawing, name)
             (out / f"figures/{name}.svg").write_bytes(svg)
             (out / f"figures/{name}.png").write_bytes(png)
             shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
@@ -103,8 +103,8 @@ def _teachers(records: Sequence[RunRecord], archives: Sequence[ArchivePart]) -> 
 
 def _tables(
     records: Sequence[RunRecord], table: Table, teachers: dict[str, TeacherFigures], archives: Sequence[ArchivePart]
-) -> _Tables:
-    return _Tables(
+) -> _PageTables:
+    return _PageTables(
         results(table),
         heatmaps(table, teachers),
         list(teachers.values()),
@@ -112,7 +112,7 @@ def _tables(
     )
 
 
-def _write_tables(tables: _Tables, folder: Path) -> tuple[Path, ...]:
+def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
     """Each table as LaTeX."""
     shown = [tables.results, *tables.heatmaps]
     texts = dict(
@@ -163,7 +163,7 @@ def _page(
     experiment: Experiment | None,
     records: Sequence[RunRecord],
     table: Table,
-    tables: _Tables,
+    tables: _PageTables,
     archives: Sequence[ArchivePart],
     drawings: dict[str, list[Drawing]],
     shown: dict[Drawing, Markup],

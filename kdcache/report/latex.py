@@ -3,11 +3,11 @@
 import re
 from collections.abc import Sequence
 
-from kdcache.report.costs import Cost
+from kdcache.report.costs import ArchiveCosts
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
 from kdcache.system.energy import Spent
 
-__all__ = ["costs_table", "escaped", "heatmap_table", "savings_table", "teachers_table"]
+__all__ = ["costs_table", "heatmap_table", "latex_escaped", "savings_table", "teachers_table"]
 
 HEAD = r"""% {title}
 % Written by kdcache {version}; needs \usepackage{{booktabs}}."""
@@ -25,7 +25,7 @@ SPECIAL = {
 MISSING = "--"
 
 
-def escaped(text: str) -> str:
+def latex_escaped(text: str) -> str:
     """`text` as LaTeX prints it: one line, without commands."""
     text = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text))
     return "".join(SPECIAL.get(character, character) for character in text)
@@ -36,12 +36,14 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
     count = len(heatmap.fields)
     head = [
         *map(_field, heatmap.fields),
-        *(rf"$\tau = {name}$" if heatmap.over == "tau" else escaped(name) for name in heatmap.columns),
+        *(rf"$\tau = {name}$" if heatmap.over == "tau" else latex_escaped(name) for name in heatmap.columns),
     ]
     counts = {score.cell.n for line in heatmap.lines for score in line.scores if score}
     each = len(counts) > 1
     body = [
-        " & ".join([*map(escaped, line.names), *(MISSING if score is None else _score(score, each) for score in line.scores)])
+        " & ".join(
+            [*map(latex_escaped, line.names), *(MISSING if score is None else _score(score, each) for score in line.scores)]
+        )
         for line in heatmap.lines
     ]
     seeds = r"number of seeds in brackets" if each else rf"$n = {counts.pop()}$" if counts else "no run is complete"
@@ -73,7 +75,7 @@ def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
     return _plain("Archives and their teachers; relative entropies at tau 1", head, rows, "llllrrrrr", version)
 
 
-def costs_table(costs: Sequence[Cost], version: str) -> str:
+def costs_table(costs: Sequence[ArchiveCosts], version: str) -> str:
     """What each archive, its teacher and its students cost."""
     head = ("archive", "digest", "teacher h", "teacher Wh", "dump h", "dump Wh", "MB", "students", "epochs", "students h", "Wh")
     rows = [
@@ -93,7 +95,7 @@ def costs_table(costs: Sequence[Cost], version: str) -> str:
     return _plain(f"Costs, as far as they were recorded: device-hours{of}", head, rows, "ll" + "r" * 9, version)
 
 
-def savings_table(costs: Sequence[Cost], version: str) -> str:
+def savings_table(costs: Sequence[ArchiveCosts], version: str) -> str:
     """What each archive saved."""
     head = ("archive", "digest", "passes stored", "passes online", "saving", "dump h", "online h", "h saved", "break-even")
     rows = [
@@ -111,7 +113,7 @@ def savings_table(costs: Sequence[Cost], version: str) -> str:
     return _plain(title, head, rows, "llrrrrrrr", version)
 
 
-def _archive(cost: Cost) -> tuple[str, str]:
+def _archive(cost: ArchiveCosts) -> tuple[str, str]:
     return cost.name + (f", second views of {cost.second}" if cost.second else ""), cost.digest[:8]
 
 
@@ -130,7 +132,7 @@ def _brief(value: float | None) -> str:
 
 def _plain(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], columns: str, version: str) -> str:
     """A table of texts; what is empty is marked as missing."""
-    body = [" & ".join(escaped(value) or MISSING for value in row) for row in rows]
+    body = [" & ".join(latex_escaped(value) or MISSING for value in row) for row in rows]
     return "\n".join([_head(title, version), *_tabular(columns, [_field(name) for name in head], body), ""])
 
 
@@ -148,7 +150,7 @@ def _tabular(columns: str, head: Sequence[str], body: Sequence[str], note: str =
 
 def _field(name: str) -> str:
     """The heads that are symbols as such."""
-    return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, escaped(name))
+    return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, latex_escaped(name))
 
 
 def _score(score: Score, seeds: bool) -> str:

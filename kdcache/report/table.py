@@ -17,7 +17,7 @@ __all__ = [
     "ROW_FIELDS",
     "UNPAIRED",
     "Cell",
-    "Comparison",
+    "PairedDifference",
     "Row",
     "Table",
     "labels",
@@ -136,7 +136,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """Mean difference over the seeds that two cells share, in points, with its 95 % t interval (None for one seed)."""
 
     mean: float
@@ -249,7 +249,7 @@ def _place(record: RunRecord, name: str) -> tuple[object, ...]:
     return *study, args.student, args.method_spec, args.control_spec, args.tau, args.seed, *recipe
 
 
-def paired(first: Cell, second: Cell) -> Comparison | None:
+def paired(first: Cell, second: Cell) -> PairedDifference | None:
     """`first` minus `second` over the seeds that both have; None if they share none."""
     from scipy.special import stdtrit  # Student's t, as in scipy.stats, which takes a second to import
 
@@ -259,9 +259,9 @@ def paired(first: Cell, second: Cell) -> Comparison | None:
     difference = np.array([first.values[seed] - second.values[seed] for seed in seeds])
     mean, n = float(difference.mean()), len(seeds)
     if n == 1:
-        return Comparison(mean, None, None, n)
+        return PairedDifference(mean, None, None, n)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(difference.std(ddof=1)) / math.sqrt(n)
-    return Comparison(mean, mean - half, mean + half, n)
+    return PairedDifference(mean, mean - half, mean + half, n)
 
 
 def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save
 from torch import nn
 
-from kdcache.archive import Licences, code_span, escaped, licence_fields, open_archive
+from kdcache.archive import Licences, code_span, licence_fields, markdown_escaped, open_archive
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.creation import Normalisation, create_model, load_weights, resolve, timm_config, weights_digest
 from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept
@@ -159,10 +159,10 @@ def _run(folder: Path, which: Which) -> _Trained:
     archives = args.archives or (args,)
     facts = {
         "student": code_span(args.student),
-        "started from": escaped(_started(more)),
+        "started from": markdown_escaped(_started(more)),
         "teacher": code_span(str(teacher)),
         "archive of its logits": ", ".join(f"{code_span(a.archive_name)}, digest `{a.archive_digest}`" for a in archives),
-        "data": escaped(_dataset(args.dataset)),
+        "data": markdown_escaped(_dataset(args.dataset)),
         "method": f"{code_span(args.method_spec)}, {tau}",
         "control of the targets": code_span(args.control_spec),
         "seed": str(args.seed),
@@ -220,10 +220,10 @@ def _teacher(folder: Path, which: Which) -> _Trained:
     label = record.get("dataset_label") or record.get("dataset", "")
     facts = {
         "model": code_span(record["name"]),
-        "started from": escaped(
+        "started from": markdown_escaped(
             {"timm": "pretrained weights", "random": "random weights"}.get(start := training.get("start"), str(start))
         ),
-        "data": escaped(label),
+        "data": markdown_escaped(label),
         **({"label smoothing": f"{training['smoothing']:g}"} if "smoothing" in training else {}),
         **({"seed": str(training["seed"])} if "seed" in training else {}),
         **({"epochs": str(training["epochs"])} if "epochs" in training else {}),
@@ -284,7 +284,7 @@ def _optimiser(settings: Mapping[str, Any]) -> str:
         f"learning rate {settings['lr']:g}",
         f"weight decay {settings['weight_decay']:g}",
         f"batches of {settings['batch_size']}",
-        f"schedule {escaped(str(settings.get('sched', 'cosine')))}",
+        f"schedule {markdown_escaped(str(settings.get('sched', 'cosine')))}",
     ]
     if settings.get("clip_grad") is not None:
         said.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
@@ -309,8 +309,8 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
     facts["these are"] = _CHOSEN[which]
     for shown, value in found.scores.items():
         facts[f"{shown}, clean test images"] = f"{value:.2f} %"
-    facts["licence of the data"] = escaped(licences.data or "unknown")
-    facts["licence of the weights that it comes from"] = escaped(licences.weights or "unknown")
+    facts["licence of the data"] = markdown_escaped(licences.data or "unknown")
+    facts["licence of the weights that it comes from"] = markdown_escaped(licences.weights or "unknown")
     zoo = type(model).__module__ == "kdcache.models.cifar"
     size = found.input_size
     lines = [
@@ -318,7 +318,7 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {escaped(found.title)}",
+        f"# {markdown_escaped(found.title)}",
         "",
         f"An image classifier of {len(found.class_names):,} classes for {size} x {size} pixels, trained and exported with "
         "[kdcache](https://pypi.org/project/kdcache).",

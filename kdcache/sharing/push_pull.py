@@ -39,7 +39,7 @@ from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
-from kdcache.sharing.transfer import File, Meter, Stopped, bring, in_parallel, require_room
+from kdcache.sharing.transfer import ByteCounter, File, TransferEnded, bring, in_parallel, require_room
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 
@@ -370,18 +370,18 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
     if marked is None:
         _require_free(url, () if begun else sorted(there))
         remote.put(MARKER, mark)
-    meter, task, total = Meter(), f"push {url}", sum(record.bytes for record in sending.files.values())
+    counter, task, total = ByteCounter(), f"push {url}", sum(record.bytes for record in sending.files.values())
     store = LocalStore(sending.archive.path)
 
     def send(record: FileRecord) -> None:
-        if meter.stop.is_set():
-            raise Stopped
+        if counter.stop.is_set():
+            raise TransferEnded
         if record.path not in there or remote.size(record.path) != record.bytes:
             remote.put(record.path, store.path(record.path))
-        meter.add(record.bytes)
+        counter.add(record.bytes)
 
     records = list(sending.files.values())
-    in_parallel(send, records, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    in_parallel(send, records, counter, lambda: progress.update(task, min(counter.bytes, total - 1), total, counter.note(total)))
     for name, data in sending.closing.items():
         remote.put(name, data)
     remote.delete(MARKER)

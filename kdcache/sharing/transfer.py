@@ -19,7 +19,7 @@ from kdcache.errors import RetryError
 from kdcache.system.progress import Progress
 from kdcache.system.remote import ending
 
-__all__ = ["File", "Meter", "Stopped", "bring", "in_parallel", "require_room"]
+__all__ = ["ByteCounter", "File", "TransferEnded", "bring", "in_parallel", "require_room"]
 
 WORKERS = 8  # files on their way at a time
 
@@ -36,16 +36,16 @@ def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) ->
     """Have all files below `folder`, each checked; those that are there stay, and beginnings in `.pull` are gone on with."""
     total = sum(file.record.bytes for file in files)
     require_room(folder, _missing_bytes(files, folder))
-    meter = Meter()
+    counter = ByteCounter()
 
     def bring_one(file: File) -> None:
         target = folder / file.record.path
         try:
             if _is(target, file.record):
-                meter.add(file.record.bytes)
+                counter.add(file.record.bytes)
                 return
             part = _part(folder, file.record)
-            download(file.record, file.record.path, part, meter.watched(file.stream))
+            download(file.record, file.record.path, part, counter.watched(file.stream))
             with part.open("rb") as whole:
                 os.fsync(whole.fileno())
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,9 @@ def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) ->
                 f"{target} cannot be written", why=error.strerror or str(error), fix="choose another folder, and repeat"
             ) from error
 
-    in_parallel(bring_one, files, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    in_parallel(
+        bring_one, files, counter, lambda: progress.update(task, min(counter.bytes, total - 1), total, counter.note(total))
+    )
     progress.update(task, total, total)
 
 
@@ -91,7 +93,7 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-class Meter:
+class ByteCounter:
     """Counts the bytes that several threads move, and lets all of them stop."""
 
     def __init__(self) -> None:
@@ -113,7 +115,7 @@ class Meter:
             counted = start
             for piece in stream(start):
                 if self.stop.is_set():
-                    raise Stopped
+                    raise TransferEnded
                 self.add(len(piece))
                 counted += len(piece)
                 yield piece
@@ -125,23 +127,23 @@ class Meter:
         return f"{self.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s"
 
 
-class Stopped(BaseException):
+class TransferEnded(BaseException):
     """Another file's error, or whoever waits for all of them, ended this one's transfer. Nobody gets to see it."""
 
 
-def in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: Meter, report: Callable[[], None]) -> None:
+def in_parallel(action: Callable[[Any], None], items: Sequence[Any], counter: ByteCounter, report: Callable[[], None]) -> None:
     """`action` on all items, several at a time; the first error, or an interruption, ends all."""
     waiting, errors = deque(items), deque[BaseException]()
 
     def work() -> None:
         with suppress(IndexError):
-            while not meter.stop.is_set() and not ending():
+            while not counter.stop.is_set() and not ending():
                 item = waiting.popleft()
                 try:
                     action(item)
                 except BaseException as error:
                     errors.append(error)
-                    meter.stop.set()
+                    counter.stop.set()
 
     # No executor: a process that is interrupted would wait for its threads, which try for minutes to reach a lost server.
     threads = [threading.Thread(target=work, name="kdcache-transfer") for _ in range(min(WORKERS, len(items)))]
@@ -152,7 +154,7 @@ def in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: Mete
             next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(0.2)
             report()
     except BaseException:
-        meter.stop.set()
+        counter.stop.set()
         raise
     if errors:
         raise errors[0]

@@ -17,11 +17,11 @@ import torch
 from kdcache.archive import (
     TEACHER_COST,
     Archive,
+    ArchivePlan,
     ArchiveWriter,
     CanvasCard,
     Failure,
     Noise,
-    Plan,
     TeacherCard,
     Verification,
     layout,
@@ -142,7 +142,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     return str(path)
 
 
-def rows_of_dump(config: DumpConfig, views: int, samples: int, class_names: Sequence[str]) -> Plan:
+def rows_of_dump(config: DumpConfig, views: int, samples: int, class_names: Sequence[str]) -> ArchivePlan:
     """The rows of the archive that a dump of so many views and samples would write."""
     return new_plan(
         num_views=views,

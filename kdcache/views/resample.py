@@ -65,7 +65,7 @@ def crop_and_resize(
     )
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
     step = max(1, _AT_ONCE[device.type] // (12 * side * max(side, size)))
-    tables = _Tables(device)
+    tables = _LineSums(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
         x_taps, columns = across.window(chunk, side)
@@ -169,7 +169,7 @@ def _taps(
     )
 
 
-class _Tables:
+class _LineSums:
     """Weighted sums of lines. On a CPU, the tables of lines are kept from chunk to chunk."""
 
     def __init__(self, device: torch.device) -> None:

@@ -17,13 +17,13 @@ from kdcache.views.policy import ViewPolicy
 
 __all__ = [
     "FORMAT_VERSION",
+    "ArchivePlan",
     "CanvasCard",
     "FileRecord",
     "Licences",
     "LogitMoments",
     "Manifest",
     "Noise",
-    "Plan",
     "ShardRecord",
     "Statistics",
     "StatisticsDetails",
@@ -70,7 +70,7 @@ class FileRecord(_Record):
 
 
 class ShardRecord(_Record):
-    """One (view, block of positions): its files, and the digest of its rows (`Plan.rows_hash`), which no layout changes."""
+    """The files of one shard (a view's block of positions), and the digest of its rows, which is the same in every layout."""
 
     view: int = Field(ge=0, le=INT64)
     block: int = Field(ge=0, le=INT32)
@@ -195,7 +195,7 @@ class Licences(_Record):
     weights: str | None = None
 
 
-class Plan(_Record):
+class ArchivePlan(_Record):
     """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
 
     # View numbers are the policy's: a part of an archive says which views it has, and calls them by their numbers.
@@ -259,7 +259,7 @@ class Plan(_Record):
         )
 
 
-class Manifest(Plan):
+class Manifest(ArchivePlan):
     format: Literal["kdcache"] = "kdcache"
     format_version: Literal[1] = 1
     readable_by: str = READABLE_BY
@@ -289,7 +289,7 @@ class Manifest(Plan):
         return self
 
 
-def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
+def archive_digest(plan: ArchivePlan, shards: Iterable[ShardRecord]) -> str:
     """sha256 that identifies the contents: equal dumps have equal digests in every layout."""
     identity = plan.identity
     kept = {key: identity[key] for key in ("num_samples", "class_names", "codec", "source", "canvas", "policy")}

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Buffers, Store
 from kdcache.codecs import codec
 from kdcache.registry import Registry
@@ -39,19 +39,21 @@ class ShardReader(Protocol):
 
 
 class Layout(Protocol):
-    def fit(self, plan: Plan) -> "Layout":
+    def fit(self, plan: ArchivePlan) -> "Layout":
         """The layout with the sizes that suit `plan`; UsageError where the two do not go together."""
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         """Name and bytes of each file of one shard, in pieces that need not be copied together."""
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         """All files that belong to no shard: labels and keys per sample, and what other software needs to find the rows."""
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         """Two lines of Python that read the logits (or the entropies) of `PATH` without kdcache, for the card."""
 
-    def open(self, plan: Plan, store: Store) -> ShardReader: ...
+    def open(self, plan: ArchivePlan, store: Store) -> ShardReader: ...
 
 
 layout: Registry[Layout] = Registry("layout")
@@ -62,7 +64,7 @@ def unit_bytes_rows(row_bytes: int) -> int:
     return 1 << (max(1, UNIT_BYTES // row_bytes).bit_length() - 1)
 
 
-def unit_rows(plan: Plan) -> int:
+def unit_rows(plan: ArchivePlan) -> int:
     """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard."""
     row_bytes = codec.from_dict(plan.codec).dtype.itemsize * plan.num_classes
     most = min(unit_bytes_rows(row_bytes), plan.shard_rows)

@@ -17,7 +17,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import as_bytes
 from kdcache.codecs import codec
 
@@ -35,7 +35,7 @@ BESIDE: dict[str, RowType] = {
 }
 
 
-def row_fields(plan: Plan) -> dict[str, RowType]:
+def row_fields(plan: ArchivePlan) -> dict[str, RowType]:
     """dtype and shape of one row of every field, in the order in which they are stored."""
     if plan.contents == "statistics":
         return dict(BESIDE)
@@ -44,7 +44,7 @@ def row_fields(plan: Plan) -> dict[str, RowType]:
     return {"logits": (coding.dtype, (plan.num_classes,)), **parameters, **BESIDE}
 
 
-def rows_digest(plan: Plan, fields: Mapping[str, NDArray]) -> str:
+def rows_digest(plan: ArchivePlan, fields: Mapping[str, NDArray]) -> str:
     """Digest of a shard's rows: of the fields' little-endian bytes, one field after the other, as `plan.rows_hash` says.
 
     Archives from before there was a choice (sha256) hash the decoded logits, not the stored ones.

@@ -17,7 +17,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
@@ -40,10 +40,10 @@ class Hdf5Layout:
 
     unit_rows: int = field(default=0, metadata=FITTED)
 
-    def fit(self, plan: Plan) -> "Hdf5Layout":
+    def fit(self, plan: ArchivePlan) -> "Hdf5Layout":
         return Hdf5Layout(unit_rows(plan))
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
         units = range(0, plan.block_rows(block), self.unit_rows)
         columns[CRC32C] = np.array(
@@ -52,7 +52,9 @@ class Hdf5Layout:
         )
         return {_shard(view, block): _file(columns)}
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         columns: dict[str, NDArray] = {}
         if labels is not None:
             columns["label"] = labels.astype("<i8")
@@ -63,7 +65,7 @@ class Hdf5Layout:
             columns["key_bytes"] = np.frombuffer(b"".join(encoded) or b"\0", "u1")
         return {SAMPLES: _file(columns)} if columns else {}
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         rows = f"0:{min(256, plan.block_rows(0))}"
         opening = f'import h5py; f = h5py.File("PATH/{_shard(plan.first_view, 0)}")'
         if plan.contents == "statistics":
@@ -72,7 +74,7 @@ class Hdf5Layout:
         logits = codec.from_dict(plan.codec).formula.format_map({name: f'f["{name}"][{rows}]' for name in names})
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
-    def open(self, plan: Plan, store: Store) -> "Hdf5Reader":
+    def open(self, plan: ArchivePlan, store: Store) -> "Hdf5Reader":
         return Hdf5Reader(plan, store, self.unit_rows)
 
 
@@ -163,7 +165,7 @@ class _File:
 
 
 class Hdf5Reader:
-    def __init__(self, plan: Plan, store: Store, unit: int) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, unit: int) -> None:
         self._plan, self._store, self._unit = plan, store, unit
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(lambda view, block: _File(store, _shard(view, block)))

@@ -17,7 +17,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
@@ -51,7 +51,7 @@ class WebDatasetLayout:
                 fix="--layout webdataset, or webdataset:1 for a record of each row",
             )
 
-    def fit(self, plan: Plan) -> "WebDatasetLayout":
+    def fit(self, plan: ArchivePlan) -> "WebDatasetLayout":
         return WebDatasetLayout(min(self.record_rows or UNITS * unit_rows(plan), plan.shard_rows))
 
     @property
@@ -59,7 +59,7 @@ class WebDatasetLayout:
         assert self.record_rows is not None, "a layout that was fitted to a plan"
         return self.record_rows
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
         parts: Buffers = []
         for number, start in enumerate(range(0, plan.block_rows(block), self._size)):
@@ -69,7 +69,9 @@ class WebDatasetLayout:
                 parts += _member(f"{_key(view, block, number)}.{name}.npy", _npy_header(array.dtype, array.shape), array)
         return {_shard(view, block): [*parts, END]}
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         shards = [
             {"url": _shard(view, block), "nsamples": -(-plan.block_rows(block) // self._size)}
             for view in plan.views
@@ -87,7 +89,7 @@ class WebDatasetLayout:
             files[SAMPLES] = [*samples, END]
         return files
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         shard = f'"PATH/{_shard(plan.first_view, 0)}"'
         opening = f"import webdataset; r = next(iter(webdataset.WebDataset({shard}, shardshuffle=False).decode()))"
         what = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
@@ -97,7 +99,7 @@ class WebDatasetLayout:
         logits = codec.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
         return f"{opening}\nlogits = {logits}  # {what}"
 
-    def open(self, plan: Plan, store: Store) -> "WebDatasetReader":
+    def open(self, plan: ArchivePlan, store: Store) -> "WebDatasetReader":
         if type(self.record_rows) is not int or not 1 <= self.record_rows <= plan.shard_rows:
             raise IntegrityError(
                 f"shards of {plan.shard_rows} rows in records of {self.record_rows!r}",
@@ -157,7 +159,7 @@ class _Places:
 class WebDatasetReader:
     """Reads records at the places where they must be; tar headers are compared with what they must say."""
 
-    def __init__(self, plan: Plan, store: Store, record_rows: int) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, record_rows: int) -> None:
         self._plan, self._store, self._size = plan, store, record_rows
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(self._open)

@@ -15,7 +15,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
@@ -60,7 +60,7 @@ class ZarrLayout:
                 fix="--layout zarr:bitshuffle",
             )
 
-    def fit(self, plan: Plan) -> "ZarrLayout":
+    def fit(self, plan: ArchivePlan) -> "ZarrLayout":
         dtype = codec.from_dict(plan.codec).dtype
         if self.compression == "pcodec" and dtype.itemsize < 2:
             raise UsageError(
@@ -72,7 +72,7 @@ class ZarrLayout:
 
     # -------------------------------------------------------------------------------------------------------- writing
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         files = {}
         for name, (dtype, shape) in row_fields(plan).items():
             column = np.ascontiguousarray(fields[name], dtype)
@@ -84,7 +84,7 @@ class ZarrLayout:
                 files[_chunk(plan, name, view, block)] = [*data, _crc32c(*data)]
         return files
 
-    def _shard(self, plan: Plan, logits: NDArray) -> Buffers:
+    def _shard(self, plan: ArchivePlan, logits: NDArray) -> Buffers:
         """Chunks, a checksum behind each, and the index of a shard, of which chunks beyond the view's end are left out."""
         parts: Buffers = []
         index = np.full((plan.shard_rows // self.inner_rows, 2), 2**64 - 1, "<u8")
@@ -105,7 +105,9 @@ class ZarrLayout:
         encoded: bytes = _compressor(self.compression, chunk.dtype.itemsize).encode(chunk)
         return encoded
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -126,7 +128,7 @@ class ZarrLayout:
             zarr.consolidate_metadata(group.store)
         return {name: [buffer.to_bytes()] for name, buffer in memory.items()}
 
-    def _group(self, plan: Plan) -> tuple[dict[str, Any], Any]:
+    def _group(self, plan: ArchivePlan) -> tuple[dict[str, Any], Any]:
         """The files so far and the group of `plan`, in memory, with arrays that have no chunks yet."""
         import zarr
         from zarr.codecs import BytesCodec, Crc32cCodec
@@ -167,7 +169,7 @@ class ZarrLayout:
 
     # -------------------------------------------------------------------------------------------------------- reading
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         rows = f"0:{min(256, plan.num_samples)}"
         opening = 'import zarr; g = zarr.open_group("PATH", mode="r")'
         if plan.contents == "statistics":
@@ -175,7 +177,7 @@ class ZarrLayout:
         logits = codec.from_dict(plan.codec).formula.format_map(_Named(f'g["{{}}"][0, {rows}]'))
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
-    def open(self, plan: Plan, store: Store) -> "ZarrReader":
+    def open(self, plan: ArchivePlan, store: Store) -> "ZarrReader":
         return ZarrReader(plan, store, self)
 
 
@@ -219,7 +221,7 @@ def _crc32c(*parts: memoryview | bytes) -> bytes:
     return int(value).to_bytes(CRC, "little")
 
 
-def _chunk(plan: Plan, name: str, view: int, block: int) -> str:
+def _chunk(plan: ArchivePlan, name: str, view: int, block: int) -> str:
     _, shape = row_fields(plan)[name]
     return "/".join([name, "c", str(view - plan.first_view), str(block), *("0" for _ in shape)])
 
@@ -238,7 +240,7 @@ class _Named(dict[str, str]):
 class ZarrReader:
     """Reads without zarr: raw shards through memory maps, compressed ones chunk by chunk."""
 
-    def __init__(self, plan: Plan, store: Store, arrangement: ZarrLayout) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, arrangement: ZarrLayout) -> None:
         self._plan, self._store, self._layout = plan, store, arrangement
         self._fields = row_fields(plan)
         self._shard = lru_cache(maxsize=512)(self._open)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import LogitMoments, Plan, Statistics, StatisticsDetails, TauDetail, TauStatistics
+from kdcache.archive.format.manifest import ArchivePlan, LogitMoments, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.archive.layouts import ShardReader
 from kdcache.codecs import codec
 from kdcache.errors import IntegrityError
@@ -28,7 +28,9 @@ MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None, "jitter": None, "erase
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress) -> Statistics:
+def compute_statistics(
+    plan: ArchivePlan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress
+) -> Statistics:
     """Figures per temperature over at most 65,536 evenly spaced rows, and top-1 over all views."""
     rows = min(plan.num_views * plan.num_samples, MAX_ROWS)
     measured = measure_logits(spread_logits(plan, reader), rows, PAPER_TAUS, progress)
@@ -132,7 +134,7 @@ def spread(
         yield [(views[view[i]], position[i:j]) for i, j in itertools.pairwise([*starts, len(rows)])]
 
 
-def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
+def spread_logits(plan: ArchivePlan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
     """Logits float32 of at most `most` rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]` of 16 MB."""
     coding = codec.from_dict(plan.codec)
     step = max(1, min(BLOCK, BLOCK_LOGITS // plan.num_classes))
@@ -154,7 +156,7 @@ def _by_block(positions: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[i
     return ((int(block[i]), inside[i:j]) for i, j in itertools.pairwise([*starts, len(block)]))
 
 
-def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
+def _top1(plan: ArchivePlan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
     """Percent of rows whose argmax is the label of the sample with the larger share of the view."""
     if labels is None:
         return None

@@ -23,7 +23,7 @@ from kdcache.archive.format.manifest import (
 from kdcache.archive.writing.croissant import croissant
 from kdcache.errors import printable
 
-__all__ = ["card_files", "code_span", "escaped", "licence_fields"]
+__all__ = ["card_files", "code_span", "licence_fields", "markdown_escaped"]
 
 LONGEST = 120  # characters of a name
 # What the Hub knows as the value of `license`; any other one is `other` with a name.
@@ -67,7 +67,7 @@ def _short(text: str) -> str:
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
 
 
-def escaped(text: str) -> str:
+def markdown_escaped(text: str) -> str:
     """A stranger's name for Markdown and its HTML, as plain words on one line, of a bounded length."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~-])", r"\\\1", _short(text))
 
@@ -89,13 +89,13 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
     kept = "Raw logits" if manifest.contents == "all" else "Argmax and entropies of the logits (not the logits themselves)"
     rows = {"digest": f"`{manifest.digest}`"}
     if source:
-        rows["data"] = f"{escaped(source.name)}, {source.split} split"
-    rows["licence of the data"] = escaped(licences.data or "unknown")
+        rows["data"] = f"{markdown_escaped(source.name)}, {source.split} split"
+    rows["licence of the data"] = markdown_escaped(licences.data or "unknown")
     if teacher:
         rows["teacher"] = (
             f"{code_span(teacher.name)}, weights sha256 {code_span(teacher.weights_sha256[:16] + '...')}, {teacher.precision}"
         )
-    rows["licence of the teacher's weights"] = escaped(licences.weights or "unknown")
+    rows["licence of the teacher's weights"] = markdown_escaped(licences.weights or "unknown")
     if teacher and teacher.top1_clean is not None:
         rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} %"
     if statistics.top1_views is not None:
@@ -110,7 +110,7 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
         yaml.safe_dump(_metadata(manifest, title), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {escaped(title)}",
+        f"# {markdown_escaped(title)}",
         "",
         f"{kept} of {manifest.num_samples:,} samples in {manifest.num_views:,} views each, {manifest.num_classes:,} classes, "
         f"made with [kdcache](https://pypi.org/project/kdcache) (archive format {manifest.format_version}).",

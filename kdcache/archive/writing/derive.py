@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from kdcache.archive.format.manifest import Plan, Statistics, SubsetOf
+from kdcache.archive.format.manifest import ArchivePlan, Statistics, SubsetOf
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts import row_fields, rows_digest
@@ -101,7 +101,7 @@ def derived_plan(
     codec: str | None = None,
     views: range | None = None,
     contents: Contents = "all",
-) -> Plan:
+) -> ArchivePlan:
     """What `derive` would write."""
     manifest = source.manifest
     views = manifest.views if views is None else views
@@ -123,7 +123,7 @@ def derived_plan(
     coding = codecs.from_dict(manifest.codec) if codec is None else codecs.parse(codec)
     if codecs.to_dict(coding) != codecs.to_dict(codecs.from_dict(manifest.codec)):
         provenance["converted_from"] = {"digest": manifest.digest, "codec": manifest.codec}
-    plan = Plan.model_validate({name: getattr(manifest, name) for name in Plan.model_fields}).model_copy(
+    plan = ArchivePlan.model_validate({name: getattr(manifest, name) for name in ArchivePlan.model_fields}).model_copy(
         update={
             "first_view": views.start,
             "num_views": len(views),
@@ -137,13 +137,13 @@ def derived_plan(
     return plan.model_copy(update={"layout": layouts.to_dict(arrangement.fit(plan))})
 
 
-def stored_bytes(plan: Plan) -> int:
+def stored_bytes(plan: ArchivePlan) -> int:
     """Bytes of the rows of `plan`, before compression."""
     row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in row_fields(plan).values())
     return row * plan.num_views * plan.num_samples
 
 
-def _statistics(source: Archive, plan: Plan, progress: Progress) -> Statistics:
+def _statistics(source: Archive, plan: ArchivePlan, progress: Progress) -> Statistics:
     """Those of the views that are kept, from the logits as the source has them."""
     if plan.views == source.views:
         return source.manifest.statistics

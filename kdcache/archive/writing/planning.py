@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, Plan
+from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.base import unit_bytes_rows
@@ -45,7 +45,7 @@ def new_plan(
     layout: str = "zarr",
     shard_rows: int | None = None,
     **described: Any,
-) -> Plan:
+) -> ArchivePlan:
     """What `ArchiveWriter` begins to write; `described` are the plan's other fields. UsageError for what cannot be one."""
     if num_views < 1 or num_samples < 1:
         raise UsageError(
@@ -63,7 +63,7 @@ def new_plan(
             fix="give every class a name of its own",
         )
     coding = codecs.parse(codec)
-    plan = Plan(
+    plan = ArchivePlan(
         num_views=num_views,
         num_samples=num_samples,
         class_names=tuple(class_names),
@@ -77,7 +77,7 @@ def new_plan(
     return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
 
 
-def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
+def recorded_plan(path: str | os.PathLike[str]) -> ArchivePlan | None:
     """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
     store = LocalStore(path)
     if store.exists(MANIFEST_NAME):
@@ -85,7 +85,7 @@ def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
     return load_plan(store) if store.exists(PLAN) else None
 
 
-def begun_plan(store: LocalStore) -> Plan | None:
+def begun_plan(store: LocalStore) -> ArchivePlan | None:
     """The plan of what is being written, if anything is; a damaged one is as good as none."""
     try:
         return load_plan(store) if store.exists(PLAN) else None
@@ -93,9 +93,9 @@ def begun_plan(store: LocalStore) -> Plan | None:
         return None
 
 
-def load_plan(store: LocalStore) -> Plan:
+def load_plan(store: LocalStore) -> ArchivePlan:
     try:
-        plan = Plan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
+        plan = ArchivePlan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
         codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
     except (ValidationError, KdcacheError) as error:
         aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
@@ -109,7 +109,7 @@ def load_plan(store: LocalStore) -> Plan:
     return plan
 
 
-def load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
+def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
     """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
     try:
         samples = json.loads(store.read(SAMPLES))
@@ -126,7 +126,7 @@ def load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
     return dict(samples)
 
 
-def samples_record(plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
+def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
     """Labels and keys as they are recorded; UsageError if they are not those of the plan's samples and classes."""
     for name, values in (("labels", labels), ("keys", keys)):
         if values is not None and len(values) != plan.num_samples:
@@ -151,9 +151,9 @@ def samples_record(plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[
     }
 
 
-def require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
+def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> None:
     was, now = (_normalised(one.identity) for one in (earlier, plan))
-    for key in (key for key in Plan.model_fields if now.get(key) != was.get(key)):
+    for key in (key for key in ArchivePlan.model_fields if now.get(key) != was.get(key)):
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
             why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
@@ -167,7 +167,7 @@ def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
 
 
-def require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:
+def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str, Any]) -> None:
     if store.exists(SAMPLES):
         earlier = load_samples(store, plan)
     elif store.exists(MANIFEST_NAME):
