@@ -120,10 +120,10 @@ _WRITTEN = {
 }
 
 
-def how_to_write(found: Iterable[Mapping[str, Any]]) -> str:
+def how_to_write(errors: Iterable[Mapping[str, Any]]) -> str:
     """How to write a value that pydantic refused: the fix of its `ValidationError.errors()`, of which any may be mended."""
     fixes = [
-        next((text.format_map(one.get("ctx", {})) for kind, text in _WRITTEN.items() if one["type"].startswith(kind)), None)
-        for one in found
+        next((text.format_map(error.get("ctx", {})) for kind, text in _WRITTEN.items() if error["type"].startswith(kind)), None)
+        for error in errors
     ]
     return ", or ".join(dict.fromkeys(fix for fix in fixes if fix)) or "correct that value"

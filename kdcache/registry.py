@@ -219,7 +219,7 @@ def _checked_as_stored(value: Any, hint: Any, where: str) -> Any:
 
 
 def _not_valid(value: Any, error: ValidationError, where: str) -> UsageError:
-    reasons = [found["msg"].removeprefix("Input should be ") for found in error.errors()]
+    reasons = [details["msg"].removeprefix("Input should be ") for details in error.errors()]
     return UsageError(
         f"{where}: {_text(value)!r} is not a valid value",
         why=f"it should be {' or '.join(dict.fromkeys(reasons))}",

@@ -123,13 +123,13 @@ def dataset_label(source: Source) -> str:
 
 def versions() -> dict[str, str]:
     """What results depend on: versions of the libraries, and the machine."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
+    version_of = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
     for package in ("kdcache", "torch", "torchvision", "timm", "numpy", "pillow", "zarr"):
         try:
-            found[package] = version(package)
+            version_of[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            version_of[package] = "absent"
+    return version_of
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,10 @@ class Workspace:
 
     def teacher_records(self, progress: Progress) -> Sequence[tuple[Path, dict[str, Any]]]:
         """Folder and record of every trained teacher, newest first; damaged ones are named and left out."""
-        found = []
+        records = []
         for file in sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True):
             try:
-                found.append((file.parent, read_teacher(file.parent)))
+                records.append((file.parent, read_teacher(file.parent)))
             except IntegrityError as error:
                 progress.say(f"teacher {file.parent} is left out: {printable(f'{error.what} ({error.why})')}")
-        return found
+        return records

@@ -43,5 +43,5 @@ def _benchmark(name: str) -> Callable[[float, Path, Progress], list[Result]]:
         return study
     from kdcache.bench import pipeline
 
-    found: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)
-    return found
+    benchmark: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)
+    return benchmark

@@ -292,8 +292,8 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
     gpu = device.type == "cuda"
     config = TrainConfig(epochs=10**6, batch_size=batch, amp=gpu)
     learner, bare_learner = (
-        Learner(folder / name, one, normalise, config, steps_per_epoch=100, seed=0, device=device)
-        for name, one in (("run", model), ("bare", other))
+        Learner(folder / name, module, normalise, config, steps_per_epoch=100, seed=0, device=device)
+        for name, module in (("run", model), ("bare", other))
     )
     method, targets = build("kd"), Targets(logits, 4.0)
     label = torch.zeros(batch, dtype=torch.int64)
@@ -306,8 +306,8 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
 
     def bare() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            found = other(normalise(views))
-        loss = method(found, targets)
+            predicted = other(normalise(views))
+        loss = method(predicted, targets)
         bare_learner.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         bare_learner.optimizer.step()

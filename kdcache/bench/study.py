@@ -30,13 +30,13 @@ def study(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         ("report over 486 runs of 512 epochs", 20, ("report", folder / "runs", "--output", folder / "report")),
         ("study controls in small", 360, ("study", "run", "controls", "--smoke", "--home", folder / "home")),
     )
-    found = []
+    results = []
     for done, (name, bound, arguments) in enumerate(work, 1):
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "kdcache", *map(str, arguments)], check=True, capture_output=True)
-        found.append(Result(name, "the command", "wall seconds", time.perf_counter() - begun, bound))
+        results.append(Result(name, "the command", "wall seconds", time.perf_counter() - begun, bound))
         progress.update("bench study", done, len(work))
-    return found
+    return results
 
 
 def _write_study(file: Path) -> None:

@@ -194,8 +194,8 @@ def _alone(path: Path, progress: Progress) -> Iterator[None]:
 
 def _mention_others(series: str, path: Path, progress: Progress) -> None:
     """Canvases of the same dataset and size, but of other files: somebody may still need them, so they are only named."""
-    found = {*path.parent.glob(f"{series}-*"), *path.parent.glob(f".{series}-*.tmp")} - {path, _unfinished(path)}
-    others = sorted(folder for folder in found if folder.is_dir())
+    paths = {*path.parent.glob(f"{series}-*"), *path.parent.glob(f".{series}-*.tmp")} - {path, _unfinished(path)}
+    others = sorted(folder for folder in paths if folder.is_dir())
     if others:
         size = 0
         for folder in others:

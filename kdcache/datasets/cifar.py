@@ -165,10 +165,10 @@ def _python(file: Path, label_key: str) -> Batch:
 def _names(file: Path, key: str) -> list[str]:
     if not key:
         return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    found = _unpickled(file).get(key)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    names = _unpickled(file).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged_file(file, f"it has no list {key!r} of names")
-    return found
+    return names
 
 
 class _Plain(pickle.Unpickler):

@@ -62,8 +62,8 @@ def find_or_fetch(
     user's own (`root`), or is not to be fetched. Then NotFoundError says where to put which `layout`, or `elsewhere` to look.
     """
     place = Path(root) if root else data / name
-    if found := find(place):
-        return found
+    if listing := find(place):
+        return listing
     by_hand = f"put {layout} into {place}"
     if root or not downloads:
         raise NotFoundError(
@@ -81,26 +81,26 @@ def find_or_fetch(
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(place / ".fetching.lock"):  # a second process waits, and finds what the first one fetched
-        if found := find(place):
-            return found
+        if listing := find(place):
+            return listing
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
         _require_room(place, 3 * size)  # beside the packed files the unpacked ones, twice for a moment
         for file in downloads:
             try:
                 packed = _fetch(file, place, progress)
             except RetryError as error:
-                addresses = ", ".join(each.url for each in downloads)
+                addresses = ", ".join(download.url for download in downloads)
                 fix = f"repeat the command later; or download {addresses} by hand into {place}; or use {elsewhere}"
                 raise RetryError(f"dataset {name} cannot be fetched: {error.what}", why=error.why, fix=fix) from None
             _unpack(packed, place)
-        found = find(place)
-    if found is None:
+        listing = find(place)
+    if listing is None:
         raise IntegrityError(
             f"what was fetched for dataset {name} is not {layout}",
             why=f"the files in {place} are laid out in another way than when this was written",
             fix=f"look into {place}; or use {elsewhere}",
         )
-    return found
+    return listing
 
 
 def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], Path | None]:
@@ -145,10 +145,10 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
                 progress.update(f"fetch {download.name}", min(out.tell(), total), total, f"{out.tell() / 1e6:.0f} MB")
         part.replace(file)
     with file.open("rb") as stored:
-        found = hashlib.file_digest(stored, "md5").hexdigest()
-    if found != download.md5:
+        md5 = hashlib.file_digest(stored, "md5").hexdigest()
+    if md5 != download.md5:
         raise IntegrityError(
-            f"{file} has the md5 {found}",
+            f"{file} has the md5 {md5}",
             why=f"{download.md5} was expected: it is damaged, or not the file that was published",
             fix=f"delete it, and repeat the command: rm {shlex.quote(str(file))}",
         )

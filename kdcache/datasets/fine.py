@@ -146,12 +146,12 @@ class Cars(Rooted):
 def _car_rows(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
     rows = _matlab(file, "annotations").reshape(-1)
     try:
-        found = [(folder / str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
+        labelled = [(folder / str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         raise damaged_file(file, f"its annotations have no file names and classes: {error}") from None
-    if any(not 0 <= label < classes for _, label in found):
+    if any(not 0 <= label < classes for _, label in labelled):
         raise damaged_file(file, f"it has labels beyond the {classes} classes")
-    return found
+    return labelled
 
 
 def _matlab(file: Path, name: str) -> Any:

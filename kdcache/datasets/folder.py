@@ -103,7 +103,7 @@ class Folder:
 
     def samples(self, split: Split) -> Sequence[Sample]:
         base, classes = self._base(split), {name: i for i, name in enumerate(self.class_names())}
-        found = []
+        samples = []
         for path in _image_files(base):
             key = path.relative_to(base).as_posix()
             if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: what Python makes of bytes that are not UTF-8
@@ -121,21 +121,21 @@ class Folder:
                 )
             if self.split_fraction is not None and (_unit_hash(key) < self.split_fraction) != (split == "test"):
                 continue
-            found.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
-        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in found})
-        if found and empty and split == "train":
+            samples.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
+        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in samples})
+        if samples and empty and split == "train":
             raise UsageError(
                 f"class folder {base / empty[0]} holds no training images ({len(empty)} such class(es))",
                 why="a teacher cannot learn a class without samples",
                 fix="add images to it, or remove the folder",
             )
-        if not found:
+        if not samples:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
                 why=f"files below class folders are looked for that end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 fix="check the path and the layout CLASS/FILE",
             )
-        return found
+        return samples
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -149,7 +149,7 @@ class Folder:
 
 def _image_files(base: Path) -> list[Path]:
     """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
-    found = []
+    image_files = []
 
     def unreadable(error: OSError) -> None:
         raise error  # os.walk would leave the folder's images out without a word
@@ -158,8 +158,8 @@ def _image_files(base: Path) -> list[Path]:
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         if Path(folder) != base:
-            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(base).as_posix())
+            image_files += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+    return sorted(image_files, key=lambda path: path.relative_to(base).as_posix())
 
 
 def _unit_hash(key: str) -> float:

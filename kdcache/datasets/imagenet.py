@@ -75,14 +75,14 @@ def _in_tars(base: Path) -> Images:
             if len(pictures) != len(order):
                 raise damaged_file(truth, f"it has {len(order)} labels, {VAL_TAR} has {len(pictures)} images")
             return [Sample(m.name, label, in_tar(m)) for m, label in zip(pictures, order, strict=True)]
-        found = []
+        samples = []
         for inner in sorted(members(base / TRAIN_TAR), key=lambda member: member.name):  # one tar a class: n01440764.tar
             wnid = inner.name.removesuffix(".tar")
             if wnid not in number:
                 raise damaged_file(base / TRAIN_TAR, f"{inner.name} is not one of the {len(wnids)} classes")
             pictures = sorted(members(inner.file, inner.offset), key=lambda member: member.name)
-            found += [Sample(f"{wnid}/{m.name}", number[wnid], in_tar(m)) for m in pictures]
-        return found
+            samples += [Sample(f"{wnid}/{m.name}", number[wnid], in_tar(m)) for m in pictures]
+        return samples
 
     return Listed(base, wnids, list_samples, [base / TRAIN_TAR, base / VAL_TAR, meta, truth])
 

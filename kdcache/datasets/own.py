@@ -50,13 +50,13 @@ class Arrays(Rooted):
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
         root = Path(self.root)
-        wanted = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
+        wanted = [f"{split}_{content}" for split in SPLITS for content in ("images", "labels")]
         files = [root] if root.is_file() else [root / f"{name}.npy" for name in wanted]
         if missing := [file for file in files if not file.is_file()]:
             raise _not_there("arrays", self.root, missing[0].name)
         base = root.parent if root.is_file() else root
-        found = {name: _array(root, name) for name in wanted}
-        labels = {split: found[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
+        arrays = {name: _array(root, name) for name in wanted}
+        labels = {split: arrays[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
         listing = base / "class_names.txt"
         if listing.is_file():
             names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
@@ -64,10 +64,10 @@ class Arrays(Rooted):
         else:
             names = [str(i) for i in range(int(max(part.max(initial=0) for part in labels.values())) + 1)]
         for split in SPLITS:
-            _check_arrays(root, split, found[f"{split}_images"], labels[split], len(names))
+            _check_arrays(root, split, arrays[f"{split}_images"], labels[split], len(names))
 
         def list_samples(split: Split) -> Sequence[Sample]:
-            images = found[f"{split}_images"]
+            images = arrays[f"{split}_images"]
             return [
                 Sample(f"{split}/{i:07d}", int(label), lambda i=i: _picture(images[i]))  # type: ignore[misc]
                 for i, label in enumerate(labels[split])
@@ -200,10 +200,10 @@ class Hub:
                 f"dataset hf:{self.repo} needs the package datasets", why="it is not installed", fix="pip install 'kdcache[hf]'"
             ) from None
         cache = data / "hf"
-        how = datasets.DownloadConfig(local_files_only=not fetch, cache_dir=cache / "downloads")
+        download_config = datasets.DownloadConfig(local_files_only=not fetch, cache_dir=cache / "downloads")
         try:
             whole = datasets.load_dataset(
-                self.repo, self.config, revision=self.revision, cache_dir=str(cache), download_config=how
+                self.repo, self.config, revision=self.revision, cache_dir=str(cache), download_config=download_config
             )
         except (ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
             raise NotFoundError(
@@ -253,7 +253,7 @@ class _Table(Images):
 
     def samples(self, split: Split) -> Sequence[Sample]:
         part = self._parts[split]
-        found = []
+        samples = []
         for i, value in enumerate(part[self._label]):
             label = int(value) if self._numbered else self._number[str(value)]
             if not 0 <= label < len(self._names):
@@ -262,23 +262,23 @@ class _Table(Images):
                     why=f"there are {len(self._names)} classes (-1 stands for a label that is kept back)",
                     fix="choose another split with test=NAME",
                 )
-            found.append(Sample(f"{split}/{i:07d}", label, lambda i=i: _stored(part[i][self._image])))  # type: ignore[misc]
-        return found
+            samples.append(Sample(f"{split}/{i:07d}", label, lambda i=i: _stored(part[i][self._image])))  # type: ignore[misc]
+        return samples
 
     def fingerprint(self) -> str:
         return " ".join(part._fingerprint for part in self._parts.values())
 
 
-def _column(source: Hub, what: str, said: str | None, fitting: Sequence[str]) -> str:
-    if said in fitting:
-        return str(said)
-    if said is None and (what in fitting or len(fitting) == 1):
-        return what if what in fitting else fitting[0]
+def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) -> str:
+    if chosen in fitting:
+        return str(chosen)
+    if chosen is None and (role in fitting or len(fitting) == 1):
+        return role if role in fitting else fitting[0]
     raise UsageError(
-        f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {what}"
-        + (f", and {said!r} is not one" if said else ""),
+        f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {role}"
+        + (f", and {chosen!r} is not one" if chosen else ""),
         why=f"these may: {', '.join(fitting) or 'none'}",
-        fix=f"name it: hf:{source.repo},{what}=" + (fitting[0] if fitting else "COLUMN"),
+        fix=f"name it: hf:{source.repo},{role}=" + (fitting[0] if fitting else "COLUMN"),
     )
 
 

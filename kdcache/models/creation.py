@@ -110,7 +110,7 @@ def find_aliases(pattern: str) -> dict[str, str]:
     return {
         alias: name
         for alias, name in ALIASES.items()
-        if any(fnmatchcase(one, pattern) for one in (alias, name, name.partition(".")[0]))
+        if any(fnmatchcase(candidate, pattern) for candidate in (alias, name, name.partition(".")[0]))
     }
 
 
@@ -265,15 +265,15 @@ def _stated(model: nn.Module) -> Normalisation:
 
 def described(name: str, model: nn.Module, normalise: Normalisation, digest: str, *, pretrained: bool) -> str:
     """What is worth knowing of a model with weights of this `digest`, before training: their licence, what is new or assumed."""
-    said = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
+    parts = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
     if pretrained:
-        said.append(f"licence {licence(name) or 'unknown'}")
+        parts.append(f"licence {licence(name) or 'unknown'}")
         theirs, ours = getattr(model, "pretrained_cfg", {}).get("num_classes"), getattr(model, "num_classes", None)
         if theirs != ours:
-            said.append(f"a new classifier for {ours} classes, instead of its {theirs}")
+            parts.append(f"a new classifier for {ours} classes, instead of its {theirs}")
     if normalise.assumed:
-        said.append("inputs normalised as ImageNet's, as it states no mean and std")
-    return ", ".join(said)
+        parts.append("inputs normalised as ImageNet's, as it states no mean and std")
+    return ", ".join(parts)
 
 
 def timm_config(

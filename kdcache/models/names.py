@@ -131,17 +131,17 @@ def _card_licence(card: Path) -> str | None:
         stated = metadata_load(card) or {}
     except (ValueError, RecursionError, yaml.YAMLError):  # somebody's card, which is not as cards are
         return None
-    found = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
-    return " and ".join(map(str, found)) if isinstance(found, list) else found
+    stated_licence = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+    return " and ".join(map(str, stated_licence)) if isinstance(stated_licence, list) else stated_licence
 
 
 def _on_hub(name: str) -> str:
     """The exact name of a model on the Hub, whose configuration is fetched, or is in the Hub's cache on this machine."""
     repo, _, revision = name.partition(":")[2].partition("@")
-    found = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
-    config = _download(found, CONFIG)
+    typed = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
+    config = _download(typed, CONFIG)
     assert config is not None
-    architecture_of(config, found)
+    architecture_of(config, typed)
     return f"{HUB}{repo}@{config.parent.name}"  # the cache has a folder for each commit
 
 
@@ -195,22 +195,22 @@ def _in_folder(name: str) -> str:
     for file in (CONFIG, WEIGHTS):
         with (folder / file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
-    found = digest.hexdigest()[:12]
-    if pinned not in {"", found}:
+    fingerprint = digest.hexdigest()[:12]
+    if pinned not in {"", fingerprint}:
         raise IntegrityError(
             f"{LOCAL}{folder} is not what it was",
-            why=f"the digest of its files is {found}, not {pinned}",
+            why=f"the digest of its files is {fingerprint}, not {pinned}",
             fix=f"restore them, or use the model as it is now: {LOCAL}{folder}",
         )
-    return f"{LOCAL}{folder.resolve()}@{found}"
+    return f"{LOCAL}{folder.resolve()}@{fingerprint}"
 
 
 def place(name: str) -> tuple[Path, str]:
     """The folder of a local model, and the digest that an exact name has."""
     typed = name.removeprefix(LOCAL)
-    found = _PINNED.fullmatch(typed)
-    if found and not Path(typed).expanduser().is_dir():
-        return Path(found[1]).expanduser(), found[2]
+    pinned = _PINNED.fullmatch(typed)
+    if pinned and not Path(typed).expanduser().is_dir():
+        return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
 
 
@@ -237,14 +237,15 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
 
 def architecture_of(file: Path, name: str) -> str:
     config = read_config(file, name)
-    found = config.get("architecture")
-    if not isinstance(found, str) or not timm_with_zoo().models.is_model(found):
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm_with_zoo().models.is_model(architecture):
+        stated = "no architecture" if architecture is None else f"the architecture {architecture!r}, which timm lacks"
         raise IncompatibleError(
             f"{name} is not a model of timm",
-            why=f"its {CONFIG} names {'no architecture' if found is None else f'the architecture {found!r}, which timm lacks'}",
+            why=f"its {CONFIG} names {stated}",
             fix="use a model of timm's, or name a function that makes yours: package.module:function",
         )
-    return found
+    return architecture
 
 
 @contextlib.contextmanager
@@ -278,7 +279,7 @@ def load_factory(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise unusable(name, f"importing {module_name}", error) from error
     try:
-        found = operator.attrgetter(attribute)(module)
+        factory = operator.attrgetter(attribute)(module)
     except AttributeError:
         close = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=3)
         raise NotFoundError(
@@ -286,18 +287,18 @@ def load_factory(name: str) -> Callable[..., Any]:
             why=f"close to it: {', '.join(close)}" if close else "nothing in it is called so",
             fix=f"use {module_name}:{close[0]}" if close else "correct what follows the colon",
         ) from None
-    if not callable(found):
+    if not callable(factory):
         raise UsageError(
-            f"model {name!r}: {attribute} is a {type(found).__name__}",
+            f"model {name!r}: {attribute} is a {type(factory).__name__}",
             why="it is to be called with num_classes=..., and to return an nn.Module",
             fix="name a function or a class",
         )
-    return found  # type: ignore[no-any-return]
+    return factory  # type: ignore[no-any-return]
 
 
-def unusable(name: str, what: str, error: BaseException) -> IncompatibleError:
+def unusable(name: str, trouble: str, error: BaseException) -> IncompatibleError:
     return IncompatibleError(
-        f"model {name!r}: {what} fails",
+        f"model {name!r}: {trouble} fails",
         why=f"{type(error).__name__}: {first_line(error)}",
         fix=f"mend it; try it with: python -c 'from {name.partition(':')[0]} import {name.partition(':')[2].partition('.')[0]}'",
     )

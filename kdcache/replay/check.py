@@ -64,13 +64,13 @@ def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift
     levels = _levels(item, differs)
     if allow_drift > 0 and levels <= allow_drift and _decoded_otherwise(archive, canvas) and not _moved(item).any():
         return int(differs.sum())
-    found = _diagnose(item, archive, canvas, differs)
+    diagnosis = _diagnose(item, archive, canvas, differs)
     keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
     raise IncompatibleError(
         f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw "
         f"({_extent(item, differs)})",
-        why=str(found),
-        fix=_fix(found.cause, levels, archive, canvas),
+        why=str(diagnosis),
+        fix=_fix(diagnosis.cause, levels, archive, canvas),
     )
 
 
@@ -86,7 +86,7 @@ def replay(
     """Render `views` randomly chosen views again and compare their digests with the archive's."""
     policy, progress = require_replayable(archive, canvas), progress or Silent()
     result = Verification(f"replay {views}")
-    found: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
     total = archive.num_views * archive.num_samples
     chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
     for number in np.unique(chosen // archive.num_samples):
@@ -96,14 +96,14 @@ def replay(
         for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
             differs = _differing(item)
             if differs.any():
-                if found is None:  # one diagnosis is enough, since it takes a while
-                    found = _diagnose(item, archive, canvas, differs)
+                if diagnosis is None:  # one diagnosis is enough, since it takes a while
+                    diagnosis = _diagnose(item, archive, canvas, differs)
                     result.error = IncompatibleError(
                         f"view {view} is not what the teacher saw ({_extent(item, differs)})",
-                        why=str(found),
-                        fix=_fix(found.cause, _levels(item, differs), archive, canvas),
+                        why=str(diagnosis),
+                        fix=_fix(diagnosis.cause, _levels(item, differs), archive, canvas),
                     )
-                result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {found}"))
+                result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {diagnosis}"))
             result.checked += len(item.positions)
             progress.update("replay", result.checked, len(chosen))
     return result

@@ -213,8 +213,8 @@ class CachedTargets(ViewStream):
         part: tuple[int, int] = (0, 1),
     ) -> None:
         policy = require_replayable(archive, canvas)
-        how: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
-        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **how)
+        options: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
+        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **options)
         self.archive = archive
         self.allow_drift = allow_drift
         self._progress = progress
@@ -223,7 +223,7 @@ class CachedTargets(ViewStream):
         self._second: CachedTargets | None = None
         if second is not None:
             require_second(archive, second)
-            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **how)
+            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **options)
             self._second._resident = self._resident
 
     @property
@@ -302,7 +302,7 @@ class TargetPairs:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
         for batch in self.stream:
-            images = [self.normalise(each.images) for each in (batch, batch.second) if each is not None]
+            images = [self.normalise(half.images) for half in (batch, batch.second) if half is not None]
             yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
 
 
@@ -313,7 +313,7 @@ def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
 
 def require_second(archive: AnyArchive, second: AnyArchive) -> None:
     """UsageError or IncompatibleError unless `second` has second views for those of `archive`, of the same size and classes."""
-    policies = [found.manifest.policy for found in (archive, second)]
+    policies = [source.manifest.policy for source in (archive, second)]
     if policies[0] == policies[1] and len(second.views) == 1 and second.views[0] in archive.views:
         raise UsageError(
             f"two views of a sample from archive {second.location}",

@@ -159,22 +159,22 @@ def _origin(plan: ArchivePlan, statistics: Statistics) -> Advice:
 
 def _doubts(plan: ArchivePlan, statistics: Statistics, figures: TauStatistics) -> list[str]:
     """Why the ranges of the study's Table 1 may say little about this archive."""
-    found = []
+    doubts = []
     low, high = STUDIED_CLASSES
     if not low <= plan.num_classes <= high:
-        found.append(f"{plan.num_classes} classes lie outside that study's {low} to {high}")
+        doubts.append(f"{plan.num_classes} classes lie outside that study's {low} to {high}")
     if plan.policy and plan.policy.mix:
-        found.append("these views are mixed: the partner's class raises H^(p) and, as a second peak, lowers H^(p-bar)")
+        doubts.append("these views are mixed: the partner's class raises H^(p) and, as a second peak, lowers H^(p-bar)")
     accuracy = plan.teacher.top1_clean if plan.teacher else None
     if accuracy is not None and accuracy < STUDIED_ACCURACY:
-        found.append(
+        doubts.append(
             f"the teacher is right on {accuracy:.1f} % of clean images, those of the study on {STUDIED_ACCURACY:.0f} % and more"
         )
     elif accuracy is None and statistics.top1_views is None:
-        found.append("how often the teacher is right is unknown: neither its accuracy nor labels are recorded")
+        doubts.append("how often the teacher is right is unknown: neither its accuracy nor labels are recorded")
     if figures.entropy_mean < ALL_WHOLE[0]:
-        found.append(f"the teacher is surer than any of that table, whose H^(p) are {ALL_WHOLE[0]} to {ALL_WHOLE[1]}")
-    return found
+        doubts.append(f"the teacher is surer than any of that table, whose H^(p) are {ALL_WHOLE[0]} to {ALL_WHOLE[1]}")
+    return doubts
 
 
 def _overlap(plan: ArchivePlan) -> Advice:

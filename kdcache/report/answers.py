@@ -36,8 +36,8 @@ class Answer:
         spread = f" % ({ONE_SEED})"
         if self.best.std is not None:
             spread = f" ± {self.best.std:.2f} % (mean ± std, n = {self.best.n} seeds)"
-        said = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
-        return f"{said} test top-1 {self.best.mean:.2f}{spread}."
+        opening = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
+        return f"{opening} test top-1 {self.best.mean:.2f}{spread}."
 
     @property
     def detail(self) -> str:
@@ -53,7 +53,7 @@ class Contrast:
     """A control beside none, at the best tau of none; or a method beside another one, each at its own best tau."""
 
     name: str
-    what: str  # the control or method
+    variant: str  # the control or method
     tau: float
     cell: Cell
     base: str  # what it is compared with
@@ -62,17 +62,17 @@ class Contrast:
 
 def answers(table: Table) -> list[Answer]:
     """For each row of control none: its best tau, and whether the second best is any worse."""
-    found = []
+    results = []
     for row, name in _without_control(table).items():
         (tau, best), (second_tau, second), *_ = [*table.ranked(row), (None, None), (None, None)]
         difference = paired(best, second) if best and second else None
-        found.append(Answer(name, tau, best, second_tau, second, difference))
-    return found
+        results.append(Answer(name, tau, best, second_tau, second, difference))
+    return results
 
 
-def overview(found: Sequence[Answer]) -> str:
+def overview(results: Sequence[Answer]) -> str:
     """Of many answers, which taus were best how often, and how many of them are ahead by more than seed noise."""
-    tuned = [answer for answer in found if answer.second is not None and not answer.own_temperature]
+    tuned = [answer for answer in results if answer.second is not None and not answer.own_temperature]
     if not tuned:
         return "No row has results at two taus, so there is no best tau."
     often = [f"{tau:g} in {count}" for tau, count in Counter(answer.tau for answer in tuned).most_common()]
@@ -80,22 +80,22 @@ def overview(found: Sequence[Answer]) -> str:
         answer.difference is not None and answer.difference.significant and answer.difference.mean > 0 for answer in tuned
     )
     pairs = sum(answer.difference is not None and answer.difference.low is not None for answer in tuned)
-    said = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)} with several: {', '.join(often)}. "
+    sentence = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)} with several: {', '.join(often)}. "
     if not pairs:
-        return said + "No row has two seeds of two taus, so none can be told from seed noise."
-    return said + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
+        return sentence + "No row has two seeds of two taus, so none can be told from seed noise."
+    return sentence + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
 
 
 def contrasts(table: Table) -> list[Contrast]:
     """Every control beside none, at the best tau of none."""
-    found = []
+    results = []
     for row, name in _without_control(table).items():
         for tau, best in table.ranked(row)[:1]:
             for other in table.rows:
                 cell = table.get(other, tau)
                 if cell and other != row and dataclasses.replace(other, control="none") == row:
-                    found.append(Contrast(name, other.control, tau, cell, "none", paired(cell, best)))
-    return found
+                    results.append(Contrast(name, other.control, tau, cell, "none", paired(cell, best)))
+    return results
 
 
 def method_contrasts(table: Table) -> list[Contrast]:
@@ -107,13 +107,13 @@ def method_contrasts(table: Table) -> list[Contrast]:
     plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
     names = labels(list(plain), ("dataset", "teacher", "student", "setting"))
     archive = {row: cell.runs[0].args.archive_digest for row, (_, cell) in plain.items()}
-    found = []
+    results = []
     for row, (tau, cell) in plain.items():
         others = [other for other in plain if _pair(other) == _pair(row) and archive[other] == archive[row] and other != row]
         if (base := _base(row, others)) is not None:
             setting = f" ({base.setting})" if base.setting != row.setting else ""
-            found.append(Contrast(names[row], row.method, tau, cell, base.method + setting, paired(cell, plain[base][1])))
-    return found
+            results.append(Contrast(names[row], row.method, tau, cell, base.method + setting, paired(cell, plain[base][1])))
+    return results
 
 
 def _base(row: Row, rows: Sequence[Row]) -> Row | None:

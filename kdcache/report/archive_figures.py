@@ -73,8 +73,8 @@ def _tau_entropies(statistics: Statistics, place: str) -> Drawing:
         f"Relative entropy of the teacher's output over tau, {place}: means, and from the 5 % to the 95 % quantile. "
         "The upper line leaves the top class out; 1 is uniform."
     )
-    said = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f in figures)
-    alt = f"Mean relative entropies with and without the top class over tau, {place}. {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f in figures)
+    alt = f"Mean relative entropies with and without the top class over tau, {place}. {spoken}."
     return Drawing("entropy over tau", caption, alt, (7.0, 3.6), draw)
 
 
@@ -103,8 +103,8 @@ def _entropy_histograms(statistics: Statistics, place: str) -> Drawing:
         f"Rows of the archive by relative entropy at every tau, {place}: of the whole softmax (left) and without its top class "
         "(right). Each histogram has a height of its own; dashed, the means."
     )
-    said = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f, _ in pairs)
-    alt = f"Histograms of relative entropy at each tau, {place}. Means with and without the top class: {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f, _ in pairs)
+    alt = f"Histograms of relative entropy at each tau, {place}. Means with and without the top class: {spoken}."
     return Drawing("entropy histograms", caption, alt, (8.0, 0.7 + 0.75 * len(pairs)), draw)
 
 
@@ -139,8 +139,8 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
         f"Mean sorted softmax of the teacher at rising tau (top {count} of {num_classes} classes), {place}; below, label "
         "smoothing of the same entropy. The axes end where the largest bar does."
     )
-    said = "; ".join(f"tau {f.tau:g}: top class {d.sorted_mean[0]:.3g}, second {d.sorted_mean[1]:.3g}" for f, d in shown)
-    alt = f"Bars of the mean sorted softmax and of matched label smoothing, {place}. {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: top class {d.sorted_mean[0]:.3g}, second {d.sorted_mean[1]:.3g}" for f, d in shown)
+    alt = f"Bars of the mean sorted softmax and of matched label smoothing, {place}. {spoken}."
     return Drawing("sorted softmax", caption, alt, (1.0 + 2.3 * len(shown), 4.8), draw)
 
 

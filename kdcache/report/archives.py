@@ -37,10 +37,10 @@ class ArchivePart:
 
 
 def _by_archive(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    found: dict[str, list[RunRecord]] = {}
+    runs_by_archive: dict[str, list[RunRecord]] = {}
     for record in records:
-        found.setdefault(record.args.archive_digest, []).append(record)
-    return found
+        runs_by_archive.setdefault(record.args.archive_digest, []).append(record)
+    return runs_by_archive
 
 
 def archive_parts(records: Sequence[RunRecord]) -> list[ArchivePart]:

@@ -62,7 +62,11 @@ def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> 
     args, second = runs[0].args, runs[0].second_archive
     members = _opened(args.archives or (args,), archives)
     others = _opened((second,), archives) if second else members
-    used = None if members is None or others is None else list({one.manifest.digest: one for one in (*members, *others)}.values())
+    used = (
+        None
+        if members is None or others is None
+        else list({member.manifest.digest: member for member in (*members, *others)}.values())
+    )
     epochs, seconds = sum(run.epochs_done for run in runs), sum(run.second_views for run in runs)
     online = None if members is None or others is None else epochs * _samples(members) + seconds * _samples(others)
     begun = [run for run in runs if run.epochs_done]
@@ -83,9 +87,9 @@ def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> 
 
 def _opened(args: Sequence[ArchiveArgs], archives: Mapping[str, Archive | None]) -> list[Archive] | None:
     """The archives, if all of them are there."""
-    found = [archives.get(each.archive_digest) for each in args]
-    known = [archive for archive in found if archive is not None]
-    return known if len(known) == len(found) else None
+    opened = [archives.get(archive_args.archive_digest) for archive_args in args]
+    known = [archive for archive in opened if archive is not None]
+    return known if len(known) == len(opened) else None
 
 
 def _samples(archives: Sequence[Archive]) -> int:

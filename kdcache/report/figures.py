@@ -208,18 +208,18 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lin
 
 def _draw_earlier(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
     """The temperature study's Fig. 3: the same curves at an earlier epoch, behind the others and on a scale of their own."""
-    found = [(row, earlier) for row in panel if len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))]
-    if not found:
+    earlier_cells = [(row, earlier) for row in panel if len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))]
+    if not earlier_cells:
         return
     right = axes.twinx()
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
     taus = table.taus_of(panel)
-    for row, (_, means) in found:
+    for row, (_, means) in earlier_cells:
         _, marker, dashes = lines.look(row)
         values = [means.get(tau, math.nan) for tau in taus]  # a missing tau breaks this line too
         right.plot(taus, values, color="#999999", marker=marker, linestyle=dashes, markersize=4, linewidth=1)
-    epochs = sorted({epoch for _, (epoch, _) in found})
+    epochs = sorted({epoch for _, (epoch, _) in earlier_cells})
     right.set_ylabel(f"after {' or '.join(map(str, epochs))} {'epoch' if epochs == [1] else 'epochs'} (%)", color="#666666")
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
@@ -326,13 +326,13 @@ def _size(panels: int) -> tuple[float, float]:
 def _spoken(table: Table, panels: Sequence[Panel], lines: Lines) -> str:
     """The figure's numbers in words, for as many rows as one would listen to."""
     rows = [row for _, panel in panels for row in panel]
-    said = []
+    phrases = []
     for row in rows[:8]:
         cells = ((tau, table.get(row, tau)) for tau in table.taus)
-        said.append(f"{lines.name(row)}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in cells if cell))
+        phrases.append(f"{lines.name(row)}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in cells if cell))
     if len(rows) > 8:
-        said.append(f"{len(rows) - 8} more lines are in the table of results")
-    return "; ".join(said) + "."
+        phrases.append(f"{len(rows) - 8} more lines are in the table of results")
+    return "; ".join(phrases) + "."
 
 
 def short(text: str, length: int) -> str:

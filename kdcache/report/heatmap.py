@@ -167,22 +167,22 @@ def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     def with_labels(row: Row) -> str:
         return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)
 
-    found: dict[Row, str] = {}
+    names: dict[Row, str] = {}
     for which in dict.fromkeys(map(name, rows)):
         members = [row for row in rows if name(row) == which]
-        for how in (name, with_labels, lambda row: row.method):
-            named = {row: how(row) for row in members}
+        for naming in (name, with_labels, lambda row: row.method):
+            named = {row: naming(row) for row in members}
             places = [(row.dataset, row.teacher, row.student, row.setting, named[row]) for row in members]
             if len(set(places)) == len(places):
                 break
-        found |= named
-    return found
+        names |= named
+    return names
 
 
 def _teachers(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
     """The temperature study's Table 1: teachers, how long they were trained and what they say, with the scores over tau."""
-    found = _grouped(table, rows, lambda row: (row.dataset, row.student, row.method, _other_than_archive(row.setting)))
-    groups = {key: members for key, members in found.items() if len({_digest(table, row) for row in members}) > 1}
+    grouped = _grouped(table, rows, lambda row: (row.dataset, row.student, row.method, _other_than_archive(row.setting)))
+    groups = {key: members for key, members in grouped.items() if len({_digest(table, row) for row in members}) > 1}
     places = _places(groups)
     maps = []
     for key, members in groups.items():

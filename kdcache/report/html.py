@@ -116,7 +116,11 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
     """Each table as LaTeX."""
     shown = [tables.results, *tables.heatmaps]
     texts = dict(
-        zip(_file_names([each.name for each in shown]), (heatmap_table(each, kdcache.__version__) for each in shown), strict=True)
+        zip(
+            _file_names([heatmap.name for heatmap in shown]),
+            (heatmap_table(heatmap, kdcache.__version__) for heatmap in shown),
+            strict=True,
+        )
     )
     texts["teachers-and-archives"] = teachers_table(tables.teachers, kdcache.__version__)
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
@@ -176,7 +180,7 @@ def _page(
     rows = table.row_of
     records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
     folders = {run: run.folder.absolute() for run in records}
-    found = answers(table)
+    tau_answers = answers(table)
     base = Path(os.path.commonpath([folder.parent for folder in folders.values()]))  # folders are shown below it
     return environment.get_template("template.html.j2").render(
         version=kdcache.__version__,
@@ -184,8 +188,8 @@ def _page(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         experiment=experiment,
-        answers=found,
-        overview=overview(found) if len(found) > MOST_SPOKEN else None,
+        answers=tau_answers,
+        overview=overview(tau_answers) if len(tau_answers) > MOST_SPOKEN else None,
         contrasts=contrasts(table),
         method_contrasts=method_contrasts(table),
         signed=signed,

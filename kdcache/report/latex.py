@@ -39,14 +39,17 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
         *(rf"$\tau = {name}$" if heatmap.over == "tau" else latex_escaped(name) for name in heatmap.columns),
     ]
     counts = {score.cell.n for line in heatmap.lines for score in line.scores if score}
-    each = len(counts) > 1
+    with_counts = len(counts) > 1
     body = [
         " & ".join(
-            [*map(latex_escaped, line.names), *(MISSING if score is None else _score(score, each) for score in line.scores)]
+            [
+                *map(latex_escaped, line.names),
+                *(MISSING if score is None else _score(score, with_counts) for score in line.scores),
+            ]
         )
         for line in heatmap.lines
     ]
-    seeds = r"number of seeds in brackets" if each else rf"$n = {counts.pop()}$" if counts else "no run is complete"
+    seeds = r"number of seeds in brackets" if with_counts else rf"$n = {counts.pop()}$" if counts else "no run is complete"
     note = (
         rf"\multicolumn{{{len(head)}}}{{l}}{{\scriptsize test top-1 (\%), mean\,$\pm$\,standard deviation over seeds, {seeds}}}"
     )

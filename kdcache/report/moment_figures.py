@@ -33,11 +33,11 @@ def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Map
     panels: list[_Panel] = []
     for row in rows:
         tau, cell = table.ranked(row)[0]
-        if (found := cell.runs[0].logit_moments()) is not None:
+        if (moments := cell.runs[0].logit_moments()) is not None:
             statistics = teachers.get(cell.runs[0].args.archive_digest)
             beside = statistics.details.moments if statistics and statistics.details else None
             title = ", ".join(filter(None, (names[row], "" if cell.own_temperature else f"tau {tau:g}")))
-            panels.append((title, cell.runs[0], found, beside))
+            panels.append((title, cell.runs[0], moments, beside))
     return [_page(panels[start : start + MOST_PANELS], place) for start in range(0, len(panels), MOST_PANELS)]
 
 
@@ -59,11 +59,11 @@ def _page(panels: Sequence[_Panel], place: str) -> Drawing:
         f"training views of its last epoch (seed {seeds}){orange}; crosses are at the means. At the sides, the same as "
         "histograms, each with a height of its own."
     )
-    said = []
+    phrases = []
     for title, _, student, teacher in panels:
         beside = f", the teacher's {teacher.mean:.3g} and {teacher.std:.3g}" if teacher else ""
-        said.append(f"{title + ': ' if title else ''}mean {student.mean:.3g}, deviation {student.std:.3g}{beside}")
-    alt = f"Two-dimensional histograms of logit mean and standard deviation, {place}. {'; '.join(said)}."
+        phrases.append(f"{title + ': ' if title else ''}mean {student.mean:.3g}, deviation {student.std:.3g}{beside}")
+    alt = f"Two-dimensional histograms of logit mean and standard deviation, {place}. {'; '.join(phrases)}."
     size = (7.0, 4.2) if columns == 1 else (10.5, 3.6 * lines)
     return Drawing(f"logit moments of students {place}", caption, alt, size, draw)
 

@@ -162,14 +162,14 @@ def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[
     progress = progress or Silent()
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
-        found = {folder.resolve(): folder for folder in _run_folders(path)}
-        if not found:
+        run_folders = {folder.resolve(): folder for folder in _run_folders(path)}
+        if not run_folders:
             raise NotFoundError(
                 f"no runs at {path}",
                 why=f"no folder at or below it holds {ARGS}" if path.is_dir() else "that folder does not exist",
                 fix="train some first with: kdcache distill --tau 1,4,20 --seed 0-2",
             )
-        folders = found | folders
+        folders = run_folders | folders
     if not folders:
         raise NotFoundError("no folder of runs was given", why="a report is made of runs", fix="kdcache report runs")
     records = []

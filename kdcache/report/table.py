@@ -126,8 +126,8 @@ class Table:
 
     def ranked(self, row: Row) -> list[tuple[float, Cell]]:
         """(tau, cell) of a row, best mean first."""
-        found = [(tau, self.cells[row, tau]) for tau in self.taus if (row, tau) in self.cells]
-        return sorted(found, key=lambda item: -item[1].mean)
+        pairs = [(tau, self.cells[row, tau]) for tau in self.taus if (row, tau) in self.cells]
+        return sorted(pairs, key=lambda item: -item[1].mean)
 
     def taus_of(self, rows: Iterable[Row]) -> list[float]:
         """The taus at which any of `rows` has a result."""
@@ -220,10 +220,10 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
             for name in FOLLOWS_OPT:
                 if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
                     varied.pop(name, None)
-        said = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
-        if "archive_digest" in said and (known := training.get(args.archive_digest)):
-            said["archive_digest"] = f"{known} ({said['archive_digest']})"
-        setting = ", ".join(said.values())
+        phrases = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
+        if "archive_digest" in phrases and (known := training.get(args.archive_digest)):
+            phrases["archive_digest"] = f"{known} ({phrases['archive_digest']})"
+        setting = ", ".join(phrases.values())
         rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, setting)
     return rows
 

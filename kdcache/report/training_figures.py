@@ -145,11 +145,11 @@ def training_drawings(table: Table, rows: Sequence[Row], place: str, teachers: M
     many = len(rows) > MOST_PANELS
     panels = _best_of_rows(table, rows) if many else _by_tau(table, rows)
     logged = {name for row in rows for _, cell in table.ranked(row) for run in cell.runs for name in _logged(run.curves)}
-    found = []
+    drawings = []
     for kind in KINDS:
         if columns := [column for column in kind.columns if column.name in logged]:
-            found += [_page(some, place, kind, columns, teachers, many=many) for some in pages_of(panels)]
-    return found
+            drawings += [_page(some, place, kind, columns, teachers, many=many) for some in pages_of(panels)]
+    return drawings
 
 
 def _by_tau(table: Table, rows: Sequence[Row]) -> list[_Panel]:
@@ -168,15 +168,15 @@ def _best_of_rows(table: Table, rows: Sequence[Row]) -> list[_Panel]:
     """Panels of several rows, with a curve for each: that of its best tau."""
     panels = [("", list(rows[start : start + MOST_LINES])) for start in range(0, len(rows), MOST_LINES)]
     lines = Lines(panels)
-    found = []
+    best_panels = []
     for title, panel in panels:
         entries = []
         for row in panel:
             tau, cell = table.ranked(row)[0]
             colour, _, dashes = lines.look(row)
             entries.append(_Entry(f"{short(lines.name(row), 40)}, tau {tau:g}", colour, dashes, tau, cell, ""))
-        found.append((title, entries))
-    return found
+        best_panels.append((title, entries))
+    return best_panels
 
 
 def _logged(curves: Mapping[str, NDArray[np.float64]]) -> list[str]:
@@ -222,14 +222,14 @@ def _page(
         title = "at the best tau" if many else "tau"
         figure.legend(handles.values(), handles.keys(), title=title, loc="outside right upper", alignment="left")
 
-    what = columns[0].words if len(columns) == 1 else f"left, {columns[0].words}; right, {columns[1].words}"
-    caption = f"{kind.name.capitalize()} by epoch with control none, {place}, means over the seeds: {what}"
+    words = columns[0].words if len(columns) == 1 else f"left, {columns[0].words}; right, {columns[1].words}"
+    caption = f"{kind.name.capitalize()} by epoch with control none, {place}, means over the seeds: {words}"
     if many:
         caption += "; a line for each row of the results, at its best tau"
     if compared:
         caption += kind.beside_many if many else kind.beside
     caption += ". Means over an epoch's training batches." if kind.shared else "."
-    alt = f"Curves by epoch, {place}: {what}. At the end, {_ends(panels, columns)}"
+    alt = f"Curves by epoch, {place}: {words}. At the end, {_ends(panels, columns)}"
     width = 4.6 * max(len(columns), 1.5) + (2.4 if many else 0.0)
     return Drawing(f"{kind.name} {place}", caption, alt, (width, 0.7 + 2.7 * len(panels)), draw)
 
@@ -255,8 +255,8 @@ def _draw(axes: Axes, entries: Sequence[_Entry], column: _Column, teachers: Mapp
                 axes.axhline(value, color=entry.colour, linestyle=entry.beside, linewidth=1.1)
         digests |= used
     for digest in sorted(digests):
-        if found := column.teacher(teachers[digest]):
-            value, low, high = found
+        if teacher_range := column.teacher(teachers[digest]):
+            value, low, high = teacher_range
             axes.axhline(value, **TEACHER)
             if high > low:
                 axes.axhspan(low, high, color="#000000", alpha=0.06, linewidth=0)
@@ -280,7 +280,7 @@ def _thinned(count: int) -> NDArray[np.int64]:
 
 def _ends(panels: Sequence[_Panel], columns: Sequence[_Column]) -> str:
     """Where the curves end, in words, for as many as one would listen to."""
-    said = []
+    phrases = []
     for title, entries in panels[:4]:
         for column in columns:
             ends = []
@@ -288,5 +288,5 @@ def _ends(panels: Sequence[_Panel], columns: Sequence[_Column]) -> str:
                 _, mean = entry.cell.curve(column.name)
                 name = entry.label if not entry.beside else f"tau {entry.tau:g}"
                 ends += [f"{mean[-1]:.4g} at {name}"] if len(mean) else []
-            said.append(f"{title + ', ' if title else ''}{column.label}: {', '.join(ends) or 'not logged'}")
-    return "; ".join(said) + "."
+            phrases.append(f"{title + ', ' if title else ''}{column.label}: {', '.join(ends) or 'not logged'}")
+    return "; ".join(phrases) + "."

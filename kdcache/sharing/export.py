@@ -77,35 +77,37 @@ def export(
     `licences` declares those that are not known. `repository`: where on the Hub it is going to be, as its card says then.
     IncompatibleError for a model that timm cannot make again.
     """
-    found = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
-    if is_factory(found.name):
+    trained = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
+    if is_factory(trained.name):
         raise IncompatibleError(
-            f"{folder} cannot be exported: its model is made by the function {found.name}",
+            f"{folder} cannot be exported: its model is made by the function {trained.name}",
             why="timm makes models by the name of their architecture, and has none for it",
-            fix=f"share that function and the weights: safetensors.torch.load_model(make(num_classes={len(found.class_names)}), "
-            f"{str(found.weights)!r})",
+            fix="share that function and the weights: "
+            f"safetensors.torch.load_model(make(num_classes={len(trained.class_names)}), {str(trained.weights)!r})",
         )
-    if not found.weights.is_file():
+    if not trained.weights.is_file():
         raise NotFoundError(
-            f"{folder} has no {found.weights.name}",
+            f"{folder} has no {trained.weights.name}",
             why="averaged weights are kept by runs with --model-ema-decay" if which == "ema" else "the file is missing",
             fix="export --last or --best of it" if which == "ema" else "restore it from a copy, or train it again",
         )
-    model, own = create_model(kept(found.name, folder), len(found.class_names), input_size=found.input_size)
-    load_weights(model, found.weights)
-    config = timm_config(found.name, model, found.normalise or own, input_size=found.input_size, class_names=found.class_names)
+    model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
+    load_weights(model, trained.weights)
+    config = timm_config(
+        trained.name, model, trained.normalise or own, input_size=trained.input_size, class_names=trained.class_names
+    )
     assert config is not None
-    declared, known = licences or Licences(), found.licences
+    declared, known = licences or Licences(), trained.licences
     licences = Licences(data=declared.data or known.data, weights=declared.weights or known.weights)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     files = {
         WEIGHTS: save(state, metadata={"format": "pt"}),
         CONFIG: config,
-        CARD: _card(found, model, which, licences, repository).encode(),
+        CARD: _card(trained, model, which, licences, repository).encode(),
     }
     if progress is not None and None in licences.model_dump().values():
         progress.say("a licence is unknown; it has to be known, or named with --license, before the model is pushed")
-    return Export(found.name, files, licences)
+    return Export(trained.name, files, licences)
 
 
 def write_export(exported: Export, output: Path) -> None:
@@ -254,8 +256,8 @@ def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
     columns = {"top-1": "test_top1", "top-5": "test_top5", "calibration error": "test_ece"}
     if which == "ema":
         columns = {"top-1": "ema_top1"}
-    found = {shown: float(curves[column][row]) for shown, column in columns.items() if column in curves}
-    return {shown: value for shown, value in found.items() if np.isfinite(value)}
+    scores = {shown: float(curves[column][row]) for shown, column in columns.items() if column in curves}
+    return {shown: value for shown, value in scores.items() if np.isfinite(value)}
 
 
 def _dataset(spec: str) -> str:
@@ -279,7 +281,7 @@ def _started(args: Mapping[str, Any]) -> str:
 
 
 def _optimiser(settings: Mapping[str, Any]) -> str:
-    said = [
+    phrases = [
         code_span(str(settings["opt"])),
         f"learning rate {settings['lr']:g}",
         f"weight decay {settings['weight_decay']:g}",
@@ -287,40 +289,40 @@ def _optimiser(settings: Mapping[str, Any]) -> str:
         f"schedule {markdown_escaped(str(settings.get('sched', 'cosine')))}",
     ]
     if settings.get("clip_grad") is not None:
-        said.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
+        phrases.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
     if settings.get("amp"):
-        said.append("bf16 where that is safe, also when tested")
+        phrases.append("bf16 where that is safe, also when tested")
     if settings.get("ema_decay") is not None:
-        said.append(f"averaged with decay {settings['ema_decay']:g}")
-    return ", ".join(said)
+        phrases.append(f"averaged with decay {settings['ema_decay']:g}")
+    return ", ".join(phrases)
 
 
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
+def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
     metadata = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         **licence_fields([licences.data, licences.weights]),
         "tags": ["image-classification", "timm", "kdcache", "knowledge-distillation"],
     }
-    facts = dict(found.facts)
+    facts = dict(trained.facts)
     facts["these are"] = _CHOSEN[which]
-    for shown, value in found.scores.items():
+    for shown, value in trained.scores.items():
         facts[f"{shown}, clean test images"] = f"{value:.2f} %"
     facts["licence of the data"] = markdown_escaped(licences.data or "unknown")
     facts["licence of the weights that it comes from"] = markdown_escaped(licences.weights or "unknown")
     zoo = type(model).__module__ == "kdcache.models.cifar"
-    size = found.input_size
+    size = trained.input_size
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {markdown_escaped(found.title)}",
+        f"# {markdown_escaped(trained.title)}",
         "",
-        f"An image classifier of {len(found.class_names):,} classes for {size} x {size} pixels, trained and exported with "
+        f"An image classifier of {len(trained.class_names):,} classes for {size} x {size} pixels, trained and exported with "
         "[kdcache](https://pypi.org/project/kdcache).",
         "",
         "| | |",
@@ -332,7 +334,7 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
         "by another library, figures may differ a little."
         + (
             " The calibration error is the expected one, in 15 bins of equal width."
-            if "calibration error" in found.scores
+            if "calibration error" in trained.scores
             else ""
         ),
         "",
@@ -369,14 +371,14 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
 
 def hub_repository(destination: str) -> str:
     """`ORG/NAME` of `hf://models/ORG/NAME`, or of itself. UsageError for anything else."""
-    found = _HUB_MODEL.fullmatch(destination)
-    if not found or destination.startswith("hf://datasets/"):
+    match = _HUB_MODEL.fullmatch(destination)
+    if not match or destination.startswith("hf://datasets/"):
         raise UsageError(
             f"--push {destination!r} is no model on the Hub",
             why="a model goes to a repository of its own",
             fix="--push ORG/NAME or --push hf://models/ORG/NAME",
         )
-    return found[1]
+    return match[1]
 
 
 def require_known(exported: Export, folder: Path) -> None:

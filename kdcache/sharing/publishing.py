@@ -61,13 +61,13 @@ def public_files(archive: Archive, declared: Licences, progress: Progress) -> di
     return {**cards, MANIFEST_NAME: public.model_dump_json(indent=1).encode()}
 
 
-def require_licences(known: Licences, what: str, because: str) -> None:
+def require_licences(known: Licences, subject: str, because: str) -> None:
     """UsageError unless the licences of data and weights are known under which something is shared."""
     unknown = [name for name, value in known.model_dump().items() if not value]
     if unknown:
         declare = ",".join(f"{name}=NAME" for name in unknown)
         raise UsageError(
-            f"the licence of the {' and of the '.join(unknown)} of {what} is unknown",
+            f"the licence of the {' and of the '.join(unknown)} of {subject} is unknown",
             why=f"{because}: whoever gets them must know the terms",
             fix=f"name it as SPDX or the Hugging Face Hub do, for example cc-by-4.0: --license {declare}",
         )

@@ -113,19 +113,19 @@ def pull(
 
 def _records(archive: Archive) -> dict[str, FileRecord]:
     """Everything that belongs to the archive but its manifest. IntegrityError for what cannot lie in one folder."""
-    found: dict[str, FileRecord] = {}
+    records: dict[str, FileRecord] = {}
     for record in archive.records():
-        if found.setdefault(inner_name(record.path), record) != record:
+        if records.setdefault(inner_name(record.path), record) != record:
             raise _impossible(archive, f"it records {record.path!r} twice, with different contents")
-    folders = {parent for name in found for parent in _parents(name)}
-    for name in found:
+    folders = {parent for name in records for parent in _parents(name)}
+    for name in records:
         if name in folders:
             raise _impossible(archive, f"it records {name!r} both as a file and as a folder")
         if name.startswith(".") or name in {MANIFEST_NAME, SIGNATURE_NAME}:
             raise _impossible(archive, f"it records {name!r}, a name that kdcache has another use for")
         if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME or len(name) > 4 * LONGEST_NAME:
             raise _impossible(archive, f"it records a name of {len(name)} characters, {name[:40]!r}...")
-    return found
+    return records
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -436,7 +436,7 @@ def _push_to_hub(sending: Shipment, url: str, private: bool, progress: Progress)
 def _batches(records: Sequence[FileRecord]) -> Iterator[list[FileRecord]]:
     batch: list[FileRecord] = []
     for record in records:
-        if batch and (len(batch) == HUB_FILES or sum(one.bytes for one in batch) + record.bytes > HUB_BYTES):
+        if batch and (len(batch) == HUB_FILES or sum(waiting.bytes for waiting in batch) + record.bytes > HUB_BYTES):
             yield batch
             batch = []
         batch.append(record)

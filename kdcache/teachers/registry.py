@@ -138,19 +138,19 @@ def find_teacher(
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
     wanted |= {} if epochs is None else {"epochs": epochs}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
-    found = [
+    teachers = [
         Teacher(folder, record)
         for folder, record in workspace.teacher_records(progress)
         if (record["name"], record["input_size"]) == (public_name(name), size)
         and all(record["training"].get(key) == value for key, value in wanted.items())
     ]
-    if len(found) > 1:
-        durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in found)
+    if len(teachers) > 1:
+        durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in teachers)
         progress.say(
-            f"teacher: {found[0].folder}, the newest of {len(found)} (newest first, they had {durations} epochs; "
+            f"teacher: {teachers[0].folder}, the newest of {len(teachers)} (newest first, they had {durations} epochs; "
             "choose with --teacher-epochs or --teacher-folder)"
         )
-    return found[0] if found else None
+    return teachers[0] if teachers else None
 
 
 def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:

@@ -68,11 +68,11 @@ class EvalSet:
                     other.append(learner.predict(views, averaged=True))
             if self._team.size == 1:  # others may have no batch left, and would not ask
                 check()
-        found = [self.metrics(self._whole(part)) for part in logits]
-        for row, other, learner in zip(found, averaged, learners, strict=True):
+        figures = [self.metrics(self._whole(part)) for part in logits]
+        for row, other, learner in zip(figures, averaged, learners, strict=True):
             if learner.average is not None:
                 row["ema_top1"] = self.metrics(self._whole(other))["test_top1"]
-        return found
+        return figures
 
     def _whole(self, part: list[Tensor]) -> Tensor:
         """Logits `[N, C]` of all batches, of which every process has each `size`-th."""

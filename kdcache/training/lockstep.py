@@ -53,7 +53,7 @@ class Pace:
     @property
     def done(self) -> int:
         """Steps done, those that diverged learners will never do included."""
-        return sum(each.total_steps if each.status == "diverged" else each.steps for each in self._learners)
+        return sum(learner.total_steps if learner.status == "diverged" else learner.steps for learner in self._learners)
 
     @property
     def seconds_left(self) -> float:

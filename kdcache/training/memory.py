@@ -143,7 +143,7 @@ def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig,
         )
         sizes = [_step(learner, count, num_classes, input_size) for count in TRIED]
         gradients = [p.grad for p in learner.parameters if p.grad is not None]
-        found = _Measured(
+        measured = _Measured(
             weights=_bytes(model.state_dict().values()),
             optimizer=_bytes(_tensors(learner.optimizer.state)),
             average=0 if learner.average is None else _bytes(learner.average.state_dict().values()),
@@ -154,7 +154,7 @@ def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig,
         )
         learner.status = "complete"  # there is nothing to keep of it
         learner.suspend()
-    return found
+    return measured
 
 
 def _step(learner: Learner, count: int, num_classes: int, input_size: int) -> tuple[int, int]:

@@ -115,7 +115,7 @@ def _warp_bilinear(x: Tensor, matrix: tuple[float, ...], fill: int) -> Tensor:
     def at(row: Tensor, column: Tensor) -> Tensor:
         return flat[:, :, (row * size + column).view(-1)].double()
 
-    upper, lower = ((one := at(row, columns[0])) + (at(row, columns[1]) - one) * right_share for row in rows)
+    upper, lower = ((left_pixel := at(row, columns[0])) + (at(row, columns[1]) - left_pixel) * right_share for row in rows)
     mixed = upper + (lower - upper) * bottom_share
     return mixed.to(torch.uint8).masked_fill_(outside.view(-1), fill).view_as(x)
 

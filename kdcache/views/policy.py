@@ -338,11 +338,11 @@ def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float6
     first = np.arange(n), fits.argmax(axis=1)
     # No attempt fitted: the largest central box whose ratio is allowed, as torchvision does.
     nearest = min(max(1.0, crop.ratio[0]), crop.ratio[1])
-    found = fits.any(axis=1)
-    w: NDArray[np.int64] = np.where(found, width[first], round(min(1.0, nearest) * UNIT))
-    h: NDArray[np.int64] = np.where(found, height[first], round(min(1.0, 1 / nearest) * UNIT))
-    left = np.where(found, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
-    top = np.where(found, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
+    fitted = fits.any(axis=1)
+    w: NDArray[np.int64] = np.where(fitted, width[first], round(min(1.0, nearest) * UNIT))
+    h: NDArray[np.int64] = np.where(fitted, height[first], round(min(1.0, 1 / nearest) * UNIT))
+    left = np.where(fitted, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
+    top = np.where(fitted, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
     return np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)
 
 

@@ -163,12 +163,12 @@ class Statistics(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Statistics":
-        if found := self.details:
-            low_to_high = (found.ranks, found.moments.mean_range, found.moments.std_range)
+        if details := self.details:
+            low_to_high = (details.ranks, details.moments.mean_range, details.moments.std_range)
             if any(below >= above for values in low_to_high for below, above in itertools.pairwise(values)):
                 raise ValueError("ranks or ranges that do not ascend")
-            lengths = {len(found.ranks), *(len(detail.sorted_mean) for detail in found.per_tau)}
-            if len(found.per_tau) != len(self.per_tau) or len(lengths) > 1:
+            lengths = {len(details.ranks), *(len(detail.sorted_mean) for detail in details.per_tau)}
+            if len(details.per_tau) != len(self.per_tau) or len(lengths) > 1:
                 raise ValueError("details of other temperatures or ranks")
         return self
 
@@ -276,7 +276,7 @@ class Manifest(ArchivePlan):
             raise ValueError("policy_digest is not the digest of the policy")
         if self.source and self.source.num_samples != self.num_samples:
             raise ValueError("the source card has another number of samples")
-        if (found := self.statistics.details) and (found.ranks[:1], found.ranks[-1:]) != ((1,), (self.num_classes,)):
+        if (details := self.statistics.details) and (details.ranks[:1], details.ranks[-1:]) != ((1,), (self.num_classes,)):
             raise ValueError("the statistics are of another number of classes")
         if self.shard_rows > 4 * self.num_samples:  # there is padding to whole units, and a unit has no more rows than twice that
             raise ValueError(f"shards of {self.shard_rows:,} rows, of {self.num_samples:,} samples")

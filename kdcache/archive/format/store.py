@@ -229,10 +229,10 @@ class LocalStore:
     def names(self, folder: str, suffix: str) -> list[str]:
         """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
         try:
-            found = list(self.path(folder).iterdir())
+            paths = list(self.path(folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):  # never made, or swept away just now by who finished the archive
             return []
-        return sorted(f"{folder}/{p.name}" for p in found if p.name.endswith(suffix) and not p.name.startswith("."))
+        return sorted(f"{folder}/{p.name}" for p in paths if p.name.endswith(suffix) and not p.name.startswith("."))
 
 
 def _unreadable(path: Path, error: OSError) -> IntegrityError:

@@ -57,5 +57,5 @@ def rows_digest(plan: ArchivePlan, fields: Mapping[str, NDArray]) -> str:
         elif name not in {"logits", *BESIDE} and plan.rows_hash == "sha256":
             continue  # the codec's parameters are in the decoded logits
         digest.update(as_bytes(column))
-    found: str = digest.hexdigest()
-    return found
+    hexdigest: str = digest.hexdigest()
+    return hexdigest

@@ -146,13 +146,13 @@ class _File:
 
     def start(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> int:
         """Where dataset `name` begins, which must be of this type and shape, and in the file."""
-        found = self._datasets.get(name)
-        if found is None or found[1:] != (dtype.str, shape):
-            raise damaged(self.name, f"has dataset {name} as {found and found[1:]}, expected {(dtype.str, shape)}")
+        dataset = self._datasets.get(name)
+        if dataset is None or dataset[1:] != (dtype.str, shape):
+            raise damaged(self.name, f"has dataset {name} as {dataset and dataset[1:]}, expected {(dtype.str, shape)}")
         size = dtype.itemsize * math.prod(shape)  # NumPy's product overflows
-        if not USER_BLOCK <= found[0] <= len(self.data) - size:
+        if not USER_BLOCK <= dataset[0] <= len(self.data) - size:
             raise damaged(self.name, f"has dataset {name} outside the file")
-        return found[0]
+        return dataset[0]
 
     def column(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
         return np.ndarray(shape, dtype, self.data, self.start(name, dtype, shape))

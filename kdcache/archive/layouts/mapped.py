@@ -113,8 +113,8 @@ class _MappedRun:
     def take(self, rows: NDArray[np.int64]) -> NDArray:
         unit, inside = np.divmod(rows, self._run.rows)
         if not self._checked[unit].all():
-            for one in np.unique(unit[~self._checked[unit]]).tolist():
-                self._check(one, one + 1)
+            for number in np.unique(unit[~self._checked[unit]]).tolist():
+                self._check(number, number + 1)
         result: NDArray = self._rows[unit, inside]
         return result
 
@@ -126,9 +126,9 @@ class _MappedRun:
             self._known[unit] = True
 
 
-def damaged(name: str, what: str) -> IntegrityError:
+def damaged(name: str, damage: str) -> IntegrityError:
     return IntegrityError(
-        f"{name}: {what}",
+        f"{name}: {damage}",
         why="the file's bytes are not those that were written",
         fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
     )

@@ -92,12 +92,12 @@ class WebDatasetLayout:
     def reading_lines(self, plan: ArchivePlan) -> str:
         shard = f'"PATH/{_shard(plan.first_view, 0)}"'
         opening = f"import webdataset; r = next(iter(webdataset.WebDataset({shard}, shardshuffle=False).decode()))"
-        what = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
+        place = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
         if plan.contents == "statistics":
-            return f'{opening}\nentropy = r["entropy.npy"]  # {what}'
+            return f'{opening}\nentropy = r["entropy.npy"]  # {place}'
         names = ("logits", *codec.from_dict(plan.codec).parameters)
         logits = codec.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
-        return f"{opening}\nlogits = {logits}  # {what}"
+        return f"{opening}\nlogits = {logits}  # {place}"
 
     def open(self, plan: ArchivePlan, store: Store) -> "WebDatasetReader":
         if type(self.record_rows) is not int or not 1 <= self.record_rows <= plan.shard_rows:
@@ -177,8 +177,8 @@ class WebDatasetReader:
     def _records(self, block: int) -> list[tuple[int, int, _Places]]:
         """Number of the first record, how many there are, and their places: of the full records, and of one that is not."""
         full, left = divmod(self._plan.block_rows(block), self._size)
-        found = [(0, full, _Places.of(self._fields, self._size))] if full else []
-        return [*found, (full, 1, _Places.of(self._fields, left))] if left else found
+        records = [(0, full, _Places.of(self._fields, self._size))] if full else []
+        return [*records, (full, 1, _Places.of(self._fields, left))] if left else records
 
     def _open(self, view: int, block: int) -> NDArray[np.uint8]:
         name, records = _shard(view, block), self._records(block)

@@ -372,10 +372,10 @@ class _CompressedRows:
             whole = self._decode(range(first, last)).reshape(-1, *self._shape)
             return whole[rows.start - first * size : rows.stop - first * size]
         unit, inside = np.divmod(rows, size)
-        found = np.empty((len(rows), *self._shape), self._dtype)
+        gathered = np.empty((len(rows), *self._shape), self._dtype)
         for number in np.unique(unit):
-            found[unit == number] = self._decode(range(number, number + 1))[0, inside[unit == number]]
-        return found
+            gathered[unit == number] = self._decode(range(number, number + 1))[0, inside[unit == number]]
+        return gathered
 
     def _decode(self, chunks: range) -> NDArray:
         out = np.empty((len(chunks), self._layout.inner_rows, *self._shape), self._dtype)

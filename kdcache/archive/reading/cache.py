@@ -51,8 +51,8 @@ class Cache:
     @classmethod
     def from_environment(cls) -> "Cache":
         text = os.environ.get("KDCACHE_CACHE_LIMIT") or DEFAULT_LIMIT
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-        if not found:
+        limit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+        if not limit:
             raise UsageError(
                 f"KDCACHE_CACHE_LIMIT is {text!r}",
                 why="it is the number of bytes that fetched files may take",
@@ -60,7 +60,7 @@ class Cache:
             )
         root = os.environ.get("KDCACHE_CACHE")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return cls(Path(root or f"{base}/kdcache").expanduser().absolute(), int(float(found[1]) * _UNITS[found[2].upper()]))
+        return cls(Path(root or f"{base}/kdcache").expanduser().absolute(), int(float(limit[1]) * _UNITS[limit[2].upper()]))
 
     def path(self, record: FileRecord) -> Path:
         return self.root / record.sha256[:2] / record.sha256
@@ -93,8 +93,8 @@ class Cache:
         with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(record.sha256):
-                if found := self.find(record):
-                    return found
+                if present := self.find(record):
+                    return present
                 part = path.with_name(f"{path.name}.part")
                 download(record, where, part, stream)
                 part.replace(path)

@@ -137,12 +137,12 @@ def compare(
     differ. A view's columns, or a few thousand rows of logits, are in memory at a time.
     """
     progress = progress or Silent()
-    found = Comparison(a.location, b.location, tuple(facts(a, b)), shared_views(a, b))
-    if found.comparable:
-        found = dataclasses.replace(found, facts=(*found.facts, *_stored_views(a, b, progress)))
-    if found.comparable and a.manifest.contents == b.manifest.contents == "all":
-        return _with_distances(found, a, b, taus, rows, progress)
-    return found
+    comparison = Comparison(a.location, b.location, tuple(facts(a, b)), shared_views(a, b))
+    if comparison.comparable:
+        comparison = dataclasses.replace(comparison, facts=(*comparison.facts, *_stored_views(a, b, progress)))
+    if comparison.comparable and a.manifest.contents == b.manifest.contents == "all":
+        return _with_distances(comparison, a, b, taus, rows, progress)
+    return comparison
 
 
 def shared_views(*archives: Archive) -> range:
@@ -189,12 +189,12 @@ def _stored_views(a: Archive, b: Archive, progress: Progress) -> Iterator[Fact]:
 
 
 def _with_distances(
-    found: Comparison, a: Archive, b: Archive, taus: Sequence[float], rows: int, progress: Progress
+    comparison: Comparison, a: Archive, b: Archive, taus: Sequence[float], rows: int, progress: Progress
 ) -> Comparison:
     measured: dict[float, list[NDArray[np.float64]]] = {tau: [] for tau in taus}
     agreeing, moved, unequal, largest, done = 0, 0, 0, 0.0, 0
-    count = min(rows, len(found.views) * a.num_samples)
-    for block in spread(found.views, a.num_samples, rows, max(1, BLOCK_VALUES // a.num_classes)):
+    count = min(rows, len(comparison.views) * a.num_samples)
+    for block in spread(comparison.views, a.num_samples, rows, max(1, BLOCK_VALUES // a.num_classes)):
         of_a = [a.take(view, positions) for view, positions in block]
         of_b = [_of_samples(b, view, positions, part.sample) for (view, positions), part in zip(block, of_a, strict=True)]
         x, y = (np.concatenate([part.logits for part in parts]) for parts in (of_a, of_b))
@@ -210,8 +210,8 @@ def _with_distances(
     note = f"up to {largest:.3g} apart" + ("" if moved else ", by what the codecs round")
     logits = Fact("logits", *_counts(done, unequal, "equal"), moved == 0, "other contents", note if unequal else "")
     return dataclasses.replace(
-        found,
-        facts=(*found.facts, logits),
+        comparison,
+        facts=(*comparison.facts, logits),
         rows=done,
         agreement=100.0 * agreeing / done,
         max_logit=largest,
@@ -297,10 +297,10 @@ def _differing_fields(a: ViewPolicy | None, b: ViewPolicy | None) -> Iterator[tu
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _counts(total: int, differing: int, alike: str) -> tuple[str, str]:

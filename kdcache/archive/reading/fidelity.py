@@ -108,12 +108,12 @@ def _divergence(p: Floats, truth: NDArray[np.float32], decoded: NDArray[np.float
     return np.maximum(kl, 0.0)
 
 
-def rank_correlation(one: NDArray, other: NDArray) -> Floats:
+def rank_correlation(truth: NDArray, other: NDArray) -> Floats:
     """Spearman's rank correlation of the rows of two arrays `[n, C]`, ties sharing their mean rank: float64 `[n]`.
 
     NaN for rows of `one` that are constant and have no ranks; 0 where only the other's is.
     """
-    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (_ranks(one), _ranks(other)))
+    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (_ranks(truth), _ranks(other)))
     norm_a, norm_b = (np.sqrt(np.einsum("nc,nc->n", x, x)) for x in (a, b))
     product = np.einsum("nc,nc->n", a, b)
     correlation: Floats = np.divide(product, norm_a * norm_b, out=np.zeros(len(a)), where=norm_a * norm_b > 0)
@@ -196,17 +196,17 @@ class _Trial:
         per_tau = [
             TauFidelity(
                 tau=tau,
-                kl_mean=found["kl"].mean,
-                kl_max=found["kl"].max,
-                kl_bound=found["bound"].max,
-                bound_share=found["share"].max,
-                probability_max=found["probability"].max,
-                entropy_mean=found["entropy"].mean,
-                entropy_max=found["entropy"].max,
-                entropy_rest_mean=found["entropy_rest"].mean,
-                entropy_rest_max=found["entropy_rest"].max,
+                kl_mean=summaries["kl"].mean,
+                kl_max=summaries["kl"].max,
+                kl_bound=summaries["bound"].max,
+                bound_share=summaries["share"].max,
+                probability_max=summaries["probability"].max,
+                entropy_mean=summaries["entropy"].mean,
+                entropy_max=summaries["entropy"].max,
+                entropy_rest_mean=summaries["entropy_rest"].mean,
+                entropy_rest_max=summaries["entropy_rest"].max,
             )
-            for tau, found in zip(taus, self.per_tau, strict=True)
+            for tau, summaries in zip(taus, self.per_tau, strict=True)
         ]
         return CodecFidelity(
             codec=self.name,

@@ -312,21 +312,21 @@ class Archive:
         if len(parts) == 1:
             return parts[0][1]
         dtype, shape = self._types[name]
-        found = np.empty((count_of(rows), *shape), dtype)
+        gathered = np.empty((count_of(rows), *shape), dtype)
         for where, values in parts:
-            found[where] = values
-        return found
+            gathered[where] = values
+        return gathered
 
     def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits at a slice of positions or at any positions: float32 `[n, C]`. See `read`, `take` and `find`."""
         self._require_logits()
         if isinstance(rows, slice):
             return self._slice_of_logits(view, rows)
-        found = np.empty((len(rows), self.num_classes), np.float32)
+        decoded = np.empty((len(rows), self.num_classes), np.float32)
         for block, inside, where in self._scattered(rows):
             stored = {name: self.reader.gather(name, view, block, inside) for name in ("logits", *self._codec.parameters)}
-            found[where] = self._codec.decode(stored)
-        return found
+            decoded[where] = self._codec.decode(stored)
+        return decoded
 
     def _slice_of_logits(self, view: int, rows: slice) -> NDArray[np.float32]:
         """Decoded piece by piece, each while it is in the cache, from shards that are opened before memory is taken."""
@@ -337,15 +337,15 @@ class Archive:
             )
             for block, inside, _ in self._in_shards(rows)
         ]
-        found = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
+        decoded = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
         end = 0
         for pieces, beside in shards:
             first = end
             for piece in pieces:
                 start, end = end, end + piece.size // self.num_classes
                 stored = {name: values[start - first : end - first].reshape(piece.shape[:-1]) for name, values in beside.items()}
-                self._codec.decode({"logits": piece, **stored}, found[start:end].reshape(piece.shape))
-        return found
+                self._codec.decode({"logits": piece, **stored}, decoded[start:end].reshape(piece.shape))
+        return decoded
 
     def _in_shards(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
         """The shards that a slice of positions is in: number of the block, rows in it, and where they are in the slice."""
@@ -379,14 +379,14 @@ class Archive:
 
     def _record_of(self, name: str) -> FileRecord:
         """What the manifest says of a file."""
-        found = self._records.get(name)
-        if found is None:
+        record = self._records.get(name)
+        if record is None:
             raise IntegrityError(
                 f"{name} is no file of {self.location}",
                 why="neither its manifest nor its table of shards names it",
                 fix="get the archive again from whoever made it",
             )
-        return found
+        return record
 
     def records(self) -> Iterator[FileRecord]:
         """The records of all files but the manifest."""

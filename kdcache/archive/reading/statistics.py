@@ -85,8 +85,8 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
                 smoothing_mean_entropy=float(matched_smoothing(h.mean(), classes)),
             )
         )
-    found = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
-    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=found)
+    statistics_details = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
+    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=statistics_details)
 
 
 def spread_ranks(classes: int) -> tuple[int, ...]:
@@ -175,9 +175,9 @@ def _top1(plan: ArchivePlan, reader: ShardReader, labels: NDArray[np.int64] | No
     return 100.0 * hits / (plan.num_views * plan.num_samples)
 
 
-def _no_logits(what: str) -> IntegrityError:
+def _no_logits(nonsense: str) -> IntegrityError:
     return IntegrityError(
-        f"the archive holds {what}",
+        f"the archive holds {nonsense}",
         why="kdcache writes none; who wrote these rows computed their checksums too",
         fix="do not use this archive; get it again from whoever made it",
     )

@@ -121,11 +121,11 @@ class Verifier:
         for number, shard in enumerate(shards):
             if level == "full":
                 self._store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
-            found = len(result.failures)
+            failures_before = len(result.failures)
             if (shard.view, shard.block) in present and self._verify_record(shard):
                 for record in shard.files:
                     self._verify_file(record)
-                if level == "full" and len(result.failures) == found:
+                if level == "full" and len(result.failures) == failures_before:
                     self._verify_rows(shard, samples.setdefault(shard.view, []))
                 if len(samples.get(shard.view, ())) == self._manifest.num_blocks:
                     self._verify_order(shard.view, samples.pop(shard.view))
@@ -139,15 +139,15 @@ class Verifier:
         """
         if path in self._archive.reader.sample_files():
             return []
-        found: list[FileRecord] = []
+        records: list[FileRecord] = []
         try:
             for line in io.BytesIO(self._store.read(CLOSING, limit=MANIFEST_LIMIT) if self._store.exists(CLOSING) else b""):
-                found.append(FileRecord.model_validate_json(line))
+                records.append(FileRecord.model_validate_json(line))
         except (IntegrityError, ValidationError):
-            found = []
+            records = []
         if (grown := self._archive.grown()) is not None:
-            found += grown.manifest.files
-        return [record for record in found if record.path == path]
+            records += grown.manifest.files
+        return [record for record in records if record.path == path]
 
     def _verify_no_others(self) -> None:
         """Labels and keys that lie there without being recorded would be read as if they were."""
@@ -162,10 +162,13 @@ class Verifier:
         if shard.rows != rows:
             self._result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
             return False
-        found, names = sorted(record.path for record in shard.files), sorted(self._archive.reader.files(shard.view, shard.block))
-        if found != names:
-            got = ", ".join(name for name in found if name not in names) or "a record without them"
-            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
+        recorded, names = (
+            sorted(record.path for record in shard.files),
+            sorted(self._archive.reader.files(shard.view, shard.block)),
+        )
+        if recorded != names:
+            got = ", ".join(name for name in recorded if name not in names) or "a record without them"
+            expected = ", ".join(name for name in names if name not in recorded) or "each of its files once"
             self._result.failures.append(Failure(where, expected, got[:1000]))
             return False
         return True

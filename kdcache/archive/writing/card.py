@@ -57,8 +57,8 @@ def card_files(
 
 def _title(manifest: Manifest) -> str:
     teacher, source = manifest.teacher, manifest.source
-    what = "Teacher logits" if manifest.contents == "all" else "Statistics of teacher logits"
-    return f"{what}: {_short(source.name if source else 'images')} seen by {_short(teacher.name if teacher else 'a teacher')}"
+    contents = "Teacher logits" if manifest.contents == "all" else "Statistics of teacher logits"
+    return f"{contents}: {_short(source.name if source else 'images')} seen by {_short(teacher.name if teacher else 'a teacher')}"
 
 
 def _short(text: str) -> str:
@@ -225,13 +225,13 @@ def _figure(per_tau: Sequence[TauStatistics]) -> str:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{RIGHT}" stroke="#e3e3e3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for one in per_tau:
-        parts.append(f'<text x="{x(one.tau):.1f}" y="{BOTTOM + 20}" text-anchor="middle">{one.tau:g}</text>')
+    for figures in per_tau:
+        parts.append(f'<text x="{x(figures.tau):.1f}" y="{BOTTOM + 20}" text-anchor="middle">{figures.tau:g}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2:.1f}" y="{BOTTOM + 40}" text-anchor="middle">temperature tau</text>')
     for number, (name, colour, field) in enumerate(SERIES):
-        quantiles = [(one.tau, getattr(one, f"{field}_quantiles")) for one in per_tau]
+        quantiles = [(figures.tau, getattr(figures, f"{field}_quantiles")) for figures in per_tau]
         band = [(tau, q[1]) for tau, q in quantiles] + [(tau, q[3]) for tau, q in reversed(quantiles)]
-        mean = points((one.tau, getattr(one, f"{field}_mean")) for one in per_tau)
+        mean = points((figures.tau, getattr(figures, f"{field}_mean")) for figures in per_tau)
         parts.append(f'<polygon points="{points(band)}" fill="{colour}" fill-opacity="0.15"/>')
         parts.append(f'<polyline points="{mean}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{LEFT + 110 * number}" y="{TOP - 18}" fill="{colour}">{name}</text>')

@@ -152,7 +152,7 @@ def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Se
 
 
 def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> None:
-    was, now = (_normalised(one.identity) for one in (earlier, plan))
+    was, now = (_normalised(archive_plan.identity) for archive_plan in (earlier, plan))
     for key in (key for key in ArchivePlan.model_fields if now.get(key) != was.get(key)):
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
