@@ -1,4 +1,4 @@
-"""Archives of teacher logits. Everything that other modules may use of this package is here; nothing needs torch."""
+"""Archives of teacher logits: the names that other packages import. Nothing here needs torch."""
 
 from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
 from kdcache.archive.format.manifest import (

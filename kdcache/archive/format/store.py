@@ -1,4 +1,4 @@
-"""Bytes by name, below one folder, each written whole or not at all."""
+"""Files of an archive by name, below one folder. Each file is written whole or not at all."""
 
 import errno
 import hashlib
@@ -31,16 +31,16 @@ __all__ = [
     "translated_os_errors",
 ]
 
-Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
+Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that need not be contiguous
 
-PIECES = 1024  # that every system takes at a time (IOV_MAX)
+PIECES = 1024  # pieces per writev call; every system allows this many (IOV_MAX)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def as_bytes(array: NDArray) -> memoryview:
-    """The bytes of an array, not copied if they lie in one piece."""
+    """The bytes of an array; a contiguous array is not copied."""
     return memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]  # typeshed: arrays are buffers
 
 
@@ -52,13 +52,13 @@ def sha256(data: bytes | memoryview | Buffers) -> str:
 
 
 def sha256_of(file: BufferedReader) -> str:
-    """sha256 of a file, which need not fit into memory."""
+    """sha256 of a file, read in pieces."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into an error that says so; what was written before stays."""
+    """Translate OS errors such as a full disk or missing permission into kdcache's errors. Written files stay."""
     try:
         yield
     except OSError as error:
@@ -77,12 +77,12 @@ def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[N
         raise
 
 
-# Letters that mean the same on every system, in parts that are neither empty nor `.` or `..`, nor too long for a file system.
+# A relative path of portable characters. No part is empty, `.`, `..`, or too long for a file system.
 _INNER = re.compile(r"(?=.{1,1000}\Z)(?:(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._+-]{1,200}(?:/(?!\Z)|\Z))+")
 
 
 def inner_name(name: str) -> str:
-    """`name`, if it names a file below the archive's own folder on every system; IntegrityError if not."""
+    """Return `name` if it stays below the archive's folder on every system. Raises IntegrityError otherwise."""
     if not _INNER.fullmatch(name):
         raise IntegrityError(
             f"file name {name[:200]!r} leads out of the archive, or would on some systems",
@@ -93,30 +93,30 @@ def inner_name(name: str) -> str:
 
 
 class Store(Protocol):
-    """Where the files of an archive are. Names are relative POSIX paths."""
+    """Read access to the files of an archive. Names are relative POSIX paths."""
 
     @property
-    def name(self) -> str: ...  # folder or URL, as people are told
+    def name(self) -> str: ...  # folder or URL, for messages
     def exists(self, name: str) -> bool: ...
     def size(self, name: str) -> int: ...
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of `name`; more than `limit` of them are refused before they are read."""
 
     def local(self, name: str) -> Path:
-        """A local file with the bytes of `name`, to be mapped into memory; fetched and checked if need be."""
+        """Path of a local file with the bytes of `name`, for memory mapping. Fetches and checks it if need be."""
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """These files are wanted soon. Returns at once."""
+        """Start fetching these files. Returns at once."""
 
     def fetch(self, names: Iterable[str], progress: Progress) -> None:
-        """Returns when all these files are on this machine; UsageError if they cannot be, at the same time."""
+        """Wait until all these files are on this machine. Raises UsageError if the cache cannot hold them together."""
 
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
-        """From now on, files must be as they are recorded: `record_of` knows the size and sha256 of each by its name."""
+        """Check files against their records from now on; `record_of` returns the record of a name."""
 
 
 def open_local(store: Store, name: str) -> BufferedReader:
-    """A file of the archive, open: from now on its bytes stay, even if a cache gives the file up for another."""
+    """Open a file of the archive. Its bytes stay readable even if a cache deletes the file."""
     for _ in range(3):
         path = store.local(name)
         try:
@@ -133,9 +133,9 @@ def open_local(store: Store, name: str) -> BufferedReader:
 
 
 class LocalStore:
-    """A folder. Names never lead out of it; links in it do (caches are made of them), to what then must be as recorded.
+    """A folder on this machine. Names never lead out of it. Links inside may: what they lead to must match the records.
 
-    Only regular files are read: opening a pipe would wait for whoever writes to it.
+    Only regular files are read, since opening a pipe would block until something writes to it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -189,24 +189,24 @@ class LocalStore:
         return self.path(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        return  # the operating system reads ahead
+        return  # the operating system already reads ahead
 
     def fetch(self, names: Iterable[str], progress: Progress) -> None:
         return
 
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
-        return  # files that are here are compared by `Archive.verify`, and their rows when they are read
+        return  # local files are checked by `Archive.verify`, and their rows when they are read
 
     def write(self, name: str, data: bytes | Buffers) -> None:
-        """Write atomically: to a temporary name beside it, synced to disk, then renamed."""
+        """Write a file atomically: to a temporary file beside it, synced to disk, then renamed."""
         self._write(name, data, Path.replace)
 
     def create(self, name: str, data: bytes | Buffers) -> bool:
-        """Write atomically what is not there yet; False if it is. Of several processes that try at once, one gets True."""
+        """Write a file atomically unless it exists; return whether this process created it. At most one process does."""
         try:
             self._write(name, data, _link)
         except FileExistsError:
-            if not self.exists(name):  # it is a folder on the way there that cannot be made
+            if not self.exists(name):  # a parent folder could not be made
                 raise
             return False
         return True
@@ -227,10 +227,10 @@ class LocalStore:
             _sync_folder(path.parent)
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
+        """Sorted names of the files directly in `folder` that end in `suffix`, without temporary files."""
         try:
             paths = list(self.path(folder).iterdir())
-        except (FileNotFoundError, NotADirectoryError):  # never made, or swept away just now by who finished the archive
+        except (FileNotFoundError, NotADirectoryError):  # never made, or removed by the process that finished the archive
             return []
         return sorted(f"{folder}/{p.name}" for p in paths if p.name.endswith(suffix) and not p.name.startswith("."))
 
@@ -245,7 +245,7 @@ def _unreadable(path: Path, error: OSError) -> IntegrityError:
 
 
 def _write_all(handle: int, data: Buffers) -> None:
-    """Many pieces with each call: the system then keeps the file in large pages, which cost a reader few page faults."""
+    """Write many pieces per call. The system then caches the file in large pages, and readers have fewer page faults."""
     left = [memoryview(piece).cast("B") for piece in data if len(piece)]
     while left:
         written = os.writev(handle, left[:PIECES])
@@ -259,7 +259,7 @@ def _write_all(handle: int, data: Buffers) -> None:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Rename, but never onto a file that is there. Where the file system has no links, the last one wins."""
+    """Rename without overwriting an existing file. On file systems without hard links the last writer wins."""
     try:
         os.link(temporary, path)
     except OSError as error:
@@ -271,7 +271,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Each is an entry in another one, which is as good as nothing until it is synced."""
+    """Make a folder and its parents, and sync each parent: a new entry is durable only after that."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -279,10 +279,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename is durable only once its directory is; not every filesystem lets a directory be synced.
+    # A rename is durable only after its directory is synced. Not every file system can sync a directory.
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # swept away by the process that has finished the archive meanwhile: nothing is left to be lost
+    except FileNotFoundError:  # another process finished the archive and removed the folder
         return
     try:
         os.fsync(handle)

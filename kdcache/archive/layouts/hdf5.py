@@ -1,8 +1,8 @@
 """HDF5: one file a shard, every field one contiguous dataset without filters.
 
-What libhdf5 writes around the data depends on names, types and shapes alone, so it is made once for all shards of equal
-size, and a shard is that with its rows in between. Each file's user block (a part of a file that HDF5 leaves to its users)
-says where the data lie: reading maps them from there, and libhdf5 never sees a file that somebody else made.
+The bytes that libhdf5 writes around the data depend only on names, types and shapes. They are made once for all shards
+of equal size, and the rows are inserted. Each file's user block (a part that HDF5 reserves for users) records where the
+datasets start. Reading maps the rows from there, so libhdf5 never parses a stranger's file.
 """
 
 import io
@@ -59,7 +59,7 @@ class Hdf5Layout:
         if labels is not None:
             columns["label"] = labels.astype("<i8")
         if keys is not None:
-            # One after the other, since HDF5's strings of any length can be read by nothing but libhdf5.
+            # Keys are concatenated, since only libhdf5 can read HDF5's variable-length strings.
             encoded = [key.encode() for key in keys]
             columns["key_end"] = np.cumsum([len(key) for key in encoded]).astype("<i8")
             columns["key_bytes"] = np.frombuffer(b"".join(encoded) or b"\0", "u1")
@@ -83,7 +83,7 @@ def _shard(view: int, block: int) -> str:
 
 
 def _file(columns: Mapping[str, NDArray]) -> Buffers:
-    """A file with these datasets: what is around them, from a file of the same shapes, and they themselves."""
+    """The bytes of a file with these datasets: those of a template of the same shapes, with the data inserted."""
     around, starts = _template(tuple((name, column.dtype.str, column.shape) for name, column in columns.items()))
     parts: Buffers = []
     at = 0
@@ -106,7 +106,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
             contiguous.set_layout(h5py.h5d.CONTIGUOUS)
             contiguous.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             contiguous.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            contiguous.set_obj_track_times(False)  # equal rows are to be equal bytes
+            contiguous.set_obj_track_times(False)  # no times, so that equal rows give equal bytes
             space = h5py.h5s.create_simple(shape)
             h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, contiguous)
         starts = {name: file[name].id.get_offset() for name, _, _ in shapes}
@@ -119,7 +119,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
     assert len(header) <= USER_BLOCK, "the user block is too small for these datasets"
     data = header.ljust(USER_BLOCK) + image.getvalue()[USER_BLOCK:]
     ends = {name: starts[name] + np.dtype(dtype).itemsize * int(np.prod(shape)) for name, dtype, shape in shapes}
-    data = data.ljust(max(ends.values()), b"\0")  # a dataset at the end that was never written has no bytes yet
+    data = data.ljust(max(ends.values()), b"\0")  # libhdf5 leaves out the bytes of an unwritten last dataset
     around, at = [], 0
     for name in sorted(starts, key=lambda name: starts[name]):
         around.append(data[at : starts[name]])
@@ -128,7 +128,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
 
 
 class _File:
-    """A file whose user block says where the datasets are; nothing in it is believed before it is checked."""
+    """A file whose user block says where the datasets start. Every statement of it is checked before use."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
@@ -145,11 +145,11 @@ class _File:
             raise damaged(name, "does not say in its user block where its rows are") from None
 
     def start(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-        """Where dataset `name` begins, which must be of this type and shape, and in the file."""
+        """Start of dataset `name`. Raises IntegrityError unless it has this type and shape and lies in the file."""
         dataset = self._datasets.get(name)
         if dataset is None or dataset[1:] != (dtype.str, shape):
             raise damaged(self.name, f"has dataset {name} as {dataset and dataset[1:]}, expected {(dtype.str, shape)}")
-        size = dtype.itemsize * math.prod(shape)  # NumPy's product overflows
+        size = dtype.itemsize * math.prod(shape)  # not NumPy's product, which overflows
         if not USER_BLOCK <= dataset[0] <= len(self.data) - size:
             raise damaged(self.name, f"has dataset {name} outside the file")
         return dataset[0]

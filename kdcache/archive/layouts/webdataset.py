@@ -1,8 +1,8 @@
 """WebDataset: one tar file a shard, one record for every few hundred rows, each field a NumPy array of its own.
 
 A record is `KEY.logits.npy`, `KEY.sample.npy` and so on, with `KEY.crc32c.npy` behind them, so that
-`webdataset.WebDataset(url).decode()` yields blocks of rows. All records of a shard but the last are of one size, which
-makes the tar file an array with a stride: it is read through a memory map, and never unpacked.
+`webdataset.WebDataset(url).decode()` yields blocks of rows. All records of a shard but the last have one size, so the
+tar file is an array with a stride. kdcache reads it through a memory map and never unpacks it.
 """
 
 import io
@@ -27,10 +27,10 @@ from kdcache.errors import IntegrityError, UsageError
 
 __all__ = ["WebDatasetLayout"]
 
-BLOCK = 512  # of tar
+BLOCK = 512  # bytes of a tar block
 END = bytes(2 * BLOCK)
 BATCH = 1024  # records whose headers are compared at a time
-UNITS = 4  # that make a record: a tar header for each field is then 2 % of it
+UNITS = 4  # units of a record; the tar headers of its fields are then 2 % of it
 SAMPLES = "samples.tar"
 INDEX = "index.json"
 CRC32C: RowType = (np.dtype("<u4"), ())
@@ -118,7 +118,7 @@ def _key(view: int, block: int, record: int) -> str:
 
 
 def _member(name: str, head: bytes, array: NDArray) -> Buffers:
-    """A tar header, `head`, the array's bytes, and the padding behind them."""
+    """One tar member: tar header, `head`, the array's bytes, and padding."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(head) + array.nbytes, 0o444
     padding = bytes(-info.size % BLOCK)
@@ -135,10 +135,10 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the members of a record of `rows` rows are, from the record's start: header, data, and the bytes of each."""
+    """Offsets of the members of a record of `rows` rows, from the record's start, and the size of each."""
 
     rows: int
-    heads: dict[str, bytes]  # of NumPy, behind those of tar
+    heads: dict[str, bytes]  # NumPy's headers, which follow those of tar
     headers: dict[str, int]
     data: dict[str, int]
     sizes: dict[str, int]
@@ -157,7 +157,7 @@ class _Places:
 
 
 class WebDatasetReader:
-    """Reads records at the places where they must be; tar headers are compared with what they must say."""
+    """Reads records at computed offsets, and compares the tar headers there with the expected ones."""
 
     def __init__(self, plan: ArchivePlan, store: Store, record_rows: int) -> None:
         self._plan, self._store, self._size = plan, store, record_rows
@@ -175,7 +175,7 @@ class WebDatasetReader:
         return self._rows(field, view, block).pieces(rows)
 
     def _records(self, block: int) -> list[tuple[int, int, _Places]]:
-        """Number of the first record, how many there are, and their places: of the full records, and of one that is not."""
+        """(first number, count, offsets) of the full records, and then of a last one that is not full, if any."""
         full, left = divmod(self._plan.block_rows(block), self._size)
         records = [(0, full, _Places.of(self._fields, self._size))] if full else []
         return [*records, (full, 1, _Places.of(self._fields, left))] if left else records
@@ -231,7 +231,7 @@ class WebDatasetReader:
         return keys
 
     def _sample_member(self, name: str) -> bytes | None:
-        """One of the (at most two) members of the file of labels and keys."""
+        """One member of the file of labels and keys; None if it is absent."""
         if not self._store.exists(SAMPLES):
             return None
         data, at = map_file(self._store, SAMPLES), 0
@@ -249,9 +249,9 @@ class WebDatasetReader:
 
 
 def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], size: int, head: bytes) -> None:
-    """Each of the headers `[n, 512 + len(head)]` must be tar's of a plain file of this name and size, and NumPy's `head`.
+    """Check headers `[n, 512 + len(head)]`: each must be tar's for a plain file of this name and size, then NumPy's `head`.
 
-    Rows are found without them; but other software believes them, and is to see the same rows.
+    kdcache finds rows without them. The check makes sure that other software, which uses them, reads the same rows.
     """
     expected = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
     sizes = np.frombuffer(f"{size:011o}\0".encode(), np.uint8)
@@ -260,7 +260,7 @@ def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], 
     wrong = (headers[:, :100] != expected).any(axis=1)
     wrong |= (headers[:, 124:136] != sizes).any(axis=1)
     wrong |= (headers[:, 156] != ord("0")) | (headers[:, 157:257] != 0).any(axis=1)
-    wrong |= (headers[:, 345:BLOCK] != 0).any(axis=1)  # what tar puts before the name
+    wrong |= (headers[:, 345:BLOCK] != 0).any(axis=1)  # tar's prefix of the name
     wrong |= (headers[:, BLOCK:] != np.frombuffer(head, np.uint8)).any(axis=1)
     if wrong.any():
         raise damaged(file, f"has another header than that of {names[int(np.argmax(wrong))]} ({size:,} bytes)")

@@ -1,4 +1,4 @@
-"""What a dump will be, as it is recorded before the first shard: its plan, and its samples' labels and keys."""
+"""The records that a dump writes before its first shard: its plan, and its samples' labels and keys."""
 
 import json
 import os
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PLAN, SAMPLES = f"{WORK}/plan.json", f"{WORK}/samples.json"
-SHARD_BYTES = 64 << 20  # of logits
+SHARD_BYTES = 64 << 20  # bytes of logits
 
 
 def new_plan(
@@ -46,7 +46,7 @@ def new_plan(
     shard_rows: int | None = None,
     **described: Any,
 ) -> ArchivePlan:
-    """What `ArchiveWriter` begins to write; `described` are the plan's other fields. UsageError for what cannot be one."""
+    """The plan of a new archive. `described` holds the plan's optional fields. Raises UsageError for an impossible plan."""
     if num_views < 1 or num_samples < 1:
         raise UsageError(
             f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
@@ -78,7 +78,7 @@ def new_plan(
 
 
 def recorded_plan(path: str | os.PathLike[str]) -> ArchivePlan | None:
-    """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
+    """The plan of the finished or unfinished archive in a folder; None if there is none. IntegrityError if it is damaged."""
     store = LocalStore(path)
     if store.exists(MANIFEST_NAME):
         return open_archive(path).manifest
@@ -86,7 +86,7 @@ def recorded_plan(path: str | os.PathLike[str]) -> ArchivePlan | None:
 
 
 def begun_plan(store: LocalStore) -> ArchivePlan | None:
-    """The plan of what is being written, if anything is; a damaged one is as good as none."""
+    """The plan of the dump in progress; None if there is none, or if it is damaged."""
     try:
         return load_plan(store) if store.exists(PLAN) else None
     except IntegrityError:
@@ -110,7 +110,7 @@ def load_plan(store: LocalStore) -> ArchivePlan:
 
 
 def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
-    """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
+    """The recorded labels and keys, None for either if absent. The lists are checked, as the archive may be a stranger's."""
     try:
         samples = json.loads(store.read(SAMPLES))
         for name, kind in (("labels", int), ("keys", str)):
@@ -127,7 +127,7 @@ def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
 
 
 def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
-    """Labels and keys as they are recorded; UsageError if they are not those of the plan's samples and classes."""
+    """The record of labels and keys. Raises UsageError if they do not fit the plan's samples and classes."""
     for name, values in (("labels", labels), ("keys", keys)):
         if values is not None and len(values) != plan.num_samples:
             raise UsageError(
@@ -162,7 +162,7 @@ def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> 
 
 
 def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
-    """With every option of codec and layout, those too that there were not yet when it was written."""
+    """An identity with every option of codec and layout, including options newer than the record."""
     layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
     return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
 
@@ -175,7 +175,7 @@ def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str
         labels = finished.labels()
         earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
     else:
-        return  # lost before anything was made from them
+        return  # the record was lost before anything used it
     for name, values in samples.items():
         if values != earlier[name]:
             raise IncompatibleError(
@@ -186,8 +186,8 @@ def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str
 
 
 def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
-    """Rows of a shard: whole units, in every layout, so that any archive can be converted into any layout."""
+    """Rows of a shard: whole units in every layout, so that every archive converts to every layout."""
     unit = min(unit_bytes_rows(row_bytes), num_samples, wanted or num_samples)
-    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
+    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # an even number keeps mixing pairs in one unit
     rows = wanted or max(1, SHARD_BYTES // row_bytes)
     return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit
