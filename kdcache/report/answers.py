@@ -1,4 +1,4 @@
-"""What the results say of tau, of methods and of controls, in words and as paired differences."""
+"""Answers about tau, methods and controls from the results, in words and as paired differences."""
 
 import dataclasses
 from collections import Counter
@@ -12,14 +12,14 @@ __all__ = ["Answer", "Contrast", "answers", "contrasts", "method_contrasts", "ov
 
 @dataclass(frozen=True)
 class Answer:
-    """The best tau of one row of control none; `name` tells it from the other answers."""
+    """The best tau of one row of control none. `name` distinguishes it from the other answers."""
 
     name: str
     tau: float | None = None  # None: no run has finished
     best: Cell | None = None
     second_tau: float | None = None
     second: Cell | None = None
-    difference: PairedDifference | None = None  # of best and second over the seeds that both have; None: they share none
+    difference: PairedDifference | None = None  # best minus second over shared seeds; None: no shared seed
 
     @property
     def own_temperature(self) -> bool:
@@ -50,18 +50,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A control beside none, at the best tau of none; or a method beside another one, each at its own best tau."""
+    """A control against none, at the best tau of none; or a method against another one, each at its own best tau."""
 
     name: str
-    variant: str  # the control or method
+    variant: str  # the control or method under test
     tau: float
     cell: Cell
-    base: str  # what it is compared with
+    base: str  # the control or method that it is compared with
     difference: PairedDifference | None  # None: no seed in common
 
 
 def answers(table: Table) -> list[Answer]:
-    """For each row of control none: its best tau, and whether the second best is any worse."""
+    """For each row of control none: its best tau, and its difference to the second best."""
     results = []
     for row, name in _without_control(table).items():
         (tau, best), (second_tau, second), *_ = [*table.ranked(row), (None, None), (None, None)]
@@ -71,7 +71,7 @@ def answers(table: Table) -> list[Answer]:
 
 
 def overview(results: Sequence[Answer]) -> str:
-    """Of many answers, which taus were best how often, and how many of them are ahead by more than seed noise."""
+    """Summary of many answers: how often each tau was best, and how often by more than seed noise."""
     tuned = [answer for answer in results if answer.second is not None and not answer.own_temperature]
     if not tuned:
         return "No row has results at two taus, so there is no best tau."
@@ -87,7 +87,7 @@ def overview(results: Sequence[Answer]) -> str:
 
 
 def contrasts(table: Table) -> list[Contrast]:
-    """Every control beside none, at the best tau of none."""
+    """Every control against none, at the best tau of none."""
     results = []
     for row, name in _without_control(table).items():
         for tau, best in table.ranked(row)[:1]:
@@ -99,10 +99,10 @@ def contrasts(table: Table) -> list[Contrast]:
 
 
 def method_contrasts(table: Table) -> list[Contrast]:
-    """Every method of control none beside kd, or of z-scores beside the same method without, each at its own best tau.
+    """Every method of control none against kd (a z-score method: against the same method without), at their best taus.
 
-    Options and settings of the two may differ, as published ones do, where there is only one of the same archive to compare
-    with; a setting that differs is named.
+    Options and settings of the two may differ, as published ones do, if the archive has only one row to compare with. A
+    setting that differs is named.
     """
     plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
     names = labels(list(plain), ("dataset", "teacher", "student", "setting"))
@@ -117,7 +117,7 @@ def method_contrasts(table: Table) -> list[Contrast]:
 
 
 def _base(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Which of these other rows of its pair of teacher and student a row's method is compared with."""
+    """The row that a row's method is compared with: one of the other `rows` of its teacher and student, or None."""
     name = row.method.partition(":")[0]
     for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd")):
         named = [other for other in rows if other.method.partition(":")[0] == wanted]
@@ -134,5 +134,5 @@ def _pair(row: Row) -> tuple[str, str, str]:
 
 
 def _without_control(table: Table) -> dict[Row, str]:
-    """Rows of control none, and what tells them apart."""
+    """Rows of control none with distinguishing names."""
     return labels([row for row in table.rows if row.control == "none"], ROW_FIELDS)

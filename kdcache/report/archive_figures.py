@@ -1,4 +1,4 @@
-"""Figures of one archive: what its teacher says at each temperature."""
+"""Figures of one archive: its teacher's output at each temperature."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from kdcache.stats import label_smoothing
 
 __all__ = ["archive_drawings", "moments_drawing", "one_page", "sorted_softmax"]
 
-SHOWN_RANKS = 20  # of the sorted softmax, as in the temperature study's Fig. 4
+SHOWN_RANKS = 20  # ranks of the sorted softmax, as in the temperature study's Fig. 4
 MOST_TAUS = 4  # side by side
 MOST_TICKS = 6
 WHOLE, REST = r"$\hat{H}(p)$", r"$\hat{H}(\bar{p})$"
 
 
 def archive_drawings(statistics: Statistics, num_classes: int, place: str) -> list[Drawing]:
-    """All figures of an archive called `place`; without details in its statistics, the one that needs none."""
+    """All figures of an archive. `place` is its name in captions. Without statistics' details there is only one figure."""
     drawings = [_tau_entropies(statistics, place)]
     if statistics.details:
         drawings += [
@@ -34,7 +34,7 @@ def archive_drawings(statistics: Statistics, num_classes: int, place: str) -> li
 
 
 def one_page(drawings: Sequence[Drawing], place: str) -> Drawing:
-    """The figures of the archive called `place` below each other."""
+    """One figure with these figures below each other. `place` is the archive's name."""
     width, heights = max(d.size[0] for d in drawings), [d.size[1] + 0.3 for d in drawings]
 
     def draw(figure: Figure) -> None:
@@ -179,7 +179,7 @@ def moments_drawing(statistics: Statistics, place: str) -> Drawing:
 
 
 def _spread(pairs: Sequence[tuple[TauStatistics, TauDetail]]) -> list[tuple[TauStatistics, TauDetail]]:
-    """At most four of them, evenly spaced on the log scale of tau, the ends among them."""
+    """At most four pairs, evenly spaced on the log scale of tau, with both ends."""
     logs = np.log([figures.tau for figures, _ in pairs])
     wanted = np.linspace(logs.min(), logs.max(), min(MOST_TAUS, len(pairs)))
     return [pairs[n] for n in dict.fromkeys(int(np.abs(logs - log).argmin()) for log in wanted)]

@@ -24,7 +24,7 @@ SHEET = "views.png"
 
 @dataclass(frozen=True)
 class ArchivePart:
-    """What the page shows of one archive. `archive` and `sheet` may be missing; then the texts say why, if it has to be said."""
+    """One archive on the page. Where `archive` or `sheet` is missing, the texts give the reason, if there is one to give."""
 
     name: str
     digest: str
@@ -44,7 +44,7 @@ def _by_archive(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def archive_parts(records: Sequence[RunRecord]) -> list[ArchivePart]:
-    """Every archive that students were trained from; averages of several are followed by these, and by those of second views."""
+    """Every archive that students were trained from, then the members of averages, then the archives of second views."""
     parts: dict[str, ArchivePart] = {}
     members: dict[str, ArchivePart] = {}
     for digest, runs in _by_archive(records).items():
@@ -72,7 +72,7 @@ def _archive_part(run: RunRecord, args: ArchiveArgs, sheet: dict[str, str]) -> A
 
 
 def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, str]:
-    """An archive of a run, or why it cannot be shown. It may have moved together with the workspace of the run."""
+    """An archive of a run, or the reason why it cannot be shown. It may have moved together with the run's workspace."""
     home = run.folder.resolve().parent.parent.parent
     reason = ""
     copy = home / "archives" / args.archive_name
@@ -90,7 +90,7 @@ def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, st
 
 
 def _teacher(archive: Archive, name: str) -> dict[str, Any]:
-    """Facts, entropies per tau and the histograms of an archive, from a few evenly spaced views of it."""
+    """Facts and figures of an archive. Its entropy histograms come from a few evenly spaced views."""
     manifest = archive.manifest
     count = min(archive.num_views, max(1, HISTOGRAM_ROWS // archive.num_samples))
     views = np.unique(np.linspace(archive.views.start, archive.views.stop - 1, count).astype(int))

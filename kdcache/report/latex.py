@@ -1,4 +1,4 @@
-"""Tables for papers: LaTeX with booktabs, one file each, every number with its run folders and archive in a comment."""
+"""LaTeX tables for papers, with booktabs. A comment names the run folders and archive of every number."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ __all__ = ["costs_table", "heatmap_table", "latex_escaped", "savings_table", "te
 
 HEAD = r"""% {title}
 % Written by kdcache {version}; needs \usepackage{{booktabs}}."""
-# Cells say how good they are, and nothing is shown of it unless it is asked for.
+# Each cell carries a shade for its score. It is invisible unless the paper redefines the command.
 SHADES = r"""% For colours: \usepackage[table]{xcolor} and, before \input, \newcommand{\kdheat}[1]{\cellcolor{blue!#1}}
 \providecommand{\kdheat}[1]{}"""
 SPECIAL = {
@@ -26,13 +26,13 @@ MISSING = "--"
 
 
 def latex_escaped(text: str) -> str:
-    """`text` as LaTeX prints it: one line, without commands."""
+    """`text` escaped for LaTeX, on one line."""
     text = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text))
     return "".join(SPECIAL.get(character, character) for character in text)
 
 
 def heatmap_table(heatmap: Heatmap, version: str) -> str:
-    """Scores over tau. The best of a line is bold, what ties with it underlined; missing ones are marked."""
+    """Scores over tau. The best of a line is bold, ties with it are underlined, missing scores are marked."""
     count = len(heatmap.fields)
     head = [
         *map(_field, heatmap.fields),
@@ -61,7 +61,7 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
 
 
 def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
-    """Archives and their teachers, as the temperature study's Table 1 describes them."""
+    """Archives and their teachers, in the columns of the temperature study's Table 1."""
     head = ("archive", "digest", "teacher", "start", "epochs", "top-1 clean (%)", "top-1 views (%)", WHOLE, REST)
     rows = [
         [
@@ -79,7 +79,7 @@ def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
 
 
 def costs_table(costs: Sequence[ArchiveCosts], version: str) -> str:
-    """What each archive, its teacher and its students cost."""
+    """Costs of each archive, its teacher and its students."""
     head = ("archive", "digest", "teacher h", "teacher Wh", "dump h", "dump Wh", "MB", "students", "epochs", "students h", "Wh")
     rows = [
         [
@@ -99,7 +99,7 @@ def costs_table(costs: Sequence[ArchiveCosts], version: str) -> str:
 
 
 def savings_table(costs: Sequence[ArchiveCosts], version: str) -> str:
-    """What each archive saved."""
+    """Passes and hours that each archive saved."""
     head = ("archive", "digest", "passes stored", "passes online", "saving", "dump h", "online h", "h saved", "break-even")
     rows = [
         [
@@ -129,12 +129,12 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _brief(value: float | None) -> str:
-    """Three digits, or all before the point."""
+    """A number with three digits, or with all digits before the point."""
     return "" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _plain(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], columns: str, version: str) -> str:
-    """A table of texts; what is empty is marked as missing."""
+    """A table of texts. Empty texts are marked as missing."""
     body = [" & ".join(latex_escaped(value) or MISSING for value in row) for row in rows]
     return "\n".join([_head(title, version), *_tabular(columns, [_field(name) for name in head], body), ""])
 
@@ -152,7 +152,7 @@ def _tabular(columns: str, head: Sequence[str], body: Sequence[str], note: str =
 
 
 def _field(name: str) -> str:
-    """The heads that are symbols as such."""
+    """The head of a column, as a symbol where it has one."""
     return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, latex_escaped(name))
 
 
@@ -174,5 +174,5 @@ def _sources(heatmap: Heatmap, line: Line) -> list[str]:
 
 
 def _comment(text: str) -> str:
-    """One line, whatever it holds."""
+    """`text` as a one-line LaTeX comment."""
     return re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text))

@@ -1,4 +1,4 @@
-"""Logit standardization's Fig. 5: rows by mean and standard deviation of their logits, the student's beside the teacher's."""
+"""Rows by mean and standard deviation of their logits, student beside teacher (logit standardization, Fig. 5)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _Panel = tuple[str, RunRecord, LogitMoments, LogitMoments | None]  # title, run,
 
 
 def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Mapping[str, Statistics]) -> list[Drawing]:
-    """A panel for each row of control none that has logged its moments: its best tau's, of the first seed.
+    """One panel for each row of control none with logged moments: the first seed at the best tau.
 
     `teachers` maps archive digests to their statistics.
     """
@@ -77,7 +77,7 @@ def _draw(figure: SubFigure, student: LogitMoments, teacher: LogitMoments | None
             continue
         counts, (means, deviations) = np.array(moments.counts, np.float64), _edges(moments)
         shades = LinearSegmentedColormap.from_list(colour, ["#ffffff", colour])
-        shown = np.ma.masked_equal(counts.T, 0) ** 0.5  # so that few rows show too
+        shown = np.ma.masked_equal(counts.T, 0) ** 0.5  # so that sparse bins are visible
         axes.pcolormesh(means, deviations, shown, cmap=shades, vmin=0, alpha=0.75)
         axes.plot(moments.mean, moments.std, marker="x", color=cross, markersize=8, markeredgewidth=2)
         along_mean, along_std = counts.sum(axis=1), counts.sum(axis=0)
