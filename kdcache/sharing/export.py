@@ -1,4 +1,4 @@
-"""export: a trained student or teacher as a folder that timm loads, with a model card; and to the Hugging Face Hub."""
+"""Export of a trained student or teacher as a folder that timm loads, with a model card; and its push to the Hub."""
 
 import json
 import re
@@ -38,9 +38,9 @@ _CHOSEN: dict[Which, str] = {
 
 @dataclass(frozen=True)
 class Export:
-    """A model as it is given away: `files` by name, and under what its data and weights are, as far as that is known."""
+    """An exported model: `files` by name, and the licences of its data and weights, as far as they are known."""
 
-    name: str  # of the model, exact
+    name: str  # exact name of the model
     files: Mapping[str, bytes]
     licences: Licences
 
@@ -51,15 +51,15 @@ class Export:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A finished run or teacher: what its model is, and what its card says."""
+    """A finished run or teacher: its model, and the facts for its card."""
 
-    name: str  # exact
+    name: str  # exact name of the model
     input_size: int
     class_names: tuple[str, ...]
     weights: Path
     licences: Licences
     title: str
-    facts: Mapping[str, str]  # Markdown by what it is about
+    facts: Mapping[str, str]  # Markdown text by topic
     scores: Mapping[str, float]
     normalise: Normalisation | None = None  # None: the model's own
 
@@ -72,9 +72,9 @@ def export(
     repository: str | None = None,
     progress: Progress | None = None,
 ) -> Export:
-    """The model of a finished run, or of a trained teacher, in `folder`. Writes nothing.
+    """The model of the finished run or trained teacher in `folder`. Writes nothing.
 
-    `licences` declares those that are not known. `repository`: where on the Hub it is going to be, as its card says then.
+    `licences` declares unknown licences. `repository`: the card's address of the model on the Hub. Raises
     IncompatibleError for a model that timm cannot make again.
     """
     trained = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
@@ -111,7 +111,7 @@ def export(
 
 
 def write_export(exported: Export, output: Path) -> None:
-    """Write a model to a folder, which may hold an earlier export, and see that timm loads the very weights."""
+    """Write a model to a folder, which may hold an earlier export, and check that timm loads the same weights."""
     if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - FILES):
         raise UsageError(
             f"{output} is {'not empty' if output.is_dir() else 'a file'}",
@@ -152,7 +152,7 @@ def _run(folder: Path, which: Which) -> _Trained:
     args, more = run.args, run.args.model_extra or {}
     size, names = _shape(run)
     known = Licences.model_validate(more.get("licences", {}))
-    if more.get("init", "random") not in {"random", "target"}:  # nor are a teacher's terms all that there are
+    if more.get("init", "random") not in {"random", "target"}:  # start weights have licence terms of their own
         own = more.get("student_licence")
         both = None if own is None or known.weights is None else " and ".join(dict.fromkeys((known.weights, own)))
         known = known.model_copy(update={"weights": both})
@@ -184,7 +184,7 @@ def _run(folder: Path, which: Which) -> _Trained:
 
 
 def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
-    """Input size and class names: from timm's configuration in the run's folder, or else from its archive."""
+    """(input size, class names), from timm's configuration in the run's folder, or else from its archive."""
     if (run.folder / CONFIG).is_file():
         config = read_record(run.folder / CONFIG)
         try:
@@ -233,7 +233,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
     }
     try:
         data = parse_dataset(record["dataset"]).licence
-    except (KdcacheError, KeyError):  # a dataset of a package that is not installed here
+    except (KdcacheError, KeyError):  # the dataset's package is not installed
         data = None
     return _Trained(
         name=record["name"],
@@ -249,7 +249,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
 
 
 def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
-    """The chosen weights' figures on the clean test images, by what the card calls them."""
+    """Scores of the chosen weights on the clean test images, by their names in the card."""
     if not len(curves.get("test_top1", ())):
         return {}
     row = int(np.nanargmax(curves["test_top1"])) if which == "best" else -1
@@ -261,7 +261,7 @@ def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
 
 
 def _dataset(spec: str) -> str:
-    """Its name, with that of its folder or repository, but not where that is."""
+    """The dataset's name with that of its folder or repository, without its path."""
     try:
         return dataset_label(parse_dataset(spec))
     except KdcacheError:
@@ -370,7 +370,7 @@ def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences,
 
 
 def hub_repository(destination: str) -> str:
-    """`ORG/NAME` of `hf://models/ORG/NAME`, or of itself. UsageError for anything else."""
+    """`ORG/NAME` from `hf://models/ORG/NAME` or `ORG/NAME`. Raises UsageError for anything else."""
     match = _HUB_MODEL.fullmatch(destination)
     if not match or destination.startswith("hf://datasets/"):
         raise UsageError(
@@ -382,12 +382,12 @@ def hub_repository(destination: str) -> str:
 
 
 def require_known(exported: Export, folder: Path) -> None:
-    """UsageError unless the licences of the data and of the weights are known that a model comes from."""
+    """Raise UsageError unless the licences of the model's data and weights are known."""
     require_licences(exported.licences, str(folder), "a model is made of its data and of its teacher's weights")
 
 
 def push_export(exported: Export, repository: str, *, private: bool = False, progress: Progress | None = None) -> None:
-    """Send a model to the Hub in one commit, over an earlier export if there is one. UsageError if other files are there."""
+    """Push a model to the Hub in one commit, replacing an earlier export. Raises UsageError if other files are there."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     progress, api, url = progress or Silent(), HfApi(), f"hf://models/{repository}"

@@ -1,4 +1,4 @@
-"""Files on their way: several at a time, watched, stopped together, and each gone on with where it was interrupted."""
+"""Transfer of files in parallel: with progress, a common stop, and resumption of each file."""
 
 import hashlib
 import os
@@ -21,19 +21,19 @@ from kdcache.system.remote import ending
 
 __all__ = ["ByteCounter", "File", "TransferEnded", "bring", "in_parallel", "require_room"]
 
-WORKERS = 8  # files on their way at a time
+WORKERS = 8  # parallel transfers
 
 
 @dataclass(frozen=True)
 class File:
-    """A file on its way: what it must be, and its bytes from any byte on."""
+    """A file to transfer: its record, and a stream of its bytes from any offset."""
 
     record: FileRecord
     stream: Callable[[int], Iterator[bytes]]
 
 
 def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) -> None:
-    """Have all files below `folder`, each checked; those that are there stay, and beginnings in `.pull` are gone on with."""
+    """Fetch all files below `folder`, and check each. Existing ones stay; beginnings in `.pull` are continued."""
     total = sum(file.record.bytes for file in files)
     require_room(folder, _missing_bytes(files, folder))
     counter = ByteCounter()
@@ -94,7 +94,7 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 class ByteCounter:
-    """Counts the bytes that several threads move, and lets all of them stop."""
+    """Counts the bytes that several threads transfer, and can stop them all."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -107,7 +107,7 @@ class ByteCounter:
             self.bytes += count
 
     def watched(self, stream: Callable[[int], Iterator[bytes]]) -> Callable[[int], Iterator[bytes]]:
-        counted = 0  # of this file, which may be begun anew
+        counted = 0  # bytes of this file; it may restart
 
         def pieces(start: int) -> Iterator[bytes]:
             nonlocal counted
@@ -128,11 +128,11 @@ class ByteCounter:
 
 
 class TransferEnded(BaseException):
-    """Another file's error, or whoever waits for all of them, ended this one's transfer. Nobody gets to see it."""
+    """Internal: this file's transfer ended because another one failed, or because the caller stopped all of them."""
 
 
 def in_parallel(action: Callable[[Any], None], items: Sequence[Any], counter: ByteCounter, report: Callable[[], None]) -> None:
-    """`action` on all items, several at a time; the first error, or an interruption, ends all."""
+    """Run `action` on all items, several at a time. The first error, or an interruption, ends all of them."""
     waiting, errors = deque(items), deque[BaseException]()
 
     def work() -> None:
@@ -145,7 +145,7 @@ def in_parallel(action: Callable[[Any], None], items: Sequence[Any], counter: By
                     errors.append(error)
                     counter.stop.set()
 
-    # No executor: a process that is interrupted would wait for its threads, which try for minutes to reach a lost server.
+    # Plain threads: an executor would make an interrupted process wait for threads that retry a lost server for minutes.
     threads = [threading.Thread(target=work, name="kdcache-transfer") for _ in range(min(WORKERS, len(items)))]
     for thread in threads:
         thread.start()
