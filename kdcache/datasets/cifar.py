@@ -23,13 +23,13 @@ SITE = "https://www.cs.toronto.edu/~kriz"
 
 @dataclass(frozen=True)
 class _Form:
-    """One of the two forms: its folder, its files of each split, the file of class names, and where labels are."""
+    """One of the two forms: folder, files of each split, file of class names, and place of the labels."""
 
     folder: str
     train: tuple[str, ...]
     test: tuple[str, ...]
     names: str
-    label_bytes: int  # before each image of the binary form, the last of which counts; 0: the Python form
+    label_bytes: int  # label bytes before each image of the binary form, the last one counts; 0: the Python form
     label_key: str = ""
     names_key: str = ""
 
@@ -172,14 +172,14 @@ def _names(file: Path, key: str) -> list[str]:
 
 
 class _Plain(pickle.Unpickler):
-    """Builds arrays, and nothing else: files of this form are pickles, and may come from anywhere."""
+    """An unpickler that builds only arrays and plain data, since pickles from strangers can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
             return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         if module == "numpy" and name in {"ndarray", "dtype"}:
             return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 2's pickles have them
+        if (module, name) == ("_codecs", "encode"):  # bytes in pickles of Python 2
             return lambda text, coding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it wants to make a {module}.{name}, which is neither an array nor text")
 
@@ -189,7 +189,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
         content = _Plain(io.BytesIO(file.read_bytes()), encoding="latin1").load()
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
-    except Exception as error:  # damaged pickles fail in every way
+    except Exception as error:  # damaged pickles raise any error
         raise damaged_file(file, f"{type(error).__name__}: {error}") from None
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 

@@ -1,4 +1,4 @@
-"""Files of datasets, as their owners serve them: fetched once, checked, unpacked; and what to do where that is not possible."""
+"""Download of datasets from their owners: fetched once, checked and unpacked; with advice where that is not possible."""
 
 import hashlib
 import shlex
@@ -23,7 +23,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """A file at `url` of `megabytes`, of which its publishers state an `md5`; archives are unpacked."""
+    """A file to download: `url`, size in `megabytes`, and the `md5` that its publishers state. Archives are unpacked."""
 
     url: str
     md5: str
@@ -36,7 +36,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Rooted:
-    """A source whose files are in `root`, or else where they are fetched to."""
+    """A source whose files are in `root`, or in the folder that they are fetched to."""
 
     root: str = ""
 
@@ -56,10 +56,10 @@ def find_or_fetch(
     progress: Progress | None,
     fetch: bool,
 ) -> Path:
-    """The folder with the files of dataset `name`, which `find` recognises in a folder: in `root`, or else in `data/name`.
+    """The files of dataset `name`, as `find` recognises them in `root`, or else in `data/name`.
 
-    What is missing there is fetched and unpacked, unless it has to be got by hand (no `downloads`), lies in a folder of the
-    user's own (`root`), or is not to be fetched. Then NotFoundError says where to put which `layout`, or `elsewhere` to look.
+    Missing files are fetched and unpacked. Raises NotFoundError instead if there are no `downloads`, if the user gave a
+    `root`, or if `fetch` is False. The error says where to put which `layout`, or names `elsewhere` as another source.
     """
     place = Path(root) if root else data / name
     if listing := find(place):
@@ -80,11 +80,11 @@ def find_or_fetch(
         )
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place / ".fetching.lock"):  # a second process waits, and finds what the first one fetched
+    with filelock.FileLock(place / ".fetching.lock"):  # a second process waits, then finds the first one's files
         if listing := find(place):
             return listing
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
-        _require_room(place, 3 * size)  # beside the packed files the unpacked ones, twice for a moment
+        _require_room(place, 3 * size)  # packed files, and unpacked ones, twice for a moment
         for file in downloads:
             try:
                 packed = _fetch(file, place, progress)
@@ -104,7 +104,7 @@ def find_or_fetch(
 
 
 def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], Path | None]:
-    """Finds the first of the folders `below` a place that has all the `needed` files and folders."""
+    """A finder: it returns the first folder `below` a place that has all the `needed` files and folders."""
 
     def find(place: Path) -> Path | None:
         return next((place / sub for sub in below if all((place / sub / name).exists() for name in needed)), None)
@@ -113,7 +113,7 @@ def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], P
 
 
 def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
-    """Samples of image files with their labels; keys are paths below `base`."""
+    """Samples from (image file, label) rows. Keys are paths below `base`."""
     return [
         Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
         for file, label in rows
@@ -131,7 +131,7 @@ def _require_room(place: Path, megabytes: int) -> None:
 
 
 def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
-    """The file, checked; what arrived before a break stays in `NAME.part`, and the next call goes on behind it."""
+    """Download a file and check it. An interrupted download stays in `NAME.part`, and the next call continues it."""
     from kdcache.system.remote import open_remote
 
     file, part = folder / download.name, folder / f"{download.name}.part"
@@ -156,7 +156,7 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
 
 
 def _unpack(file: Path, place: Path) -> None:
-    """Unpack a tar or zip archive beside it; it is deleted then. Another file stays as it is."""
+    """Unpack a tar or zip archive beside it, then delete it. Other files stay unchanged."""
     aside = place / f".{file.name}.unpacking"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -165,7 +165,7 @@ def _unpack(file: Path, place: Path) -> None:
                 packed.extractall(aside)
         elif tarfile.is_tarfile(file):
             with tarfile.open(file) as tar:
-                tar.extractall(aside, filter="data")  # nothing outside, no links to outside, no devices
+                tar.extractall(aside, filter="data")  # refuses paths and links to outside, and devices
         else:
             return
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
@@ -179,7 +179,7 @@ def _unpack(file: Path, place: Path) -> None:
 
 
 def damaged_file(file: Path, why: str) -> KdcacheError:
-    """The error of a file that cannot be read as what it should be."""
+    """The error for a dataset's file with wrong contents."""
     return IntegrityError(
         f"{file} is damaged",
         why=" ".join(why.split())[:300] or "it ends too early",
@@ -188,7 +188,7 @@ def damaged_file(file: Path, why: str) -> KdcacheError:
 
 
 class Listed(Images):
-    """Images with given `names` of classes; `list_samples` lists those of a split, and `files` are what they are read from."""
+    """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from."""
 
     def __init__(
         self, base: Path, names: Sequence[str], list_samples: Callable[[Split], Sequence[Sample]], files: Iterable[Path]

@@ -49,7 +49,7 @@ class Pets(Rooted):
         )
         listings: dict[Split, Path] = {"train": base / "annotations/trainval.txt", "test": base / "annotations/test.txt"}
         rows = {split: _pet_rows(file) for split, file in listings.items()}
-        # The breed is in the image's name: Abyssinian_100.
+        # The image's name contains the breed: Abyssinian_100.
         breeds = {number: name.rpartition("_")[0] for part in rows.values() for name, number in part}
         if sorted(breeds) != list(range(1, len(breeds) + 1)):
             raise damaged_file(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
@@ -59,7 +59,7 @@ class Pets(Rooted):
 
 
 def _pet_rows(file: Path) -> list[tuple[str, int]]:
-    """Image names and class numbers, of lines `Abyssinian_100 1 1 1`."""
+    """(image name, class number) of lines such as `Abyssinian_100 1 1 1`."""
     try:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip() and line[0] != "#"]
         return [(line[0], int(line[1])) for line in lines]
@@ -104,7 +104,7 @@ class Flowers(Rooted):
             split: [(base / f"jpg/image_{number:05d}.jpg", int(labels[number - 1])) for number in part.tolist()]
             for split, part in chosen.items()
         }
-        # Published are numbers; 001 is the pink primrose.
+        # The dataset has only class numbers; 001 is the pink primrose.
         names = [f"{number:03d}" for number in range(1, int(labels.max()) + 2)]
         files = [base / "imagelabels.mat", sets, *(file for part in paths.values() for file, _ in part)]
         return Listed(base, names, lambda split: pictures(paths[split], base), files)

@@ -15,8 +15,8 @@ from kdcache.system.progress import Progress
 
 __all__ = ["IMAGE_SUFFIXES", "Folder"]
 
-# What counts as an image in a folder. A list of our own: Pillow's holds films, documents and data formats that it cannot
-# decode (.mpg, .eps, .h5), and it differs between versions, by which a dataset must not change.
+# Suffixes of image files. Pillow's own list contains formats that it cannot decode (.mpg, .eps, .h5), and it differs
+# between versions, while a dataset must not change with the version.
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pfm", ".pgm",
@@ -106,7 +106,7 @@ class Folder:
         samples = []
         for path in _image_files(base):
             key = path.relative_to(base).as_posix()
-            if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: what Python makes of bytes that are not UTF-8
+            if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: Python's stand-in for bytes that are not UTF-8
                 raise UsageError(
                     f"image {key!a} has an unprintable name",
                     why="names are the samples' keys, and those are UTF-8 text",
@@ -148,11 +148,11 @@ class Folder:
 
 
 def _image_files(base: Path) -> list[Path]:
-    """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
+    """Image files below the class folders of `base`, sorted by name. Links are followed, but not in circles."""
     image_files = []
 
     def unreadable(error: OSError) -> None:
-        raise error  # os.walk would leave the folder's images out without a word
+        raise error  # os.walk would silently skip the folder
 
     for folder, folders, files in os.walk(base, followlinks=True, onerror=unreadable):
         here = Path(folder).resolve()
@@ -163,5 +163,5 @@ def _image_files(base: Path) -> list[Path]:
 
 
 def _unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on the name only, so that adding files moves no other file to the other split."""
+    """A number in [0, 1) that depends only on the name, so that new files do not move others to another split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""One's own images in other forms than folders: NumPy arrays, tar shards, datasets of the Hugging Face Hub."""
+"""The user's own images in other forms than folders: NumPy arrays, tar shards, datasets of the Hugging Face Hub."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +211,7 @@ class Hub:
                 why=" ".join(str(error).split())[:300],
                 fix="correct its name, config or revision; log in with `hf auth login` if it is gated",
             ) from None
-        except Exception as error:  # of whichever library it fetches with
+        except Exception as error:  # `datasets` raises errors of several download libraries
             raise RetryError(
                 f"dataset hf:{self.repo} cannot be fetched",
                 why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
@@ -240,7 +240,7 @@ class _Table(Images):
         self._image = _column(source, "image", source.image, [n for n, kind in features.items() if isinstance(kind, Pictures)])
         labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
         self._label = _column(source, "label", source.label, labels or [name for name in features if name == "label"])
-        # As stored, not decoded: the canvas decodes, and only once.
+        # Images stay encoded here; the canvas decodes each once.
         self._parts = {split: whole[name].cast_column(self._image, Pictures(decode=False)) for split, name in chosen.items()}
         kind = features[self._label]
         values = [value for part in self._parts.values() for value in part[self._label]]
