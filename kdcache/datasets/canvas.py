@@ -110,13 +110,13 @@ def load_canvas(
 
 
 def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
-    """Folder of the canvas of a split, for its present files; None if it is not built. Fetches nothing."""
+    """Folder of the canvas of a split, for the present state of its files, whether built or not. Fetches nothing."""
     series, state = _names(source, split, size, source.open(home, fetch=False).fingerprint())
     return home / f"{series}-{state[:8]}"
 
 
 def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
-    """(common prefix of all canvases of a split and size, name of the one for this state of the files)."""
+    """(name that all canvases of a split and size begin with, sha256 of this state of the files)."""
     which = [dataset.to_dict(source), split, size]
     series = f"{dataset.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
     return series, _sha256([FORMAT, which, fingerprint])

@@ -49,7 +49,7 @@ JITTER_NONE = 4  # no operation; the others are brightness 0, contrast 1, satura
 RANDAUGMENT_OPERATIONS = 14
 MAX_OPERATIONS = 4
 
-# Column numbers of policy version 1. The last columns are spare: a later piece takes its draws there, and no present draw
+# Column numbers of policy version 1. The last column is spare: a later piece takes its draws there, and no present draw
 # moves.
 _ORDER = 0
 _AREA = slice(1, 11)  # ten attempts at a crop, as torchvision's RandomResizedCrop
