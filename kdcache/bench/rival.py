@@ -1,7 +1,7 @@
-"""Benchmark against the everyday rival: timm's online distillation, its own task and data pipeline, as its train script does.
+"""Benchmark against timm's online distillation, with its own task and data pipeline, as in its train script.
 
-Both sides train the same student of the same teacher in batches of the same size with the same optimiser. timm reads decoded
-images from memory and pays the teacher in every step; kdcache reads a canvas and cached logits. Neither decodes JPEG.
+Both sides train the same student of the same teacher with the same batch size and optimiser. timm reads decoded images from
+memory and runs the teacher in every step; kdcache reads a canvas and cached logits. Neither decodes JPEG.
 """
 
 import os

@@ -1,11 +1,11 @@
 """The CIFAR models of the distillation papers, in timm's registry under names that begin with `cifar_`.
 
-They are the teachers and students of CRD (contrastive representation distillation, ICLR 2020, arXiv 1910.10699), on whose pairs
-most later methods are compared: networks of the papers named below, adapted to 32 x 32 pixels as in CRD's code (RepDistiller;
-mdistiller has the same). Importing this module registers them, after which timm makes them by name as it makes its own.
+They are the teachers and students of CRD (contrastive representation distillation, ICLR 2020, arXiv 1910.10699). Most later
+methods are compared on CRD's pairs. The networks come from the papers named below, adapted to 32 x 32 pixels as in CRD's code
+(RepDistiller; mdistiller has the same). Importing this module registers them, and timm then creates them by name.
 
-Every one of them takes images `[B, 3, S, S]` through `stem`, `stages` and `tail` to maps `[B, F, s, s]`, whose mean over the
-pixels is classified by one linear layer, so that S may be another than 32; the shapes below are those of S = 32.
+All of them map images `[B, 3, S, S]` through `stem`, `stages` and `tail` to maps `[B, F, s, s]`. One linear layer classifies
+the mean over the pixels, so S may differ from 32. The shapes below are for S = 32.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 __all__ = ["TOP1", "VGG", "ZOO", "CifarNet", "MobileNetV2", "ResNet", "ShuffleNetV1", "ShuffleNetV2", "WideResNet"]
 
-# Test accuracy on CIFAR-100 in % without a teacher: CRD, tables 1 and 2.
+# Published test accuracy on CIFAR-100 in %, without a teacher (CRD, tables 1 and 2).
 TOP1: dict[str, float] = {
     "cifar_resnet20": 69.06,
     "cifar_resnet32": 71.14,
@@ -43,14 +43,14 @@ TOP1: dict[str, float] = {
 
 
 class CifarNet(nn.Module):
-    """`stem`, `stages` and `tail`, the mean over all pixels, and the classifier `fc`; with what timm asks of its models."""
+    """A network of `stem`, `stages`, `tail`, mean over all pixels and classifier `fc`, with timm's interface."""
 
-    # Start values as in CRD's code. Convolutions are Kaiming normal by fan-out, or as PyTorch makes them; the classifier is as
-    # PyTorch makes it, or normal of this standard deviation and without bias.
+    # Initialisation as in CRD's code. Convolutions: Kaiming normal by fan-out, or PyTorch's default. Classifier: PyTorch's
+    # default, or normal with this standard deviation and zero bias.
     kaiming: ClassVar[bool] = True
     classifier_std: ClassVar[float | None] = None
 
-    # How names in the checkpoints of CRD and mdistiller begin, and how ours do; of the families that they publish teachers of.
+    # Prefixes of tensor names in the checkpoints of CRD and mdistiller -> ours, for the families with published teachers.
     published: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -71,7 +71,7 @@ class CifarNet(nn.Module):
         self.apply(self.draw)
 
     def draw(self, layer: nn.Module) -> None:
-        """Give a layer its start values."""
+        """Initialise a layer."""
         if isinstance(layer, nn.Conv2d) and self.kaiming:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
@@ -94,20 +94,20 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier at start values; none, but the features themselves, for 0 classes."""
+        """Replace the classifier by a new one; with 0 classes the model returns the features."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool {global_pool!r}: these models average over the pixels")
         self.num_classes, self.fc = num_classes, classifier(self.num_features, num_classes)
         self.draw(self.fc)
 
     def rename_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a checkpoint of CRD or mdistiller under our names; one under our names as it is."""
+        """A checkpoint's state with tensor names of CRD or mdistiller changed to ours. Our own names stay."""
         renamed = {}
         for name, value in state.items():
             theirs, ours = next((pair for pair in self.published.items() if name.startswith(pair[0])), ("", ""))
             name = ours + name.removeprefix(theirs)
             renamed[name.replace(".downsample.", ".shortcut.").replace(".convShortcut.", ".shortcut.")] = value
-        # PyTorch 0.4.0, which CRD's code was tested with, did not count the batches that batch norm sees.
+        # PyTorch 0.4.0, which CRD used, did not store batch norm's count of batches.
         if not any(name.endswith("num_batches_tracked") for name in renamed):
             renamed |= {name: value for name, value in self.state_dict().items() if name.endswith("num_batches_tracked")}
         return renamed
@@ -132,7 +132,7 @@ def conv_norm_relu(width_in: int, width: int, kernel: int, stride: int = 1) -> n
 def stages_of(
     block: Callable[[int, int, int], nn.Module], width_in: int, plan: Iterable[tuple[int, int, int]]
 ) -> list[nn.Sequential]:
-    """A stage of `block(width_in, width, stride)`s for each (width, blocks, stride) of `plan`; the first has the stride."""
+    """One stage of `block(width_in, width, stride)` per (width, blocks, stride). The first block has the stride."""
     stages = []
     for width, blocks, stride in plan:
         stages.append(nn.Sequential(block(width_in, width, stride), *(block(width, width, 1) for _ in range(blocks - 1))))
@@ -141,7 +141,7 @@ def stages_of(
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:
-    """Channels `[B, groups * n, H, W]` in turn from each group (ShuffleNet, section 3.1)."""
+    """Channels `[B, groups * n, H, W]` interleaved from the groups (ShuffleNet, section 3.1)."""
     rows, channels, *pixels = x.shape
     return x.reshape(rows, groups, channels // groups, *pixels).transpose(1, 2).reshape(x.shape)
 
@@ -344,7 +344,7 @@ class ShuffleV1Block(nn.Module):
 
     def __init__(self, width_in: int, width: int, stride: int, *, groups: int, stem: int) -> None:
         super().__init__()
-        own = width - width_in if stride == 2 else width  # the other channels are the input's
+        own = width - width_in if stride == 2 else width  # the rest are the input's channels
         inner = own // 4
         self.stride, self.groups = stride, 1 if width_in == stem else groups  # the stem is too narrow for groups
         self.conv1, self.bn1 = conv(width_in, inner, 1, groups=self.groups), nn.BatchNorm2d(inner)
@@ -420,7 +420,7 @@ ZOO: dict[str, Callable[..., CifarNet]] = {
     "cifar_shufflenetv2": ShuffleNetV2,
 }
 
-# Without a source of weights, so that timm refuses `pretrained=True`. The normalisation is CRD's, of CIFAR-100.
+# No source of weights, so timm refuses `pretrained=True`. The normalisation is CRD's for CIFAR-100.
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -441,7 +441,7 @@ def _register(name: str) -> None:
     def make(pretrained: bool = False, **options: Any) -> CifarNet:
         return build_model_with_cfg(ZOO[name], name, pretrained, **options)
 
-    make.__name__ = name  # under which timm registers it, and adds it to __all__
+    make.__name__ = name  # timm registers it by this name, and adds it to __all__
     globals()[name] = register_model(make)
 
 

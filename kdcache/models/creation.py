@@ -1,7 +1,7 @@
-"""The boundary to timm: names, creation, weights, normalisation. timm is imported when a model is first asked for.
+"""The boundary to timm: names, creation, weights, normalisation. timm is imported at the first use of a model.
 
-So are the CIFAR models of `kdcache.models.cifar`, which are timm models of names that begin with `cifar_`.
-Models elsewhere than in timm are named as `kdcache.models.names` says.
+The CIFAR models of `kdcache.models.cifar` are timm models with names that begin with `cifar_`. `kdcache.models.names`
+defines the names of models outside timm.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 ALIASES: dict[str, str] = {
-    # The temperature study's models, with the ImageNet-1K weights of timm that its section 3.1 describes.
+    # The temperature study's models, with timm's ImageNet-1K weights (its section 3.1).
     "rn50": "resnet50.a1_in1k",
     "vit_s": "vit_small_patch16_224.augreg_in1k",
     "cn_t": "convnext_tiny.fb_in1k",
@@ -67,7 +67,7 @@ ALIASES: dict[str, str] = {
     "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
     "cn_p": "convnextv2_pico.fcmae_ft_in1k",
     "mvit": "mobilevitv2_150.cvnets_in1k",
-    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1.
+    # Distillation papers use the ImageNet pairs rn34-rn18 and rn50-mnv1.
     "rn34": "resnet34.a1_in1k",
     "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
     # Networks of their CIFAR pairs, in models/cifar. Where timm has one of that name (vgg13, resnet50), the name is timm's,
@@ -91,22 +91,22 @@ class Normalisation:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    assumed: bool = field(default=False, compare=False)  # the model does not state them: they are ImageNet's
+    assumed: bool = field(default=False, compare=False)  # ImageNet's values, as the model states none
 
     def __call__(self, views: Tensor) -> Tensor:
-        """Views uint8 `[B, 3, S, S]` as the model wants them: float32 `[B, 3, S, S]`."""
+        """Normalise views, uint8 `[B, 3, S, S]`, for the model: float32 `[B, 3, S, S]`."""
         mean = torch.tensor(self.mean, device=views.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=views.device).view(1, -1, 1, 1) * 255
         return (views.float() - mean) / std
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """timm's model names that match a shell pattern, sorted: those of weights, for a pattern with a dot."""
+    """timm's sorted model names that match a shell pattern. A pattern with a dot matches names with weights' tags."""
     return list(timm_with_zoo().list_models(pattern, include_tags="." in pattern))
 
 
 def find_aliases(pattern: str) -> dict[str, str]:
-    """The aliases that match a shell pattern themselves, or whose models do by exact name or architecture."""
+    """Aliases that match a shell pattern by alias, exact name or architecture."""
     return {
         alias: name
         for alias, name in ALIASES.items()
@@ -115,14 +115,14 @@ def find_aliases(pattern: str) -> dict[str, str]:
 
 
 def note(name: str) -> str | None:
-    """What is published of a model by exact name; None for most."""
+    """A note on a model's published results, by exact name; None for most models."""
     from kdcache.models.cifar import TOP1
 
     return f"CIFAR-100: {TOP1[name]:.2f} % (CRD)" if name in TOP1 else None
 
 
 def resolve(name: str, kind: str = "model") -> str:
-    """The exact name behind an alias, a timm name or a reference. Raises NotFoundError, for timm's with close matches."""
+    """The exact name of an alias, a timm name or a reference. Raises NotFoundError, for timm's names with close matches."""
     if is_reference(name):
         return exact_name(name)
     timm = timm_with_zoo()
@@ -139,7 +139,7 @@ def resolve(name: str, kind: str = "model") -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """What weights know that were published for a model: classes, in order and by name where that is known, at this size."""
+    """Published weights of a model: their classes in order, by name where known, and their input size."""
 
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -147,7 +147,7 @@ class Published:
 
 
 def published(name: str) -> Published | None:
-    """What is known of a model's weights by exact name; None where it has none. ImageNet's classes are named by WordNet ids."""
+    """The published weights of a model by exact name; None without weights. ImageNet's classes have WordNet ids as names."""
     if is_factory(name):
         return None
     if is_reference(name):
@@ -168,9 +168,9 @@ def published(name: str) -> Published | None:
 def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
     """A model by exact name, for square inputs of `input_size` pixels.
 
-    `pretrained` loads its weights, those of timm from the Hub; a classifier of another number of classes is drawn anew.
-    RetryError where they cannot be fetched, NotFoundError where there are none. IncompatibleError for a model that does not
-    take such inputs, or does not give one logit per class.
+    `pretrained` loads its weights (timm's from the Hub). With another number of classes the classifier is initialised anew.
+    Raises RetryError if weights cannot be fetched, NotFoundError if there are none, and IncompatibleError if the model does
+    not take such inputs or does not give one logit per class.
     """
     if is_factory(name):
         return _create_by_factory(name, num_classes, input_size, pretrained)
@@ -184,20 +184,20 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
             fix="train it first, with kdcache train-teacher --from-scratch or --checkpoint FILE, or use another model",
         )
     if pretrained and name.startswith(LOCAL):
-        resolve(name)  # the files are still those of its digest
+        resolve(name)  # checks the files against the digest in the name
     source = f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
     random_state = torch.get_rng_state()
     try:
         model = timm.create_model(source, num_classes=num_classes, **sized)
         _try_out(model, input_size, num_classes)
-    except Exception as error:  # every architecture has its own way to refuse a size
+    except Exception as error:  # architectures raise different errors for an unsupported size
         raise _impossible(name, num_classes, input_size, error) from error
     try:
         if pretrained:
-            torch.set_rng_state(random_state)  # a new classifier is drawn as if nothing had been tried before
+            torch.set_rng_state(random_state)  # undo the trial's use of random numbers, for a reproducible new classifier
             model = timm.create_model(source, pretrained=True, num_classes=num_classes, **sized)
-    except Exception as error:  # of timm, the Hub and readers of damaged files
+    except Exception as error:  # errors of timm, the Hub, and readers of damaged files
         if isinstance(error, OSError) or (isinstance(error, RuntimeError) and not elsewhere):
             raise RetryError(
                 f"the pretrained weights of {name!r} could not be fetched",
@@ -251,7 +251,7 @@ def _create_by_factory(name: str, num_classes: int, input_size: int, pretrained:
 
 
 def _stated(model: nn.Module) -> Normalisation:
-    """The mean and std that a model states as timm's models do, or ImageNet's."""
+    """The mean and std in a model's timm configuration, or ImageNet's."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     for attribute in ("pretrained_cfg", "default_cfg"):
@@ -264,7 +264,7 @@ def _stated(model: nn.Module) -> Normalisation:
 
 
 def described(name: str, model: nn.Module, normalise: Normalisation, digest: str, *, pretrained: bool) -> str:
-    """What is worth knowing of a model with weights of this `digest`, before training: their licence, what is new or assumed."""
+    """One line about a model before training: the digest of its weights, their licence, and what is new or assumed."""
     parts = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
     if pretrained:
         parts.append(f"licence {licence(name) or 'unknown'}")
@@ -279,9 +279,9 @@ def described(name: str, model: nn.Module, normalise: Normalisation, digest: str
 def timm_config(
     name: str, model: nn.Module, normalise: Normalisation, *, input_size: int, class_names: Sequence[str]
 ) -> bytes | None:
-    """timm's `config.json`, from which this model is made again; None where a factory made it, which timm does not know.
+    """timm's `config.json`, from which timm makes this model again; None for a model of a factory.
 
-    It states how models are tested here: the whole image, resized to a square.
+    It states the evaluation used here: the whole image, resized to a square.
     """
     from timm.models._hub import save_config_for_hf
 
@@ -290,7 +290,7 @@ def timm_config(
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, str(Path(folder) / CONFIG))
         config: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
-    # What is said of other weights, or of how those were tested, is not true of these.
+    # Entries about the original weights and their evaluation do not apply.
     of_others = re.compile("test_.*|label_.*|license|tag|notes|description|origin_url|paper_.*")
     stated = {key: value for key, value in config["pretrained_cfg"].items() if not of_others.fullmatch(key)}
     stated |= {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
@@ -301,7 +301,7 @@ def timm_config(
 
 @torch.inference_mode()
 def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
-    """One image through the model, which some architectures refuse only then. Raises whatever they raise."""
+    """Run one image through the model: some architectures refuse a size only then. Raises the model's own error."""
     logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
     model.train()
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
@@ -309,10 +309,10 @@ def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
 
 
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
-    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`; returns the names left at their start values.
+    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`. Returns the names of tensors not loaded.
 
-    Models of kdcache.models.cifar read the checkpoints of CRD and mdistiller too, whose tensors have other names.
-    `replace_head` leaves out classifier weights of another number of classes, which otherwise is an IncompatibleError.
+    Models of kdcache.models.cifar also read checkpoints of CRD and mdistiller, which name tensors differently. Classifier
+    weights for another number of classes raise IncompatibleError; `replace_head` leaves them out instead.
     """
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
     state = rename(_read_state(file))
@@ -358,7 +358,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it does not hold a mapping of names to tensors")
         return dict(state)
-    except Exception as error:  # every reader has its own errors for a damaged file
+    except Exception as error:  # readers raise different errors for a damaged file
         raise IntegrityError(
             f"checkpoint {file} cannot be read",
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
@@ -367,13 +367,13 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
-    """Weights as safetensors, under timm's names."""
+    """Save weights as safetensors, with timm's tensor names."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, file, metadata={"format": "pt"})
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all weights and buffers, in the order of their names."""
+    """sha256 over names, dtypes, shapes and bytes of all weights and buffers, sorted by name."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""Names of models that are none of timm's: on the Hub, in a folder, or made by a function. timm is imported when one is used.
+"""Names of models outside timm's registry: on the Hub, in a folder, or made by a function. timm is imported at first use.
 
-- `hf-hub:ORG/NAME[@REVISION]`, a timm model on the Hub; its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
-- `local-dir:PATH`, a folder with timm's config.json and model.safetensors, such as `kdcache export` writes. Its exact name has
-  the beginning of a digest of both, `local-dir:PATH@DIGEST`; what is recorded, `local-dir:FOLDER@DIGEST`, has no path.
-- `package.module:function`, which is called with num_classes=... and returns an nn.Module.
+- `hf-hub:ORG/NAME[@REVISION]`: a timm model on the Hub. Its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
+- `local-dir:PATH`: a folder with timm's config.json and model.safetensors, as `kdcache export` writes it. Its exact name has
+  the beginning of a digest of both, `local-dir:PATH@DIGEST`. Records contain `local-dir:FOLDER@DIGEST`, without the path.
+- `package.module:function`: a function that is called with num_classes=... and returns an nn.Module.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of timm's folders
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of timm's model folders
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 _PINNED = re.compile(r"(.+)@([0-9a-f]{12})", re.DOTALL)
 
@@ -60,10 +60,10 @@ def timm_with_zoo() -> ModuleType:
 
 
 def exact_name(name: str) -> str:
-    """The exact name of a reference, which is there and can be used. Of an exact one it is itself.
+    """The exact name of a reference that exists and can be used. An exact name is returned unchanged.
 
-    NotFoundError for what is not there. The Hub is asked for the commit of a revision: RetryError if it cannot be reached. A
-    factory's module is imported.
+    Asks the Hub for the commit of a revision, and imports a factory's module. Raises NotFoundError for a missing model, and
+    RetryError if the Hub cannot be reached.
     """
     if name.startswith(HUB):
         return _on_hub(name)
@@ -74,12 +74,12 @@ def exact_name(name: str) -> str:
 
 
 def is_reference(name: str) -> bool:
-    """Whether it is a name of this module's, and none of timm's."""
+    """Whether `name` is of one of this module's forms, and so not timm's."""
     return ":" in name
 
 
 def public_name(exact: str) -> str:
-    """What is recorded of an exact name, and identifies the model: all of it, but of a local folder only its name and digest."""
+    """The recorded form of an exact name, which identifies the model: for a local folder its name and digest, no path."""
     if not exact.startswith(LOCAL):
         return exact
     folder, digest = place(exact)
@@ -88,25 +88,25 @@ def public_name(exact: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A name as typed, as part of a folder's name: short, and without the place of a local folder."""
+    """A short form of a typed name for use in folder names, without the path of a local folder."""
     return re.sub(r"[^\w.+-]", "-", public_name(name).partition("@")[0])[:60]
 
 
 def is_factory(name: str) -> bool:
-    """Whether it names a function that makes the model, which then has the weights that the function gave it."""
+    """Whether `name` is of a function. The function also sets the weights of the model that it makes."""
     return is_reference(name) and not name.startswith((HUB, LOCAL))
 
 
 def kept(name: str, folder: Path) -> str:
-    """How the model of a teacher or run is made again: as timm's configuration says that was kept in its `folder`.
+    """The name from which the model of a teacher or run is made again: its own `folder`, if that has timm's configuration.
 
-    What it was made of may have moved meanwhile. Where none was kept: by its exact name.
+    The model's original files may have moved meanwhile. Without a configuration it is the exact name.
     """
     return f"{LOCAL}{folder}" if (folder / CONFIG).is_file() else name
 
 
 def licence(name: str) -> str | None:
-    """The licence of pretrained weights by exact name, as timm, their card or their configuration states it; else None."""
+    """The licence of pretrained weights, as stated by timm, their card or their configuration; None if unknown."""
     if is_factory(name):
         return None
     if not is_reference(name):
@@ -115,7 +115,7 @@ def licence(name: str) -> str | None:
     file = config_file(name)
     card: Path | None = file.with_name("README.md")
     if name.startswith(HUB):
-        with contextlib.suppress(RetryError):  # away from the network it is unknown, and asked for before anything is shared
+        with contextlib.suppress(RetryError):  # offline it stays unknown; sharing asks for it
             card = _download(name, "README.md", needed=False)
     stated = _card_licence(card) if card is not None and card.is_file() else None
     settings = read_config(file, name)
@@ -129,24 +129,24 @@ def _card_licence(card: Path) -> str | None:
 
     try:
         stated = metadata_load(card) or {}
-    except (ValueError, RecursionError, yaml.YAMLError):  # somebody's card, which is not as cards are
+    except (ValueError, RecursionError, yaml.YAMLError):  # a malformed card of a stranger
         return None
     stated_licence = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
     return " and ".join(map(str, stated_licence)) if isinstance(stated_licence, list) else stated_licence
 
 
 def _on_hub(name: str) -> str:
-    """The exact name of a model on the Hub, whose configuration is fetched, or is in the Hub's cache on this machine."""
+    """The exact name of a model on the Hub. Its configuration is fetched, or taken from the Hub's local cache."""
     repo, _, revision = name.partition(":")[2].partition("@")
     typed = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
     config = _download(typed, CONFIG)
     assert config is not None
     architecture_of(config, typed)
-    return f"{HUB}{repo}@{config.parent.name}"  # the cache has a folder for each commit
+    return f"{HUB}{repo}@{config.parent.name}"  # the Hub's cache has one folder per commit
 
 
 def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
-    """A file of a model on the Hub; None if it has none and it is not `needed`."""
+    """Download a file of a model on the Hub; None if it does not exist and is not `needed`."""
     from huggingface_hub import errors, hf_hub_download
 
     repo, _, revision = name.removeprefix(HUB).partition("@")
@@ -154,7 +154,7 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         return Path(hf_hub_download(repo, file, revision=revision or None))
     except errors.HFValidationError as error:
         raise UsageError(f"{name} is not a model on the Hub", why=first_line(error), fix=f"{HUB}ORG/NAME[@REVISION]") from None
-    except errors.RepositoryNotFoundError as error:  # the Hub tells nobody that a private one exists; gated ones are among them
+    except errors.RepositoryNotFoundError as error:  # also raised for gated and private repositories
         raise NotFoundError(
             f"{name}: {type(error).__name__}",
             why="no such model, or not one that this account may read",
@@ -168,7 +168,7 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         raise NotFoundError(
             f"{name} has no {file}", why="timm's models on the Hub have one", fix="choose a model of timm's: hf-hub:timm/..."
         ) from None
-    except Exception as error:  # of huggingface_hub, and of whichever HTTP library it uses
+    except Exception as error:  # errors of huggingface_hub, and of its HTTP library, which varies
         raise RetryError(
             f"{name} could not be fetched",
             why=first_line(error.__cause__ or error),
@@ -181,7 +181,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _in_folder(name: str) -> str:
-    """The exact name of a local folder. Raises IntegrityError for an exact name whose folder holds something else now."""
+    """The exact name of a local folder. Raises IntegrityError if an exact name's folder has other contents now."""
     folder, pinned = place(name)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
@@ -206,7 +206,7 @@ def _in_folder(name: str) -> str:
 
 
 def place(name: str) -> tuple[Path, str]:
-    """The folder of a local model, and the digest that an exact name has."""
+    """(folder of a local model, digest in an exact name or "")."""
     typed = name.removeprefix(LOCAL)
     pinned = _PINNED.fullmatch(typed)
     if pinned and not Path(typed).expanduser().is_dir():
@@ -215,7 +215,7 @@ def place(name: str) -> tuple[Path, str]:
 
 
 def config_file(name: str) -> Path:
-    """`config.json` of a local model or one on the Hub."""
+    """Path of the `config.json` of a model in a folder or on the Hub."""
     if name.startswith(LOCAL):
         return place(name)[0] / CONFIG
     file = _download(name, CONFIG)
@@ -224,7 +224,7 @@ def config_file(name: str) -> Path:
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
-    """`config.json` of a local model or one on the Hub. IntegrityError if it is no such thing."""
+    """Parse the `config.json` of a model in a folder or on the Hub. Raises IntegrityError if it is damaged."""
     try:
         config = json.loads(file.read_text("utf-8"))
         if isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict):
@@ -250,7 +250,7 @@ def architecture_of(file: Path, name: str) -> str:
 
 @contextlib.contextmanager
 def this_folder_too() -> Iterator[None]:
-    """Modules of the working directory can be imported meanwhile; those that are installed come first."""
+    """Allow imports from the working directory meanwhile. Installed modules come first."""
     here = str(Path.cwd())
     sys.path.append(here)
     try:
