@@ -1,4 +1,4 @@
-"""Benchmarks of whole studies: planning one, its report, and its smoke version, as processes that a user would start."""
+"""Benchmarks of whole studies: plan, report and smoke version, run as the user's commands."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ TEN_THOUSAND = {"tau": [1 + n / 2 for n in range(50)], "control": ["none", "ls-g
 
 
 def study(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Each once, whatever `seconds` says: wall seconds, with the start of Python."""
+    """Measure each command once, in wall seconds with the start of Python. `seconds` is ignored."""
     _write_study(folder / "ten-thousand.yaml")
     _write_runs(folder / "runs", folder / "archives/demo")
     work = (
@@ -48,7 +48,7 @@ def _write_study(file: Path) -> None:
 
 
 def _write_runs(runs: Path, archive: Path) -> None:
-    """Runs as `distill` leaves them, of made-up numbers."""
+    """Write run folders in the form of `distill`, with random numbers."""
     drawn = np.random.default_rng(0)
     made = write_archive(archive, drawn.normal(size=(2, 2000, 37)).astype(np.float32), [f"class {n}" for n in range(37)])
     moments = moment_histogram(*drawn.normal([[0.5], [1.5]], 0.2, size=(2, 3000))).model_dump_json()

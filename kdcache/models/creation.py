@@ -70,8 +70,8 @@ ALIASES: dict[str, str] = {
     # Distillation papers use the ImageNet pairs rn34-rn18 and rn50-mnv1.
     "rn34": "resnet34.a1_in1k",
     "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
-    # Networks of their CIFAR pairs, in models/cifar. Where timm has one of that name (vgg13, resnet50), the name is timm's,
-    # and the zoo's is cifar_vgg13, cifar_resnet50.
+    # Networks of the CIFAR pairs, from models/cifar. vgg13 and resnet50 mean timm's models; the CIFAR ones are cifar_vgg13
+    # and cifar_resnet50.
     "resnet20": "cifar_resnet20",
     "resnet32": "cifar_resnet32",
     "resnet56": "cifar_resnet56",
