@@ -32,7 +32,7 @@ class Codec(Protocol):
     """Encodes logits, float32 `[n, C]`, to stored numbers and back, row by row."""
 
     @property
-    def dtype(self) -> np.dtype: ...  # of the stored numbers [n, C]
+    def dtype(self) -> np.dtype: ...  # dtype of the stored numbers [n, C]
     @property
     def parameters(self) -> tuple[str, ...]: ...  # names of the float32 numbers stored with each row
     @property

@@ -17,7 +17,7 @@ from kdcache.system.progress import Progress
 __all__ = ["study"]
 
 TAUS, CONTROLS = (1, 2, 3, 4, 5, 7, 10, 20, 40), ("none", "ls-global", "ls-instance", "bottom:1", "bottom:5", "bottom:10")
-STUDENTS, SEEDS, EPOCHS = ("rn18", "mnv4", "cn_p"), 3, 512  # with the taus and controls, 486 runs
+STUDENTS, SEEDS, EPOCHS = ("rn18", "mnv4", "cn_p"), 3, 512  # times taus and controls: 486 runs
 TEN_THOUSAND = {"tau": [1 + n / 2 for n in range(50)], "control": ["none", "ls-global", "bottom:2", "bottom:3"], "seed": "0-24"}
 
 

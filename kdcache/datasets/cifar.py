@@ -140,10 +140,10 @@ class CIFAR100(_Cifar):
     )
 
 
-Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, 3072], labels [N]
+_LabelledImages = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, 3072], labels [N]
 
 
-def _binary(file: Path, label_bytes: int) -> Batch:
+def _binary(file: Path, label_bytes: int) -> _LabelledImages:
     width = label_bytes + PIXELS
     if file.stat().st_size % width:
         raise damaged_file(file, f"its {file.stat().st_size} bytes are not records of {width}")
@@ -151,7 +151,7 @@ def _binary(file: Path, label_bytes: int) -> Batch:
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
 
-def _python(file: Path, label_key: str) -> Batch:
+def _python(file: Path, label_key: str) -> _LabelledImages:
     content = _unpickled(file)
     try:
         images, labels = np.asarray(content["data"]), np.array(content[label_key], np.int64)

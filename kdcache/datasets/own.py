@@ -217,10 +217,10 @@ class Hub:
                 why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
                 fix="repeat the command when the Hub can be reached: what was fetched is kept",
             ) from None
-        return _Table(self, whole)
+        return _HubImages(self, whole)
 
 
-class _Table(Images):
+class _HubImages(Images):
     """A `DatasetDict` with a column of images and one of labels."""
 
     def __init__(self, source: Hub, whole: Mapping[str, Any]) -> None:

@@ -130,11 +130,11 @@ def conv_norm_relu(width_in: int, width: int, kernel: int, stride: int = 1) -> n
 
 
 def stages_of(
-    block: Callable[[int, int, int], nn.Module], width_in: int, plan: Iterable[tuple[int, int, int]]
+    block: Callable[[int, int, int], nn.Module], width_in: int, layers: Iterable[tuple[int, int, int]]
 ) -> list[nn.Sequential]:
     """One stage of `block(width_in, width, stride)` per (width, blocks, stride). The first block has the stride."""
     stages = []
-    for width, blocks, stride in plan:
+    for width, blocks, stride in layers:
         stages.append(nn.Sequential(block(width_in, width, stride), *(block(width, width, 1) for _ in range(blocks - 1))))
         width_in = width
     return stages
@@ -328,10 +328,10 @@ class MobileNetV2(CifarNet):
 
     def __init__(self, width: float = 0.5, *, in_chans: int = 3, **head: Any) -> None:
         stem, first, *others = (int(c * width) for c in (32, 16, 24, 32, 64, 96, 160, 320))
-        plan = zip(others, (2, 3, 4, 3, 3, 1), (1, 2, 2, 1, 2, 1), strict=True)
+        layers = zip(others, (2, 3, 4, 3, 3, 1), (1, 2, 2, 1, 2, 1), strict=True)
         stages = [
             *stages_of(partial(InvertedResidual, expansion=1), stem, [(first, 1, 1)]),
-            *stages_of(partial(InvertedResidual, expansion=6), first, plan),
+            *stages_of(partial(InvertedResidual, expansion=6), first, layers),
         ]
         super().__init__(conv_norm_relu(in_chans, stem, 3, 2), stages, conv_norm_relu(others[-1], 1280, 1), 1280, **head)
 

@@ -169,7 +169,7 @@ def _on_gpu(
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         images.record_stream(current)
-        done.synchronize()  # for the digests; usually no wait, since rendering is ahead
+        done.synchronize()  # digests need it; usually no wait, as rendering is ahead
         yield Rendered(images, fold(sums), rows, stored, positions)
         for item in itertools.islice(items, 1):
             start(*item)

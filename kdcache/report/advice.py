@@ -68,7 +68,7 @@ MATCHING = Finding(
 # The study's Table 1, over both datasets and all architectures.
 BRIEF_REST = (0.886, 0.950)  # H^(p-bar) of the teachers with the shortest finetuning: 20 epochs on Pets, 40 on CIFAR100
 LONGER_REST = 0.925  # smallest H^(p-bar) of teachers with longer finetuning
-LONG_REST = (0.952, 0.972)  # after 400 epochs, from pretrained weights; from scratch 0.952 to 0.971
+LONG_REST = (0.952, 0.972)  # H^(p-bar) after 400 epochs from pretrained weights; from scratch 0.952 to 0.971
 ALL_WHOLE = (0.216, 0.543)  # H^(p) of all teachers
 STUDIED_CLASSES = (37, 200)  # Pets, Tiny ImageNet
 STUDIED_ACCURACY = 86.0  # percent; the teachers of Table 2 reach 86.3 to 93.3

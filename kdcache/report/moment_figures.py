@@ -20,7 +20,7 @@ __all__ = ["moment_drawings"]
 COLUMNS = 2
 MOST_TICKS = 4
 STUDENT, TEACHER = (COLOURS[0], "#00263d"), (COLOURS[1], "#4a1f00")  # rows, and the cross at their means
-_Panel = tuple[str, RunRecord, LogitMoments, LogitMoments | None]  # title, run, the student's and the teacher's
+_MomentPanel = tuple[str, RunRecord, LogitMoments, LogitMoments | None]  # title, run, the student's and the teacher's
 
 
 def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Mapping[str, Statistics]) -> list[Drawing]:
@@ -30,7 +30,7 @@ def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Map
     """
     rows = [row for row in rows if row.control == "none" and table.ranked(row)]
     names = labels(rows, FIELDS)
-    panels: list[_Panel] = []
+    panels: list[_MomentPanel] = []
     for row in rows:
         tau, cell = table.ranked(row)[0]
         if (moments := cell.runs[0].logit_moments()) is not None:
@@ -41,7 +41,7 @@ def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Map
     return [_page(panels[start : start + MOST_PANELS], place) for start in range(0, len(panels), MOST_PANELS)]
 
 
-def _page(panels: Sequence[_Panel], place: str) -> Drawing:
+def _page(panels: Sequence[_MomentPanel], place: str) -> Drawing:
     columns = min(len(panels), COLUMNS)
     lines = math.ceil(len(panels) / columns)
 

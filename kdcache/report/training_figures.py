@@ -132,7 +132,7 @@ class _Entry:
     beside: str = ":"  # dashes of the teacher's line at this tau; empty: no line
 
 
-_Panel = tuple[str, list[_Entry]]  # title, curves
+_CurvePanel = tuple[str, list[_Entry]]  # title, curves
 
 
 def training_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Mapping[str, Statistics]) -> list[Drawing]:
@@ -152,7 +152,7 @@ def training_drawings(table: Table, rows: Sequence[Row], place: str, teachers: M
     return drawings
 
 
-def _by_tau(table: Table, rows: Sequence[Row]) -> list[_Panel]:
+def _by_tau(table: Table, rows: Sequence[Row]) -> list[_CurvePanel]:
     """One panel per row, with one curve per tau."""
     taus = table.taus_of(rows)
     # Taus are an order, not names: a sequential map that stays readable without hue.
@@ -164,7 +164,7 @@ def _by_tau(table: Table, rows: Sequence[Row]) -> list[_Panel]:
     ]
 
 
-def _best_of_rows(table: Table, rows: Sequence[Row]) -> list[_Panel]:
+def _best_of_rows(table: Table, rows: Sequence[Row]) -> list[_CurvePanel]:
     """Panels of several rows, with one curve per row, at its best tau."""
     panels = [("", list(rows[start : start + MOST_LINES])) for start in range(0, len(rows), MOST_LINES)]
     lines = Lines(panels)
@@ -184,7 +184,7 @@ def _logged(curves: Mapping[str, NDArray[np.float64]]) -> list[str]:
 
 
 def _page(
-    panels: list[_Panel],
+    panels: list[_CurvePanel],
     place: str,
     kind: _Kind,
     columns: Sequence[_Column],
@@ -278,7 +278,7 @@ def _thinned(count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
 
 
-def _ends(panels: Sequence[_Panel], columns: Sequence[_Column]) -> str:
+def _ends(panels: Sequence[_CurvePanel], columns: Sequence[_Column]) -> str:
     """The final values of the first panels' curves in words, for the alt text."""
     phrases = []
     for title, entries in panels[:4]:

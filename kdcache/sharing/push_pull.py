@@ -39,7 +39,7 @@ from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
-from kdcache.sharing.transfer import ByteCounter, File, TransferEnded, bring, in_parallel, require_room
+from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 
@@ -106,7 +106,7 @@ def pull(
     with suppress(NotFoundError):  # a server that forbids listing may not report a missing file
         if archive.store.exists(SIGNATURE_NAME):
             extras[SIGNATURE_NAME] = archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
-    files = [File(record, _reader(archive, name)) for name, record in records.items()]
+    files = [FileTransfer(record, _reader(archive, name)) for name, record in records.items()]
     closing = {**extras, MANIFEST_NAME: text}
     return _fill(folder, archive.manifest, files, closing, f"pull {archive.name}", verify=verify, progress=progress)
 
@@ -189,7 +189,7 @@ def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
 def _fill(
     folder: Path,
     manifest: Manifest,
-    files: Sequence[File],
+    files: Sequence[FileTransfer],
     closing: Mapping[str, bytes],
     task: str,
     *,
@@ -318,7 +318,7 @@ def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None
     if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
         progress.say(f"{folder} is complete: nothing to do")
         return
-    files = [File(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
+    files = [FileTransfer(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
     _fill(folder, sending.manifest, files, sending.closing, f"push {folder}", verify=False, progress=progress)
 
 

@@ -19,26 +19,26 @@ from kdcache.errors import RetryError
 from kdcache.system.progress import Progress
 from kdcache.system.remote import ending
 
-__all__ = ["ByteCounter", "File", "TransferEnded", "bring", "in_parallel", "require_room"]
+__all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room"]
 
 WORKERS = 8  # parallel transfers
 
 
 @dataclass(frozen=True)
-class File:
+class FileTransfer:
     """A file to transfer: its record, and a stream of its bytes from any offset."""
 
     record: FileRecord
     stream: Callable[[int], Iterator[bytes]]
 
 
-def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) -> None:
+def bring(files: Sequence[FileTransfer], folder: Path, task: str, progress: Progress) -> None:
     """Fetch all files below `folder`, and check each. Existing ones stay; beginnings in `.pull` are continued."""
     total = sum(file.record.bytes for file in files)
     require_room(folder, _missing_bytes(files, folder))
     counter = ByteCounter()
 
-    def bring_one(file: File) -> None:
+    def bring_one(file: FileTransfer) -> None:
         target = folder / file.record.path
         try:
             if _is(target, file.record):
@@ -74,7 +74,7 @@ def _is(target: Path, record: FileRecord) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
 
 
-def _missing_bytes(files: Sequence[File], folder: Path) -> int:
+def _missing_bytes(files: Sequence[FileTransfer], folder: Path) -> int:
     missing = 0
     for record in (file.record for file in files):
         held = next((p.stat().st_size for p in (folder / record.path, _part(folder, record)) if p.is_file()), 0)

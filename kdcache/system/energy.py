@@ -23,7 +23,7 @@ POWERCAP = Path("/sys/class/powercap")
 POLL = 10.0  # seconds; package counters wrap around after a minute of full load at the earliest
 MOST_WATTS = 1000.0  # of one package; if a pause is long enough for a wrap at this power, the energy is unknown
 
-Counter = Callable[[], float | None]  # joules so far
+JouleCounter = Callable[[], float | None]  # joules so far
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Meter:
         return time.monotonic(), _sum(self._gpus), _sum([package.joules for package in self._packages])
 
 
-def _sum(counters: Sequence[Counter]) -> float | None:
+def _sum(counters: Sequence[JouleCounter]) -> float | None:
     values = [counter() for counter in counters]
     known = [value for value in values if value is not None]
     return sum(known) if values and len(known) == len(values) else None
@@ -140,11 +140,11 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None or after < before else after - before
 
 
-def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[Counter], Callable[[], None]]:
+def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable[[], None]]:
     """(counters of the GPUs, function that ends NVML). A counter that cannot be read gives None."""
     nvml = nvml or importlib.import_module("pynvml")
 
-    def counter(uuid: str) -> Counter:
+    def counter(uuid: str) -> JouleCounter:
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
 
         def joules() -> float | None:

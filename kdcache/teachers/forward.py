@@ -54,7 +54,7 @@ def write_shards(
         order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
         with stopped_between_steps() as check, contextlib.ExitStack() as claims:
             claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
-            rows = _Rows()
+            rows = _ShardRows()
             rendered = render_batches(
                 canvas,
                 policy,
@@ -75,7 +75,7 @@ def write_shards(
                     writer.write(view, block, *rows.columns)
                 claim.close()
                 claimed.shards.popleft()
-                rows = _Rows()
+                rows = _ShardRows()
                 done += size
                 speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
                 progress.update("dump", done, total, f"{speed:.0f} views/s")
@@ -112,7 +112,7 @@ class _Claimed:
                 claim.close()
 
 
-class _Rows:
+class _ShardRows:
     """The rows of one shard, collected batch by batch. Each row is copied once; pixels are not kept."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ BACKWARD_COPIES = 3  # copies of the largest activation: gradients on both sides
 LOSS_COPIES = 16  # copies of the logits, made by a loss and the logged figures
 SPARE = 1.25  # allocated over used temporary memory, since freed blocks do not always fit again
 GROWN = 1.125  # size over contents of a buffer that grows while it is written
-SHARE = 0.8  # of the free memory, for models: these are estimates, and other programs need some
+SHARE = 0.8  # share of the free memory for models: these are estimates, and other programs need some
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 

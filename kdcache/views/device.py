@@ -23,7 +23,7 @@ __all__ = ["draw"]
 def draw(images: Tensor, rows: ViewTable) -> Tensor:
     """Views before mixing: uint8 `[B, 3, R, R]` to uint8 `[B, 3, S, S]`, on the device of `images`."""
     policy = rows.policy
-    batch = _Batch(crop_and_resize(images, rows.box, rows.flip, rows.shift, policy.size, policy.filter))
+    batch = _GroupedViews(crop_and_resize(images, rows.box, rows.flip, rows.shift, policy.size, policy.filter))
     if policy.randaugment:
         for step in range(policy.randaugment.n):
             _randaugment(batch, rows.operations[:, step], rows.signs[:, step], policy.randaugment)
@@ -33,7 +33,7 @@ def draw(images: Tensor, rows: ViewTable) -> Tensor:
     return _erased(views, rows.erase, policy.erase.fill) if policy.erase else views
 
 
-class _Batch:
+class _GroupedViews:
     """Views in an order in which those with the same operation are adjacent."""
 
     def __init__(self, views: Tensor) -> None:
@@ -72,7 +72,7 @@ def _on(views: Tensor, array: NDArray) -> Tensor:
 # ---------------------------------------------------------------- RandAugment
 
 
-def _randaugment(batch: _Batch, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
+def _randaugment(batch: _GroupedViews, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
     """Apply one RandAugment operation to each view. Views with the same operation are done together."""
     for code, _, views in batch.grouped(operations.astype(np.int64) * 2 + (signs > 0)):
         operation, sign = code // 2, 2 * (code % 2) - 1
@@ -231,7 +231,7 @@ assert len(_OPERATIONS) == RANDAUGMENT_OPERATIONS
 # ---------------------------------------------------------------- colour jitter, erasing
 
 
-def _jitter(batch: _Batch, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
+def _jitter(batch: _GroupedViews, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
     """Apply one operation of the colour jitter to each view."""
     for operation, rows, views in batch.grouped(operations):
         if operation != JITTER_NONE:

@@ -172,7 +172,7 @@ class ViewPolicy(BaseModel):
     size: int = Field(224, ge=1, le=4096)  # side of a view in pixels
     crop: Crop = CenterCrop()
     # Newer pieces are left out of the JSON while they are absent, so that older policies keep their digests.
-    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # of the resize, antialiased
+    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # interpolation of the antialiased resize
     hflip: float = Field(0.5, ge=0, le=1)
     randaugment: RandAugment | None = None
     jitter: ColorJitter | None = Field(None, exclude_if=_absent)

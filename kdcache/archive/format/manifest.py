@@ -85,7 +85,7 @@ class CanvasCard(_Record):
 
 
 class Noise(_Record):
-    """How far the stored logits are from a float32 repetition of the teacher, over `views` views at tau 1."""
+    """Distance of the stored logits from a float32 repetition of the teacher, over `views` views at tau 1."""
 
     views: int
     kl_mean: float  # nats
@@ -212,7 +212,7 @@ class ArchivePlan(_Record):
     source: SourceCard | None = None
     canvas: CanvasCard | None = None
     policy: ViewPolicy | None = None
-    probe_version: Literal[1, 2] = Field(1, exclude_if=_left_out(1))  # how the views' digests are computed
+    probe_version: Literal[1, 2] = Field(1, exclude_if=_left_out(1))  # version of the views' digests
     contents: Literal["all", "statistics"] = Field("all", exclude_if=_left_out("all"))  # "statistics": without logits
     rows_hash: Literal["sha256", "blake3"] = Field("sha256", exclude_if=_left_out("sha256"))  # hash of the shards' rows
     subset_of: SubsetOf | None = Field(None, exclude_if=_left_out(None))

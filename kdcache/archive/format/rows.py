@@ -12,7 +12,7 @@ __all__ = ["Rows", "count_of"]
 ROW_FIELDS = ("logits", "sample", "argmax", "entropy", "entropy_rest", "digest", "probe")
 
 
-class _Source(Protocol):
+class _RowSource(Protocol):
     """The archive that rows are read from."""
 
     def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray: ...
@@ -25,7 +25,7 @@ class Rows:
     Reading raises IntegrityError for damaged rows, and IncompatibleError for the logits of an archive without logits.
     """
 
-    def __init__(self, archive: _Source, view: int, rows: slice | NDArray[np.int64]) -> None:
+    def __init__(self, archive: _RowSource, view: int, rows: slice | NDArray[np.int64]) -> None:
         self._archive, self._view, self._where = archive, view, rows
 
     def __len__(self) -> int:

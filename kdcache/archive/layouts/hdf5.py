@@ -127,7 +127,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
     return b"".join([*around, data[at:]]), starts
 
 
-class _File:
+class _Hdf5File:
     """A file whose user block says where the datasets start. Every statement of it is checked before use."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -168,7 +168,7 @@ class Hdf5Reader:
     def __init__(self, plan: ArchivePlan, store: Store, unit: int) -> None:
         self._plan, self._store, self._unit = plan, store, unit
         self._fields = row_fields(plan)
-        self._file = lru_cache(maxsize=512)(lambda view, block: _File(store, _shard(view, block)))
+        self._file = lru_cache(maxsize=512)(lambda view, block: _Hdf5File(store, _shard(view, block)))
         self._rows = lru_cache(maxsize=4096)(self._map)
         if type(unit) is not int or not 1 <= unit <= plan.shard_rows:
             raise IntegrityError(
@@ -205,10 +205,10 @@ class Hdf5Reader:
     def sample_files(self) -> list[str]:
         return [SAMPLES]
 
-    def _samples(self, *names: str) -> _File | None:
+    def _samples(self, *names: str) -> _Hdf5File | None:
         if not self._store.exists(SAMPLES):
             return None
-        file = _File(self._store, SAMPLES)
+        file = _Hdf5File(self._store, SAMPLES)
         return file if all(name in file for name in names) else None
 
     def labels(self) -> NDArray[np.int64] | None:

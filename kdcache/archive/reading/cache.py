@@ -139,7 +139,7 @@ class Cache:
             if path.suffix != ".part":
                 path.unlink()  # processes that have mapped it keep its bytes
                 return True
-            with suppress(filelock.Timeout), self._lock(path.stem, wait=False):  # not while it is being downloaded
+            with suppress(filelock.Timeout), self._lock(path.stem, wait=False):  # a file that is being downloaded stays
                 path.unlink()
                 return True
         return False

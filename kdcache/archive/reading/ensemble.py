@@ -122,7 +122,7 @@ class Ensemble:
             yield np.concatenate([self.take(view, positions).logits for view, positions in block])
 
 
-AnyArchive = Archive | Ensemble  # what students are trained from
+AnyArchive = Archive | Ensemble  # students are trained from either
 
 
 def _require_aligned(a: Archive, b: Archive) -> None:
