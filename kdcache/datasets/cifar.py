@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), in the binary form that is fetched, or the Python form that others have fetched."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), in the binary form, which kdcache fetches, or in the Python form."""
 
 import io
 import pickle

@@ -41,7 +41,7 @@ class Rooted:
     root: str = ""
 
     def __post_init__(self) -> None:
-        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
         object.__setattr__(self, "root", str(Path(self.root).resolve()) if self.root else "")
 
 

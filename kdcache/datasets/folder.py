@@ -54,7 +54,7 @@ class Folder:
                 why="it is the share of each class that is kept for testing",
                 fix="use for example split_fraction=0.2",
             )
-        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
         object.__setattr__(self, "root", str(Path(self.root).resolve()))
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> "Folder":

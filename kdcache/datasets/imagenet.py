@@ -1,4 +1,4 @@
-"""ImageNet-1K (ILSVRC 2012), prepared in folders or in the tar files as they are handed out, and Tiny ImageNet."""
+"""ImageNet-1K (ILSVRC 2012), in folders or in its original tar files, and Tiny ImageNet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

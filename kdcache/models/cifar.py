@@ -150,9 +150,10 @@ def shuffled(x: Tensor, groups: int) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; the sum with the shortcut is rectified (He et al. 2016, figure 2).
+    """Two 3 x 3 convolutions plus the shortcut, then ReLU (He et al. 2016, figure 2).
 
-    Where shapes change, the shortcut is a 1 x 1 convolution and batch norm: their option B, also for CIFAR, where they pad.
+    Where shapes change, the shortcut is a 1 x 1 convolution with batch norm. This is the paper's option B; the paper itself
+    pads on CIFAR.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -167,7 +168,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 (which has the stride) and 1 x 1 convolutions, the inner ones a quarter as wide (He et al. 2016, figure 5)."""
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions; the inner width is a quarter (He et al. 2016, figure 5)."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ def projection(width_in: int, width: int, stride: int) -> nn.Module:
 
 
 class ResNet(CifarNet):
-    """He et al. 2016 (arXiv 1512.03385). Maps are halved from the second stage on.
+    """ResNet (He et al. 2016, arXiv 1512.03385). Stages from the second on halve the maps.
 
     Section 4.2 for CIFAR: a 3 x 3 stem and three stages of n `BasicBlock`s, 6n + 2 layers; 64 (x4: 256) maps of 8 x 8. CRD's
     x4 networks have stages four times as wide behind a stem twice as wide. ResNet50 is table 1's with a 3 x 3 stem of stride 1
@@ -220,9 +221,9 @@ class ResNet(CifarNet):
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3 x 3 convolutions; the sum stays as it is (wide ResNets, figure 1a).
+    """Batch norm and ReLU before each of two 3 x 3 convolutions; no ReLU after the sum (wide ResNets, figure 1a).
 
-    Where widths change, a 1 x 1 convolution of the rectified input is the shortcut.
+    Where widths change, the shortcut is a 1 x 1 convolution of the input after batch norm and ReLU.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -238,7 +239,10 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(CifarNet):
-    """Zagoruyko & Komodakis 2016 (arXiv 1605.07146), table 1: WRN-d-k with d = 6n + 4 and no dropout; 64k maps of 8 x 8."""
+    """Wide ResNet WRN-d-k (Zagoruyko & Komodakis 2016, arXiv 1605.07146, table 1).
+
+    The depth is d = 6n + 4. There is no dropout. The last stage gives 64k maps of 8 x 8.
+    """
 
     published: ClassVar[dict[str, str]] = {
         "conv1.": "stem.0.",
@@ -261,17 +265,17 @@ class WideResNet(CifarNet):
 
 
 class PoolFrom8(nn.MaxPool2d):
-    """Max pooling of maps of 8 x 8 and more; smaller ones stay as they are."""
+    """Max pooling of maps of at least 8 x 8. Smaller ones stay unchanged."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if input.shape[-1] >= 8 else input
 
 
 class VGG(CifarNet):
-    """Simonyan & Zisserman 2015 (arXiv 1409.1556), table 1, with batch norm and one linear layer; 512 maps of 4 x 4.
+    """VGG (Simonyan & Zisserman 2015, arXiv 1409.1556, table 1) with batch norm and one linear layer; 512 maps of 4 x 4.
 
-    `counts` is the number of 3 x 3 convolutions of each of the five stages, the first of which is the stem. Three poolings for
-    32 px, and a fourth from 64 px on. Names still count the paper's three linear layers; vgg8 is CRD's.
+    `counts` holds the number of 3 x 3 convolutions of each of the five stages; the first stage is the stem. There are three
+    poolings for 32 px, and a fourth from 64 px on. Names still count the paper's three linear layers. vgg8 is from CRD.
     """
 
     widths: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 512)
@@ -300,7 +304,7 @@ class VGG(CifarNet):
 
 
 class InvertedResidual(nn.Module):
-    """1 x 1 to `expansion` times the width, 3 x 3 depthwise and a linear 1 x 1 convolution (MobileNetV2, section 3.3)."""
+    """1 x 1 (to `expansion` times the width), 3 x 3 depthwise and linear 1 x 1 convolutions (MobileNetV2, section 3.3)."""
 
     def __init__(self, width_in: int, width: int, stride: int, *, expansion: int) -> None:
         super().__init__()
@@ -318,10 +322,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(CifarNet):
-    """Sandler et al. 2018 (arXiv 1801.04381), table 2 at width 0.5, with ReLU for ReLU6; 1280 maps of 2 x 2.
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381, table 2) at width 0.5, with ReLU for ReLU6; 1280 maps of 2 x 2.
 
-    The stem has stride 2 and the second stage 1 where the paper has 2; the first stage, whose expansion is 1, has its 1 x 1
-    convolution all the same; widths are not rounded to multiples of 8.
+    Differences to the paper: the second stage has stride 1, not 2. The first stage has a 1 x 1 convolution, although its
+    expansion is 1. Widths are not rounded to multiples of 8.
     """
 
     classifier_std: ClassVar[float | None] = 0.01
@@ -337,9 +341,10 @@ class MobileNetV2(CifarNet):
 
 
 class ShuffleV1Block(nn.Module):
-    """Grouped 1 x 1, shuffle, 3 x 3 depthwise and grouped 1 x 1 convolutions, inside a quarter as wide (ShuffleNet, figure 2).
+    """Grouped 1 x 1, shuffle, 3 x 3 depthwise, grouped 1 x 1 convolution; inner width a quarter (ShuffleNet, figure 2).
 
-    With stride 2 the averaged input is concatenated, not added. The depthwise convolution is rectified, unlike the paper's.
+    With stride 2 the averaged input is concatenated, not added. Unlike in the paper, a ReLU follows the depthwise
+    convolution.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, *, groups: int, stem: int) -> None:
@@ -359,7 +364,7 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleNetV1(CifarNet):
-    """Zhang et al. 2018 (arXiv 1707.01083), table 1 with 3 groups, behind a 1 x 1 stem of stride 1; 960 maps of 4 x 4."""
+    """ShuffleNet (Zhang et al. 2018, arXiv 1707.01083, table 1, 3 groups), 1 x 1 stem of stride 1; 960 maps of 4 x 4."""
 
     kaiming: ClassVar[bool] = False
 
@@ -369,9 +374,9 @@ class ShuffleNetV1(CifarNet):
 
 
 class ShuffleV2Block(nn.Module):
-    """1 x 1, 3 x 3 depthwise and 1 x 1 convolutions of half the channels, then a shuffle (ShuffleNetV2, figure 3c).
+    """1 x 1, 3 x 3 depthwise and 1 x 1 convolutions on half of the channels, then a shuffle (ShuffleNetV2, figure 3c).
 
-    With stride 2 both halves come from all channels, the left one by a depthwise and a 1 x 1 convolution (figure 3d).
+    With stride 2 both branches take all channels; the left one is a depthwise and a 1 x 1 convolution (figure 3d).
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -394,7 +399,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleNetV2(CifarNet):
-    """Ma et al. 2018 (arXiv 1807.11164), table 5 at width 1, behind a 1 x 1 stem of stride 1; 1024 maps of 4 x 4."""
+    """ShuffleNetV2 (Ma et al. 2018, arXiv 1807.11164, table 5, width 1), 1 x 1 stem of stride 1; 1024 maps of 4 x 4."""
 
     kaiming: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Finished runs, read back as a table, figures and one offline page. Nothing here needs torch."""
+"""Reports: runs as a table, figures and one offline page. Nothing here needs torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -109,7 +109,7 @@ def _entropy_histograms(statistics: Statistics, place: str) -> Drawing:
 
 
 def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Drawing:
-    """The temperature study's Fig. 4: mean sorted softmax, and the label smoothing of the same entropy."""
+    """Mean sorted softmax, beside the label smoothing of the same entropy (temperature study, Fig. 4)."""
     details = statistics.details
     assert details
     shown = _spread(list(zip(statistics.per_tau, details.per_tau, strict=True)))
@@ -145,7 +145,7 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
 
 
 def moments_drawing(statistics: Statistics, place: str) -> Drawing:
-    """Logit standardization's Fig. 5: rows by mean and standard deviation of their logits, with both margins."""
+    """Rows by mean and standard deviation of their logits, with both margins (logit standardization, Fig. 5)."""
     assert statistics.details
     moments = statistics.details.moments
     counts = 100 * np.array(moments.counts) / statistics.rows

@@ -1,4 +1,4 @@
-"""The archives that students were trained from, as the report shows them."""
+"""The report's section on the archives that students were trained from."""
 
 import base64
 import dataclasses

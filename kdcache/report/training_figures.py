@@ -155,7 +155,7 @@ def training_drawings(table: Table, rows: Sequence[Row], place: str, teachers: M
 def _by_tau(table: Table, rows: Sequence[Row]) -> list[_CurvePanel]:
     """One panel per row, with one curve per tau."""
     taus = table.taus_of(rows)
-    # Taus are an order, not names: a sequential map that stays readable without hue.
+    # Taus are ordered, so their colours come from a sequential map, which is readable without hue.
     colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
     titles = labels(rows, ("student", "method", "setting"))
     return [

@@ -65,7 +65,7 @@ def unit_bytes_rows(row_bytes: int) -> int:
 
 
 def unit_rows(plan: ArchivePlan) -> int:
-    """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard."""
+    """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard's rows."""
     row_bytes = codec.from_dict(plan.codec).dtype.itemsize * plan.num_classes
     most = min(unit_bytes_rows(row_bytes), plan.shard_rows)
     return next(rows for rows in range(most, 0, -1) if plan.shard_rows % rows == 0)

@@ -330,7 +330,7 @@ class ZarrReader:
 
 
 def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArray[np.int64]:
-    """Offset and size of the first `used` of a shard's `chunks`, int64 `[used, 2]`; each lies before the index."""
+    """(offset, size) of the first `used` of a shard's `chunks`, int64 `[used, 2]`. Checks that each lies before the index."""
     size = chunks * 16 + CRC
     index = data[-size:]
     if len(data) < size or crc32c(index[:-CRC].data) != int.from_bytes(index[-CRC:].tobytes(), "little"):

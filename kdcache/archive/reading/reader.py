@@ -44,8 +44,8 @@ __all__ = ["Archive", "open_archive"]
 def open_archive(path: str | os.PathLike[str]) -> "Archive":
     """Open a finished archive: a folder, or a URL such as https://HOST/FOLDER, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME.
 
-    Raises NotFoundError, IncompleteError, IntegrityError, IncompatibleError, or RetryError where a server cannot be reached.
-    Files of remote archives are fetched when they are first needed, checked, and kept in a cache.
+    Files of remote archives are fetched at their first use, checked, and kept in a cache. Raises NotFoundError,
+    IncompleteError, IntegrityError, IncompatibleError, or RetryError if a server cannot be reached.
     """
     if is_url(path):
         return _open_remote(str(path))
@@ -246,18 +246,18 @@ class Archive:
             ) from None
 
     def read(self, view: int, start: int, stop: int) -> Rows:
-        """Rows at positions `start` to `stop` (exclusive) of `view`."""
+        """Rows at positions `start` to `stop` (exclusive) of `view`, which are read at first use."""
         self._check_range(view, start, stop)
         return Rows(self, view, slice(start, stop))
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
-        """Rows at any `positions` of `view`, in their order."""
+        """Rows at any `positions`, int64 `[n]`, of `view`, in the order of `positions`."""
         positions = np.asarray(positions, np.int64)
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
         return Rows(self, view, positions)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
-        """Rows of the given sample numbers in `view`, in their order."""
+        """Rows of any sample numbers `samples`, int64 `[n]`, in `view`, in the order of `samples`."""
         samples = np.asarray(samples, np.int64)
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")

@@ -187,7 +187,7 @@ def licence_fields(licences: Sequence[str | None]) -> dict[str, Any]:
 
 
 def _size_category(rows: int) -> str:
-    """The Hub's name for a number of rows."""
+    """The Hub's category for a number of rows."""
     steps = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     above = [step for number, step in enumerate(steps) if rows >= 10 ** (number + 3)]
     if not above:
