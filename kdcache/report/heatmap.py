@@ -153,7 +153,7 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
         best: dict[str, Cell] = {}
         for row in members:
             cell = table.ranked(row)[0][1]
-            best[names[row]] = max(best.get(names[row], cell), cell, key=lambda one: one.mean)
+            best[names[row]] = max(best.get(names[row], cell), cell, key=lambda scored: scored.mean)
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
