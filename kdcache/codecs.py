@@ -1,8 +1,8 @@
-"""How logits become stored numbers, with a stated bound on what is lost.
+"""Codecs: the encoding of logits as stored numbers, with a known bound on the loss.
 
-If no logit of a row moves by more than e, then KL(p || p^) <= e^2 / (2 tau^2) nats at temperature tau, whatever the number
-of classes (Hoeffding's lemma, with errors in [-e, e]), and every probability stays within a factor exp(2 e / tau). Each
-codec says what e is for every row it stored, and refuses what it cannot store within that.
+If no logit of a row changes by more than e, then KL(p || p^) <= e^2 / (2 tau^2) nats at temperature tau, for any number of
+classes (Hoeffding's lemma, errors in [-e, e]), and every probability stays within a factor exp(2 e / tau). Each codec gives
+e for every stored row, and refuses logits that it cannot store within its bound.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Stored = Mapping[str, NDArray]
 
 
 class UnstorableError(UsageError):
-    """A logit that a codec refuses: `value`, in row `row` and class `column` of what it was given."""
+    """A codec refuses a logit: `value`, at row `row` and class `column` of the input."""
 
     def __init__(self, value: float, row: int, column: int, *, why: str, fix: str) -> None:
         super().__init__(f"logit of row {row}, class {column} is {value:.6g}", why=why, fix=fix)
@@ -29,24 +29,24 @@ class UnstorableError(UsageError):
 
 
 class Codec(Protocol):
-    """Logits `float32 [n, C]` to stored numbers and back, row by row."""
+    """Encodes logits, float32 `[n, C]`, to stored numbers and back, row by row."""
 
     @property
-    def dtype(self) -> np.dtype: ...  # of the stored numbers [n, C]
+    def dtype(self) -> np.dtype: ...  # dtype of the stored numbers [n, C]
     @property
-    def parameters(self) -> tuple[str, ...]: ...  # float32 numbers stored beside each row
+    def parameters(self) -> tuple[str, ...]: ...  # names of the float32 numbers stored with each row
     @property
-    def attributes(self) -> dict[str, float]: ...  # CF metadata with which other readers decode
+    def attributes(self) -> dict[str, float]: ...  # CF metadata, from which other software decodes
     @property
-    def formula(self) -> str: ...  # Python that decodes arrays of the names in braces, for people without kdcache
+    def formula(self) -> str: ...  # Python expression that decodes, with array names in braces; for people without kdcache
     def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
-        """`{"logits": [n, C]}` and each of the `parameters`, `[n]`. Raises UnstorableError for the first that does not fit."""
+        """Encode to `{"logits": [n, C]}` and each of the `parameters`, `[n]`. Raises UnstorableError for an unfit logit."""
 
     def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The logits `[n, C]` (or with more axes before the last), in `out` if that is given."""
+        """Decode to logits float32 `[n, C]` (or with more axes before the last), into `out` if given."""
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
-        """The most that a logit of each row can have moved: `[n]`."""
+        """Bound on the change of a logit by the codec, per row: float64 `[n]`."""
 
 
 codec: Registry[Codec] = Registry("codec")
@@ -55,14 +55,14 @@ _I16_STEP = np.float32(I16_STEP)
 
 
 def kl_bound(max_error: ArrayLike, tau: float) -> NDArray[np.float64]:
-    """The most that KL(p || p^) can be, in nats, at temperature `tau` where no logit moved by more than `max_error`."""
+    """Bound on KL(p || p^) in nats, at temperature `tau`, if no logit changed by more than `max_error`."""
     bound: NDArray[np.float64] = np.square(np.asarray(max_error, np.float64)) / (2 * tau**2)
     return bound
 
 
 def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     logits = np.asarray(logits, dtype=np.float32)
-    # A sum is finite unless a term is not, or it overflows: only then is it worth looking at each.
+    # A finite sum proves that all terms are finite. Only if it is not finite are the terms examined.
     with np.errstate(over="ignore", invalid="ignore"):
         suspect = not np.isfinite(logits.sum())
     if suspect and (bad := ~np.isfinite(logits)).any():
@@ -92,7 +92,7 @@ def _within(logits: NDArray[np.float32], limit: float, name: str, fix: str) -> N
 
 
 def _as_float32(numbers: NDArray, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """A copy, in `out` if that is given: what is stored is mapped, and must not be handed out."""
+    """A float32 copy, in `out` if given. Stored numbers are memory-mapped, so callers must get a copy."""
     if out is None:
         return numbers.astype(np.float32)
     out[...] = numbers
@@ -208,7 +208,7 @@ class U8:
 
     def encode(self, logits: NDArray[np.float32]) -> dict[str, NDArray]:
         logits = _finite(logits)
-        _within(logits, 1e38, "u8", "dump with --codec f32")  # beyond, the span of a row overflows float32
+        _within(logits, 1e38, "u8", "dump with --codec f32")  # beyond it, a row's span overflows float32
         low, high = logits.min(axis=1), logits.max(axis=1)
         scale = ((high.astype(np.float64) - low) / 255).astype("<f4")
         steps = np.where(scale > 0, scale, np.float32(1)).astype(np.float64)[:, None]
@@ -217,12 +217,12 @@ class U8:
 
     def decode(self, stored: Stored, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         logits = _as_float32(stored["logits"], out)
-        with np.errstate(over="ignore", invalid="ignore"):  # of a stranger's scales, which `verify` names
+        with np.errstate(over="ignore", invalid="ignore"):  # a stranger's scales may overflow; `verify` reports them
             logits *= stored["scale"][..., None]
             logits += stored["offset"][..., None]
         return logits
 
     def max_error(self, stored: Stored) -> NDArray[np.float64]:
         scale, offset = (stored[name].astype(np.float64) for name in self.parameters)
-        # Half a step, and what rounding the step, the product and the sum to float32 adds; no less than its smallest number.
+        # Half a step, plus the float32 rounding of step, product and sum; at least float32's smallest number.
         return scale / 2 + (510 * scale + np.abs(offset)) * 2.0**-23 + 2.0**-126

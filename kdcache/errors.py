@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-_LINE = 4000  # characters of a line that anybody may want to read
+_LINE = 4000  # longest line of a message, in characters
 
 
 class KdcacheError(Exception):
@@ -48,7 +48,7 @@ class KdcacheError(Exception):
         return f"error: {printable(self.what)}\nwhy: {printable(self.why)}\nfix: {printable(self.fix)}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments do not survive the default pickling, and errors do cross process borders.
+        # Errors cross process borders, and default pickling loses keyword-only arguments.
         return (_rebuild, (type(self), self.what, self.why, self.fix))
 
 
@@ -81,7 +81,7 @@ def _rebuild(kind: type[KdcacheError], what: str, why: str, fix: str) -> Kdcache
 
 
 def printable(text: object) -> str:
-    """`text` on one line, at most 4000 characters long, and without those that steer a terminal: archives are of strangers."""
+    """`text` on one line, at most 4000 characters, without control characters: texts in archives come from strangers."""
     shown = str(text)
     shown = shown if len(shown) <= _LINE else f"{shown[:_LINE]}..."
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in shown)
@@ -90,7 +90,7 @@ def printable(text: object) -> str:
 def unknown_name(
     kind: str, name: str, known: Iterable[str], *, error: type[KdcacheError] = UsageError, fix: str = ""
 ) -> KdcacheError:
-    """An error for a mistyped name that offers the closest known ones."""
+    """The error for an unknown name; it offers the closest known names."""
     names, name = sorted(known), name[:200]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = ", ".join(close or names[:20]) + (", ..." if not close and len(names) > 20 else "")
@@ -100,7 +100,7 @@ def unknown_name(
     return error(f"unknown {kind} {name!r}", why=f"{why}; known: {shown}" if fix else why, fix=fix or f"choose one of: {shown}")
 
 
-# By the beginnings of pydantic's names of errors.
+# Advice by prefix of pydantic's error types.
 _WRITTEN = {
     "literal_error": "use {expected}",
     "greater_than_equal": "give a number that is at least {ge:g}",
@@ -120,10 +120,10 @@ _WRITTEN = {
 }
 
 
-def how_to_write(found: Iterable[Mapping[str, Any]]) -> str:
-    """How to write a value that pydantic refused: the fix of its `ValidationError.errors()`, of which any may be mended."""
+def how_to_write(errors: Iterable[Mapping[str, Any]]) -> str:
+    """Advice on the values that pydantic refused, from `ValidationError.errors()`."""
     fixes = [
-        next((text.format_map(one.get("ctx", {})) for kind, text in _WRITTEN.items() if one["type"].startswith(kind)), None)
-        for one in found
+        next((text.format_map(error.get("ctx", {})) for kind, text in _WRITTEN.items() if error["type"].startswith(kind)), None)
+        for error in errors
     ]
     return ", or ".join(dict.fromkeys(fix for fix in fixes if fix)) or "correct that value"

@@ -1,7 +1,7 @@
-"""Named components: a name and options become a frozen object, and the object becomes the same name and options again.
+"""Registries of named components: they build a frozen object from a name and options, and turn it back into both.
 
-A component is a frozen dataclass whose fields are its options. Registering it makes it available to the command line,
-to the manifest and to the contract tests, all of which go through its `Registry`.
+A component is a frozen dataclass whose fields are its options. The command line, the manifest and the contract tests find
+registered components through their `Registry`.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from kdcache.errors import UsageError, how_to_write, unknown_name
 __all__ = ["FITTED", "Registry"]
 
 T = TypeVar("T")
-FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is found from data, and is nobody's option
+FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is computed from data, and is no option
 
 
 class Registry(Generic[T]):
     """Components of one kind (`codec`, `method`, ...), by name.
 
-    `entry_points` names a group through which installed packages add components; it is read when a name is first
-    looked up, so that merely importing kdcache never imports them.
+    `entry_points` names a group through which installed packages add components. The group is read at the first lookup,
+    so importing kdcache does not import those packages.
     """
 
     def __init__(self, kind: str, *, entry_points: str | None = None) -> None:
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         self._types: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: make a frozen dataclass known as `name`."""
+        """Class decorator that registers a frozen dataclass as `name`."""
 
         def add(component: type[T]) -> type[T]:
             if not (dataclasses.is_dataclass(component) and component.__dataclass_params__.frozen):  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         return self._types[name]
 
     def build(self, name: str, **options: Any) -> T:
-        """Make component `name` with `options`; unknown options, and values that are not of an option's type, are refused."""
+        """Build component `name` with `options`. Raises UsageError for unknown options and for values of a wrong type."""
         return self._build(name, options, _checked)
 
     def _build(self, name: str, options: dict[str, Any], check: Callable[[Any, Any, str], Any]) -> T:
@@ -91,10 +91,9 @@ class Registry(Generic[T]):
         return component(**options)
 
     def parse(self, spec: str) -> T:
-        """Make a component from its command-line form: `name`, `name:value` (its first option) or `name:key=value,key=value`.
+        """Build a component from its command-line form: `name`, `name:value` (its first option) or `name:key=value,key=value`.
 
-        Options that are keyword-only are never given without their names. A comma, equals sign or backslash that belongs to a
-        value may be written with a backslash before it.
+        Keyword-only options always need their names. A backslash protects a comma, equals sign or backslash in a value.
         """
         name, _, rest = spec.partition(":")
         component = self[name]
@@ -124,7 +123,7 @@ class Registry(Generic[T]):
         return self.build(name, **options)
 
     def to_dict(self, component: T) -> dict[str, Any]:
-        """`{"name": ..., option: value, ...}`: what the manifest and run records store."""
+        """`{"name": ..., option: value, ...}`, the form in manifests and run records."""
         return {"name": self.name_of(component), **dataclasses.asdict(component)}  # type: ignore[call-overload]
 
     def from_dict(self, stored: Mapping[str, Any]) -> T:
@@ -143,7 +142,7 @@ class Registry(Generic[T]):
         raise KeyError(f"{type(component).__name__} is not a registered {self.kind}")
 
     def describe(self, name: str) -> str:
-        """The options of component `name` with their defaults, as text."""
+        """Options of component `name` with their defaults, as text."""
         shown = []
         for field in _options(self[name]):
             required = field.default is dataclasses.MISSING
@@ -151,7 +150,7 @@ class Registry(Generic[T]):
         return ", ".join(shown)
 
     def spec(self, component: T) -> str:
-        """The shortest command-line form of a component: options at their defaults are left out."""
+        """The shortest command-line form of a component, without options at their defaults."""
         changed = [
             (field.name, getattr(component, field.name))
             for field in _options(component)
@@ -165,7 +164,7 @@ class Registry(Generic[T]):
         return f"{name}:" + ",".join(f"{key}={_escape(value)}" for key, value in changed)
 
 
-# Items of a specification, and the key before an item's equals sign; what a backslash protects ends neither.
+# Items of a specification, and the key before an item's equals sign. Characters after a backslash end neither.
 _ITEM = re.compile(r"(?:^|,)((?:\\[\\,=]|[^,])*)")
 _KEY = re.compile(r"((?:\\[\\,=]|[^=])*)(=?)(.*)", re.DOTALL)
 
@@ -175,7 +174,7 @@ def _escape(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """An option's value as it is typed; of several, joined by +."""
+    """An option's value as a user types it; several values are joined by +."""
     return "+".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
@@ -188,7 +187,7 @@ def _options(component: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _first(component: Any) -> str | None:
-    """The option that may be given without its name: the first one, unless all are keyword-only."""
+    """The option that needs no name: the first one, or None if all are keyword-only."""
     return next((field.name for field in _options(component) if not field.kw_only), None)
 
 
@@ -203,7 +202,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    """`value`, or what it stands for as text, as its annotated type."""
+    """`value`, parsed if it is text, as its annotated type. Raises UsageError for an invalid value."""
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
@@ -211,7 +210,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _checked_as_stored(value: Any, hint: Any, where: str) -> Any:
-    """`value` from JSON as its annotated type, and nothing else that would do: what we store has the right types."""
+    """`value` from JSON as its annotated type, without conversions: stored values have the right types."""
     try:
         return _adapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
@@ -219,7 +218,7 @@ def _checked_as_stored(value: Any, hint: Any, where: str) -> Any:
 
 
 def _not_valid(value: Any, error: ValidationError, where: str) -> UsageError:
-    reasons = [found["msg"].removeprefix("Input should be ") for found in error.errors()]
+    reasons = [details["msg"].removeprefix("Input should be ") for details in error.errors()]
     return UsageError(
         f"{where}: {_text(value)!r} is not a valid value",
         why=f"it should be {' or '.join(dict.fromkeys(reasons))}",

@@ -1,4 +1,4 @@
-"""Entropies and other summaries of logits, in NumPy and float64 inside.
+"""Entropies and other summaries of logits, in NumPy, computed in float64.
 
 Formulas: H(p) = logsumexp(z) - sum_c p_c z_c with z = logits / tau, in nats. The *relative* entropies of the
 temperature study (arXiv 2603.02430, section 4.3) are H(p) / log C and H(p-bar) / log(C - 1), where p-bar drops the
@@ -24,11 +24,11 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 CACHED = 1 << 16  # float64 numbers, 512 kB: with their exponentials, a core's second-level cache
-UNDERFLOW = -1000.0  # e^-1000 is 0 in float64, and so is its product with this
+UNDERFLOW = -1000.0  # e^-1000 is 0 in float64, and so is -1000 e^-1000
 
 
 def _tempered(logits: ArrayLike, tau: float) -> Floats:
-    """Logits over tau, shifted so that each row's maximum is 0 (the softmax is unchanged)."""
+    """logits / tau, shifted so that each row's maximum is 0, which does not change the softmax."""
     z = np.asarray(logits, dtype=np.float64) / tau
     shifted: Floats = z - z.max(axis=-1, keepdims=True)
     return shifted
@@ -64,16 +64,16 @@ def entropy(logits: ArrayLike, tau: float = 1.0) -> Floats:
 def relative_entropy(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, Floats]:
     """Relative entropies `(h, h_rest)` of `logits [..., C]`, each float64 `[...]` in [0, 1].
 
-    `h` is H(p) / log C; `h_rest` is H(p-bar) / log(C - 1) with the argmax class (the first one of a tie) left out,
-    and 1 where C is 2, since a single remaining class is all there is. Temperature study, section 4.3. Its text does
-    not say whether p-bar is divided by log C or log(C - 1); only the latter reaches 1 for a uniform rest.
+    `h` is H(p) / log C. `h_rest` is H(p-bar) / log(C - 1), where p-bar leaves out the argmax class (the first one of a
+    tie); it is 1 for C = 2, with a single remaining class. Source: temperature study (arXiv 2603.02430), section 4.3. Its
+    text does not say whether H(p-bar) is divided by log C or log(C - 1); only the latter reaches 1 for a uniform rest.
     """
     h, h_rest, _ = entropies_and_argmax(logits, tau)
     return h, h_rest
 
 
 def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """`relative_entropy`, and the argmax int64 `[...]` (the first one of a tie), which it has to find anyway."""
+    """(h, h_rest) of `relative_entropy`, and the argmax, int64 `[...]` (the first one of a tie)."""
     logits = np.asarray(logits)
     classes = logits.shape[-1]
     if classes < 2:
@@ -81,9 +81,9 @@ def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, F
     flat = logits.reshape(-1, classes)
     h, rest = np.empty(len(flat)), np.empty(len(flat))
     top = np.empty(len(flat), np.int64)
-    # As many rows at a time as stay in a core's cache: a pass over memory costs more than the arithmetic on it.
+    # Process as many rows at a time as stay in a core's cache: memory traffic costs more than the arithmetic.
     step = max(1, CACHED // classes)
-    z, e = np.empty((2, min(step, len(flat)), classes))  # made once: fresh memory costs more than the exponentials
+    z, e = np.empty((2, min(step, len(flat)), classes))  # allocated once: fresh memory costs more than the exponentials
     for first in range(0, len(flat), step):
         rows = slice(first, min(first + step, len(flat)))
         tempered, room = z[: rows.stop - first], e[: rows.stop - first]
@@ -98,7 +98,7 @@ def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, F
 
 
 def _relative(h: Floats, rest: Floats, classes: int) -> tuple[Floats, Floats]:
-    """Entropies in nats as fractions of the largest possible ones; a single remaining class is all there is."""
+    """Entropies in nats as fractions of the largest possible ones. With a single remaining class, the rest's is 1."""
     rest = rest / np.log(classes - 1) if classes > 2 else np.ones_like(rest)
     return np.clip(h / np.log(classes), 0, 1), np.clip(rest, 0, 1)
 
@@ -106,7 +106,7 @@ def _relative(h: Floats, rest: Floats, classes: int) -> tuple[Floats, Floats]:
 def _entropies(z: Floats, top: NDArray[np.int64], e: Floats) -> tuple[Floats, Floats]:
     """Entropies in nats of the softmax of `z [n, C]`, with and without the class `top [n]` of each row.
 
-    Overwrites z, and `e`, which is of its shape.
+    Overwrites `z`, and the work array `e` of the same shape.
     """
     row = np.arange(len(z))
     gap = z[row, top]
@@ -121,12 +121,12 @@ def _entropies(z: Floats, top: NDArray[np.int64], e: Floats) -> tuple[Floats, Fl
 
 
 def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
-    """Entropies in nats of rows with and without their top class, and its probability, from sums over the other classes.
+    """(H(p), H(p-bar), probability of the top class) of rows, from sums over the other classes. Entropies are in nats.
 
-    One exponential per logit serves both. Shifted by the second largest logit, the rest has the sum s of e^z and the sum
-    d of e^z z; the top class stands `gap` = g above it, that is, the rest weighs w = e^-g against it, and the sums join
-    without cancellation, however large g is: H(p) = log t - (d - g s) w / t with t = 1 + s w, and H(p-bar) = log s - d / s.
-    (log1p(s w) would be closer by 1e-16, and give archives of format version 1 other last digits in their surest rows.)
+    Logits are shifted by the second largest one. Then s is the sum of e^z and d the sum of e^z z over the classes below the
+    top one, and the top class lies `gap` = g above 0. With w = e^-g and t = 1 + s w:
+    H(p) = log t - (d - g s) w / t, and H(p-bar) = log s - d / s. There is no cancellation, however large g is.
+    (log1p(s w) is closer by 1e-16, but would change the last digits of archives of format version 1.)
     """
     w = np.exp(-gap)
     t = 1 + s * w
@@ -136,7 +136,8 @@ def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
 def power_sum(logits: ArrayLike, tau: float) -> Floats:
     """U = sum_c p_c^(1/tau) with p the softmax at tau 1: float64 `[...]` in [1, C^(1 - 1/tau)].
 
-    The sample weight of WTTM (arXiv 2402.11148, section 3.3), as exp(lse(z / tau) - lse(z) / tau), which never underflows.
+    It is the sample weight of WTTM (arXiv 2402.11148, section 3.3), computed as exp(lse(z / tau) - lse(z) / tau), which
+    never underflows.
     """
     z = _tempered(logits, 1.0)
     u: Floats = np.exp(np.log(np.exp(z / tau).sum(axis=-1)) - np.log(np.exp(z).sum(axis=-1)) / tau)
@@ -144,13 +145,13 @@ def power_sum(logits: ArrayLike, tau: float) -> Floats:
 
 
 def logit_moments(logits: ArrayLike) -> tuple[Floats, Floats]:
-    """Mean and (population) standard deviation over the classes of `logits [..., C]`, each `[...]`."""
+    """Mean and population standard deviation over the classes of `logits [..., C]`: float64 `[...]` each."""
     z = np.asarray(logits, dtype=np.float64)
     return z.mean(axis=-1), z.std(axis=-1)
 
 
 def sorted_mean_softmax(logits: ArrayLike, tau: float) -> Floats:
-    """Mean over the rows of `logits [B, C]` of the descending softmax: float64 `[C]` (temperature study, Fig. 4)."""
+    """Mean over rows of the descending softmax of `logits [B, C]`: float64 `[C]` (temperature study, Fig. 4)."""
     probs = softmax(logits, tau)
     probs.sort(axis=-1)
     mean: Floats = probs[..., ::-1].reshape(-1, probs.shape[-1]).mean(axis=0)
@@ -158,9 +159,9 @@ def sorted_mean_softmax(logits: ArrayLike, tau: float) -> Floats:
 
 
 def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats]:
-    """`relative_entropy` of rows of descending logits, `ranked [B, C]`, and the sum of their softmax vectors, float64 `[C]`.
+    """(h, h_rest, sum of the softmax vectors) of descending logits `ranked [B, C]`: float64 `[B]`, `[B]` and `[C]`.
 
-    One sort serves every tau, and one exponential per logit all three results.
+    The entropies are those of `relative_entropy`. One sort serves every tau, and one exponential per logit all results.
     """
     classes = ranked.shape[1]
     h, rest, total = np.empty(len(ranked)), np.empty(len(ranked)), np.zeros(classes)
@@ -180,10 +181,10 @@ def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Float
 def matched_smoothing(h: ArrayLike, classes: int) -> Floats:
     """Coefficient alpha of the label smoothing whose relative entropy is `h [...]`: float64 `[...]` in [0, 1].
 
-    The smoothed vector has 1 - alpha + alpha / C at the top and alpha / C elsewhere. With d = 1 - alpha its entropy lies
-    D(d) = (1 + d (C-1)) / C log1p(d (C-1)) + (C-1) / C (1-d) log1p(-d) below log C, strictly increasing from 0 to log C
-    on [0, 1]. Bisection on log d, since Newton's slope is 0 at one end and infinite at the other, and since alpha comes
-    close to 1 at large tau: that is where 1 - alpha says something, and it is exact to what float64 knows of `h`.
+    The smoothed vector has 1 - alpha + alpha / C at the top and alpha / C elsewhere. With d = 1 - alpha its entropy is
+    log C - D(d), where D(d) = (1 + d (C-1)) / C log1p(d (C-1)) + (C-1) / C (1-d) log1p(-d) increases strictly from 0 to
+    log C on [0, 1]. The solver bisects log d: Newton's slope is 0 at one end and infinite at the other, and at large tau,
+    where alpha is close to 1, this keeps 1 - alpha as exact as float64 knows `h`.
     """
     deficit = np.clip(1 - np.asarray(h, np.float64), 0, 1) * np.log(classes)
 

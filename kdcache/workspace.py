@@ -1,4 +1,4 @@
-"""Where things lie: `archives/ teachers/ runs/ data/ reports/ exports/ studies/` below one home folder."""
+"""The workspace: folders `archives/ teachers/ runs/ data/ reports/ exports/ studies/` below one home folder."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kdcache.archive import AnyArchive, Archive, Average, Ensemble, is_url, open_archive
+from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
 from kdcache.datasets import Source, Split, dataset
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.system.progress import Progress
+from kdcache.system.remote import is_url
 
 __all__ = [
     "Workspace",
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def parse_dataset(spec: str) -> Source:
-    """A source from its command-line form. An unknown name is a NotFoundError with close matches."""
+    """A dataset source from its command-line form. Raises NotFoundError, with close matches, for an unknown name."""
     name = spec.partition(":")[0]
     if name not in dataset:
         raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
@@ -39,7 +40,7 @@ def parse_dataset(spec: str) -> Source:
 
 
 def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
-    """Where an archive's images come from: `spec`, or what its dump recorded. UsageError if it did not."""
+    """The source of an archive's images: `spec`, or the one that its dump recorded. Raises UsageError without either."""
     spec = spec or archive.manifest.provenance.get("dataset")
     if not isinstance(spec, str):
         raise UsageError(
@@ -51,7 +52,7 @@ def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A JSON record that kdcache wrote. Raises IntegrityError if it is not one any more."""
+    """Read a JSON record that kdcache wrote. Raises IntegrityError if it is damaged."""
     try:
         record = json.loads(file.read_text())
         if not isinstance(record, dict):
@@ -62,7 +63,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 class _TeacherRecord(BaseModel):
-    """What `teacher.json` must hold for its teacher to be of use; the record itself stays a mapping, with all it holds."""
+    """Required fields of `teacher.json`. The record itself stays a mapping with all its fields."""
 
     class _Training(BaseModel):
         canvas_digest: str
@@ -79,7 +80,7 @@ class _TeacherRecord(BaseModel):
 
 
 def read_teacher(folder: Path) -> dict[str, Any]:
-    """The record of a trained teacher. Raises IntegrityError if `teacher.json` is damaged."""
+    """Read the record of a trained teacher. Raises IntegrityError if `teacher.json` is damaged."""
     file = folder / "teacher.json"
     record = read_record(file)
     try:
@@ -101,7 +102,7 @@ def _damaged(file: Path, why: str) -> IntegrityError:
 
 
 def require_writable(folder: Path) -> None:
-    """Raises before hours of work what writing to `folder`, which need not exist, would raise after them."""
+    """Raise the error of writing to `folder` before hours of work, not after them. The folder need not exist."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UsageError(f"{folder} cannot be a folder", why=f"{place} is a file", fix="choose another place with --home")
@@ -114,28 +115,28 @@ def require_writable(folder: Path) -> None:
 
 
 def dataset_label(source: Source) -> str:
-    """A short name for folders: the dataset's, with that of its folder or repository where there is one."""
+    """A short name for folders: the dataset's name, and that of its folder or repository if it has one."""
     name = dataset.name_of(source)
     place = getattr(source, "root", "") or getattr(source, "repo", "")
     return f"{name}-{Path(place).name}" if place else name
 
 
 def versions() -> dict[str, str]:
-    """What results depend on: versions of the libraries, and the machine."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
+    """Versions of the libraries and the machine, on which results depend."""
+    version_of = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
     for package in ("kdcache", "torch", "torchvision", "timm", "numpy", "pillow", "zarr"):
         try:
-            found[package] = version(package)
+            version_of[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            version_of[package] = "absent"
+    return version_of
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Folders below `home`; each is made when something is first written to it.
+    """The folders below `home`. Each is made at the first write to it.
 
-    `skip_corrupt`: canvases that are built here leave out images that cannot be decoded.
+    `skip_corrupt`: canvases built here leave out images that cannot be decoded.
     """
 
     home: Path
@@ -176,11 +177,11 @@ class Workspace:
         return self.data_dir or self.home / "data"
 
     def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
-        """The canvas of a split, at the dataset's own size unless `size` says otherwise."""
+        """The canvas of a split, at `size` pixels or the dataset's default size."""
         return load_canvas(source, split, size or source.recipe.canvas, self.data, progress, skip_corrupt=self.skip_corrupt)
 
     def archive_folders(self) -> list[Path]:
-        """Folders with a finished or unfinished archive, by name."""
+        """Folders with a finished or unfinished archive, sorted by name."""
         if not self.archives.is_dir():
             return []
         return sorted(
@@ -188,9 +189,9 @@ class Workspace:
         )
 
     def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
-        """The archive `name` (a URL, a folder, or a name below `archives/`); without a name, the only or the newest finished one.
+        """The archive `name` (a URL, a folder, or a name below `archives/`); without a name, the only or newest finished one.
 
-        `strict` refuses to choose between several.
+        `strict` raises an error instead of choosing between several.
         """
         if name == "":
             raise UsageError("an archive without a name", why="the option is empty", fix="list the archives with: kdcache ls")
@@ -199,13 +200,13 @@ class Workspace:
         if name is not None:
             if (self.archives / name).is_dir() and not Path(name).is_dir():
                 return open_archive(self.archives / name)
-            # Runs are kept under the name of the archive's folder, which `.` and `..` do not tell.
+            # Run folders contain the name of the archive's folder, so `.` and `..` are resolved.
             return open_archive(Path(name).resolve() if Path(name).name in {"", ".."} else name)
         folders = self.archive_folders()
         finished = [folder for folder in folders if (folder / "kdcache.json").is_file()]
         if not finished:
             if folders:
-                return open_archive(folders[-1])  # raises: not finished, and how to go on
+                return open_archive(folders[-1])  # raises IncompleteError, which says how to continue
             raise NotFoundError(
                 f"no archive below {self.archives}",
                 why="students are trained from a teacher's cached logits",
@@ -225,7 +226,7 @@ class Workspace:
         return open_archive(finished[0])
 
     def open_ensemble(self, names: Sequence[str], average: Average, progress: Progress, *, strict: bool = False) -> Ensemble:
-        """The archives `names` as one; without names, the one that `open_archive` finds."""
+        """The archives `names` as one ensemble; without names, the archive that `open_archive` finds."""
         ensemble = Ensemble([self.open_archive(name, progress, strict=strict) for name in names or (None,)], average)
         for archive in ensemble.members:
             if archive.views != ensemble.views:
@@ -233,11 +234,11 @@ class Workspace:
         return ensemble
 
     def teacher_records(self, progress: Progress) -> Sequence[tuple[Path, dict[str, Any]]]:
-        """Folder and record of every trained teacher, newest first; damaged ones are named and left out."""
-        found = []
+        """(folder, record) of every trained teacher, newest first. Damaged ones are reported and left out."""
+        records = []
         for file in sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True):
             try:
-                found.append((file.parent, read_teacher(file.parent)))
+                records.append((file.parent, read_teacher(file.parent)))
             except IntegrityError as error:
                 progress.say(f"teacher {file.parent} is left out: {printable(f'{error.what} ({error.why})')}")
-        return found
+        return records

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.archive import Archive, ArchiveWriter, open_archive
-from kdcache.archive.format.manifest import Plan, ShardRecord, archive_digest
+from kdcache.archive.format.manifest import ArchivePlan, ShardRecord, archive_digest
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts import rows_digest
 from kdcache.archive.writing.derive import derive
@@ -44,7 +44,7 @@ def build(path: Path, layout: str, **changes: Any) -> Path:
         "rows_hash": "blake3",
         "provenance": {"command": "kdcache dump-teacher --teacher t"},
     } | changes
-    plan = Plan(**fields)
+    plan = ArchivePlan(**fields)
     plan = plan.model_copy(update={"codec": codecs.to_dict(codecs.from_dict(plan.codec))})
     plan = plan.model_copy(update={"layout": layouts.to_dict(layouts.from_dict(plan.layout))})
     labels = np.arange(plan.num_samples) % plan.num_classes

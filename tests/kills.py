@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.archive import ArchiveWriter, Plan, derive, open_archive
+from kdcache.archive import ArchivePlan, ArchiveWriter, derive, open_archive
 from kdcache.archive.layouts.zarr import ZarrLayout
 from kdcache.archive.writing import writer as writer_module
 from kdcache.errors import KdcacheError
@@ -121,7 +121,7 @@ def compute_once(owner: Any, name: str) -> None:
     compute, known = getattr(owner, name), {}
 
     def remembered(*arguments: Any) -> Any:
-        plan = next(argument for argument in arguments if isinstance(argument, Plan))
+        plan = next(argument for argument in arguments if isinstance(argument, ArchivePlan))
         key = plan.model_dump_json()
         if key not in known:
             known[key] = compute(*arguments)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.archive import PAPER_TAUS, Plan, Statistics, measure_logits
+from kdcache.archive import PAPER_TAUS, ArchivePlan, Statistics, measure_logits
 from kdcache.datasets import SourceCard
 from kdcache.report.advice import BOTH, LARGE, SMALL, Advice, advise, first_temperatures
 from kdcache.system.progress import Silent
@@ -18,10 +18,10 @@ TITLES = ("other classes", "pretraining", "student is trained", "small differenc
 
 def plan(
     classes: int = 37, *, start: str | None = "timm", top1: float | None = 92.0, data: str | None = None, mix: bool = False
-) -> Plan:
+) -> ArchivePlan:
     names = tuple(f"class {c}" for c in range(classes))
     training = None if start is None else {"start": start, "epochs": 20}
-    return Plan(
+    return ArchivePlan(
         num_views=1,
         num_samples=10,
         class_names=names,
@@ -45,7 +45,7 @@ def statistics(classes: int = 37, taus: tuple[float, ...] = PAPER_TAUS, spread: 
     return found.model_copy(update={"per_tau": (first, *found.per_tau[1:])})
 
 
-def advice(which: int, plan: Plan, statistics: Statistics) -> Advice:
+def advice(which: int, plan: ArchivePlan, statistics: Statistics) -> Advice:
     [piece] = [piece for piece in advise(plan, statistics) if TITLES[which] in piece.finding.title]
     return piece
 

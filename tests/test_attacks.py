@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kdcache.archive import ArchiveWriter, open_archive
-from kdcache.archive.format.manifest import Plan, ShardRecord, archive_digest
+from kdcache.archive.format.manifest import ArchivePlan, ShardRecord, archive_digest
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import hdf5, webdataset
 from kdcache.archive.writing import writer as writer_module
@@ -548,7 +548,7 @@ def test_swapped_tar_files_do_not_even_have_the_right_names(copy: Callable[[str]
 def write_rows(path: Path, change: Callable[[dict[str, NDArray]], object], codec: str = "f32", layout: str = "zarr") -> Path:
     """An archive whose first shard was changed before all checksums were computed."""
     sound = open_archive(build(path.parent / "before", layout, codec={"name": codec}))
-    plan = Plan.model_validate({name: getattr(sound.manifest, name) for name in Plan.model_fields})
+    plan = ArchivePlan.model_validate({name: getattr(sound.manifest, name) for name in ArchivePlan.model_fields})
     writer = ArchiveWriter.of_plan(path, plan, sound.labels(), sound.keys())
     for view, block in writer.missing():
         stored = {name: np.array(values) for name, values in sound.stored(view, block).items()}

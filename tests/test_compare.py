@@ -11,7 +11,9 @@ import pytest
 from scipy.special import rel_entr
 from scipy.stats import entropy as shannon
 
-from kdcache.archive import Archive, Comparison, Ensemble, Manifest, compare, derive, write_archive
+from kdcache.archive import Archive, Ensemble, compare, derive, write_archive
+from kdcache.archive.format.manifest import Manifest
+from kdcache.archive.reading.comparison import Comparison
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.stats import softmax

@@ -197,7 +197,7 @@ def test_controls_are_compared_at_the_best_tau(make_run: RunFolders, tmp_path: P
         for tau, control, top in ((1, "none", 90.0), (4, "none", 92.0), (1, "ls-global", 91.0), (4, "ls-global", 89.0)):
             make_run(top + seed, tau=tau, control_spec=control, seed=seed)
     (contrast,) = contrasts(table_of(tmp_path))
-    assert (contrast.what, contrast.tau) == ("ls-global", 4.0)
+    assert (contrast.variant, contrast.tau) == ("ls-global", 4.0)
     assert contrast.difference is not None
     assert contrast.difference.mean == -3.0
 
@@ -208,7 +208,7 @@ def test_methods_are_compared_with_kd_each_at_its_best_tau(make_run: RunFolders,
             make_run(top + seed, tau=tau, method_spec=method, seed=seed)
     make_run(50.0, method_spec="ttm", student="mnv4")  # whose kd has no result
     better, worse = sorted(method_contrasts(table_of(tmp_path)), key=lambda contrast: -contrast.cell.mean)
-    assert (better.what, better.tau, worse.what) == ("ttm", 10.0, "dkd")
+    assert (better.variant, better.tau, worse.variant) == ("ttm", 10.0, "dkd")
     assert better.difference is not None
     assert worse.difference is not None
     assert better.difference.mean == pytest.approx(1 + 0.4 / 3)
@@ -224,7 +224,7 @@ def test_methods_of_z_scores_are_compared_with_the_same_method_without(make_run:
         for seed in range(2):
             lr = 0.025 if method == "zmlkd" else 0.05  # settings may differ, where there is only one to compare with
             make_run(top + seed, method_spec=method, seed=seed, lr=lr)
-    found = {contrast.what: contrast for contrast in method_contrasts(table_of(tmp_path))}
+    found = {contrast.variant: contrast for contrast in method_contrasts(table_of(tmp_path))}
     assert {what: contrast.base for what, contrast in found.items()} == {
         "zkd:ce_weight=0.1": "kd:ce_weight=0.1",
         "dkd:beta=8": "kd:ce_weight=0.1",
@@ -241,7 +241,7 @@ def test_a_method_is_not_compared_where_it_is_not_clear_with_what(make_run: RunF
         make_run(90.0, method_spec=method)
     assert method_contrasts(table_of(tmp_path)) == []
     make_run(89.0, method_spec="kd")
-    found = {contrast.what: contrast.base for contrast in method_contrasts(table_of(tmp_path))}
+    found = {contrast.variant: contrast.base for contrast in method_contrasts(table_of(tmp_path))}
     assert found == {"kd:ce_weight=0.1": "kd", "kd:ce_weight=1": "kd", "ttm": "kd"}
 
 

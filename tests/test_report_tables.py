@@ -15,7 +15,7 @@ import kdcache
 from kdcache.archive import ArchiveWriter
 from kdcache.report import Report, Row, collect, summarise, write_report
 from kdcache.report.heatmap import Heatmap, heatmaps, results, teacher_figures
-from kdcache.report.latex import escaped
+from kdcache.report.latex import latex_escaped
 from tests.archives import teacher_card
 from tests.reports import Page, RunFolders
 
@@ -28,7 +28,7 @@ def make_run(tmp_path: Path) -> RunFolders:
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here looks at them, and drawing them takes most of a report's time."""
-    monkeypatch.setattr("kdcache.report.html.render", lambda drawing, name: (b"<svg></svg>", b""))
+    monkeypatch.setattr("kdcache.report.html.render_figure", lambda drawing, name: (b"<svg></svg>", b""))
 
 
 def make_archive(path: Path, epochs: int, views: int = 2, **provenance: Any) -> kdcache.Archive:
@@ -334,7 +334,7 @@ def test_names_from_the_runs_are_text_in_latex(make_run: RunFolders, tmp_path: P
     make_run(90.0, control_spec=evil, folder="a\nb\\end{tabular}")
     make_run(90.0, tau=4.0)
     report, _ = report_of(make_run, tmp_path)
-    assert escaped("a\\b{%}") == r"a\textbackslash{}b\{\%\}"
+    assert latex_escaped("a\\b{%}") == r"a\textbackslash{}b\{\%\}"
     for path in report.tables:
         code = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("%")]
         assert sum(r"\end{tabular}" in line for line in code) == 1

@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 import pytest
 
-from kdcache.archive import Archive, ArchiveWriter, Licences, Plan, layout, open_archive, stored_bytes
+from kdcache.archive import Archive, ArchivePlan, ArchiveWriter, Licences, layout, open_archive, stored_bytes
 from kdcache.archive.format.manifest import FOR_PEOPLE, FileRecord
 from kdcache.cli import run
 from kdcache.datasets import SourceCard
@@ -180,7 +180,7 @@ def test_terms_are_no_part_of_what_makes_two_dumps_the_same(made: Archive, publi
         teacher = made.manifest.teacher
         assert teacher is not None
         noted = archive.manifest.model_copy(update={"teacher": teacher.model_copy(update={"weights_licence": weights})})
-        return {name: value for name, value in noted.identity.items() if name in Plan.model_fields}
+        return {name: value for name, value in noted.identity.items() if name in ArchivePlan.model_fields}
 
     assert identity(made, None) == identity(made, "mit") == identity(public, "mit")
 

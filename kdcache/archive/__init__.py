@@ -1,37 +1,30 @@
-"""Archives of teacher logits. Everything that other modules may use of this package is here; nothing needs torch."""
-
-from typing import Any
+"""Archives of teacher logits: the names that other packages import. Nothing here needs torch."""
 
 from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
 from kdcache.archive.format.manifest import (
+    ArchivePlan,
     CanvasCard,
     Licences,
     LogitMoments,
-    Manifest,
     Noise,
-    Plan,
     Statistics,
-    StatisticsDetails,
-    SubsetOf,
     TauDetail,
     TauStatistics,
     TeacherCard,
 )
 from kdcache.archive.format.rows import Rows
-from kdcache.archive.format.store import sha256
 from kdcache.archive.layouts import layout
-from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
+from kdcache.archive.reading.comparison import compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
-from kdcache.archive.reading.fidelity import CodecFidelity, TauFidelity, measure_fidelity
+from kdcache.archive.reading.fidelity import CodecFidelity, measure_fidelity
 from kdcache.archive.reading.reader import Archive, open_archive
 from kdcache.archive.reading.statistics import MAX_ROWS, PAPER_TAUS, measure_logits, moment_histogram
 from kdcache.archive.reading.verification import Failure, Verification
-from kdcache.archive.writing.card import code_span, escaped, licence_fields
+from kdcache.archive.writing.card import code_span, licence_fields, markdown_escaped
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.writing.planning import new_plan, recorded_plan
 from kdcache.archive.writing.whole import write_archive
 from kdcache.archive.writing.writer import ArchiveWriter, sweep
-from kdcache.system.remote import is_url
 
 __all__ = [
     "COST",
@@ -40,27 +33,20 @@ __all__ = [
     "TEACHER_COST",
     "AnyArchive",
     "Archive",
+    "ArchivePlan",
     "ArchiveWriter",
     "Average",
     "CanvasCard",
     "CodecFidelity",
-    "Comparison",
-    "Distance",
     "DumpCost",
     "Ensemble",
-    "Fact",
     "Failure",
     "Licences",
     "LogitMoments",
-    "Manifest",
     "Noise",
-    "Plan",
     "Rows",
     "Statistics",
-    "StatisticsDetails",
-    "SubsetOf",
     "TauDetail",
-    "TauFidelity",
     "TauStatistics",
     "TeacherCard",
     "Verification",
@@ -68,24 +54,16 @@ __all__ = [
     "compare",
     "derive",
     "derived_plan",
-    "escaped",
-    "is_url",
     "layout",
     "licence_fields",
-    "manifest_schema",
+    "markdown_escaped",
     "measure_fidelity",
     "measure_logits",
     "moment_histogram",
     "new_plan",
     "open_archive",
     "recorded_plan",
-    "sha256",
     "stored_bytes",
     "sweep",
     "write_archive",
 ]
-
-
-def manifest_schema() -> dict[str, Any]:
-    """JSON Schema of `kdcache.json`."""
-    return Manifest.model_json_schema()

@@ -1,4 +1,4 @@
-"""Benchmarks: each measures kdcache and what it is compared with in one run, taking turns, and gives their ratio."""
+"""Benchmarks. Each measures kdcache and a rival in turns within one run, and reports their ratio."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,7 +14,7 @@ NAMES = ("startup", "archive", "views", "dump", "methods", "distill", "rival", "
 
 
 def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
-    """Run one benchmark, or `all`, each for about `seconds`."""
+    """Run one benchmark, or `all`, each for about `seconds` seconds."""
     if which not in {*NAMES, "all"}:
         raise unknown_name("benchmark", which, [*NAMES, "all"])
     results = []
@@ -43,5 +43,5 @@ def _benchmark(name: str) -> Callable[[float, Path, Progress], list[Result]]:
         return study
     from kdcache.bench import pipeline
 
-    found: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)
-    return found
+    benchmark: Callable[[float, Path, Progress], list[Result]] = getattr(pipeline, name)
+    return benchmark

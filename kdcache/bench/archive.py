@@ -1,4 +1,4 @@
-"""Benchmarks of archives: reading against a memory map of the same bytes, writing against a plain file, memory, opening."""
+"""Benchmarks of archives: reading against a memory map of equal bytes, writing against a plain file, memory, opening."""
 
 import json
 import os
@@ -22,13 +22,13 @@ __all__ = ["archive"]
 
 VIEWS, SAMPLES, CLASSES = 4, 1 << 17, 1000  # 1 GB of int16
 BLOCK = 256  # rows of a batch
-BATCHES = 64  # of random rows, in a turn
+BATCHES = 64  # batches of random rows per turn
 SHARDS = 10_000
 STEP = np.float32(2.0**-9)
 
 
 def archive(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Block and random reading, writing, opening and memory, at C = 1000 and 1 GB."""
+    """Measure block and random reading, writing, opening and memory, at C = 1000 and 1 GB."""
     source = _write(folder / "zarr", progress)
     flat = _flat_copy(source, folder / "flat.npy")
     share = seconds / 6
@@ -44,7 +44,7 @@ def archive(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def _rows(seed: int, count: int) -> NDArray[np.float32]:
-    """Logits as a classifier gives them: most classes about alike, a few above: float32 `[count, C]`."""
+    """Logits like a classifier's, most of them similar and a few larger: float32 `[count, C]`."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.2, (count, CLASSES)).astype(np.float32)
     logits[np.arange(count)[:, None], rng.integers(0, CLASSES, (count, 5))] += rng.gamma(2, 3, (count, 5)).astype(np.float32)
@@ -66,7 +66,7 @@ def _write(path: Path, progress: Progress, *, layout: str = "zarr", views: int =
 
 
 def _flat_copy(source: Archive, path: Path) -> Path:
-    """A file of the same logits, `[V, N, C]`, to be mapped."""
+    """Write the archive's logits `[V, N, C]` to a plain file, for a memory map."""
     flat = np.lib.format.open_memmap(path, "w+", np.int16, (source.num_views, source.num_samples, CLASSES))
     for view in source.views:
         for block in range(source.manifest.num_blocks):
@@ -78,7 +78,7 @@ def _flat_copy(source: Archive, path: Path) -> Path:
 
 
 def _blocks(seconds: float, source: Archive, copy: Path, folder: Path, progress: Progress) -> list[Result]:
-    """Every row once, 256 at a time, as float32: from files that are opened anew, whose checksums are compared, and again."""
+    """Read every row once, 256 at a time, as float32: first with newly opened files and checksums, then again."""
     import webdataset
 
     tars = derive(source, folder / "webdataset", layout="webdataset", progress=progress)
@@ -132,12 +132,12 @@ def _random_rows(seconds: float, source: Archive, copy: Path, progress: Progress
         for view, samples in draws:
             np.multiply(flat[view][positions[view][samples]], STEP, dtype=np.float32)
 
-    found, gathered = taking_turns("bench archive: random rows", seconds, progress, ours, mapped)
-    return [Result("random rows by sample", "find 256", "memory map, same bytes", found / gathered, 1 / 0.3)]
+    ours_seconds, gathered = taking_turns("bench archive: random rows", seconds, progress, ours, mapped)
+    return [Result("random rows by sample", "find 256", "memory map, same bytes", ours_seconds / gathered, 1 / 0.3)]
 
 
 def _compressed(seconds: float, source: Archive, folder: Path, progress: Progress) -> list[Result]:
-    """Decoding on one thread, in seconds a gigabyte of decoded int16."""
+    """Measure decoding on one thread, in seconds per gigabyte of decoded int16."""
     results = []
     for compression in ("bitshuffle", "pcodec"):
         part = derive(source, folder / compression, layout=f"zarr:{compression}", views=range(1), progress=progress)
@@ -182,7 +182,7 @@ def _writing(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def _opening(folder: Path, progress: Progress) -> list[Result]:
-    """An archive of ten thousand shards."""
+    """Measure the opening of an archive with ten thousand shards."""
     names = ["a", "b", "c", "d"]
     writer = ArchiveWriter(
         folder / "shards", num_views=SHARDS // 4, num_samples=8, class_names=names, shard_rows=2, layout="hdf5"
@@ -197,7 +197,7 @@ def _opening(folder: Path, progress: Progress) -> list[Result]:
 
 
 def _memory(folder: Path, source: Archive, progress: Progress) -> list[Result]:
-    """Peak of a process's own memory (not of mapped files) above what it had after importing, in stored shards."""
+    """Measure the peak of a process's own memory (without mapped files) above that after its imports, in stored shards."""
     if not Path("/proc/self/status").is_file():
         progress.say("this system does not tell a process's own memory: its benchmark is left out")
         return []
@@ -220,7 +220,7 @@ def _own_memory() -> int:
 
 
 def _peak(work: Callable[[], object]) -> int:
-    """The most that a process's own memory grew while `work` ran, in bytes."""
+    """Peak growth of the process's own memory while `work` runs, in bytes."""
     before, peak, over = _own_memory(), [0], threading.Event()
 
     def watch() -> None:
@@ -250,7 +250,7 @@ def _write_three_shards(path: str) -> None:
 
 
 def _shard(rows: int) -> NDArray[np.float32]:
-    """A shard's logits as a dump has them: one array, and nothing else."""
+    """A shard's logits as one array, like in a dump."""
     logits = np.empty((rows, CLASSES), np.float32)
     for start, part in _parts(rows):
         logits[start : start + len(part)] = part

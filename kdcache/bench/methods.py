@@ -1,6 +1,6 @@
-"""Benchmark of the losses: each against the plainest PyTorch of the same formula, and all of them against a student's step.
+"""Benchmark of the losses: each against plain PyTorch of the same formula, and all together against a student's step.
 
-The plain ones are what one writes down from a paper: they are right for ordinary logits, and overflow or lose digits elsewhere.
+The plain versions follow the papers literally. They are right for ordinary logits, and overflow or lose digits elsewhere.
 """
 
 import math
@@ -29,7 +29,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # student and teacher 
 
 
 def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Forward and backward of every method at B = 256, C = 1000, and of all together against a step of resnet18 at 224 px."""
+    """Measure forward and backward of every method at B = 256, C = 1000, and of all against a step of resnet18 at 224 px."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(BATCH, CLASSES, generator=generator).mul(3).to(device) for _ in range(2))
@@ -62,7 +62,7 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     [one_step] = taking_turns("bench methods: resnet18", seconds / 4, progress, step)
     results, total = [], 0.0
     for name in method:
-        if name not in PLAIN:  # a plugin's
+        if name not in PLAIN:  # a plugin's method
             continue
         built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
         state = built.new_state().to(device) if isinstance(built, LogitMethod) else None
@@ -83,7 +83,7 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def _kl(v: Tensor, z: Tensor) -> Tensor:
-    """KL of the softmaxes of every row, `[B]`."""
+    """KL divergence of the softmaxes, per row: `[B]`."""
     terms: Tensor = F.kl_div(F.log_softmax(z, 1), F.softmax(v, 1), reduction="none")
     return terms.sum(1)
 
@@ -109,7 +109,7 @@ def kd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
 
 
 def _per_row(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Z-scores of both, at temperatures of rows `[B]`."""
+    """Both logits as z-scores, at per-row temperatures."""
     z, v = _z_scores(z, False, 0.0), _z_scores(v, False, 0.0)
     own = (1 + math.sqrt(3)) / 2 * v.amax(1, keepdim=True)
     return z / own, v / own, own[:, 0]

@@ -1,4 +1,4 @@
-"""Benchmarks of the way from images to students: starting up, rendering, dumping, distilling."""
+"""Benchmarks of the pipeline from images to students: start-up, rendering, dump, distillation."""
 
 import resource
 import subprocess
@@ -51,7 +51,7 @@ def startup(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def _run(*arguments: str) -> tuple[float, float]:
-    """CPU and wall seconds of one command in a process of its own."""
+    """(CPU seconds, wall seconds) of one command in its own process."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-m", "kdcache", *arguments], check=True, stdout=subprocess.DEVNULL)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
@@ -63,7 +63,7 @@ def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
 
 
 def digits_canvas(folder: Path, size: int, samples: int, progress: Progress) -> Canvas:
-    """The digits' canvas, over and over, until there are as many `samples`."""
+    """The digits' canvas, repeated up to `samples` samples."""
     canvas = _canvas(folder, size, progress)
     chosen = np.arange(samples) % len(canvas)
     return replace(
@@ -77,7 +77,7 @@ def digits_canvas(folder: Path, size: int, samples: int, progress: Progress) -> 
 
 
 def views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Rendering on one thread against torchvision's own pipeline on PIL images; the table of draws; the probe. And on a GPU."""
+    """Measure rendering on one thread against torchvision on PIL images, the table of draws, and the probe; also on a GPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -116,7 +116,7 @@ def _views_cpu(
     def ours() -> Tensor:
         return render_positions(canvas.pixels, table, positions, renderer)
 
-    mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas))  # what is rendered, and probed, in training
+    mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas))  # MixUp and CutMix, as in training
 
     latest: list[Tensor] = []
 
@@ -133,7 +133,7 @@ def _views_cpu(
 
 
 def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Views a second of the device renderer, and a teacher's speed with rendering against a constant batch."""
+    """Measure views per second of the device renderer, and a teacher's speed with rendering against a constant batch."""
     device, results = torch.device("cuda"), []
     for size, canvas_size, batch, wanted in ((224, 336, 512, 20_000), (32, 32, 16_384, 300_000)):
         canvas = _canvas(folder, canvas_size, progress)
@@ -184,7 +184,7 @@ def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> A
 
 
 def dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """resnet18 at 224 px on the CPU: render, run, fingerprint, write and finish, against the forward passes alone."""
+    """Measure a dump (resnet18, 224 px, CPU): rendering, forward, fingerprint, writing, against the forward passes alone."""
     canvas, policy = _canvas(folder, 256, progress), ViewPolicy.load("imagenet")
     with seeded(0):
         model, normalise = create_model("resnet18", 10, input_size=224)
@@ -208,7 +208,7 @@ def dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """A student's step with all that comes before it; by itself; and nine students on one stream."""
+    """Measure a student's step with its whole pipeline, the step alone, and nine students on one stream."""
     results = _stream_step(seconds / 3, folder / "stream", progress)
     results += _bare_step(seconds / 3, folder / "step", torch.device("cpu"), 16, progress)
     results += _packed(seconds / 3, folder / "packed", torch.device("cpu"), progress)
@@ -221,7 +221,7 @@ def distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
 
 def _stream_step(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """resnet18 at 64 px on the CPU: read, render, check, make targets, train, against training on one fixed batch."""
+    """Measure the pipeline (resnet18, 64 px, CPU): reading to training, against training on one fixed batch."""
     canvas, policy = _canvas(folder, 72, progress), ViewPolicy.load("imagenet", size=64)
     with seeded(0):
         models = [create_model("resnet18", 10, input_size=64) for _ in range(2)]
@@ -258,7 +258,7 @@ def _stream_step(seconds: float, folder: Path, progress: Progress) -> list[Resul
 
 
 class _Random(Forward):
-    """A teacher that costs nothing."""
+    """A teacher with no cost."""
 
     def __call__(self, views: Tensor) -> np.ndarray:
         rng = np.random.default_rng(len(views))
@@ -266,7 +266,7 @@ class _Random(Forward):
 
 
 def _archive(path: Path, canvas: Canvas, policy: ViewPolicy) -> Archive:
-    """Two views of a canvas, with made-up logits."""
+    """An archive of two views of a canvas, with random logits."""
     writer = open_writer(path, canvas, policy, views=2)
     model, normalise = create_model("test_vit", 10, input_size=32)
     write_shards(writer, _Random(model, normalise, torch.device("cpu"), "fp32"), canvas, batch_size=BATCH)
@@ -274,7 +274,7 @@ def _archive(path: Path, canvas: Canvas, policy: ViewPolicy) -> Archive:
 
 
 def _distill_step(learner: Learner, batch: Batch, tau: float) -> None:
-    """What distill does with a batch."""
+    """One student step on a batch, as in distill."""
     assert batch.logits is not None
     targets, teacher, method = Targets(batch.logits, tau), batch.logits, build("kd")
     learner.step(
@@ -285,7 +285,7 @@ def _distill_step(learner: Learner, batch: Batch, tau: float) -> None:
 
 
 def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, progress: Progress) -> list[Result]:
-    """resnet18 at 224 px: a learner's step on views and logits that are there, against PyTorch's alone."""
+    """Measure a learner's step (resnet18, 224 px) on given views and logits, against plain PyTorch."""
     with seeded(0):
         (model, normalise), (other, _) = (create_model("resnet18", 10, input_size=224) for _ in range(2))
         views = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
@@ -293,8 +293,8 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
     gpu = device.type == "cuda"
     config = TrainConfig(epochs=10**6, batch_size=batch, amp=gpu)
     learner, bare_learner = (
-        Learner(folder / name, one, normalise, config, steps_per_epoch=100, seed=0, device=device)
-        for name, one in (("run", model), ("bare", other))
+        Learner(folder / name, module, normalise, config, steps_per_epoch=100, seed=0, device=device)
+        for name, module in (("run", model), ("bare", other))
     )
     method, targets = build("kd"), Targets(logits, 4.0)
     label = torch.zeros(batch, dtype=torch.int64)
@@ -307,8 +307,8 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
 
     def bare() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            found = other(normalise(views))
-        loss = method(found, targets)
+            predicted = other(normalise(views))
+        loss = method(predicted, targets)
         bare_learner.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         bare_learner.optimizer.step()
@@ -321,7 +321,7 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
 
 
 def _packed(seconds: float, folder: Path, device: torch.device, progress: Progress) -> list[Result]:
-    """Nine temperatures on one stream against nine streams, where rendering takes as long as a student."""
+    """Measure nine temperatures on one stream against nine streams, with rendering as slow as a student."""
     gpu = device.type == "cuda"
     name, canvas_size = ("resnet18", 32) if gpu else ("test_vit", 336)
     canvas, policy = digits_canvas(folder, canvas_size, 2 * BATCH, progress), ViewPolicy.load("imagenet", size=32)

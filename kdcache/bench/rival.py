@@ -1,7 +1,7 @@
-"""Benchmark against the everyday rival: timm's online distillation, its own task and data pipeline, as its train script does.
+"""Benchmark against timm's online distillation, with its own task and data pipeline, as in its train script.
 
-Both sides train the same student of the same teacher in batches of the same size with the same optimiser. timm reads decoded
-images from memory and pays the teacher in every step; kdcache reads a canvas and cached logits. Neither decodes JPEG.
+Both sides train the same student of the same teacher with the same batch size and optimiser. timm reads decoded images from
+memory and runs the teacher in every step; kdcache reads a canvas and cached logits. Neither decodes JPEG.
 """
 
 import os
@@ -40,11 +40,11 @@ TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 40.0)
 class _Setting:
     teacher: str
     student: str
-    size: int  # of a view
+    size: int  # side of a view in pixels
     canvas: int
     batch: int
-    batches: int  # of an epoch
-    cached: float  # bounds: an epoch from the cache, and one of nine packed students', to one online
+    batches: int  # batches per epoch
+    cached: float  # bounds on the ratio to an online epoch: of an epoch from the cache, and of one of nine packed students
     packed: float | None
     amp: bool = False
 
@@ -60,7 +60,7 @@ ON_GPU = (_Setting("vit_small_patch16_224", "resnet18", 224, 336, batch=256, bat
 
 
 def rival(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Student epochs from a cache against epochs of timm's online distillation, and when the dump has paid for itself."""
+    """Measure student epochs from a cache against timm's online distillation, and the break-even point of the dump."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = ON_GPU if device.type == "cuda" else ON_CPU
     return [
@@ -109,7 +109,7 @@ def _measure(setting: _Setting, device: torch.device, seconds: float, folder: Pa
             for learner, tau in zip(learners, TAUS, strict=True):
                 _step(learner, batch, tau)
 
-    def teaching() -> None:  # what the online side asks of the teacher, and nothing else
+    def teaching() -> None:  # the teacher's part of the online side alone
         normal = normalise(views)
         with torch.inference_mode(), _autocast(setting, device):
             for _ in range(setting.batches):
@@ -127,7 +127,7 @@ def _measure(setting: _Setting, device: torch.device, seconds: float, folder: Pa
     saved = theirs - ours
     results = [
         Result(f"student epoch {label}", "from the cache", "timm online", ours / theirs, setting.cached),
-        # Student epochs after which one dumped view of every sample has cost less than it saved: it may be shown in all of them.
+        # Student epochs after which the dump of one view per sample pays off; all of them may show that view.
         Result(
             f"break-even {label}", "dump of a view", "saved in a student epoch", dumping / saved if saved > 0 else np.inf, 2.0
         ),
@@ -145,7 +145,7 @@ def _learner(folder: Path, setting: _Setting, config: TrainConfig, steps: int, d
 
 
 def _step(learner: Learner, batch: Batch, tau: float) -> None:
-    """What distill does with a batch."""
+    """One student step on a batch, as in distill."""
     targets, method = batch.targets(tau), build("kd")
     assert batch.logits is not None
     teacher = batch.logits
@@ -164,7 +164,7 @@ def _autocast(setting: _Setting, device: torch.device) -> torch.autocast:
 
 
 class _Pictures:
-    """Decoded images in memory, as timm's loaders want a dataset."""
+    """Decoded images in memory, as a dataset for timm's loaders."""
 
     def __init__(self, canvas: Canvas) -> None:
         pixels = np.ascontiguousarray(canvas.pixels.transpose(0, 2, 3, 1))
@@ -183,7 +183,7 @@ class _Pictures:
 def _online(
     setting: _Setting, teacher: nn.Module, canvas: Canvas, config: TrainConfig, device: torch.device
 ) -> Callable[[], None]:
-    """An epoch of timm's train.py with `--kd-model-name`, `--aa rand-m14-n2 --mixup 1 --cutmix 1` and AdamW."""
+    """A function for one epoch of timm's train.py with `--kd-model-name`, `--aa rand-m14-n2 --mixup 1 --cutmix 1`, AdamW."""
     import timm.data
     import timm.loss
     import timm.optim
@@ -196,7 +196,7 @@ def _online(
     on_gpu = device.type == "cuda"
     mixing = {"mixup_alpha": 1.0, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": CLASSES}
     mixup = None if on_gpu else data.Mixup(**mixing)
-    workers = os.cpu_count() or 1 if on_gpu else 0  # as on the other side, which renders in this process on the CPU
+    workers = os.cpu_count() or 1 if on_gpu else 0  # as on kdcache's side, which renders in this process on the CPU
     loader = data.create_loader(
         _Pictures(canvas),
         (3, setting.size, setting.size),
@@ -207,7 +207,7 @@ def _online(
         mean=normalise.mean,
         std=normalise.std,
         num_workers=workers,
-        collate_fn=data.FastCollateMixup(**mixing) if on_gpu else None,  # both with its prefetcher, which normalises on the GPU
+        collate_fn=data.FastCollateMixup(**mixing) if on_gpu else None,  # timm's prefetcher normalises on the GPU
         use_prefetcher=on_gpu,
         pin_memory=on_gpu,
         device=device,
@@ -233,7 +233,7 @@ def _online(
 def _task(
     student: nn.Module, teacher: nn.Module, criterion: nn.Module, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """timm's own distillation task; of versions that have none, what their train script does in its place."""
+    """timm's own distillation task; for versions without one, the code of their train script."""
     try:
         from timm.task import LogitDistillationTask
     except ImportError:

@@ -1,4 +1,4 @@
-"""Benchmarks of whole studies: planning one, its report, and its smoke version, as processes that a user would start."""
+"""Benchmarks of whole studies: plan, report and smoke version, run as the user's commands."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ from kdcache.system.progress import Progress
 __all__ = ["study"]
 
 TAUS, CONTROLS = (1, 2, 3, 4, 5, 7, 10, 20, 40), ("none", "ls-global", "ls-instance", "bottom:1", "bottom:5", "bottom:10")
-STUDENTS, SEEDS, EPOCHS = ("rn18", "mnv4", "cn_p"), 3, 512  # with the taus and controls, 486 runs
+STUDENTS, SEEDS, EPOCHS = ("rn18", "mnv4", "cn_p"), 3, 512  # times taus and controls: 486 runs
 TEN_THOUSAND = {"tau": [1 + n / 2 for n in range(50)], "control": ["none", "ls-global", "bottom:2", "bottom:3"], "seed": "0-24"}
 
 
 def study(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Each once, whatever `seconds` says: wall seconds, with the start of Python."""
+    """Measure each command once, in wall seconds with the start of Python. `seconds` is ignored."""
     _write_study(folder / "ten-thousand.yaml")
     _write_runs(folder / "runs", folder / "archives/demo")
     work = (
@@ -30,13 +30,13 @@ def study(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         ("report over 486 runs of 512 epochs", 20, ("report", folder / "runs", "--output", folder / "report")),
         ("study controls in small", 360, ("study", "run", "controls", "--smoke", "--home", folder / "home")),
     )
-    found = []
+    results = []
     for done, (name, bound, arguments) in enumerate(work, 1):
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "kdcache", *map(str, arguments)], check=True, capture_output=True)
-        found.append(Result(name, "the command", "wall seconds", time.perf_counter() - begun, bound))
+        results.append(Result(name, "the command", "wall seconds", time.perf_counter() - begun, bound))
         progress.update("bench study", done, len(work))
-    return found
+    return results
 
 
 def _write_study(file: Path) -> None:
@@ -48,7 +48,7 @@ def _write_study(file: Path) -> None:
 
 
 def _write_runs(runs: Path, archive: Path) -> None:
-    """Runs as `distill` leaves them, of made-up numbers."""
+    """Write run folders in the form of `distill`, with random numbers."""
     drawn = np.random.default_rng(0)
     made = write_archive(archive, drawn.normal(size=(2, 2000, 37)).astype(np.float32), [f"class {n}" for n in range(37)])
     moments = moment_histogram(*drawn.normal([[0.5], [1.5]], 0.2, size=(2, 3000))).model_dump_json()

@@ -1,4 +1,4 @@
-"""How benchmarks measure."""
+"""The measuring method of the benchmarks."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,9 @@ __all__ = ["Result", "taking_turns"]
 
 @dataclass(frozen=True)
 class Result:
-    """`value` is `measured` over `against` (medians of the turns), or in the unit that `against` names; at most `bound`."""
+    """A result. `value` is `measured` over `against` (medians of the turns), or has the unit that `against` names.
+
+    The benchmark fails if `value` exceeds `bound`."""
 
     name: str
     measured: str
@@ -23,7 +25,7 @@ class Result:
 
 
 def taking_turns(task: str, seconds: float, progress: Progress, *sides: Callable[[], object]) -> list[float]:
-    """Median seconds of each side, after one unmeasured turn; at least three turns, until `seconds` are over."""
+    """Median seconds of each side, from at least three turns within `seconds`, after one unmeasured turn."""
     for side in sides:
         side()
     taken: list[list[float]] = [[] for _ in sides]

@@ -120,7 +120,8 @@ def parsed(kind: Any, text: str, option: str) -> Any:
 
 def find_archive(place: str) -> Any:
     """The archive in a folder, at a URL, or of a name below `archives/` of the workspace (KDCACHE_HOME, or this folder)."""
-    from kdcache.archive import is_url, open_archive
+    from kdcache.archive import open_archive
+    from kdcache.system.remote import is_url
 
     if not place:
         raise UsageError("an archive without a name", why="the argument is empty", fix="list the archives with: kdcache ls")

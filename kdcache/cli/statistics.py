@@ -157,7 +157,7 @@ def as_dict(piece: Advice) -> dict[str, Any]:
 def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> list[Path]:
     """All figures into a folder, as SVG and PNG; or on one page, where `target` is called .svg or .png."""
     from kdcache.report.archive_figures import one_page
-    from kdcache.report.figures import render
+    from kdcache.report.figures import render_figure
 
     if target.suffix.lower() in (".svg", ".png"):
         if target.is_dir() or not target.parent.is_dir():
@@ -166,7 +166,7 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
                 why="it is a folder" if target.is_dir() else f"there is no folder {target.parent}",
                 fix="name a file in a folder that exists, or a folder",
             )
-        svg, png = render(one_page(drawings, place), target.stem)
+        svg, png = render_figure(one_page(drawings, place), target.stem)
         target.write_bytes(svg if target.suffix.lower() == ".svg" else png)
         return [target]
     if (target.exists() or target.suffix) and not target.is_dir():
@@ -178,7 +178,7 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for drawing in drawings:
-        for suffix, data in zip((".svg", ".png"), render(drawing, drawing.name), strict=True):
+        for suffix, data in zip((".svg", ".png"), render_figure(drawing, drawing.name), strict=True):
             written.append(target / f"{drawing.name.replace(' ', '-')}{suffix}")
             written[-1].write_bytes(data)
     return written

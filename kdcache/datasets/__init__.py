@@ -1,7 +1,7 @@
-"""Where images come from. A source lists its samples in a fixed order; the canvas decodes them.
+"""Sources of images. A source lists its samples in a fixed order; the canvas decodes them.
 
-A source is a frozen dataclass registered under the dataset's name; opening it finds its files, or fetches them. Third parties
-add theirs through the entry point group `kdcache.datasets`.
+A source is a frozen dataclass, registered under the dataset's name. Opening it finds its files or fetches them. Third parties
+add sources through the entry point group `kdcache.datasets`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ Split = Literal["train", "test"]
 
 
 class SourceCard(BaseModel):
-    """What one split of a dataset is."""
+    """Description of one split of a dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,14 +33,14 @@ class SourceCard(BaseModel):
     num_samples: int = Field(ge=1)
     class_names: tuple[str, ...]
     licence: str | None  # SPDX name where there is one; None: unknown
-    digest: str  # sha256 of the sample keys, labels and class names, in order; of the samples that are there
-    # Keys of the images that could not be decoded and were left out. Cards without any are written as they always were.
+    digest: str  # sha256 of the keys, labels and class names of the decoded samples, in order
+    # Keys of images that could not be decoded and were left out. An empty list is not written, as in older cards.
     skipped: tuple[str, ...] = Field(default=(), exclude_if=lambda keys: not keys)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: a stable key, its label, and how to get its pixels (called by the canvas, from several threads)."""
+    """One image: a stable key, a label, and a function that opens it, which the canvas calls from several threads."""
 
     key: str
     label: int
@@ -49,20 +49,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset suggests where the user says nothing."""
+    """A dataset's defaults for what the user leaves open."""
 
     policy: str  # preset of the views
     canvas: int  # side of the canvas in pixels
-    teacher_epochs: int  # of finetuning; 0: published weights know the classes, and are taken as they are
+    teacher_epochs: int  # epochs of finetuning; 0: published weights know the classes and are used as they are
     student: str
     student_epochs: int
     pretrained: bool  # whether ImageNet weights are a sensible start for a teacher
-    durations: tuple[int, ...] = ()  # epochs of the teachers that the temperature study compares (its Table 1)
+    durations: tuple[int, ...] = ()  # teacher epochs that the temperature study compares (its Table 1)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images and classes a published dataset has; of a source that says so, as `counts`, costs are known without it."""
+    """Numbers of images and classes of a published dataset. A source with `counts` allows cost estimates without its files."""
 
     train: int
     test: int
@@ -70,11 +70,11 @@ class Counts:
 
 
 class Images(Protocol):
-    """The samples of a dataset whose files are here."""
+    """The samples of a dataset whose files are on this machine."""
 
     def class_names(self) -> Sequence[str]: ...
     def samples(self, split: Split) -> Sequence[Sample]: ...
-    def fingerprint(self) -> str: ...  # changes when the files may have changed; cheap
+    def fingerprint(self) -> str: ...  # changes if the files may have changed; cheap to compute
 
 
 class Source(Protocol):
@@ -83,9 +83,9 @@ class Source(Protocol):
     @property
     def recipe(self) -> Recipe: ...
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
-        """Its images, whose files lie where its options say, or below the folder `data`, where they are fetched if missing.
+        """Find the dataset's files where its options say, or below the folder `data`; missing ones are fetched to `data`.
 
-        Raises NotFoundError, with the ways to get them, where they are not there and cannot be fetched or are not to be.
+        Raises NotFoundError, with ways to get them, if they are missing and cannot be fetched, or `fetch` is False.
         """
 
 
@@ -93,14 +93,14 @@ dataset: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
 
 
 def _is_place(option: object) -> bool:
-    """Whether an option is a path of this machine, which says nothing elsewhere."""
+    """Whether an option is a path, which means nothing on other machines."""
     return isinstance(option, str) and (not option or Path(option).is_absolute())
 
 
 def source_card(
     source: Source, names: Sequence[str], split: Split, samples: Sequence[Sample], skipped: tuple[str, ...] = ()
 ) -> SourceCard:
-    """The card of a split that has classes of these `names` and these `samples`, and had the `skipped` ones."""
+    """The card of a split with class `names` and decoded `samples`; `skipped` ones could not be decoded."""
     names = tuple(names)
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
@@ -118,7 +118,7 @@ def source_card(
     )
 
 
-# They register themselves.
+# These modules register the sources.
 from kdcache.datasets import cifar as _cifar  # noqa: E402, F401
 from kdcache.datasets import digits as _digits  # noqa: E402, F401
 from kdcache.datasets import fine as _fine  # noqa: E402, F401

@@ -36,12 +36,12 @@ from kdcache.system.progress import Progress, Silent
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
-MAX_SIZE = 4096  # pixels; a side beyond it is a slip of the keyboard
-FORMAT = 2  # changes when the same files would become other pixels
-_CHUNK_BYTES = 1 << 26  # of pixels that are decoded and written together; a kill costs two such chunks at most
+MAX_SIZE = 4096  # pixels; a larger side is surely a typing mistake
+FORMAT = 2  # increases when the same files give other pixels
+_CHUNK_BYTES = 1 << 26  # pixels that are decoded and written together; a kill loses at most two chunks
 _CHUNK_SAMPLES = 512
 
-_Outcome = tuple[int, int] | str  # of one sample: the original width and height, or why it cannot be decoded
+_Outcome = tuple[int, int] | str  # of one sample: original (width, height), or the reason why it cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Canvas:
         return len(self.labels)
 
     def __reduce__(self) -> tuple[Callable[..., "Canvas"], tuple[Any, ...]]:
-        # A spawned worker maps the same file: pickling its pixels would copy all of them. A canvas made in memory has no file.
+        # A spawned worker maps the file again, as pickling would copy all pixels. A canvas made in memory has no file.
         if self._as_stored:
             return _open, (self.path,)
         return Canvas, tuple(getattr(self, part.name) for part in fields(self) if part.init)
@@ -74,20 +74,20 @@ class Canvas:
 
     @property
     def intact(self) -> bool:
-        """Whether pixels, labels and keys are still those of `digest`; reads all of them."""
+        """Whether pixels, labels and keys still match `digest`. Reads all of them."""
         return _digest(self.pixels, self.labels, self.keys) == self.digest
 
 
 def load_canvas(
     source: Source, split: Split, size: int, home: Path, progress: Progress | None = None, *, skip_corrupt: bool = False
 ) -> Canvas:
-    """The canvas of one split at `size` pixels below `home`, built now if it is missing or its source has changed.
+    """The canvas of one split at `size` pixels below `home`. It is built if it is missing or its source has changed.
 
-    `skip_corrupt` matters to the building only: images that cannot be decoded are left out and listed in the source card,
-    and from then on this is the canvas of the split.
+    With `skip_corrupt`, a build leaves out images that cannot be decoded, and lists them in the source card. Later calls
+    use that canvas with or without the option.
 
-    Raises IntegrityError that names every image which cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
-    RetryError if the disk has no room for it, or if the images change while they are decoded.
+    Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
+    RetryError if the disk has no room, or if images change while they are decoded.
     """
     progress = progress or Silent()
     if not 1 <= size <= MAX_SIZE:
@@ -114,13 +114,13 @@ def load_canvas(
 
 
 def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
-    """Where the canvas of a split is, if it has been built, of the files as they are now. Fetches nothing."""
+    """Folder of the canvas of a split, for the present state of its files, whether built or not. Fetches nothing."""
     series, state = _names(source, split, size, source.open(home, fetch=False).fingerprint())
     return home / f"{series}-{state[:8]}"
 
 
 def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
-    """What all canvases of one split and size have in common, and the state of the files that one of them is of."""
+    """(name that all canvases of a split and size begin with, sha256 of this state of the files)."""
     which = [dataset.to_dict(source), split, size]
     series = f"{dataset.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
     return series, _sha256([FORMAT, which, fingerprint])
@@ -177,7 +177,7 @@ def _digest(pixels: NDArray[np.uint8], labels: NDArray[np.int64], keys: Sequence
 
 
 def _chunk(size: int) -> int:
-    """Samples that are read or written together."""
+    """Number of samples that are read or written together."""
     return max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // (3 * size * size)))
 
 
@@ -202,13 +202,13 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _mention_others(series: str, path: Path, progress: Progress) -> None:
-    """Canvases of the same dataset and size, but of other files: somebody may still need them, so they are only named."""
-    found = {*path.parent.glob(f"{series}-*"), *path.parent.glob(f".{series}-*.tmp")} - {path, _unfinished(path)}
-    others = sorted(folder for folder in found if folder.is_dir())
+    """Tell about canvases of the same dataset and size from other states of the files. They are kept, as others may use them."""
+    paths = {*path.parent.glob(f"{series}-*"), *path.parent.glob(f".{series}-*.tmp")} - {path, _unfinished(path)}
+    others = sorted(folder for folder in paths if folder.is_dir())
     if others:
         size = 0
         for folder in others:
-            with suppress(FileNotFoundError):  # another process may be finishing it at this moment
+            with suppress(FileNotFoundError):  # another process may be renaming it at this moment
                 size += sum(file.stat().st_size for file in folder.iterdir())
         progress.say(
             f"canvases of earlier states of these files: {len(others)}, {size / 1e6:.1f} MB; "
@@ -234,7 +234,7 @@ def _build(
 ) -> None:
     names, samples = images.class_names(), images.samples(split)
     card = source_card(source, names, split, samples)
-    # What a resumed build must have in common with the one before. Another Pillow may decode the same file to other pixels.
+    # A build resumes only one with the same identity. Another version of Pillow may decode a file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
     outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
     if images.fingerprint() != fingerprint:
@@ -283,7 +283,7 @@ def _build(
 def _decode_all(
     samples: Sequence[Sample], size: int, folder: Path, identity: dict[str, str], task: str, progress: Progress
 ) -> list[_Outcome]:
-    """Write the pixels of all samples that can be decoded to `folder`, one behind the other; the outcome of every sample."""
+    """Write the pixels of all samples that can be decoded to `folder`, in order. Returns the outcome of every sample."""
     outcomes = _resume(folder, identity, size)
     before, step, started = len(outcomes), _chunk(size), time.monotonic()
     if before:
@@ -305,7 +305,7 @@ def _decode_all(
                     if not isinstance(result, str):
                         pixels.write(result[0])
                 _sync(pixels)
-                # The journal speaks of pixels that are on the disk, never of those that are still on their way.
+                # The journal lists samples only after their pixels are synced to disk.
                 finished = [result if isinstance(result, str) else result[1] for result in decoded]
                 journal.write(json.dumps(finished).encode() + b"\n")
                 _sync(journal)
@@ -318,7 +318,7 @@ def _decode_all(
 
 
 def _resume(folder: Path, identity: dict[str, str], size: int) -> list[_Outcome]:
-    """Outcomes that the journal of an earlier build records, with the files cut behind them; or an empty build to start with."""
+    """The outcomes in an earlier build's journal, with its files truncated to match; or a new empty build."""
     pixels, journal = folder / "pixels.npy", folder / "journal.jsonl"
     outcomes: list[_Outcome] = []
     try:
@@ -332,7 +332,7 @@ def _resume(folder: Path, identity: dict[str, str], size: int) -> list[_Outcome]
             os.truncate(pixels, end)
             os.truncate(journal, len(whole))
             return outcomes
-    except (FileNotFoundError, ValueError, TypeError):  # killed before there was anything worth keeping
+    except (FileNotFoundError, ValueError, TypeError):  # killed before anything was finished
         pass
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -342,7 +342,7 @@ def _resume(folder: Path, identity: dict[str, str], size: int) -> list[_Outcome]
 
 
 def _npy_header(rows: int, size: int) -> bytes:
-    """The start of `pixels.npy`. NumPy pads it so that arrays can grow: it is as long for any number of rows."""
+    """The header of `pixels.npy`. NumPy pads it, so its length is the same for any number of rows."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (rows, 3, size, size)})
     return header.getvalue()
@@ -354,7 +354,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _ahead(pool: Executor, decode: Callable[[Sample], Any], chunks: Iterator[Sequence[Sample]]) -> Iterator[list[Any]]:
-    """Decoded chunks in order. The next one is already being decoded while the caller writes one to the disk."""
+    """Decoded chunks in order. The next chunk is decoded while the caller writes one."""
     running: deque[Iterator[Any]] = deque()
     for chunk in chunks:
         running.append(pool.map(decode, chunk))
@@ -378,7 +378,7 @@ def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityEr
 
 # ---------------------------------------------------------------- decoding
 
-_TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation, and how the stored picture becomes upright
+_TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation -> transpose that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -391,27 +391,27 @@ _TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation, and how the stored p
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Pillow warns of large pictures, odd palettes and damaged EXIF data, once a file; what matters here is the pixels."""
+    """Silence Pillow's warnings about large pictures, odd palettes and damaged EXIF data: only pixels matter here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _decode(sample: Sample, size: int) -> tuple[bytes, tuple[int, int]] | str:
-    """Pixels `[3, size, size]` and original (width, height) of one sample, or why it has none."""
+    """Pixels, uint8 `[3, size, size]`, and original (width, height) of one sample; or the reason why it has none."""
     try:
         with sample.load() as image:
-            image.load()  # the whole first frame; a TIFF is turned upright by this alone, and forgets its orientation
+            image.load()  # loads the first frame; for TIFF this also applies the orientation and clears it
             upright = _upright(image)
-            # Pillow's reducing decoder for JPEG is not used: its output depends on the library's version.
+            # Pillow's reduced-size JPEG decoding is not used: its output depends on the library's version.
             square = _as_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(square).transpose(2, 0, 1).tobytes(), upright.size
     except MemoryError:
         raise
     except UnidentifiedImageError:
         return "not an image of a known format"
-    except Exception as error:  # decoders stumble over bad bytes in many ways: struct.error, IndexError, zlib.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # the disk or the network, not the picture: try again
+    except Exception as error:  # decoders raise many errors for bad bytes: struct.error, IndexError, zlib.error, ...
+        if isinstance(error, OSError) and error.errno is not None:  # an error of disk or network, not of the picture
             error.filename = error.filename or sample.key
             raise
         return " ".join(str(error).split()) or type(error).__name__
@@ -420,7 +420,7 @@ def _decode(sample: Sample, size: int) -> tuple[bytes, tuple[int, int]] | str:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged notes about a picture do not make the picture damaged
+    except Exception:  # damaged metadata does not damage the picture
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -428,8 +428,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Three 8-bit channels of an image of any mode.
 
-    Alpha is dropped, as torchvision's loaders do. Pillow would clip deep grey at 255, so it is scaled here: 16 bits by
-    their high byte, whole numbers (`I`) as 16 bits, floats as 0 to 1. Numbers beyond that have no agreed meaning as grey.
+    Alpha is dropped, as in torchvision's loaders. Pillow clips deep grey at 255, so it is scaled here: 16-bit values to
+    their high byte, mode `I` as 16 bits, floats from 0 to 1. Values beyond these ranges have no agreed meaning as grey.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
@@ -438,6 +438,6 @@ def _as_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"grey values from {values.min():g} to {values.max():g} in mode {image.mode}, not 0 to {limit}")
         grey = np.rint(values * 255) if image.mode == "F" else values.astype(np.uint32) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
-    elif image.mode == "La":  # Pillow knows no direct way
+    elif image.mode == "La":  # Pillow has no direct conversion
         image = image.convert("LA")
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), in the binary form that is fetched, or the Python form that others have fetched."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), in the binary form, which kdcache fetches, or in the Python form."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch
 from kdcache.system.progress import Progress
 
 __all__ = ["CIFAR10", "CIFAR100"]
@@ -23,13 +23,13 @@ SITE = "https://www.cs.toronto.edu/~kriz"
 
 @dataclass(frozen=True)
 class _Form:
-    """One of the two forms: its folder, its files of each split, the file of class names, and where labels are."""
+    """One of the two forms: folder, files of each split, file of class names, and place of the labels."""
 
     folder: str
     train: tuple[str, ...]
     test: tuple[str, ...]
     names: str
-    label_bytes: int  # before each image of the binary form, the last of which counts; 0: the Python form
+    label_bytes: int  # label bytes before each image of the binary form, the last one counts; 0: the Python form
     label_key: str = ""
     names_key: str = ""
 
@@ -68,7 +68,7 @@ class _Cifar(Rooted):
             read = [_binary(file, form.label_bytes) if form.label_bytes else _python(file, form.label_key) for file in files]
             for file, (_, labels) in zip(files, read, strict=True):
                 if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
-                    raise damaged(file, f"it has labels from {labels.min()} to {labels.max()}, of {len(names)} classes")
+                    raise damaged_file(file, f"it has labels from {labels.min()} to {labels.max()}, of {len(names)} classes")
             pairs = ((image, label) for images, labels in read for image, label in zip(images, labels.tolist(), strict=True))
             return [
                 Sample(f"{split}/{i:05d}", label, lambda image=image: _picture(image))  # type: ignore[misc]
@@ -140,46 +140,46 @@ class CIFAR100(_Cifar):
     )
 
 
-Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, 3072], labels [N]
+_LabelledImages = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, 3072], labels [N]
 
 
-def _binary(file: Path, label_bytes: int) -> Batch:
+def _binary(file: Path, label_bytes: int) -> _LabelledImages:
     width = label_bytes + PIXELS
     if file.stat().st_size % width:
-        raise damaged(file, f"its {file.stat().st_size} bytes are not records of {width}")
+        raise damaged_file(file, f"its {file.stat().st_size} bytes are not records of {width}")
     records = np.memmap(file, np.uint8, "r").reshape(-1, width)
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
 
-def _python(file: Path, label_key: str) -> Batch:
+def _python(file: Path, label_key: str) -> _LabelledImages:
     content = _unpickled(file)
     try:
         images, labels = np.asarray(content["data"]), np.array(content[label_key], np.int64)
         if images.dtype != np.uint8 or images.shape != (len(labels), PIXELS):
             raise ValueError(f"its data are {images.dtype} {list(images.shape)} for {len(labels)} labels")
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
     return images, labels
 
 
 def _names(file: Path, key: str) -> list[str]:
     if not key:
         return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    found = _unpickled(file).get(key)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise damaged(file, f"it has no list {key!r} of names")
-    return found
+    names = _unpickled(file).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged_file(file, f"it has no list {key!r} of names")
+    return names
 
 
 class _Plain(pickle.Unpickler):
-    """Builds arrays, and nothing else: files of this form are pickles, and may come from anywhere."""
+    """An unpickler that builds only arrays and plain data, since pickles from strangers can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
             return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         if module == "numpy" and name in {"ndarray", "dtype"}:
             return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 2's pickles have them
+        if (module, name) == ("_codecs", "encode"):  # bytes in pickles of Python 2
             return lambda text, coding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it wants to make a {module}.{name}, which is neither an array nor text")
 
@@ -189,8 +189,8 @@ def _unpickled(file: Path) -> dict[str, Any]:
         content = _Plain(io.BytesIO(file.read_bytes()), encoding="latin1").load()
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
-    except Exception as error:  # damaged pickles fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+    except Exception as error:  # damaged pickles raise any error
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 

@@ -1,4 +1,4 @@
-"""Digits that come with scikit-learn: for first steps and for tests, since nothing has to be fetched."""
+"""scikit-learn's digits, for first steps and tests: they need no download."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

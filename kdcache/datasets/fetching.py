@@ -1,4 +1,4 @@
-"""Files of datasets, as their owners serve them: fetched once, checked, unpacked; and what to do where that is not possible."""
+"""Download of datasets from their owners: fetched once, checked and unpacked; with advice where that is not possible."""
 
 import hashlib
 import shlex
@@ -17,14 +17,14 @@ from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryErr
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 
-__all__ = ["Download", "Listed", "Rooted", "damaged", "find_or_fetch", "first_with", "pictures"]
+__all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file at `url` of `megabytes`, of which its publishers state an `md5`; archives are unpacked."""
+    """A file to download: `url`, size in `megabytes`, and the `md5` that its publishers state. Archives are unpacked."""
 
     url: str
     md5: str
@@ -37,12 +37,12 @@ class Download:
 
 @dataclass(frozen=True)
 class Rooted:
-    """A source whose files are in `root`, or else where they are fetched to."""
+    """A source whose files are in `root`, or in the folder that they are fetched to."""
 
     root: str = ""
 
     def __post_init__(self) -> None:
-        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
         object.__setattr__(self, "root", str(Path(self.root).resolve()) if self.root else "")
 
 
@@ -57,14 +57,14 @@ def find_or_fetch(
     progress: Progress | None,
     fetch: bool,
 ) -> Path:
-    """The folder with the files of dataset `name`, which `find` recognises in a folder: in `root`, or else in `data/name`.
+    """The files of dataset `name`, as `find` recognises them in `root`, or else in `data/name`.
 
-    What is missing there is fetched and unpacked, unless it has to be got by hand (no `downloads`), lies in a folder of the
-    user's own (`root`), or is not to be fetched. Then NotFoundError says where to put which `layout`, or `elsewhere` to look.
+    Missing files are fetched and unpacked. Raises NotFoundError instead if there are no `downloads`, if the user gave a
+    `root`, or if `fetch` is False. The error says where to put which `layout`, or names `elsewhere` as another source.
     """
     place = Path(root) if root else data / name
-    if found := find(place):
-        return found
+    if listing := find(place):
+        return listing
     by_hand = f"put {layout} into {place}"
     if root or not downloads:
         raise NotFoundError(
@@ -88,27 +88,27 @@ def find_or_fetch(
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
-        _require_room(place, 3 * size)  # beside the packed files the unpacked ones, twice for a moment
+        _require_room(place, 3 * size)  # packed files, and unpacked ones, twice for a moment
         for file in downloads:
             try:
                 packed = _fetch(file, place, progress)
             except RetryError as error:
-                addresses = ", ".join(each.url for each in downloads)
+                addresses = ", ".join(download.url for download in downloads)
                 fix = f"repeat the command later; or download {addresses} by hand into {place}; or use {elsewhere}"
                 raise RetryError(f"dataset {name} cannot be fetched: {error.what}", why=error.why, fix=fix) from None
             _unpack(packed, place)
-        found = find(place)
-    if found is None:
+        listing = find(place)
+    if listing is None:
         raise IntegrityError(
             f"what was fetched for dataset {name} is not {layout}",
             why=f"the files in {place} are laid out in another way than when this was written",
             fix=f"look into {place}; or use {elsewhere}",
         )
-    return found
+    return listing
 
 
 def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], Path | None]:
-    """Finds the first of the folders `below` a place that has all the `needed` files and folders."""
+    """A finder: it returns the first folder `below` a place that has all the `needed` files and folders."""
 
     def find(place: Path) -> Path | None:
         return next((place / sub for sub in below if all((place / sub / name).exists() for name in needed)), None)
@@ -117,7 +117,7 @@ def first_with(*needed: str, below: Sequence[str] = ("",)) -> Callable[[Path], P
 
 
 def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
-    """Samples of image files with their labels; keys are paths below `base`."""
+    """Samples from (image file, label) rows. Keys are paths below `base`."""
     return [
         Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
         for file, label in rows
@@ -135,7 +135,7 @@ def _require_room(place: Path, megabytes: int) -> None:
 
 
 def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
-    """The file, checked; what arrived before a break stays in `NAME.part`, and the next call goes on behind it."""
+    """Download a file and check it. An interrupted download stays in `NAME.part`, and the next call continues it."""
     from kdcache.system.remote import open_remote
 
     file, part = folder / download.name, folder / f"{download.name}.part"
@@ -149,10 +149,10 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
                 progress.update(f"fetch {download.name}", min(out.tell(), total), total, f"{out.tell() / 1e6:.0f} MB")
         part.replace(file)
     with file.open("rb") as stored:
-        found = hashlib.file_digest(stored, "md5").hexdigest()
-    if found != download.md5:
+        md5 = hashlib.file_digest(stored, "md5").hexdigest()
+    if md5 != download.md5:
         raise IntegrityError(
-            f"{file} has the md5 {found}",
+            f"{file} has the md5 {md5}",
             why=f"{download.md5} was expected: it is damaged, or not the file that was published",
             fix=f"delete it, and repeat the command: rm {shlex.quote(str(file))}",
         )
@@ -160,7 +160,7 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
 
 
 def _unpack(file: Path, place: Path) -> None:
-    """Unpack a tar or zip archive beside it; it is deleted then. Another file stays as it is."""
+    """Unpack a tar or zip archive beside it, then delete it. Other files stay unchanged."""
     aside = place / f".{file.name}.unpacking"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -169,12 +169,12 @@ def _unpack(file: Path, place: Path) -> None:
                 packed.extractall(aside)
         elif tarfile.is_tarfile(file):
             with tarfile.open(file) as tar:
-                tar.extractall(aside, filter="data")  # nothing outside, no links to outside, no devices
+                tar.extractall(aside, filter="data")  # refuses paths and links to outside, and devices
         else:
             return
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
     for entry in aside.iterdir():
         shutil.rmtree(place / entry.name, ignore_errors=True)
         entry.replace(place / entry.name)
@@ -182,8 +182,8 @@ def _unpack(file: Path, place: Path) -> None:
     file.unlink()
 
 
-def damaged(file: Path, why: str) -> KdcacheError:
-    """The error of a file that cannot be read as what it should be."""
+def damaged_file(file: Path, why: str) -> KdcacheError:
+    """The error for a dataset's file with wrong contents."""
     return IntegrityError(
         f"{file} is damaged",
         why=" ".join(why.split())[:300] or "it ends too early",
@@ -192,7 +192,7 @@ def damaged(file: Path, why: str) -> KdcacheError:
 
 
 class Listed(Images):
-    """Images with given `names` of classes; `list_samples` lists those of a split, and `files` are what they are read from."""
+    """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from."""
 
     def __init__(
         self, base: Path, names: Sequence[str], list_samples: Callable[[Split], Sequence[Sample]], files: Iterable[Path]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.datasets import Counts, Images, Recipe, Split, dataset
-from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch, first_with, pictures
 from kdcache.system.progress import Progress
 
 __all__ = ["Cars", "Flowers", "Pets"]
@@ -49,22 +49,22 @@ class Pets(Rooted):
         )
         listings: dict[Split, Path] = {"train": base / "annotations/trainval.txt", "test": base / "annotations/test.txt"}
         rows = {split: _pet_rows(file) for split, file in listings.items()}
-        # The breed is in the image's name: Abyssinian_100.
+        # The image's name contains the breed: Abyssinian_100.
         breeds = {number: name.rpartition("_")[0] for part in rows.values() for name, number in part}
         if sorted(breeds) != list(range(1, len(breeds) + 1)):
-            raise damaged(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
+            raise damaged_file(listings["train"], f"its {len(breeds)} classes are not numbered from 1 on")
         paths = {split: [(base / f"images/{name}.jpg", number - 1) for name, number in part] for split, part in rows.items()}
         files = [*listings.values(), *(file for part in paths.values() for file, _ in part)]
         return Listed(base, [breeds[i] for i in sorted(breeds)], lambda split: pictures(paths[split], base), files)
 
 
 def _pet_rows(file: Path) -> list[tuple[str, int]]:
-    """Image names and class numbers, of lines `Abyssinian_100 1 1 1`."""
+    """(image name, class number) of lines such as `Abyssinian_100 1 1 1`."""
     try:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip() and line[0] != "#"]
         return [(line[0], int(line[1])) for line in lines]
     except (ValueError, IndexError) as error:
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
 
 
 @dataset.register("flowers")
@@ -99,12 +99,12 @@ class Flowers(Rooted):
             "test": np.sort(_matlab(sets, "tstid")[0]).astype(np.int64),
         }
         if any(part.size and not 1 <= part.min() <= part.max() <= len(labels) for part in chosen.values()):
-            raise damaged(sets, f"it names images beyond the {len(labels)} that have labels")
+            raise damaged_file(sets, f"it names images beyond the {len(labels)} that have labels")
         paths = {
             split: [(base / f"jpg/image_{number:05d}.jpg", int(labels[number - 1])) for number in part.tolist()]
             for split, part in chosen.items()
         }
-        # Published are numbers; 001 is the pink primrose.
+        # The dataset has only class numbers; 001 is the pink primrose.
         names = [f"{number:03d}" for number in range(1, int(labels.max()) + 2)]
         files = [base / "imagelabels.mat", sets, *(file for part in paths.values() for file, _ in part)]
         return Listed(base, names, lambda split: pictures(paths[split], base), files)
@@ -146,12 +146,12 @@ class Cars(Rooted):
 def _car_rows(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
     rows = _matlab(file, "annotations").reshape(-1)
     try:
-        found = [(folder / str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
+        labelled = [(folder / str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
     except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise damaged(file, f"its annotations have no file names and classes: {error}") from None
-    if any(not 0 <= label < classes for _, label in found):
-        raise damaged(file, f"it has labels beyond the {classes} classes")
-    return found
+        raise damaged_file(file, f"its annotations have no file names and classes: {error}") from None
+    if any(not 0 <= label < classes for _, label in labelled):
+        raise damaged_file(file, f"it has labels beyond the {classes} classes")
+    return labelled
 
 
 def _matlab(file: Path, name: str) -> Any:
@@ -161,4 +161,4 @@ def _matlab(file: Path, name: str) -> Any:
     try:
         return loadmat(file)[name]
     except Exception as error:  # damaged files fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None

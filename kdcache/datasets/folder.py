@@ -15,8 +15,8 @@ from kdcache.system.progress import Progress
 
 __all__ = ["IMAGE_SUFFIXES", "Folder"]
 
-# What counts as an image in a folder. A list of our own: Pillow's holds films, documents and data formats that it cannot
-# decode (.mpg, .eps, .h5), and it differs between versions, by which a dataset must not change.
+# Suffixes of image files. Pillow's own list contains formats that it cannot decode (.mpg, .eps, .h5), and it differs
+# between versions, while a dataset must not change with the version.
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pfm", ".pgm",
@@ -54,7 +54,7 @@ class Folder:
                 why="it is the share of each class that is kept for testing",
                 fix="use for example split_fraction=0.2",
             )
-        # One folder has one name, from wherever it is spoken of: records and canvases that carry it are found again.
+        # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
         object.__setattr__(self, "root", str(Path(self.root).resolve()))
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> "Folder":
@@ -103,10 +103,10 @@ class Folder:
 
     def samples(self, split: Split) -> Sequence[Sample]:
         base, classes = self._base(split), {name: i for i, name in enumerate(self.class_names())}
-        found = []
+        samples = []
         for path in _image_files(base):
             key = path.relative_to(base).as_posix()
-            if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: what Python makes of bytes that are not UTF-8
+            if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: Python's stand-in for bytes that are not UTF-8
                 raise UsageError(
                     f"image {key!a} has an unprintable name",
                     why="names are the samples' keys, and those are UTF-8 text",
@@ -121,21 +121,21 @@ class Folder:
                 )
             if self.split_fraction is not None and (_unit_hash(key) < self.split_fraction) != (split == "test"):
                 continue
-            found.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
-        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in found})
-        if found and empty and split == "train":
+            samples.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
+        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in samples})
+        if samples and empty and split == "train":
             raise UsageError(
                 f"class folder {base / empty[0]} holds no training images ({len(empty)} such class(es))",
                 why="a teacher cannot learn a class without samples",
                 fix="add images to it, or remove the folder",
             )
-        if not found:
+        if not samples:
             raise NotFoundError(
                 f"{base} holds no images for the {split} split",
                 why=f"files below class folders are looked for that end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 fix="check the path and the layout CLASS/FILE",
             )
-        return found
+        return samples
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -148,20 +148,20 @@ class Folder:
 
 
 def _image_files(base: Path) -> list[Path]:
-    """Image files below the class folders of `base`, in the order of their names; links are followed, but not in circles."""
-    found = []
+    """Image files below the class folders of `base`, sorted by name. Links are followed, but not in circles."""
+    image_files = []
 
     def unreadable(error: OSError) -> None:
-        raise error  # os.walk would leave the folder's images out without a word
+        raise error  # os.walk would silently skip the folder
 
     for folder, folders, files in os.walk(base, followlinks=True, onerror=unreadable):
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         if Path(folder) != base:
-            found += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(base).as_posix())
+            image_files += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+    return sorted(image_files, key=lambda path: path.relative_to(base).as_posix())
 
 
 def _unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on the name only, so that adding files moves no other file to the other split."""
+    """A number in [0, 1) that depends only on the name, so that new files do not move others to another split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,11 +1,11 @@
-"""ImageNet-1K (ILSVRC 2012), prepared in folders or in the tar files as they are handed out, and Tiny ImageNet."""
+"""ImageNet-1K (ILSVRC 2012), in folders or in its original tar files, and Tiny ImageNet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetching import Download, Listed, Rooted, damaged, find_or_fetch, first_with, pictures
+from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch, first_with, pictures
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import NotFoundError
@@ -66,23 +66,23 @@ def _in_tars(base: Path) -> Images:
         wnids = sorted(wnid_of.values())
         order = [wnids.index(wnid_of[int(line)]) for line in truth.read_text().split()]
     except Exception as error:  # damaged files fail in every way
-        raise damaged(meta, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(meta, f"{type(error).__name__}: {error}") from None
     number = {wnid: i for i, wnid in enumerate(wnids)}
 
     def list_samples(split: Split) -> Sequence[Sample]:
         if split == "test":
             pictures = sorted(members(base / VAL_TAR), key=lambda member: member.name)
             if len(pictures) != len(order):
-                raise damaged(truth, f"it has {len(order)} labels, {VAL_TAR} has {len(pictures)} images")
+                raise damaged_file(truth, f"it has {len(order)} labels, {VAL_TAR} has {len(pictures)} images")
             return [Sample(m.name, label, in_tar(m)) for m, label in zip(pictures, order, strict=True)]
-        found = []
+        samples = []
         for inner in sorted(members(base / TRAIN_TAR), key=lambda member: member.name):  # one tar a class: n01440764.tar
             wnid = inner.name.removesuffix(".tar")
             if wnid not in number:
-                raise damaged(base / TRAIN_TAR, f"{inner.name} is not one of the {len(wnids)} classes")
+                raise damaged_file(base / TRAIN_TAR, f"{inner.name} is not one of the {len(wnids)} classes")
             pictures = sorted(members(inner.file, inner.offset), key=lambda member: member.name)
-            found += [Sample(f"{wnid}/{m.name}", number[wnid], in_tar(m)) for m in pictures]
-        return found
+            samples += [Sample(f"{wnid}/{m.name}", number[wnid], in_tar(m)) for m in pictures]
+        return samples
 
     return Listed(base, wnids, list_samples, [base / TRAIN_TAR, base / VAL_TAR, meta, truth])
 
@@ -115,7 +115,7 @@ class TinyImageNet(Rooted):
             rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
             val = [(base / "val/images" / name, number[wnid]) for name, wnid in rows]
         except (ValueError, KeyError) as error:
-            raise damaged(annotations, f"{type(error).__name__}: {error}") from None
+            raise damaged_file(annotations, f"{type(error).__name__}: {error}") from None
         train = [(file, number[wnid]) for wnid in wnids for file in sorted((base / "train" / wnid / "images").glob("*.JPEG"))]
         rows_of: dict[Split, list[tuple[Path, int]]] = {"train": train, "test": sorted(val)}
         files = [base / "wnids.txt", annotations, *(file for file, _ in (*train, *val))]

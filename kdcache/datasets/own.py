@@ -1,4 +1,4 @@
-"""One's own images in other forms than folders: NumPy arrays, tar shards, datasets of the Hugging Face Hub."""
+"""The user's own images in other forms than folders: NumPy arrays, tar shards, datasets of the Hugging Face Hub."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcache.datasets import Images, Recipe, Sample, Split, dataset
-from kdcache.datasets.fetching import Listed, Rooted, damaged
+from kdcache.datasets.fetching import Listed, Rooted, damaged_file
 from kdcache.datasets.folder import IMAGE_SUFFIXES
 from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
@@ -50,13 +50,13 @@ class Arrays(Rooted):
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
         root = Path(self.root)
-        wanted = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
+        wanted = [f"{split}_{content}" for split in SPLITS for content in ("images", "labels")]
         files = [root] if root.is_file() else [root / f"{name}.npy" for name in wanted]
         if missing := [file for file in files if not file.is_file()]:
             raise _not_there("arrays", self.root, missing[0].name)
         base = root.parent if root.is_file() else root
-        found = {name: _array(root, name) for name in wanted}
-        labels = {split: found[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
+        arrays = {name: _array(root, name) for name in wanted}
+        labels = {split: arrays[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
         listing = base / "class_names.txt"
         if listing.is_file():
             names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
@@ -64,10 +64,10 @@ class Arrays(Rooted):
         else:
             names = [str(i) for i in range(int(max(part.max(initial=0) for part in labels.values())) + 1)]
         for split in SPLITS:
-            _check_arrays(root, split, found[f"{split}_images"], labels[split], len(names))
+            _check_arrays(root, split, arrays[f"{split}_images"], labels[split], len(names))
 
         def list_samples(split: Split) -> Sequence[Sample]:
-            images = found[f"{split}_images"]
+            images = arrays[f"{split}_images"]
             return [
                 Sample(f"{split}/{i:07d}", int(label), lambda i=i: _picture(images[i]))  # type: ignore[misc]
                 for i, label in enumerate(labels[split])
@@ -84,7 +84,7 @@ def _array(root: Path, name: str) -> NDArray:
                 return np.asarray(arrays[name])
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # damaged files fail in every way
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
 
 
 def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray[np.int64], classes: int) -> None:
@@ -156,10 +156,10 @@ def _in_shard(shard: Path, classes: int) -> list[Sample]:
         elif suffix == "cls":
             text = member.read().decode("ascii", "replace").strip()
             if not text.isdigit() or int(text) >= classes:
-                raise damaged(shard, f"{member.name} holds {text[:40]!r}, not the number of one of {classes} classes")
+                raise damaged_file(shard, f"{member.name} holds {text[:40]!r}, not the number of one of {classes} classes")
             labels[key] = int(text)
     if unlabelled := sorted(images.keys() ^ labels.keys()):
-        raise damaged(shard, f"{unlabelled[0]} has an image without a label, or a label without an image")
+        raise damaged_file(shard, f"{unlabelled[0]} has an image without a label, or a label without an image")
     return [Sample(f"{shard.stem}/{key}", labels[key], load) for key, load in images.items()]
 
 
@@ -200,10 +200,10 @@ class Hub:
                 f"dataset hf:{self.repo} needs the package datasets", why="it is not installed", fix="pip install 'kdcache[hf]'"
             ) from None
         cache = data / "hf"
-        how = datasets.DownloadConfig(local_files_only=not fetch, cache_dir=cache / "downloads")
+        download_config = datasets.DownloadConfig(local_files_only=not fetch, cache_dir=cache / "downloads")
         try:
             whole = datasets.load_dataset(
-                self.repo, self.config, revision=self.revision, cache_dir=str(cache), download_config=how
+                self.repo, self.config, revision=self.revision, cache_dir=str(cache), download_config=download_config
             )
         except (ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
             raise NotFoundError(
@@ -211,16 +211,16 @@ class Hub:
                 why=" ".join(str(error).split())[:300],
                 fix="correct its name, config or revision; log in with `hf auth login` if it is gated",
             ) from None
-        except Exception as error:  # of whichever library it fetches with
+        except Exception as error:  # `datasets` raises errors of several download libraries
             raise RetryError(
                 f"dataset hf:{self.repo} cannot be fetched",
                 why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
                 fix="repeat the command when the Hub can be reached: what was fetched is kept",
             ) from None
-        return _Table(self, whole)
+        return _HubImages(self, whole)
 
 
-class _Table(Images):
+class _HubImages(Images):
     """A `DatasetDict` with a column of images and one of labels."""
 
     def __init__(self, source: Hub, whole: Mapping[str, Any]) -> None:
@@ -240,7 +240,7 @@ class _Table(Images):
         self._image = _column(source, "image", source.image, [n for n, kind in features.items() if isinstance(kind, Pictures)])
         labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
         self._label = _column(source, "label", source.label, labels or [name for name in features if name == "label"])
-        # As stored, not decoded: the canvas decodes, and only once.
+        # Images stay encoded here; the canvas decodes each once.
         self._parts = {split: whole[name].cast_column(self._image, Pictures(decode=False)) for split, name in chosen.items()}
         kind = features[self._label]
         values = [value for part in self._parts.values() for value in part[self._label]]
@@ -253,7 +253,7 @@ class _Table(Images):
 
     def samples(self, split: Split) -> Sequence[Sample]:
         part = self._parts[split]
-        found = []
+        samples = []
         for i, value in enumerate(part[self._label]):
             label = int(value) if self._numbered else self._number[str(value)]
             if not 0 <= label < len(self._names):
@@ -262,23 +262,23 @@ class _Table(Images):
                     why=f"there are {len(self._names)} classes (-1 stands for a label that is kept back)",
                     fix="choose another split with test=NAME",
                 )
-            found.append(Sample(f"{split}/{i:07d}", label, lambda i=i: _stored(part[i][self._image])))  # type: ignore[misc]
-        return found
+            samples.append(Sample(f"{split}/{i:07d}", label, lambda i=i: _stored(part[i][self._image])))  # type: ignore[misc]
+        return samples
 
     def fingerprint(self) -> str:
         return " ".join(part._fingerprint for part in self._parts.values())
 
 
-def _column(source: Hub, what: str, said: str | None, fitting: Sequence[str]) -> str:
-    if said in fitting:
-        return str(said)
-    if said is None and (what in fitting or len(fitting) == 1):
-        return what if what in fitting else fitting[0]
+def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) -> str:
+    if chosen in fitting:
+        return str(chosen)
+    if chosen is None and (role in fitting or len(fitting) == 1):
+        return role if role in fitting else fitting[0]
     raise UsageError(
-        f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {what}"
-        + (f", and {said!r} is not one" if said else ""),
+        f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {role}"
+        + (f", and {chosen!r} is not one" if chosen else ""),
         why=f"these may: {', '.join(fitting) or 'none'}",
-        fix=f"name it: hf:{source.repo},{what}=" + (fitting[0] if fitting else "COLUMN"),
+        fix=f"name it: hf:{source.repo},{role}=" + (fitting[0] if fitting else "COLUMN"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Images inside tar files, read in place: where each member's bytes are is found once, and nothing is unpacked."""
+"""Images inside tar files, read in place. An index of the members' offsets is made once, and nothing is unpacked."""
 
 import io
 import tarfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets.fetching import damaged
+from kdcache.datasets.fetching import damaged_file
 
 __all__ = ["Member", "in_tar", "members"]
 
@@ -29,19 +29,19 @@ class Member:
 
 
 def members(file: Path, offset: int = 0) -> Iterator[Member]:
-    """Regular files in an uncompressed tar file, or in the one inside `file` that begins at byte `offset`."""
+    """Regular files in an uncompressed tar file, or in an inner tar file that begins at byte `offset` of `file`."""
     try:
         with file.open("rb") as whole:
-            whole.seek(offset)  # tarfile begins where it finds the file, and counts from its start
+            whole.seek(offset)  # tarfile starts at the present position; its offsets count from the file's start
             with tarfile.open(fileobj=whole, mode="r:") as tar:
                 for member in tar:
                     if member.isreg():
                         yield Member(member.name, file, member.offset_data, member.size)
-                    tar.members = []  # type: ignore[attr-defined]  # it keeps all of them otherwise, which may be millions
+                    tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members, possibly millions
     except (tarfile.TarError, EOFError) as error:
-        raise damaged(file, f"{type(error).__name__}: {error}") from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
 
 
 def in_tar(member: Member) -> Callable[[], Image.Image]:
-    """Opens an image inside a tar file."""
+    """A function that opens the image inside a tar file."""
     return lambda: Image.open(io.BytesIO(member.read()))

@@ -1,1 +1,1 @@
-"""The boundary to timm: names of models, their creation and weights, and the CIFAR networks of the papers."""
+"""The boundary to timm: model names, creation and weights, and the CIFAR networks of the papers."""

@@ -1,11 +1,11 @@
 """The CIFAR models of the distillation papers, in timm's registry under names that begin with `cifar_`.
 
-They are the teachers and students of CRD (contrastive representation distillation, ICLR 2020, arXiv 1910.10699), on whose pairs
-most later methods are compared: networks of the papers named below, adapted to 32 x 32 pixels as in CRD's code (RepDistiller;
-mdistiller has the same). Importing this module registers them, after which timm makes them by name as it makes its own.
+They are the teachers and students of CRD (contrastive representation distillation, ICLR 2020, arXiv 1910.10699). Most later
+methods are compared on CRD's pairs. The networks come from the papers named below, adapted to 32 x 32 pixels as in CRD's code
+(RepDistiller; mdistiller has the same). Importing this module registers them, and timm then creates them by name.
 
-Every one of them takes images `[B, 3, S, S]` through `stem`, `stages` and `tail` to maps `[B, F, s, s]`, whose mean over the
-pixels is classified by one linear layer, so that S may be another than 32; the shapes below are those of S = 32.
+All of them map images `[B, 3, S, S]` through `stem`, `stages` and `tail` to maps `[B, F, s, s]`. One linear layer classifies
+the mean over the pixels, so S may differ from 32. The shapes below are for S = 32.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 __all__ = ["TOP1", "VGG", "ZOO", "CifarNet", "MobileNetV2", "ResNet", "ShuffleNetV1", "ShuffleNetV2", "WideResNet"]
 
-# Test accuracy on CIFAR-100 in % without a teacher: CRD, tables 1 and 2.
+# Published test accuracy on CIFAR-100 in %, without a teacher (CRD, tables 1 and 2).
 TOP1: dict[str, float] = {
     "cifar_resnet20": 69.06,
     "cifar_resnet32": 71.14,
@@ -43,14 +43,14 @@ TOP1: dict[str, float] = {
 
 
 class CifarNet(nn.Module):
-    """`stem`, `stages` and `tail`, the mean over all pixels, and the classifier `fc`; with what timm asks of its models."""
+    """A network of `stem`, `stages`, `tail`, mean over all pixels and classifier `fc`, with timm's interface."""
 
-    # Start values as in CRD's code. Convolutions are Kaiming normal by fan-out, or as PyTorch makes them; the classifier is as
-    # PyTorch makes it, or normal of this standard deviation and without bias.
+    # Initialisation as in CRD's code. Convolutions: Kaiming normal by fan-out, or PyTorch's default. Classifier: PyTorch's
+    # default, or normal with this standard deviation and zero bias.
     kaiming: ClassVar[bool] = True
     classifier_std: ClassVar[float | None] = None
 
-    # How names in the checkpoints of CRD and mdistiller begin, and how ours do; of the families that they publish teachers of.
+    # Prefixes of tensor names in the checkpoints of CRD and mdistiller -> ours, for the families with published teachers.
     published: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -71,7 +71,7 @@ class CifarNet(nn.Module):
         self.apply(self.draw)
 
     def draw(self, layer: nn.Module) -> None:
-        """Give a layer its start values."""
+        """Initialise a layer."""
         if isinstance(layer, nn.Conv2d) and self.kaiming:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
@@ -94,20 +94,20 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier at start values; none, but the features themselves, for 0 classes."""
+        """Replace the classifier by a new one; with 0 classes the model returns the features."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool {global_pool!r}: these models average over the pixels")
         self.num_classes, self.fc = num_classes, classifier(self.num_features, num_classes)
         self.draw(self.fc)
 
     def rename_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a checkpoint of CRD or mdistiller under our names; one under our names as it is."""
+        """A checkpoint's state with tensor names of CRD or mdistiller changed to ours. Our own names stay."""
         renamed = {}
         for name, value in state.items():
             theirs, ours = next((pair for pair in self.published.items() if name.startswith(pair[0])), ("", ""))
             name = ours + name.removeprefix(theirs)
             renamed[name.replace(".downsample.", ".shortcut.").replace(".convShortcut.", ".shortcut.")] = value
-        # PyTorch 0.4.0, which CRD's code was tested with, did not count the batches that batch norm sees.
+        # PyTorch 0.4.0, which CRD used, did not store batch norm's count of batches.
         if not any(name.endswith("num_batches_tracked") for name in renamed):
             renamed |= {name: value for name, value in self.state_dict().items() if name.endswith("num_batches_tracked")}
         return renamed
@@ -130,18 +130,18 @@ def conv_norm_relu(width_in: int, width: int, kernel: int, stride: int = 1) -> n
 
 
 def stages_of(
-    block: Callable[[int, int, int], nn.Module], width_in: int, plan: Iterable[tuple[int, int, int]]
+    block: Callable[[int, int, int], nn.Module], width_in: int, layers: Iterable[tuple[int, int, int]]
 ) -> list[nn.Sequential]:
-    """A stage of `block(width_in, width, stride)`s for each (width, blocks, stride) of `plan`; the first has the stride."""
+    """One stage of `block(width_in, width, stride)` per (width, blocks, stride). The first block has the stride."""
     stages = []
-    for width, blocks, stride in plan:
+    for width, blocks, stride in layers:
         stages.append(nn.Sequential(block(width_in, width, stride), *(block(width, width, 1) for _ in range(blocks - 1))))
         width_in = width
     return stages
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:
-    """Channels `[B, groups * n, H, W]` in turn from each group (ShuffleNet, section 3.1)."""
+    """Channels `[B, groups * n, H, W]` interleaved from the groups (ShuffleNet, section 3.1)."""
     rows, channels, *pixels = x.shape
     return x.reshape(rows, groups, channels // groups, *pixels).transpose(1, 2).reshape(x.shape)
 
@@ -150,9 +150,10 @@ def shuffled(x: Tensor, groups: int) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; the sum with the shortcut is rectified (He et al. 2016, figure 2).
+    """Two 3 x 3 convolutions plus the shortcut, then ReLU (He et al. 2016, figure 2).
 
-    Where shapes change, the shortcut is a 1 x 1 convolution and batch norm: their option B, also for CIFAR, where they pad.
+    Where shapes change, the shortcut is a 1 x 1 convolution with batch norm. This is the paper's option B; the paper itself
+    pads on CIFAR.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -167,7 +168,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 (which has the stride) and 1 x 1 convolutions, the inner ones a quarter as wide (He et al. 2016, figure 5)."""
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions; the inner width is a quarter (He et al. 2016, figure 5)."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ def projection(width_in: int, width: int, stride: int) -> nn.Module:
 
 
 class ResNet(CifarNet):
-    """He et al. 2016 (arXiv 1512.03385). Maps are halved from the second stage on.
+    """ResNet (He et al. 2016, arXiv 1512.03385). Stages from the second on halve the maps.
 
     Section 4.2 for CIFAR: a 3 x 3 stem and three stages of n `BasicBlock`s, 6n + 2 layers; 64 (x4: 256) maps of 8 x 8. CRD's
     x4 networks have stages four times as wide behind a stem twice as wide. ResNet50 is table 1's with a 3 x 3 stem of stride 1
@@ -220,9 +221,9 @@ class ResNet(CifarNet):
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3 x 3 convolutions; the sum stays as it is (wide ResNets, figure 1a).
+    """Batch norm and ReLU before each of two 3 x 3 convolutions; no ReLU after the sum (wide ResNets, figure 1a).
 
-    Where widths change, a 1 x 1 convolution of the rectified input is the shortcut.
+    Where widths change, the shortcut is a 1 x 1 convolution of the input after batch norm and ReLU.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -238,7 +239,10 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(CifarNet):
-    """Zagoruyko & Komodakis 2016 (arXiv 1605.07146), table 1: WRN-d-k with d = 6n + 4 and no dropout; 64k maps of 8 x 8."""
+    """Wide ResNet WRN-d-k (Zagoruyko & Komodakis 2016, arXiv 1605.07146, table 1).
+
+    The depth is d = 6n + 4. There is no dropout. The last stage gives 64k maps of 8 x 8.
+    """
 
     published: ClassVar[dict[str, str]] = {
         "conv1.": "stem.0.",
@@ -261,17 +265,17 @@ class WideResNet(CifarNet):
 
 
 class PoolFrom8(nn.MaxPool2d):
-    """Max pooling of maps of 8 x 8 and more; smaller ones stay as they are."""
+    """Max pooling of maps of at least 8 x 8. Smaller ones stay unchanged."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if input.shape[-1] >= 8 else input
 
 
 class VGG(CifarNet):
-    """Simonyan & Zisserman 2015 (arXiv 1409.1556), table 1, with batch norm and one linear layer; 512 maps of 4 x 4.
+    """VGG (Simonyan & Zisserman 2015, arXiv 1409.1556, table 1) with batch norm and one linear layer; 512 maps of 4 x 4.
 
-    `counts` is the number of 3 x 3 convolutions of each of the five stages, the first of which is the stem. Three poolings for
-    32 px, and a fourth from 64 px on. Names still count the paper's three linear layers; vgg8 is CRD's.
+    `counts` holds the number of 3 x 3 convolutions of each of the five stages; the first stage is the stem. There are three
+    poolings for 32 px, and a fourth from 64 px on. Names still count the paper's three linear layers. vgg8 is from CRD.
     """
 
     widths: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 512)
@@ -300,7 +304,7 @@ class VGG(CifarNet):
 
 
 class InvertedResidual(nn.Module):
-    """1 x 1 to `expansion` times the width, 3 x 3 depthwise and a linear 1 x 1 convolution (MobileNetV2, section 3.3)."""
+    """1 x 1 (to `expansion` times the width), 3 x 3 depthwise and linear 1 x 1 convolutions (MobileNetV2, section 3.3)."""
 
     def __init__(self, width_in: int, width: int, stride: int, *, expansion: int) -> None:
         super().__init__()
@@ -318,33 +322,34 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(CifarNet):
-    """Sandler et al. 2018 (arXiv 1801.04381), table 2 at width 0.5, with ReLU for ReLU6; 1280 maps of 2 x 2.
+    """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381, table 2) at width 0.5, with ReLU for ReLU6; 1280 maps of 2 x 2.
 
-    The stem has stride 2 and the second stage 1 where the paper has 2; the first stage, whose expansion is 1, has its 1 x 1
-    convolution all the same; widths are not rounded to multiples of 8.
+    Differences to the paper: the second stage has stride 1, not 2. The first stage has a 1 x 1 convolution, although its
+    expansion is 1. Widths are not rounded to multiples of 8.
     """
 
     classifier_std: ClassVar[float | None] = 0.01
 
     def __init__(self, width: float = 0.5, *, in_chans: int = 3, **head: Any) -> None:
         stem, first, *others = (int(c * width) for c in (32, 16, 24, 32, 64, 96, 160, 320))
-        plan = zip(others, (2, 3, 4, 3, 3, 1), (1, 2, 2, 1, 2, 1), strict=True)
+        layers = zip(others, (2, 3, 4, 3, 3, 1), (1, 2, 2, 1, 2, 1), strict=True)
         stages = [
             *stages_of(partial(InvertedResidual, expansion=1), stem, [(first, 1, 1)]),
-            *stages_of(partial(InvertedResidual, expansion=6), first, plan),
+            *stages_of(partial(InvertedResidual, expansion=6), first, layers),
         ]
         super().__init__(conv_norm_relu(in_chans, stem, 3, 2), stages, conv_norm_relu(others[-1], 1280, 1), 1280, **head)
 
 
 class ShuffleV1Block(nn.Module):
-    """Grouped 1 x 1, shuffle, 3 x 3 depthwise and grouped 1 x 1 convolutions, inside a quarter as wide (ShuffleNet, figure 2).
+    """Grouped 1 x 1, shuffle, 3 x 3 depthwise, grouped 1 x 1 convolution; inner width a quarter (ShuffleNet, figure 2).
 
-    With stride 2 the averaged input is concatenated, not added. The depthwise convolution is rectified, unlike the paper's.
+    With stride 2 the averaged input is concatenated, not added. Unlike in the paper, a ReLU follows the depthwise
+    convolution.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, *, groups: int, stem: int) -> None:
         super().__init__()
-        own = width - width_in if stride == 2 else width  # the other channels are the input's
+        own = width - width_in if stride == 2 else width  # the rest are the input's channels
         inner = own // 4
         self.stride, self.groups = stride, 1 if width_in == stem else groups  # the stem is too narrow for groups
         self.conv1, self.bn1 = conv(width_in, inner, 1, groups=self.groups), nn.BatchNorm2d(inner)
@@ -359,7 +364,7 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleNetV1(CifarNet):
-    """Zhang et al. 2018 (arXiv 1707.01083), table 1 with 3 groups, behind a 1 x 1 stem of stride 1; 960 maps of 4 x 4."""
+    """ShuffleNet (Zhang et al. 2018, arXiv 1707.01083, table 1, 3 groups), 1 x 1 stem of stride 1; 960 maps of 4 x 4."""
 
     kaiming: ClassVar[bool] = False
 
@@ -369,9 +374,9 @@ class ShuffleNetV1(CifarNet):
 
 
 class ShuffleV2Block(nn.Module):
-    """1 x 1, 3 x 3 depthwise and 1 x 1 convolutions of half the channels, then a shuffle (ShuffleNetV2, figure 3c).
+    """1 x 1, 3 x 3 depthwise and 1 x 1 convolutions on half of the channels, then a shuffle (ShuffleNetV2, figure 3c).
 
-    With stride 2 both halves come from all channels, the left one by a depthwise and a 1 x 1 convolution (figure 3d).
+    With stride 2 both branches take all channels; the left one is a depthwise and a 1 x 1 convolution (figure 3d).
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -394,7 +399,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleNetV2(CifarNet):
-    """Ma et al. 2018 (arXiv 1807.11164), table 5 at width 1, behind a 1 x 1 stem of stride 1; 1024 maps of 4 x 4."""
+    """ShuffleNetV2 (Ma et al. 2018, arXiv 1807.11164, table 5, width 1), 1 x 1 stem of stride 1; 1024 maps of 4 x 4."""
 
     kaiming: ClassVar[bool] = False
 
@@ -420,7 +425,7 @@ ZOO: dict[str, Callable[..., CifarNet]] = {
     "cifar_shufflenetv2": ShuffleNetV2,
 }
 
-# Without a source of weights, so that timm refuses `pretrained=True`. The normalisation is CRD's, of CIFAR-100.
+# No source of weights, so timm refuses `pretrained=True`. The normalisation is CRD's for CIFAR-100.
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -441,7 +446,7 @@ def _register(name: str) -> None:
     def make(pretrained: bool = False, **options: Any) -> CifarNet:
         return build_model_with_cfg(ZOO[name], name, pretrained, **options)
 
-    make.__name__ = name  # under which timm registers it, and adds it to __all__
+    make.__name__ = name  # timm registers it by this name, and adds it to __all__
     globals()[name] = register_model(make)
 
 

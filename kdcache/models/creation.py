@@ -1,7 +1,7 @@
-"""The boundary to timm: names, creation, weights, normalisation. timm is imported when a model is first asked for.
+"""The boundary to timm: names, creation, weights, normalisation. timm is imported at the first use of a model.
 
-So are the CIFAR models of `kdcache.models.cifar`, which are timm models of names that begin with `cifar_`.
-Models elsewhere than in timm are named as `kdcache.models.names` says.
+The CIFAR models of `kdcache.models.cifar` are timm models with names that begin with `cifar_`. `kdcache.models.names`
+defines the names of models outside timm.
 """
 
 import hashlib
@@ -58,17 +58,17 @@ class Normalisation:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    assumed: bool = field(default=False, compare=False)  # the model does not state them: they are ImageNet's
+    assumed: bool = field(default=False, compare=False)  # ImageNet's values, as the model states none
 
     def __call__(self, views: Tensor) -> Tensor:
-        """Views uint8 `[B, 3, S, S]` as the model wants them: float32 `[B, 3, S, S]`."""
+        """Normalise views, uint8 `[B, 3, S, S]`, for the model: float32 `[B, 3, S, S]`."""
         mean = torch.tensor(self.mean, device=views.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=views.device).view(1, -1, 1, 1) * 255
         return (views.float() - mean) / std
 
 
 def note(name: str) -> str | None:
-    """What is published of a model by exact name; None for most."""
+    """A note on a model's published results, by exact name; None for most models."""
     from kdcache.models.cifar import TOP1
 
     return f"CIFAR-100: {TOP1[name]:.2f} % (CRD)" if name in TOP1 else None
@@ -76,7 +76,7 @@ def note(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Published:
-    """What weights know that were published for a model: classes, in order and by name where that is known, at this size."""
+    """Published weights of a model: their classes in order, by name where known, and their input size."""
 
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -84,7 +84,7 @@ class Published:
 
 
 def published(name: str) -> Published | None:
-    """What is known of a model's weights by exact name; None where it has none. ImageNet's classes are named by WordNet ids."""
+    """The published weights of a model by exact name; None without weights. ImageNet's classes have WordNet ids as names."""
     if is_factory(name):
         return None
     if is_reference(name):
@@ -105,9 +105,9 @@ def published(name: str) -> Published | None:
 def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
     """A model by exact name, for square inputs of `input_size` pixels.
 
-    `pretrained` loads its weights, those of timm from the Hub; a classifier of another number of classes is drawn anew.
-    RetryError where they cannot be fetched, NotFoundError where there are none. IncompatibleError for a model that does not
-    take such inputs, or does not give one logit per class.
+    `pretrained` loads its weights (timm's from the Hub). With another number of classes the classifier is initialised anew.
+    Raises RetryError if weights cannot be fetched, NotFoundError if there are none, and IncompatibleError if the model does
+    not take such inputs or does not give one logit per class.
     """
     if is_factory(name):
         return _create_by_factory(name, num_classes, input_size, pretrained)
@@ -121,20 +121,20 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
             fix="train it first, with kdcache train-teacher --from-scratch or --checkpoint FILE, or use another model",
         )
     if pretrained and name.startswith(LOCAL):
-        resolve(name)  # the files are still those of its digest
+        resolve(name)  # checks the files against the digest in the name
     source = f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
     random_state = torch.get_rng_state()
     try:
         model = timm.create_model(source, num_classes=num_classes, **sized)
         _try_out(model, input_size, num_classes)
-    except Exception as error:  # every architecture has its own way to refuse a size
+    except Exception as error:  # architectures raise different errors for an unsupported size
         raise _impossible(name, num_classes, input_size, error) from error
     try:
         if pretrained:
-            torch.set_rng_state(random_state)  # a new classifier is drawn as if nothing had been tried before
+            torch.set_rng_state(random_state)  # undo the trial's use of random numbers, for a reproducible new classifier
             model = timm.create_model(source, pretrained=True, num_classes=num_classes, **sized)
-    except Exception as error:  # of timm, the Hub and readers of damaged files
+    except Exception as error:  # errors of timm, the Hub, and readers of damaged files
         if isinstance(error, OSError) or (isinstance(error, RuntimeError) and not elsewhere):
             raise RetryError(
                 f"the pretrained weights of {name!r} could not be fetched",
@@ -188,7 +188,7 @@ def _create_by_factory(name: str, num_classes: int, input_size: int, pretrained:
 
 
 def _stated(model: nn.Module) -> Normalisation:
-    """The mean and std that a model states as timm's models do, or ImageNet's."""
+    """The mean and std in a model's timm configuration, or ImageNet's."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     for attribute in ("pretrained_cfg", "default_cfg"):
@@ -201,24 +201,24 @@ def _stated(model: nn.Module) -> Normalisation:
 
 
 def described(name: str, model: nn.Module, normalise: Normalisation, digest: str, *, pretrained: bool) -> str:
-    """What is worth knowing of a model with weights of this `digest`, before training: their licence, what is new or assumed."""
-    said = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
+    """One line about a model before training: the digest of its weights, their licence, and what is new or assumed."""
+    parts = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
     if pretrained:
-        said.append(f"licence {licence(name) or 'unknown'}")
+        parts.append(f"licence {licence(name) or 'unknown'}")
         theirs, ours = getattr(model, "pretrained_cfg", {}).get("num_classes"), getattr(model, "num_classes", None)
         if theirs != ours:
-            said.append(f"a new classifier for {ours} classes, instead of its {theirs}")
+            parts.append(f"a new classifier for {ours} classes, instead of its {theirs}")
     if normalise.assumed:
-        said.append("inputs normalised as ImageNet's, as it states no mean and std")
-    return ", ".join(said)
+        parts.append("inputs normalised as ImageNet's, as it states no mean and std")
+    return ", ".join(parts)
 
 
 def timm_config(
     name: str, model: nn.Module, normalise: Normalisation, *, input_size: int, class_names: Sequence[str]
 ) -> bytes | None:
-    """timm's `config.json`, from which this model is made again; None where a factory made it, which timm does not know.
+    """timm's `config.json`, from which timm makes this model again; None for a model of a factory.
 
-    It states how models are tested here: the whole image, resized to a square.
+    It states the evaluation used here: the whole image, resized to a square.
     """
     from timm.models._hub import save_config_for_hf
 
@@ -227,7 +227,7 @@ def timm_config(
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, str(Path(folder) / CONFIG))
         config: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
-    # What is said of other weights, or of how those were tested, is not true of these.
+    # Entries about the original weights and their evaluation do not apply.
     of_others = re.compile("test_.*|label_.*|license|tag|notes|description|origin_url|paper_.*")
     stated = {key: value for key, value in config["pretrained_cfg"].items() if not of_others.fullmatch(key)}
     stated |= {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
@@ -238,7 +238,7 @@ def timm_config(
 
 @torch.inference_mode()
 def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
-    """One image through the model, which some architectures refuse only then. Raises whatever they raise."""
+    """Run one image through the model: some architectures refuse a size only then. Raises the model's own error."""
     logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
     model.train()
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
@@ -246,10 +246,10 @@ def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
 
 
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
-    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`; returns the names left at their start values.
+    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`. Returns the names of tensors not loaded.
 
-    Models of kdcache.models.cifar read the checkpoints of CRD and mdistiller too, whose tensors have other names.
-    `replace_head` leaves out classifier weights of another number of classes, which otherwise is an IncompatibleError.
+    Models of kdcache.models.cifar also read checkpoints of CRD and mdistiller, which name tensors differently. Classifier
+    weights for another number of classes raise IncompatibleError; `replace_head` leaves them out instead.
     """
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
     state = rename(_read_state(file))
@@ -295,7 +295,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it does not hold a mapping of names to tensors")
         return dict(state)
-    except Exception as error:  # every reader has its own errors for a damaged file
+    except Exception as error:  # readers raise different errors for a damaged file
         raise IntegrityError(
             f"checkpoint {file} cannot be read",
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
@@ -304,13 +304,13 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
-    """Weights as safetensors, under timm's names."""
+    """Save weights as safetensors, with timm's tensor names."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, file, metadata={"format": "pt"})
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all weights and buffers, in the order of their names."""
+    """sha256 over names, dtypes, shapes and bytes of all weights and buffers, sorted by name."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())

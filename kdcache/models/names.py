@@ -1,9 +1,9 @@
-"""Names of models that are none of timm's: on the Hub, in a folder, or made by a function. timm is imported when one is used.
+"""Names of models outside timm's registry: on the Hub, in a folder, or made by a function. timm is imported at first use.
 
-- `hf-hub:ORG/NAME[@REVISION]`, a timm model on the Hub; its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
-- `local-dir:PATH`, a folder with timm's config.json and model.safetensors, such as `kdcache export` writes. Its exact name has
-  the beginning of a digest of both, `local-dir:PATH@DIGEST`; what is recorded, `local-dir:FOLDER@DIGEST`, has no path.
-- `package.module:function`, which is called with num_classes=... and returns an nn.Module.
+- `hf-hub:ORG/NAME[@REVISION]`: a timm model on the Hub. Its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
+- `local-dir:PATH`: a folder with timm's config.json and model.safetensors, as `kdcache export` writes it. Its exact name has
+  the beginning of a digest of both, `local-dir:PATH@DIGEST`. Records contain `local-dir:FOLDER@DIGEST`, without the path.
+- `package.module:function`: a function that is called with num_classes=... and returns an nn.Module.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of timm's folders
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of timm's model folders
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 # Models as timm registers them, and weights in its tables of configurations.
 _NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(", re.MULTILINE)
@@ -145,10 +145,10 @@ def resolve(name: str, kind: str = "model") -> str:
 
 
 def exact_name(name: str) -> str:
-    """The exact name of a reference, which is there and can be used. Of an exact one it is itself.
+    """The exact name of a reference that exists and can be used. An exact name is returned unchanged.
 
-    NotFoundError for what is not there. The Hub is asked for the commit of a revision: RetryError if it cannot be reached. A
-    factory's module is imported.
+    Asks the Hub for the commit of a revision, and imports a factory's module. Raises NotFoundError for a missing model, and
+    RetryError if the Hub cannot be reached.
     """
     if name.startswith(HUB):
         return _on_hub(name)
@@ -159,12 +159,12 @@ def exact_name(name: str) -> str:
 
 
 def is_reference(name: str) -> bool:
-    """Whether it is a name of this module's, and none of timm's."""
+    """Whether `name` is of one of this module's forms, and so not timm's."""
     return ":" in name
 
 
 def public_name(exact: str) -> str:
-    """What is recorded of an exact name, and identifies the model: all of it, but of a local folder only its name and digest."""
+    """The recorded form of an exact name, which identifies the model: for a local folder its name and digest, no path."""
     if not exact.startswith(LOCAL):
         return exact
     folder, digest = place(exact)
@@ -173,25 +173,25 @@ def public_name(exact: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A name as typed, as part of a folder's name: short, and without the place of a local folder."""
+    """A short form of a typed name for use in folder names, without the path of a local folder."""
     return re.sub(r"[^\w.+-]", "-", public_name(name).partition("@")[0])[:60]
 
 
 def is_factory(name: str) -> bool:
-    """Whether it names a function that makes the model, which then has the weights that the function gave it."""
+    """Whether `name` is of a function. The function also sets the weights of the model that it makes."""
     return is_reference(name) and not name.startswith((HUB, LOCAL))
 
 
 def kept(name: str, folder: Path) -> str:
-    """How the model of a teacher or run is made again: as timm's configuration says that was kept in its `folder`.
+    """The name from which the model of a teacher or run is made again: its own `folder`, if that has timm's configuration.
 
-    What it was made of may have moved meanwhile. Where none was kept: by its exact name.
+    The model's original files may have moved meanwhile. Without a configuration it is the exact name.
     """
     return f"{LOCAL}{folder}" if (folder / CONFIG).is_file() else name
 
 
 def licence(name: str) -> str | None:
-    """The licence of pretrained weights by exact name, as timm, their card or their configuration states it; else None."""
+    """The licence of pretrained weights, as stated by timm, their card or their configuration; None if unknown."""
     if is_factory(name):
         return None
     if not is_reference(name):
@@ -200,7 +200,7 @@ def licence(name: str) -> str | None:
     file = config_file(name)
     card: Path | None = file.with_name("README.md")
     if name.startswith(HUB):
-        with contextlib.suppress(RetryError):  # away from the network it is unknown, and asked for before anything is shared
+        with contextlib.suppress(RetryError):  # offline it stays unknown; sharing asks for it
             card = _download(name, "README.md", needed=False)
     stated = _card_licence(card) if card is not None and card.is_file() else None
     settings = read_config(file, name)
@@ -214,24 +214,24 @@ def _card_licence(card: Path) -> str | None:
 
     try:
         stated = metadata_load(card) or {}
-    except (ValueError, RecursionError, yaml.YAMLError):  # somebody's card, which is not as cards are
+    except (ValueError, RecursionError, yaml.YAMLError):  # a malformed card of a stranger
         return None
-    found = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
-    return " and ".join(map(str, found)) if isinstance(found, list) else found
+    stated_licence = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+    return " and ".join(map(str, stated_licence)) if isinstance(stated_licence, list) else stated_licence
 
 
 def _on_hub(name: str) -> str:
-    """The exact name of a model on the Hub, whose configuration is fetched, or is in the Hub's cache on this machine."""
+    """The exact name of a model on the Hub. Its configuration is fetched, or taken from the Hub's local cache."""
     repo, _, revision = name.partition(":")[2].partition("@")
-    found = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
-    config = _download(found, CONFIG)
+    typed = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
+    config = _download(typed, CONFIG)
     assert config is not None
-    architecture_of(config, found)
-    return f"{HUB}{repo}@{config.parent.name}"  # the cache has a folder for each commit
+    architecture_of(config, typed)
+    return f"{HUB}{repo}@{config.parent.name}"  # the Hub's cache has one folder per commit
 
 
 def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
-    """A file of a model on the Hub; None if it has none and it is not `needed`."""
+    """Download a file of a model on the Hub; None if it does not exist and is not `needed`."""
     from huggingface_hub import errors, hf_hub_download
 
     repo, _, revision = name.removeprefix(HUB).partition("@")
@@ -239,7 +239,7 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         return Path(hf_hub_download(repo, file, revision=revision or None))
     except errors.HFValidationError as error:
         raise UsageError(f"{name} is not a model on the Hub", why=first_line(error), fix=f"{HUB}ORG/NAME[@REVISION]") from None
-    except errors.RepositoryNotFoundError as error:  # the Hub tells nobody that a private one exists; gated ones are among them
+    except errors.RepositoryNotFoundError as error:  # also raised for gated and private repositories
         raise NotFoundError(
             f"{name}: {type(error).__name__}",
             why="no such model, or not one that this account may read",
@@ -253,7 +253,7 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         raise NotFoundError(
             f"{name} has no {file}", why="timm's models on the Hub have one", fix="choose a model of timm's: hf-hub:timm/..."
         ) from None
-    except Exception as error:  # of huggingface_hub, and of whichever HTTP library it uses
+    except Exception as error:  # errors of huggingface_hub, and of its HTTP library, which varies
         raise RetryError(
             f"{name} could not be fetched",
             why=first_line(error.__cause__ or error),
@@ -266,7 +266,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _in_folder(name: str) -> str:
-    """The exact name of a local folder. Raises IntegrityError for an exact name whose folder holds something else now."""
+    """The exact name of a local folder. Raises IntegrityError if an exact name's folder has other contents now."""
     folder, pinned = place(name)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
@@ -280,27 +280,27 @@ def _in_folder(name: str) -> str:
     for file in (CONFIG, WEIGHTS):
         with (folder / file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
-    found = digest.hexdigest()[:12]
-    if pinned not in {"", found}:
+    fingerprint = digest.hexdigest()[:12]
+    if pinned not in {"", fingerprint}:
         raise IntegrityError(
             f"{LOCAL}{folder} is not what it was",
-            why=f"the digest of its files is {found}, not {pinned}",
+            why=f"the digest of its files is {fingerprint}, not {pinned}",
             fix=f"restore them, or use the model as it is now: {LOCAL}{folder}",
         )
-    return f"{LOCAL}{folder.resolve()}@{found}"
+    return f"{LOCAL}{folder.resolve()}@{fingerprint}"
 
 
 def place(name: str) -> tuple[Path, str]:
-    """The folder of a local model, and the digest that an exact name has."""
+    """(folder of a local model, digest in an exact name or "")."""
     typed = name.removeprefix(LOCAL)
-    found = _PINNED.fullmatch(typed)
-    if found and not Path(typed).expanduser().is_dir():
-        return Path(found[1]).expanduser(), found[2]
+    pinned = _PINNED.fullmatch(typed)
+    if pinned and not Path(typed).expanduser().is_dir():
+        return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
 
 
 def config_file(name: str) -> Path:
-    """`config.json` of a local model or one on the Hub."""
+    """Path of the `config.json` of a model in a folder or on the Hub."""
     if name.startswith(LOCAL):
         return place(name)[0] / CONFIG
     file = _download(name, CONFIG)
@@ -309,7 +309,7 @@ def config_file(name: str) -> Path:
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
-    """`config.json` of a local model or one on the Hub. IntegrityError if it is no such thing."""
+    """Parse the `config.json` of a model in a folder or on the Hub. Raises IntegrityError if it is damaged."""
     try:
         config = json.loads(file.read_text("utf-8"))
         if isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict):
@@ -322,19 +322,20 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
 
 def architecture_of(file: Path, name: str) -> str:
     config = read_config(file, name)
-    found = config.get("architecture")
-    if not isinstance(found, str) or not timm_with_zoo().models.is_model(found):
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm_with_zoo().models.is_model(architecture):
+        stated = "no architecture" if architecture is None else f"the architecture {architecture!r}, which timm lacks"
         raise IncompatibleError(
             f"{name} is not a model of timm",
-            why=f"its {CONFIG} names {'no architecture' if found is None else f'the architecture {found!r}, which timm lacks'}",
+            why=f"its {CONFIG} names {stated}",
             fix="use a model of timm's, or name a function that makes yours: package.module:function",
         )
-    return found
+    return architecture
 
 
 @contextlib.contextmanager
 def this_folder_too() -> Iterator[None]:
-    """Modules of the working directory can be imported meanwhile; those that are installed come first."""
+    """Allow imports from the working directory meanwhile. Installed modules come first."""
     here = str(Path.cwd())
     sys.path.append(here)
     try:
@@ -363,7 +364,7 @@ def load_factory(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise unusable(name, f"importing {module_name}", error) from error
     try:
-        found = operator.attrgetter(attribute)(module)
+        factory = operator.attrgetter(attribute)(module)
     except AttributeError:
         close = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=3)
         raise NotFoundError(
@@ -371,18 +372,18 @@ def load_factory(name: str) -> Callable[..., Any]:
             why=f"close to it: {', '.join(close)}" if close else "nothing in it is called so",
             fix=f"use {module_name}:{close[0]}" if close else "correct what follows the colon",
         ) from None
-    if not callable(found):
+    if not callable(factory):
         raise UsageError(
-            f"model {name!r}: {attribute} is a {type(found).__name__}",
+            f"model {name!r}: {attribute} is a {type(factory).__name__}",
             why="it is to be called with num_classes=..., and to return an nn.Module",
             fix="name a function or a class",
         )
-    return found  # type: ignore[no-any-return]
+    return factory  # type: ignore[no-any-return]
 
 
-def unusable(name: str, what: str, error: BaseException) -> IncompatibleError:
+def unusable(name: str, trouble: str, error: BaseException) -> IncompatibleError:
     return IncompatibleError(
-        f"model {name!r}: {what} fails",
+        f"model {name!r}: {trouble} fails",
         why=f"{type(error).__name__}: {first_line(error)}",
         fix=f"mend it; try it with: python -c 'from {name.partition(':')[0]} import {name.partition(':')[2].partition('.')[0]}'",
     )

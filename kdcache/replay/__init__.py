@@ -1,1 +1,1 @@
-"""The seam between the two stages: views are rendered again, checked against what the teacher saw, and streamed with targets."""
+"""The link between the two stages: views are rendered again, checked against the teacher's, and streamed with targets."""

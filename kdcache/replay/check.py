@@ -1,4 +1,4 @@
-"""Replay: whether views that are rendered now are those that the teacher saw, and what is to blame if they are not."""
+"""Replay checks: whether newly rendered views equal those that the teacher saw, with a diagnosis if not."""
 
 import shlex
 
@@ -18,7 +18,7 @@ __all__ = ["check_views", "replay", "require_replayable"]
 
 
 def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
-    """The policy of the archive's views. Raises IncompatibleError if they are not views of this canvas's samples."""
+    """The archive's policy. Raises IncompatibleError if its views are not of this canvas's samples."""
     policy = archive.manifest.policy
     if policy is None:
         raise IncompatibleError(
@@ -53,9 +53,9 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
 
 
 def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift: int = 0) -> int:
-    """Compare rendered views with the archive's digests; returns how many were accepted as drifted.
+    """Compare rendered views with the archive's digests. Returns the number of views accepted as drifted.
 
-    Raises IncompatibleError, with a diagnosis, at views that differ; but views of a canvas that was decoded otherwise are
+    Raises IncompatibleError, with a diagnosis, if views differ. Views of a canvas that was decoded differently are
     accepted if their grid means are within `allow_drift` grey levels.
     """
     differs = _differing(item)
@@ -64,13 +64,13 @@ def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift
     levels = _levels(item, differs)
     if allow_drift > 0 and levels <= allow_drift and _decoded_otherwise(archive, canvas) and not _moved(item).any():
         return int(differs.sum())
-    found = _diagnose(item, archive, canvas, differs)
+    diagnosis = _diagnose(item, archive, canvas, differs)
     keys = ", ".join(canvas.keys[sample] for sample in item.rows.sample[differs][:4])
     raise IncompatibleError(
         f"view {item.rows.view} of {keys}{', ...' if differs.sum() > 4 else ''} is not what the teacher saw "
         f"({_extent(item, differs)})",
-        why=str(found),
-        fix=_fix(found.cause, levels, archive, canvas),
+        why=str(diagnosis),
+        fix=_fix(diagnosis.cause, levels, archive, canvas),
     )
 
 
@@ -83,10 +83,10 @@ def replay(
     *,
     renderer: RendererChoice = "auto",
 ) -> Verification:
-    """Render `views` randomly chosen views again and compare their digests with the archive's."""
+    """Render `views` randomly chosen views again, and compare their digests with the archive's."""
     policy, progress = require_replayable(archive, canvas), progress or Silent()
     result = Verification(f"replay {views}")
-    found: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
     total = archive.num_views * archive.num_samples
     chosen = np.random.default_rng(seed).choice(total, size=min(views, total), replace=False)
     for number in np.unique(chosen // archive.num_samples):
@@ -96,35 +96,35 @@ def replay(
         for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
             differs = _differing(item)
             if differs.any():
-                if found is None:  # one diagnosis is enough, since it takes a while
-                    found = _diagnose(item, archive, canvas, differs)
+                if diagnosis is None:  # one diagnosis is enough, since it is slow
+                    diagnosis = _diagnose(item, archive, canvas, differs)
                     result.error = IncompatibleError(
                         f"view {view} is not what the teacher saw ({_extent(item, differs)})",
-                        why=str(found),
-                        fix=_fix(found.cause, _levels(item, differs), archive, canvas),
+                        why=str(diagnosis),
+                        fix=_fix(diagnosis.cause, _levels(item, differs), archive, canvas),
                     )
-                result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {found}"))
+                result.failures.append(Failure(f"view {view}", "the stored digests", f"{_extent(item, differs)}; {diagnosis}"))
             result.checked += len(item.positions)
             progress.update("replay", result.checked, len(chosen))
     return result
 
 
 def _moved(item: Rendered) -> NDArray[np.bool_]:
-    """Where other samples sit than in the archive `[B]`."""
+    """Positions with another sample than in the archive: bool `[B]`."""
     assert item.stored is not None
     moved: NDArray[np.bool_] = item.rows.sample != item.stored.sample
     return moved
 
 
 def _differing(item: Rendered) -> NDArray[np.bool_]:
-    """Which views are not the stored ones `[B]`."""
+    """Views that differ from the stored ones: bool `[B]`."""
     assert item.stored is not None
     other: NDArray[np.bool_] = item.digest != item.stored.digest
     return other | _moved(item)
 
 
 def _levels(item: Rendered, differs: NDArray[np.bool_]) -> int:
-    """Largest difference between rendered and stored grid means, grey levels."""
+    """Largest difference between rendered and stored grid means, in grey levels."""
     assert item.stored is not None
     return int(np.abs(grids(item.images).astype(int) - item.stored.probe.astype(int))[differs].max())
 
@@ -141,7 +141,7 @@ def _decoded_otherwise(archive: AnyArchive, canvas: Canvas) -> bool:
 
 
 def _diagnose(item: Rendered, archive: AnyArchive, canvas: Canvas, differs: NDArray[np.bool_]) -> Diagnosis:
-    """What is wrong with a batch of which some views differ from the stored ones."""
+    """Diagnosis of a batch in which some views differ from the stored ones."""
     assert item.stored is not None
     if (moved := _moved(item)).any():
         return Diagnosis("order", f"other samples sit at {moved.sum()} of these positions than when the archive was written")

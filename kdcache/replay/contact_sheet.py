@@ -1,4 +1,4 @@
-"""Contact sheets: what the teacher saw, with the partner, lambda and the teacher's top classes under each view."""
+"""Contact sheets: the views that the teacher saw, with partner, lambda and the teacher's top classes under each."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from kdcache.views.policy import MIX_CUTMIX, MIX_NONE, ViewTable
 
 __all__ = ["contact_sheet"]
 
-_MOST = 300  # matplotlib draws pictures of up to 65,536 pixels a side
+_MOST = 300  # samples or views; matplotlib's images have at most 65,536 pixels a side
 
 
 def contact_sheet(
@@ -43,7 +43,7 @@ def contact_sheet(
         )
     width, height = 1.35 * (len(views) + 1), 1.75 * len(samples) + 0.25  # inches
     figure = Figure(figsize=(width, height), dpi=110)
-    # Set by hand: matplotlib's own layouts take minutes for some hundred pictures.
+    # Places are computed here: matplotlib's own layouts take minutes for some hundred pictures.
     figure.subplots_adjust(left=0.05 / width, right=1 - 0.05 / width, top=1 - 0.25 / height, bottom=0.5 / height, hspace=0.45)
     axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)
     for row, sample in enumerate(samples):
@@ -56,7 +56,7 @@ def contact_sheet(
         check_views(item, archive, canvas, allow_drift)
         assert item.stored is not None
         for row, image in enumerate(item.images.numpy()):
-            # The mean over the teachers, where the logits of several are kept apart.
+            # With the separate logits of several teachers, show their mean.
             probs = softmax(item.stored.logits[row]).reshape(-1, archive.num_classes).mean(axis=0)
             guess = "\n".join(f"{archive.class_names[c][:12]} {probs[c]:.2f}" for c in np.argsort(-probs)[:3])
             mixed = _mixing(table, int(where[row]), canvas, archive)

@@ -1,4 +1,4 @@
-"""Rendering ahead of the model: in worker processes on the CPU, or on a side stream of the GPU."""
+"""Rendering of batches ahead of the model: in worker processes on the CPU, or on a side stream of the GPU."""
 
 import itertools
 import signal
@@ -28,13 +28,13 @@ __all__ = ["Item", "Rendered", "choose_renderer", "render_batches"]
 
 Item = tuple[int, NDArray[np.int64]]  # a view, and positions in it
 
-_AHEAD = 2  # batches that a GPU renders before they are asked for
+_AHEAD = 2  # batches that a GPU renders in advance
 _RESIDENT = 0.5  # share of a GPU's free memory that a canvas may take
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A batch before it gets targets: uint8 `images [B, 3, S, S]`, their digests uint32 `[B]`, draws, and the archive's rows."""
+    """A batch without targets: `images` uint8 `[B, 3, S, S]`, their digests uint32 `[B]`, draws, and the archive's rows."""
 
     images: Tensor
     digest: NDArray[np.uint32]
@@ -57,12 +57,12 @@ def render_batches(
 ) -> Iterator[Rendered]:
     """Render batches of (view, positions) in order, with the archive's rows if one is given.
 
-    On the CPU `workers` processes render ahead, and images stay there; on a GPU the device renderer does, from a canvas
-    that `resident` keeps there from call to call. `items` is read as far as rendering has got, in this process. Digests are
-    of `probe_version`, or of the archive's.
+    On a CPU, `workers` processes render ahead, and the images stay in host memory. On a GPU, the device renderer renders
+    ahead, from a canvas that `resident` keeps on it between calls. This process reads `items` only as far as rendering has
+    got. Digests have the archive's probe version, or without an archive `probe_version`.
     """
     device, items = torch.device(device), iter(items)
-    if device.type != "cuda":  # other accelerators have no float64, or are untried: their views are drawn on the CPU
+    if device.type != "cuda":  # other accelerators lack float64 or are untested, so their views are rendered on the CPU
         device = torch.device("cpu")
     if archive:
         probe_version = archive.manifest.probe_version
@@ -83,13 +83,13 @@ def render_batches(
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM often go to all processes of a job. The one that trains decides when to stop, and ends its workers."""
+    """Ignore Ctrl-C and SIGTERM in a worker: they often go to the whole job, and the main process ends its workers itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Tables:
-    """Tables of draws; the last one is kept, since batches of one view follow each other."""
+class _DrawTables:
+    """Tables of draws by view. The last one is kept, since consecutive batches are of one view."""
 
     def __init__(self, policy: ViewPolicy, num_samples: int) -> None:
         self._policy, self._num_samples = policy, num_samples
@@ -102,13 +102,13 @@ class _Tables:
 
 
 class _Renderings(Dataset[Rendered | KdcacheError]):
-    """Its items are rendered batches, asked for by a view and positions in it; this is what worker processes run."""
+    """Rendered batches as a dataset, indexed by (view, positions), for torch's worker processes."""
 
     def __init__(
         self, canvas: Canvas, policy: ViewPolicy, archive: AnyArchive | None, renderer: Renderer, probe_version: int
     ) -> None:
         self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
-        self._tables = _Tables(policy, len(canvas))
+        self._tables = _DrawTables(policy, len(canvas))
 
     def __getitem__(self, item: Item) -> Rendered | KdcacheError:
         view, positions = item
@@ -117,22 +117,22 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
             stored = self._archive.take(view, positions).load() if self._archive else None
             images = render_positions(self._canvas.pixels, table, positions, self._renderer)
         except KdcacheError as error:
-            # Returned, not raised: the loader would raise it as something else on the other side.
+            # The error is returned, as the loader would re-raise it as another type in the main process.
             return error
         return Rendered(images, digests(images, self._probe_version), table[positions], stored, positions)
 
 
 class Resident:
-    """The pixels of a canvas where a GPU draws from: there, if they take at most half of its free memory, or on the host."""
+    """The pixels of a canvas for a GPU: on it, if they take at most half of its free memory, else in host memory."""
 
     def __init__(self) -> None:
         self._pixels: Tensor | NDArray[np.uint8] | None = None
 
     def pixels(self, canvas: Canvas, device: torch.device) -> Tensor | NDArray[np.uint8]:
-        if self._pixels is None:  # decided once: later, the memory they take would count as taken
+        if self._pixels is None:  # decide only once, as later the pixels themselves use the memory
             self._pixels = canvas.pixels
             if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-                with warnings.catch_warnings(action="ignore"):  # the canvas is read-only, and so is what is done with it here
+                with warnings.catch_warnings(action="ignore"):  # torch warns of the read-only canvas, which is only read here
                     self._pixels = torch.from_numpy(canvas.pixels).to(device)
         return self._pixels
 
@@ -146,8 +146,8 @@ def _on_gpu(
     probe_version: int,
     resident: Resident,
 ) -> Iterator[Rendered]:
-    """The device renderer on a side stream, some batches ahead of the model's stream, which waits for each batch."""
-    tables, pixels = _Tables(policy, len(canvas)), resident.pixels(canvas, device)
+    """Render on a side stream, some batches ahead of the model's stream, which waits for each batch."""
+    tables, pixels = _DrawTables(policy, len(canvas)), resident.pixels(canvas, device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()
@@ -168,7 +168,7 @@ def _on_gpu(
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         images.record_stream(current)
-        done.synchronize()  # for the digests; rendered long ago, unless rendering is slower than the model
+        done.synchronize()  # digests need it; usually no wait, as rendering is ahead
         yield Rendered(images, fold(sums), rows, stored, positions)
         for item in itertools.islice(items, 1):
             start(*item)
@@ -177,11 +177,11 @@ def _on_gpu(
 def choose_renderer(
     wanted: RendererChoice, policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, workers: int = 0
 ) -> Renderer:
-    """The renderer to use: `auto` is the faster of the two on this machine, for batches of that size.
+    """The renderer to use: `auto` is the faster of the two on this machine, for batches of this size.
 
-    Worker processes have one thread each. Both give the same bytes, and this is checked here on a few views; if they do not
-    (on a processor of another kind), or the device renderer fails, `auto` is the reference, with a warning. An unknown name
-    is a UsageError, and so is `device` where it cannot shrink the canvas that much.
+    Worker processes have one thread each. Both renderers should give the same bytes, which is checked here on a few views.
+    If they do not (on an unusual processor), or if the device renderer fails, `auto` is the reference, with a warning.
+    Raises UsageError for an unknown name, and for `device` if it cannot shrink the canvas that much.
     """
     if wanted not in get_args(RendererChoice):
         raise unknown_name("renderer", wanted, get_args(RendererChoice))
@@ -210,7 +210,7 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
 
     def draw(renderer: Renderer) -> tuple[float, Tensor]:
         seconds = []
-        for _ in range(2):  # the first turn compiles and imports
+        for _ in range(2):  # the first turn includes compilation and imports
             started = time.perf_counter()
             views = render_positions(pixels, table, positions, renderer, device).cpu()
             seconds.append(time.perf_counter() - started)
@@ -220,7 +220,7 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
     try:
         device_seconds, views = draw("device")
         wrong = "" if torch.equal(expected, views) else "differs from the reference"
-    except (RuntimeError, AttributeError) as error:  # no memory, or an operation that this torch does not have
+    except (RuntimeError, AttributeError) as error:  # out of memory, or an operation that this torch lacks
         wrong = f"fails ({error})"
     if wrong:
         text = f"the device renderer {wrong} on this {device.type}; the reference is used. Please report this."

@@ -1,6 +1,6 @@
-"""The stream of batches that students (and teachers in training) see: views in a shuffled order, with checked targets.
+"""Streams of batches for students and for teachers in training: views in shuffled order, with checked targets.
 
-What a batch holds depends on (policy, seed, epoch) alone: neither on the number of workers nor on where training started.
+Batches depend only on (policy, seed, epoch), not on the number of workers or the batch at which training resumed.
 """
 
 import zlib
@@ -34,23 +34,23 @@ __all__ = [
     "fit_control",
 ]
 
-ORDER_VERSION = 1  # of what a seed means: the order of views and of positions
-BLOCK = 4096  # positions that are shuffled together, part of that meaning
+ORDER_VERSION = 1  # version of the order of views and positions that a seed gives
+BLOCK = 4096  # positions that are shuffled together; part of that order
 
 
 @dataclass(frozen=True)
 class Batch:
     """`images` uint8 `[B, 3, S, S]`; `sample`, `label_a`, `label_b` int64, `lam` float32 `[B]`; `logits` float32 `[B, C]`.
 
-    Of an `Ensemble` that averages probabilities, `logits` are `[B, K, C]`: `kdcache.targets.averaged` is what to make of them.
-    `second` is another view of the same samples, in the same order, where the stream was asked for one.
+    For an `Ensemble` that averages probabilities, `logits` are `[B, K, C]`, for `kdcache.targets.averaged`. `second` is
+    another view of the same samples in the same order, if the stream has second views.
     """
 
     images: Tensor
     sample: Tensor
     label_a: Tensor
     label_b: Tensor
-    lam: Tensor  # share of label_a
+    lam: Tensor  # weight of label_a
     view: int
     positions: NDArray[np.int64]
     logits: Tensor | None = None
@@ -58,7 +58,7 @@ class Batch:
     second: "Batch | None" = None
 
     def targets(self, tau: float, control: Control | None = None) -> Targets:
-        """The teacher's targets at `tau`, or what `control` makes of them; with the labels, and those of a second view."""
+        """The teacher's targets at `tau`, changed by `control` if given, with the labels and a second view's targets."""
         if self.logits is None or self.keys is None:
             raise ValueError("this batch has no logits: it is not of an archive")
         targets = Targets(averaged(self.logits, tau), tau, self.label_a, self.label_b, self.lam)
@@ -66,7 +66,7 @@ class Batch:
         return targets if self.second is None else replace(targets, second=self.second.targets(tau, control))
 
     def of_all(self, team: Team) -> "Batch":
-        """The batch that the parts of all processes make, but for images and positions, which stay this one's."""
+        """The batch joined from the parts of all processes. Images and positions stay those of this process."""
         if team.size == 1:
             return self
         parts = {key: value for key, value in vars(self).items() if isinstance(value, Tensor) and key != "images"}
@@ -83,13 +83,13 @@ class Batch:
 
 
 def epoch_view(num_views: int, seed: int, epoch: int, ahead: int = 0) -> int:
-    """The view that epoch `epoch` shows, or the one `ahead` of it: each cycle through the views has its own order."""
+    """The view of epoch `epoch`, or the one `ahead` places later. Each cycle through the views has its own order."""
     cycle, turn = divmod(epoch, num_views)
     return int(np.argsort(_draws(seed, 0, cycle, num_views), kind="stable")[(turn + ahead) % num_views])
 
 
 def epoch_positions(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """All positions in the order of epoch `epoch`: blocks are shuffled, and mixing pairs within each block."""
+    """All positions in the order of epoch `epoch`, int64 `[N]`: blocks are shuffled, and mixing pairs within each block."""
     pairs = (num_samples + 1) // 2
     blocks = -(-num_samples // BLOCK)
     draws = _draws(seed, 1, epoch, pairs + blocks)
@@ -100,7 +100,7 @@ def epoch_positions(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64
 
 
 def _draws(seed: int, purpose: int, number: int, count: int) -> NDArray[np.uint64]:
-    # One word each for seed, purpose and number: seeds are never added to each other.
+    # Seed, purpose and number are separate words of the key, so that different seeds never coincide.
     key = np.array([seed, (purpose << 32) | number], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, 0x6F72646572], np.uint64)).random_raw(count)
 
@@ -108,7 +108,7 @@ def _draws(seed: int, purpose: int, number: int, count: int) -> NDArray[np.uint6
 class ViewStream:
     """Batches of fresh views without targets, for training a teacher. Epoch `e` shows view `e`.
 
-    As `part` (i, n), batches are the i-th of n equal parts of what they would be.
+    With `part` (i, n), each batch is the i-th of its n equal parts.
     """
 
     archive: AnyArchive | None = None
@@ -133,15 +133,15 @@ class ViewStream:
         self._resident = Resident()
 
     def __len__(self) -> int:
-        """Batches of an epoch; the last, smaller one is left out."""
+        """Number of batches per epoch, without a last smaller one."""
         return len(self.canvas) // self.batch_size
 
     def view(self, epoch: int) -> int:
-        """The view that epoch `epoch` shows."""
+        """The view of epoch `epoch`."""
         return epoch
 
     def order_digest(self, epoch: int) -> int:
-        """A crc32 of the positions that an epoch shows, in their order and batches: relations within a batch depend on it."""
+        """A crc32 of an epoch's positions in their order and batches, on which relations within a batch depend."""
         shown = epoch_positions(len(self.canvas), self.seed, epoch)[: len(self) * self.batch_size]
         return zlib.crc32(shown.astype("<i8").tobytes(), self.batch_size)
 
@@ -182,15 +182,15 @@ class ViewStream:
 
 
 class CachedTargets(ViewStream):
-    """Batches of an archive, or an ensemble: its views rendered again from the canvas, each checked against its fingerprint.
+    """Batches of an archive or ensemble: its views are rendered again from the canvas, and checked by fingerprint.
 
-    Iterating yields epoch after epoch's batches (`for batch in stream` is one epoch; `epoch(e)` is any). Raises
-    IncompatibleError at the first view that is not the one the teacher saw, with a diagnosis. `allow_drift` accepts
-    views of a canvas that was decoded otherwise, if their 4 x 4 grid means are within that many grey levels; `drifted`
-    counts them.
+    Each `for batch in stream` yields the next epoch's batches; `epoch(e)` yields those of any epoch. Raises
+    IncompatibleError, with a diagnosis, at the first view that differs from the teacher's. `allow_drift` accepts views of
+    a canvas that was decoded differently, if their 4 x 4 grid means are within that many grey levels; `drifted` counts
+    them.
 
-    With `second`, an archive over the same samples, batches bring a second view of their samples from there, and never the
-    same one twice. It may be this archive once more: then the second view of an epoch is the one that is half the cycle away.
+    With `second`, an archive over the same samples, batches contain a second, different view of their samples from it. It
+    may be the same archive: then the second view is the one half a cycle away.
     """
 
     archive: AnyArchive
@@ -211,8 +211,8 @@ class CachedTargets(ViewStream):
         part: tuple[int, int] = (0, 1),
     ) -> None:
         policy = require_replayable(archive, canvas)
-        how: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
-        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **how)
+        options: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
+        super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **options)
         self.archive = archive
         self.allow_drift = allow_drift
         self._progress = progress
@@ -221,12 +221,12 @@ class CachedTargets(ViewStream):
         self._second: CachedTargets | None = None
         if second is not None:
             require_second(Subject.of(archive), Subject.of(second))
-            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **how)
+            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **options)
             self._second._resident = self._resident
 
     @property
     def drifted(self) -> int:
-        """Views so far that were accepted as drifted."""
+        """Number of views accepted as drifted so far."""
         return self._drifted + (self._second.drifted if self._second else 0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -234,7 +234,7 @@ class CachedTargets(ViewStream):
         yield from self.epoch(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch `start` on. A remote archive's view is fetched first, the next one meanwhile."""
+        """The batches of an epoch, from batch `start` on. A remote view is fetched first, and the next one in the background."""
         view, positions = self.view(epoch), epoch_positions(len(self.canvas), self.seed, epoch)
         self._fetch(view, self.view(epoch + 1))
         batches = self._batches(view, positions, start)
@@ -243,16 +243,16 @@ class CachedTargets(ViewStream):
             return
         other = self.second_view(epoch)
         self._second._fetch(other, self.second_view(epoch + 1))
-        theirs = np.argsort(self._second._samples(other))[self._samples(view)[positions]]  # where the same samples sit
+        theirs = np.argsort(self._second._samples(other))[self._samples(view)[positions]]  # positions of the same samples
         for batch, second in zip(batches, self._second._batches(other, theirs, start), strict=True):
             yield replace(batch, second=second)
 
     def pairs(
         self, tau: float, normalise: Callable[[Tensor], Tensor] | None = None, control: Control | None = None
     ) -> "TargetPairs":
-        """The stream for loops over `(input, target)`: images as `normalise` makes them, and `Targets` at `tau`.
+        """The stream as `(input, target)` pairs: images after `normalise`, and `Targets` at `tau`.
 
-        A `control` is fitted to the archive.
+        A `control` is first fitted to the archive.
         """
         fitted = fit_control(control, self.archive, tau) if control else None
         return TargetPairs(self, tau, normalise or (lambda images: images), fitted)
@@ -261,10 +261,10 @@ class CachedTargets(ViewStream):
         return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
 
     def second_view(self, epoch: int) -> int:
-        """The view of the second archive that epoch `epoch` shows."""
+        """The second archive's view in epoch `epoch`."""
         assert self._second is not None
         views, first = self._second.archive.views, self.view(epoch)
-        same = self._second.policy == self.policy  # then views of one number are the same views
+        same = self._second.policy == self.policy  # then equal numbers are equal views
         ahead = len(views) // 2 if same and views == self.archive.views else 0
         turns = (views[epoch_view(len(views), self.seed, epoch, ahead + step)] for step in range(len(views)))
         return next(view for view in turns if not same or view != first)
@@ -274,7 +274,7 @@ class CachedTargets(ViewStream):
         self.archive.prefetch(view, following)
 
     def _samples(self, view: int) -> NDArray[np.int64]:
-        """The sample at every position of a view, int64 `[N]`."""
+        """The sample at each position of a view, int64 `[N]`."""
         return self.policy.parameters(view, len(self.canvas)).sample
 
     def _batch(self, item: Rendered) -> Batch:
@@ -285,9 +285,9 @@ class CachedTargets(ViewStream):
 
 @dataclass(frozen=True)
 class TargetPairs:
-    """`(images, Targets)` of a stream's batches; each time that it is iterated it is the next epoch's.
+    """`(images, Targets)` pairs of a stream's batches. Each iteration is the next epoch.
 
-    Of a stream of two views the images are `[2B, 3, S, S]`, the first views above the second ones.
+    For a stream with second views, images are `[2B, 3, S, S]`: all first views, then all second ones.
     """
 
     stream: CachedTargets
@@ -300,10 +300,10 @@ class TargetPairs:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
         for batch in self.stream:
-            images = [self.normalise(each.images) for each in (batch, batch.second) if each is not None]
+            images = [self.normalise(half.images) for half in (batch, batch.second) if half is not None]
             yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
 
 
 def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
-    """The control as it is to be used at `tau` on targets from `archive`."""
+    """The control fitted to `archive` at `tau`."""
     return control.fit((averaged(torch.from_numpy(block), tau).numpy() for block in archive.spread_logits()), tau)

@@ -1,12 +1,12 @@
-"""Finished runs, read back as a table, figures and one offline page. Nothing here needs torch."""
+"""Reports: runs as a table, figures and one offline page. Nothing here needs torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Cell",
-    "Comparison",
     "Experiment",
+    "PairedDifference",
     "Report",
     "Row",
     "RunRecord",
@@ -21,7 +21,7 @@ _PUBLIC = {
     "RunRecord": "records",
     "collect": "records",
     "Cell": "table",
-    "Comparison": "table",
+    "PairedDifference": "table",
     "Row": "table",
     "Table": "table",
     "paired": "table",
@@ -34,7 +34,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from kdcache.report.html import Report, write_report
     from kdcache.report.records import Experiment, RunRecord, collect
-    from kdcache.report.table import Cell, Comparison, Row, Table, paired, summarise
+    from kdcache.report.table import Cell, PairedDifference, Row, Table, paired, summarise
 
 
 def __getattr__(name: str) -> Any:

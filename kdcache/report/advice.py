@@ -1,7 +1,7 @@
-"""Which temperatures to try first with an archive: what the papers found, and whether it holds for these numbers.
+"""Advice on the temperatures to try first with an archive: findings of the papers, judged by the archive's numbers.
 
-Advice is a claim with its evidence: each piece names a finding and where it was published, the numbers of this archive that
-it rests on, and why it may not apply. Ranges are those that the papers report; nothing is interpolated into a formula.
+Each piece of advice names a finding, its source, the numbers of this archive that support it, and the reasons why it may
+not apply. Ranges are those that the papers report, without interpolation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from kdcache.archive import LogitMoments, Plan, Statistics, TauStatistics
+from kdcache.archive import ArchivePlan, LogitMoments, Statistics, TauStatistics
 
 __all__ = ["Advice", "Finding", "advise", "first_temperatures"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a paper found, in our words, and where it says so."""
+    """A paper's finding in our words, and its source."""
 
     title: str
     text: str
@@ -66,37 +66,37 @@ MATCHING = Finding(
 )
 
 # The study's Table 1, over both datasets and all architectures.
-BRIEF_REST = (0.886, 0.950)  # H^(p-bar) of the teachers finetuned most briefly: 20 epochs on Pets, 40 on CIFAR100
-LONGER_REST = 0.925  # the smallest of those finetuned for longer
-LONG_REST = (0.952, 0.972)  # after 400 epochs, from pretrained weights; from scratch 0.952 to 0.971
+BRIEF_REST = (0.886, 0.950)  # H^(p-bar) of the teachers with the shortest finetuning: 20 epochs on Pets, 40 on CIFAR100
+LONGER_REST = 0.925  # smallest H^(p-bar) of teachers with longer finetuning
+LONG_REST = (0.952, 0.972)  # H^(p-bar) after 400 epochs from pretrained weights; from scratch 0.952 to 0.971
 ALL_WHOLE = (0.216, 0.543)  # H^(p) of all teachers
 STUDIED_CLASSES = (37, 200)  # Pets, Tiny ImageNet
 STUDIED_ACCURACY = 86.0  # percent; the teachers of Table 2 reach 86.3 to 93.3
-# Sections 4.5 and 5: datasets by whether nearly all of their classes are in ImageNet-1K, and by granularity.
+# Sections 4.5 and 5: datasets with nearly all classes in ImageNet-1K, by granularity; and a dataset without overlap.
 OVERLAPPING = {"pets": "fine-grained", "cifar100": "coarse-grained", "tiny-imagenet": "coarse-grained"}
 FOREIGN = ("cars",)
 SMALL, LARGE, BOTH = (1.0, 2.0, 4.0), (10.0, 20.0, 4.0), (1.0, 4.0, 10.0, 20.0)
 MATCHING_RANGE = (2.5, 10.0)
-EVEN = 1.5  # ratio of a large (95 %) to a small (5 %) deviation of a row below which z-scores act like one temperature
+EVEN = 1.5  # below this ratio of the 95 % to the 5 % quantile of rows' deviations, z-scores act like one temperature
 
 Applies = Literal["yes", "in part", "no"]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A finding and what it means here. `taus` are to be tried first, in this order; empty where it orders none."""
+    """A finding and its meaning for one archive. `taus`: temperatures to try first, in order; may be empty."""
 
     finding: Finding
     taus: tuple[float, ...]
-    numbers: str  # of this archive
+    numbers: str  # the archive's numbers that support it
     applies: Applies
     limits: str
 
 
-def advise(plan: Plan, statistics: Statistics) -> list[Advice]:
-    """Advice on an archive from its plan (or manifest) and its statistics; what orders the temperatures comes first."""
+def advise(plan: ArchivePlan, statistics: Statistics) -> list[Advice]:
+    """Advice on an archive from its plan (or manifest) and statistics. The finding that orders temperatures comes first."""
     origin, overlap = _origin(plan, statistics), _overlap(plan)
-    # Classes that the pretraining never saw reverse the trend, whatever the entropies look like.
+    # Classes that the pretraining did not contain reverse the trend, whatever the entropies are.
     leading = [overlap, origin] if overlap.taus == SMALL else [origin, overlap]
     return [
         *leading,
@@ -108,12 +108,12 @@ def advise(plan: Plan, statistics: Statistics) -> list[Advice]:
 
 
 def first_temperatures(pieces: Iterable[Advice]) -> tuple[float, ...]:
-    """The temperatures to start plain distillation with: small and large ones, unless a finding orders them."""
+    """The first temperatures for plain distillation: small and large ones, unless a finding orders them."""
     return next((piece.taus for piece in pieces if piece.taus and piece.finding in (ORIGIN, OVERLAP)), BOTH)
 
 
-def _origin(plan: Plan, statistics: Statistics) -> Advice:
-    """How much the teacher still says about the classes below the top one."""
+def _origin(plan: ArchivePlan, statistics: Statistics) -> Advice:
+    """Advice from the information that the teacher gives about the classes below the top one."""
     figures = _at(statistics, 1)
     if figures is None or plan.num_classes == 2:
         why = (
@@ -157,28 +157,28 @@ def _origin(plan: Plan, statistics: Statistics) -> Advice:
     return Advice(ORIGIN, taus, "; ".join(numbers), applies, _sentences(doubts))
 
 
-def _doubts(plan: Plan, statistics: Statistics, figures: TauStatistics) -> list[str]:
-    """Why the ranges of the study's Table 1 may say little about this archive."""
-    found = []
+def _doubts(plan: ArchivePlan, statistics: Statistics, figures: TauStatistics) -> list[str]:
+    """Reasons why the ranges of the study's Table 1 may not hold for this archive."""
+    doubts = []
     low, high = STUDIED_CLASSES
     if not low <= plan.num_classes <= high:
-        found.append(f"{plan.num_classes} classes lie outside that study's {low} to {high}")
+        doubts.append(f"{plan.num_classes} classes lie outside that study's {low} to {high}")
     if plan.policy and plan.policy.mix:
-        found.append("these views are mixed: the partner's class raises H^(p) and, as a second peak, lowers H^(p-bar)")
+        doubts.append("these views are mixed: the partner's class raises H^(p) and, as a second peak, lowers H^(p-bar)")
     accuracy = plan.teacher.top1_clean if plan.teacher else None
     if accuracy is not None and accuracy < STUDIED_ACCURACY:
-        found.append(
+        doubts.append(
             f"the teacher is right on {accuracy:.1f} % of clean images, those of the study on {STUDIED_ACCURACY:.0f} % and more"
         )
     elif accuracy is None and statistics.top1_views is None:
-        found.append("how often the teacher is right is unknown: neither its accuracy nor labels are recorded")
+        doubts.append("how often the teacher is right is unknown: neither its accuracy nor labels are recorded")
     if figures.entropy_mean < ALL_WHOLE[0]:
-        found.append(f"the teacher is surer than any of that table, whose H^(p) are {ALL_WHOLE[0]} to {ALL_WHOLE[1]}")
-    return found
+        doubts.append(f"the teacher is surer than any of that table, whose H^(p) are {ALL_WHOLE[0]} to {ALL_WHOLE[1]}")
+    return doubts
 
 
-def _overlap(plan: Plan) -> Advice:
-    """Overlap with the pretraining classes, and granularity."""
+def _overlap(plan: ArchivePlan) -> Advice:
+    """Advice from the overlap with the pretraining classes, and from granularity."""
     name = plan.source.name if plan.source else "unknown"
     numbers = f"data {name}, {plan.num_classes} classes such as {', '.join(plan.class_names[:3])}"
     training = (plan.teacher.training if plan.teacher else None) or {}
@@ -201,7 +201,7 @@ def _overlap(plan: Plan) -> Advice:
 
 
 def _training(statistics: Statistics) -> Advice:
-    """Optimiser, batch size, duration, initialisation."""
+    """Advice on optimiser, batch size, duration and initialisation."""
     return Advice(
         TRAINING,
         (),
@@ -212,7 +212,7 @@ def _training(statistics: Statistics) -> Advice:
     )
 
 
-def _differences(plan: Plan, statistics: Statistics) -> Advice:
+def _differences(plan: ArchivePlan, statistics: Statistics) -> Advice:
     details, taus = statistics.details, [figures.tau for figures in statistics.per_tau]
     if plan.num_classes < 4 or 10 not in taus or details is None:
         few = plan.num_classes < 4
@@ -232,7 +232,7 @@ def _differences(plan: Plan, statistics: Statistics) -> Advice:
     )
 
 
-def _standardization(plan: Plan, statistics: Statistics) -> Advice:
+def _standardization(plan: ArchivePlan, statistics: Statistics) -> Advice:
     if plan.num_classes == 2 or statistics.details is None:
         why = (
             "Two logits have the z-scores +1 and -1 in every row."
@@ -257,7 +257,7 @@ def _standardization(plan: Plan, statistics: Statistics) -> Advice:
 
 
 def _deviations(moments: LogitMoments) -> tuple[float, float]:
-    """The 5 % and the 95 % quantile of the rows' standard deviations, to a bin of their histogram."""
+    """The 5 % and 95 % quantiles of the rows' standard deviations, to the precision of a histogram bin."""
     counts = np.array(moments.counts).sum(axis=0)
     edges, share = np.linspace(*moments.std_range, len(counts) + 1), np.cumsum(counts) / counts.sum()
     return float(edges[np.searchsorted(share, 0.05)]), float(edges[np.searchsorted(share, 0.95) + 1])

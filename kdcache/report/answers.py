@@ -1,25 +1,25 @@
-"""What the results say of tau, of methods and of controls, in words and as paired differences."""
+"""Answers about tau, methods and controls from the results, in words and as paired differences."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, Comparison, Row, Table, labels, paired
+from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, PairedDifference, Row, Table, labels, paired
 
 __all__ = ["Answer", "Contrast", "answers", "contrasts", "method_contrasts", "overview"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The best tau of one row of control none; `name` tells it from the other answers."""
+    """The best tau of one row of control none. `name` distinguishes it from the other answers."""
 
     name: str
     tau: float | None = None  # None: no run has finished
     best: Cell | None = None
     second_tau: float | None = None
     second: Cell | None = None
-    difference: Comparison | None = None  # of best and second over the seeds that both have; None: they share none
+    difference: PairedDifference | None = None  # best minus second over shared seeds; None: no shared seed
 
     @property
     def own_temperature(self) -> bool:
@@ -36,8 +36,8 @@ class Answer:
         spread = f" % ({ONE_SEED})"
         if self.best.std is not None:
             spread = f" ± {self.best.std:.2f} % (mean ± std, n = {self.best.n} seeds)"
-        said = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
-        return f"{said} test top-1 {self.best.mean:.2f}{spread}."
+        opening = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
+        return f"{opening} test top-1 {self.best.mean:.2f}{spread}."
 
     @property
     def detail(self) -> str:
@@ -50,29 +50,29 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A control beside none, at the best tau of none; or a method beside another one, each at its own best tau."""
+    """A control against none, at the best tau of none; or a method against another one, each at its own best tau."""
 
     name: str
-    what: str  # the control or method
+    variant: str  # the control or method under test
     tau: float
     cell: Cell
-    base: str  # what it is compared with
-    difference: Comparison | None  # None: no seed in common
+    base: str  # the control or method that it is compared with
+    difference: PairedDifference | None  # None: no seed in common
 
 
 def answers(table: Table) -> list[Answer]:
-    """For each row of control none: its best tau, and whether the second best is any worse."""
-    found = []
+    """For each row of control none: its best tau, and its difference to the second best."""
+    results = []
     for row, name in _without_control(table).items():
         (tau, best), (second_tau, second), *_ = [*table.ranked(row), (None, None), (None, None)]
         difference = paired(best, second) if best and second else None
-        found.append(Answer(name, tau, best, second_tau, second, difference))
-    return found
+        results.append(Answer(name, tau, best, second_tau, second, difference))
+    return results
 
 
-def overview(found: Sequence[Answer]) -> str:
-    """Of many answers, which taus were best how often, and how many of them are ahead by more than seed noise."""
-    tuned = [answer for answer in found if answer.second is not None and not answer.own_temperature]
+def overview(results: Sequence[Answer]) -> str:
+    """Summary of many answers: how often each tau was best, and how often by more than seed noise."""
+    tuned = [answer for answer in results if answer.second is not None and not answer.own_temperature]
     if not tuned:
         return "No row has results at two taus, so there is no best tau."
     often = [f"{tau:g} in {count}" for tau, count in Counter(answer.tau for answer in tuned).most_common()]
@@ -80,44 +80,44 @@ def overview(found: Sequence[Answer]) -> str:
         answer.difference is not None and answer.difference.significant and answer.difference.mean > 0 for answer in tuned
     )
     pairs = sum(answer.difference is not None and answer.difference.low is not None for answer in tuned)
-    said = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)} with several: {', '.join(often)}. "
+    sentence = f"Best tau, of {len(tuned)} row{'s' * (len(tuned) > 1)} with several: {', '.join(often)}. "
     if not pairs:
-        return said + "No row has two seeds of two taus, so none can be told from seed noise."
-    return said + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
+        return sentence + "No row has two seeds of two taus, so none can be told from seed noise."
+    return sentence + f"It is ahead of the second best by more than seed noise in {ahead} of {pairs}."
 
 
 def contrasts(table: Table) -> list[Contrast]:
-    """Every control beside none, at the best tau of none."""
-    found = []
+    """Every control against none, at the best tau of none."""
+    results = []
     for row, name in _without_control(table).items():
         for tau, best in table.ranked(row)[:1]:
             for other in table.rows:
                 cell = table.get(other, tau)
                 if cell and other != row and dataclasses.replace(other, control="none") == row:
-                    found.append(Contrast(name, other.control, tau, cell, "none", paired(cell, best)))
-    return found
+                    results.append(Contrast(name, other.control, tau, cell, "none", paired(cell, best)))
+    return results
 
 
 def method_contrasts(table: Table) -> list[Contrast]:
-    """Every method of control none beside kd, or of z-scores beside the same method without, each at its own best tau.
+    """Every method of control none against kd (a z-score method: against the same method without), at their best taus.
 
-    Options and settings of the two may differ, as published ones do, where there is only one of the same archive to compare
-    with; a setting that differs is named.
+    Options and settings of the two may differ, as published ones do, if the archive has only one row to compare with. A
+    setting that differs is named.
     """
     plain = {row: table.ranked(row)[0] for row in table.rows if row.control == "none" and table.ranked(row)}
     names = labels(list(plain), ("dataset", "teacher", "student", "setting"))
     archive = {row: cell.runs[0].args.archive_digest for row, (_, cell) in plain.items()}
-    found = []
+    results = []
     for row, (tau, cell) in plain.items():
         others = [other for other in plain if _pair(other) == _pair(row) and archive[other] == archive[row] and other != row]
         if (base := _base(row, others)) is not None:
             setting = f" ({base.setting})" if base.setting != row.setting else ""
-            found.append(Contrast(names[row], row.method, tau, cell, base.method + setting, paired(cell, plain[base][1])))
-    return found
+            results.append(Contrast(names[row], row.method, tau, cell, base.method + setting, paired(cell, plain[base][1])))
+    return results
 
 
 def _base(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Which of these other rows of its pair of teacher and student a row's method is compared with."""
+    """The row that a row's method is compared with: one of the other `rows` of its teacher and student, or None."""
     name = row.method.partition(":")[0]
     for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd")):
         named = [other for other in rows if other.method.partition(":")[0] == wanted]
@@ -134,5 +134,5 @@ def _pair(row: Row) -> tuple[str, str, str]:
 
 
 def _without_control(table: Table) -> dict[Row, str]:
-    """Rows of control none, and what tells them apart."""
+    """Rows of control none with distinguishing names."""
     return labels([row for row in table.rows if row.control == "none"], ROW_FIELDS)

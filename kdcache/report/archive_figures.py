@@ -1,4 +1,4 @@
-"""Figures of one archive: what its teacher says at each temperature."""
+"""Figures of one archive: its teacher's output at each temperature."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,28 +13,28 @@ from kdcache.archive import Statistics, TauDetail, TauStatistics
 from kdcache.report.figures import COLOURS, Drawing
 from kdcache.stats import label_smoothing
 
-__all__ = ["archive_drawings", "logit_moments", "one_page", "sorted_softmax"]
+__all__ = ["archive_drawings", "moments_drawing", "one_page", "sorted_softmax"]
 
-SHOWN_RANKS = 20  # of the sorted softmax, as in the temperature study's Fig. 4
+SHOWN_RANKS = 20  # ranks of the sorted softmax, as in the temperature study's Fig. 4
 MOST_TAUS = 4  # side by side
 MOST_TICKS = 6
 WHOLE, REST = r"$\hat{H}(p)$", r"$\hat{H}(\bar{p})$"
 
 
 def archive_drawings(statistics: Statistics, num_classes: int, place: str) -> list[Drawing]:
-    """All figures of an archive called `place`; without details in its statistics, the one that needs none."""
+    """All figures of an archive. `place` is its name in captions. Without statistics' details there is only one figure."""
     drawings = [_tau_entropies(statistics, place)]
     if statistics.details:
         drawings += [
             _entropy_histograms(statistics, place),
             sorted_softmax(statistics, num_classes, place),
-            logit_moments(statistics, place),
+            moments_drawing(statistics, place),
         ]
     return drawings
 
 
 def one_page(drawings: Sequence[Drawing], place: str) -> Drawing:
-    """The figures of the archive called `place` below each other."""
+    """One figure with these figures below each other. `place` is the archive's name."""
     width, heights = max(d.size[0] for d in drawings), [d.size[1] + 0.3 for d in drawings]
 
     def draw(figure: Figure) -> None:
@@ -73,8 +73,8 @@ def _tau_entropies(statistics: Statistics, place: str) -> Drawing:
         f"Relative entropy of the teacher's output over tau, {place}: means, and from the 5 % to the 95 % quantile. "
         "The upper line leaves the top class out; 1 is uniform."
     )
-    said = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f in figures)
-    alt = f"Mean relative entropies with and without the top class over tau, {place}. {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f in figures)
+    alt = f"Mean relative entropies with and without the top class over tau, {place}. {spoken}."
     return Drawing("entropy over tau", caption, alt, (7.0, 3.6), draw)
 
 
@@ -103,13 +103,13 @@ def _entropy_histograms(statistics: Statistics, place: str) -> Drawing:
         f"Rows of the archive by relative entropy at every tau, {place}: of the whole softmax (left) and without its top class "
         "(right). Each histogram has a height of its own; dashed, the means."
     )
-    said = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f, _ in pairs)
-    alt = f"Histograms of relative entropy at each tau, {place}. Means with and without the top class: {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: {f.entropy_mean:.3f} and {f.entropy_rest_mean:.3f}" for f, _ in pairs)
+    alt = f"Histograms of relative entropy at each tau, {place}. Means with and without the top class: {spoken}."
     return Drawing("entropy histograms", caption, alt, (8.0, 0.7 + 0.75 * len(pairs)), draw)
 
 
 def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Drawing:
-    """The temperature study's Fig. 4: mean sorted softmax, and the label smoothing of the same entropy."""
+    """Mean sorted softmax, beside the label smoothing of the same entropy (temperature study, Fig. 4)."""
     details = statistics.details
     assert details
     shown = _spread(list(zip(statistics.per_tau, details.per_tau, strict=True)))
@@ -139,13 +139,13 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
         f"Mean sorted softmax of the teacher at rising tau (top {count} of {num_classes} classes), {place}; below, label "
         "smoothing of the same entropy. The axes end where the largest bar does."
     )
-    said = "; ".join(f"tau {f.tau:g}: top class {d.sorted_mean[0]:.3g}, second {d.sorted_mean[1]:.3g}" for f, d in shown)
-    alt = f"Bars of the mean sorted softmax and of matched label smoothing, {place}. {said}."
+    spoken = "; ".join(f"tau {f.tau:g}: top class {d.sorted_mean[0]:.3g}, second {d.sorted_mean[1]:.3g}" for f, d in shown)
+    alt = f"Bars of the mean sorted softmax and of matched label smoothing, {place}. {spoken}."
     return Drawing("sorted softmax", caption, alt, (1.0 + 2.3 * len(shown), 4.8), draw)
 
 
-def logit_moments(statistics: Statistics, place: str) -> Drawing:
-    """Logit standardization's Fig. 5: rows by mean and standard deviation of their logits, with both margins."""
+def moments_drawing(statistics: Statistics, place: str) -> Drawing:
+    """Rows by mean and standard deviation of their logits, with both margins (logit standardization, Fig. 5)."""
     assert statistics.details
     moments = statistics.details.moments
     counts = 100 * np.array(moments.counts) / statistics.rows
@@ -179,7 +179,7 @@ def logit_moments(statistics: Statistics, place: str) -> Drawing:
 
 
 def _spread(pairs: Sequence[tuple[TauStatistics, TauDetail]]) -> list[tuple[TauStatistics, TauDetail]]:
-    """At most four of them, evenly spaced on the log scale of tau, the ends among them."""
+    """At most four pairs, evenly spaced on the log scale of tau, with both ends."""
     logs = np.log([figures.tau for figures, _ in pairs])
     wanted = np.linspace(logs.min(), logs.max(), min(MOST_TAUS, len(pairs)))
     return [pairs[n] for n in dict.fromkeys(int(np.abs(logs - log).argmin()) for log in wanted)]

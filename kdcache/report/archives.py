@@ -1,4 +1,4 @@
-"""The archives that students were trained from, as the report shows them."""
+"""The report's section on the archives that students were trained from."""
 
 import base64
 import dataclasses
@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.archive import Archive, is_url, open_archive
+from kdcache.archive import Archive, open_archive
 from kdcache.errors import KdcacheError
-from kdcache.report.archive_figures import logit_moments, sorted_softmax
+from kdcache.report.archive_figures import moments_drawing, sorted_softmax
 from kdcache.report.figures import Drawing, entropy_histograms
 from kdcache.report.records import ArchiveArgs, RunRecord
+from kdcache.system.remote import is_url
 
 __all__ = ["ArchivePart", "archive_parts"]
 
@@ -23,7 +24,7 @@ SHEET = "views.png"
 
 @dataclass(frozen=True)
 class ArchivePart:
-    """What the page shows of one archive. `archive` and `sheet` may be missing; then the texts say why, if it has to be said."""
+    """One archive on the page. Where `archive` or `sheet` is missing, the texts give the reason, if there is one to give."""
 
     name: str
     digest: str
@@ -36,14 +37,14 @@ class ArchivePart:
 
 
 def _by_archive(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    found: dict[str, list[RunRecord]] = {}
+    runs_by_archive: dict[str, list[RunRecord]] = {}
     for record in records:
-        found.setdefault(record.args.archive_digest, []).append(record)
-    return found
+        runs_by_archive.setdefault(record.args.archive_digest, []).append(record)
+    return runs_by_archive
 
 
 def archive_parts(records: Sequence[RunRecord]) -> list[ArchivePart]:
-    """Every archive that students were trained from; averages of several are followed by these, and by those of second views."""
+    """Every archive that students were trained from, then the members of averages, then the archives of second views."""
     parts: dict[str, ArchivePart] = {}
     members: dict[str, ArchivePart] = {}
     for digest, runs in _by_archive(records).items():
@@ -71,7 +72,7 @@ def _archive_part(run: RunRecord, args: ArchiveArgs, sheet: dict[str, str]) -> A
 
 
 def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, str]:
-    """An archive of a run, or why it cannot be shown. It may have moved together with the workspace of the run."""
+    """An archive of a run, or the reason why it cannot be shown. It may have moved together with the run's workspace."""
     home = run.folder.resolve().parent.parent.parent
     reason = ""
     copy = home / "archives" / args.archive_name
@@ -89,7 +90,7 @@ def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, st
 
 
 def _teacher(archive: Archive, name: str) -> dict[str, Any]:
-    """Facts, entropies per tau and the histograms of an archive, from a few evenly spaced views of it."""
+    """Facts and figures of an archive. Its entropy histograms come from a few evenly spaced views."""
     manifest = archive.manifest
     count = min(archive.num_views, max(1, HISTOGRAM_ROWS // archive.num_samples))
     views = np.unique(np.linspace(archive.views.start, archive.views.stop - 1, count).astype(int))
@@ -106,7 +107,7 @@ def _teacher(archive: Archive, name: str) -> dict[str, Any]:
     facts.append(f"histograms over {len(values['entropy']):,} views")
     drawings = [entropy_histograms(name, values, means)]
     if manifest.statistics.details:
-        more = (sorted_softmax(manifest.statistics, archive.num_classes, name), logit_moments(manifest.statistics, name))
+        more = (sorted_softmax(manifest.statistics, archive.num_classes, name), moments_drawing(manifest.statistics, name))
         drawings += [dataclasses.replace(drawing, name=f"{drawing.name} {name}") for drawing in more]
     return {"archive": archive, "facts": "; ".join(facts) + ".", "drawings": tuple(drawings)}
 

@@ -1,4 +1,4 @@
-"""What the runs cost, as far as they and their archives have recorded it, and what online distillation would have."""
+"""Costs of runs, from records in runs and archives, and the estimated costs of online distillation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,36 +7,36 @@ from kdcache.archive import COST, TEACHER_COST, Archive, DumpCost
 from kdcache.report.records import ArchiveArgs, RunRecord
 from kdcache.system.energy import UNKNOWN, Spent, total
 
-__all__ = ["Cost", "costs"]
+__all__ = ["ArchiveCosts", "costs"]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of all students of one archive, of one average of archives, or of one and another for second views.
+class ArchiveCosts:
+    """Costs of the students that share the same archives.
 
-    None is what was not recorded. A pass is the teacher's (of an average, every teacher's) answer to one view of one sample.
+    None is unknown. A pass is one teacher's forward pass on one view of one sample.
     """
 
     name: str
     digest: str
-    second: str  # name of the archive of second views, if there is one
+    second: str  # name of the archive of second views; empty without one
     students: int
-    epochs: int  # of all students, whatever became of them
-    distill: Spent  # by all students
-    dump: Spent  # of the archives
-    teacher: Spent  # in the training of the archives' teachers
-    bytes: int | None  # of the archives
-    passes: int | None  # that the dumps made
-    online: int | None  # that the same epochs would have made with the teacher in every step
+    epochs: int  # summed over the students, unfinished ones included
+    distill: Spent  # spent by the students
+    dump: Spent  # spent by the dumps of the archives
+    teacher: Spent  # spent on training the archives' teachers
+    bytes: int | None  # size of the archives
+    passes: int | None  # passes of the dumps
+    online: int | None  # passes that online distillation needs for the same epochs
 
     @property
     def saving(self) -> float | None:
-        """Passes of online distillation for each one of the dump; below 1, the dump made more than it saved."""
+        """Online passes per pass of the dump. Below 1, the dump cost more passes than it saved."""
         return None if self.passes is None or self.online is None else self.online / self.passes
 
     @property
     def reckoned(self) -> Spent:
-        """What the passes of online distillation would take if each took what the dump's took: reckoned, not measured."""
+        """Estimated cost of the online passes: as many as `online`, each at the dump's cost per pass."""
         return UNKNOWN if self.saving is None else self.dump * self.saving
 
     @property
@@ -45,12 +45,12 @@ class Cost:
 
     @property
     def break_even(self) -> float | None:
-        """How many students, trained for as long as these, make as many passes online as the dump made."""
+        """Number of such students whose online passes equal the dump's passes."""
         return self.students / self.saving if self.saving else None
 
 
-def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> list[Cost]:
-    """A line for all students of the same archives; `archives` by digest, those of second views too."""
+def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> list[ArchiveCosts]:
+    """One `ArchiveCosts` per set of shared archives. `archives` maps digests to archives, those of second views too."""
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
         second = record.second_archive.archive_digest if record.second_archive else ""
@@ -58,15 +58,19 @@ def costs(records: Sequence[RunRecord], archives: Mapping[str, Archive | None]) 
     return [_cost(runs, archives) for runs in groups.values()]
 
 
-def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> Cost:
+def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> ArchiveCosts:
     args, second = runs[0].args, runs[0].second_archive
     members = _opened(args.archives or (args,), archives)
     others = _opened((second,), archives) if second else members
-    used = None if members is None or others is None else list({one.manifest.digest: one for one in (*members, *others)}.values())
+    used = (
+        None
+        if members is None or others is None
+        else list({member.manifest.digest: member for member in (*members, *others)}.values())
+    )
     epochs, seconds = sum(run.epochs_done for run in runs), sum(run.second_views for run in runs)
     online = None if members is None or others is None else epochs * _samples(members) + seconds * _samples(others)
     begun = [run for run in runs if run.epochs_done]
-    return Cost(
+    return ArchiveCosts(
         name=args.archive_name,
         digest=args.archive_digest,
         second=second.archive_name if second else "",
@@ -82,10 +86,10 @@ def _cost(runs: Sequence[RunRecord], archives: Mapping[str, Archive | None]) -> 
 
 
 def _opened(args: Sequence[ArchiveArgs], archives: Mapping[str, Archive | None]) -> list[Archive] | None:
-    """The archives, if all of them are there."""
-    found = [archives.get(each.archive_digest) for each in args]
-    known = [archive for archive in found if archive is not None]
-    return known if len(known) == len(found) else None
+    """The archives; None if one of them is missing."""
+    opened = [archives.get(archive_args.archive_digest) for archive_args in args]
+    known = [archive for archive in opened if archive is not None]
+    return known if len(known) == len(opened) else None
 
 
 def _samples(archives: Sequence[Archive]) -> int:
@@ -97,12 +101,12 @@ def _passes(archive: Archive) -> int:
 
 
 def _dump(archive: Archive) -> Spent:
-    """What all passes of an archive took; of some of them it says nothing, as in a part of a larger archive."""
+    """Cost of an archive's dump. Unknown if the record covers other passes, as in a part of a larger archive."""
     cost = DumpCost.of(archive.manifest.provenance.get(COST))
     return cost.spent if cost.passes == _passes(archive) else UNKNOWN
 
 
 def _teachers(archives: Sequence[Archive]) -> list[Spent]:
-    """What training took, of each teacher once."""
+    """Training cost of each distinct teacher."""
     cards = [(archive.manifest.teacher, archive.manifest.provenance.get(TEACHER_COST)) for archive in archives]
     return [*{card.weights_sha256 if card else "": Spent.of(cost) for card, cost in cards}.values()]

@@ -1,4 +1,4 @@
-"""The report's figures, through matplotlib's object interface: nothing global changes and no window system is needed."""
+"""The report's figures. They use matplotlib's object interface: no global state, no window system."""
 
 import io
 import math
@@ -29,12 +29,12 @@ __all__ = [
     "control_dots",
     "entropy_histograms",
     "pages_of",
-    "render",
+    "render_figure",
     "short",
     "tau_curves",
 ]
 
-# Okabe and Ito's palette, told apart under the common colour blindnesses; its yellow is too faint on white.
+# Okabe and Ito's palette, safe for the common colour blindnesses. Its yellow is left out: too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -53,15 +53,15 @@ STYLE: dict[str, Any] = {
     "grid.color": "#e3e3e3",
     "legend.frameon": False,
     "legend.title_fontsize": 9.5,
-    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
-    "text.parse_math": False,  # names come from the runs
+    "svg.fonttype": "none",  # text stays text: searchable, selectable, readable by screen readers
+    "text.parse_math": False,  # names from the runs may contain dollar signs
     "xtick.color": "#333333",
     "ytick.color": "#333333",
 }
 TEACHER: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.2}
-MOST_LINES = 8  # in one panel, where the rows can be spread over several
-MOST_EARLIER = 3  # lines of a panel that are also shown at an earlier epoch
-MOST_PANELS = 8  # in one figure
+MOST_LINES = 8  # lines per panel, where rows can be split into panels
+MOST_EARLIER = 3  # panels with at most so many lines also show an earlier epoch
+MOST_PANELS = 8  # panels per figure
 TOP1 = "test top-1, last epoch (%)"
 FIELDS = ("student", "method", "control", "setting")
 Panel = tuple[str, list[Row]]  # title, rows
@@ -70,7 +70,7 @@ Panels = TypeVar("Panels")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure to be drawn: `size` in inches, `alt` for those who cannot see it."""
+    """A figure to be drawn: `size` in inches, `alt` text for screen readers."""
 
     name: str
     caption: str
@@ -79,8 +79,8 @@ class Drawing:
     draw: Callable[[Figure], None]
 
 
-def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
-    """The figure as SVG and as PNG; the same bytes for the same data. Different `salt`s give different ids in the SVG."""
+def render_figure(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
+    """The figure as (SVG, PNG). Equal data give equal bytes. The ids inside the SVG depend on `salt`."""
     svg, png = io.BytesIO(), io.BytesIO()
     with style.context(["default", STYLE | {"svg.hashsalt": salt}]):
         figure = Figure(figsize=drawing.size, layout="constrained")
@@ -88,8 +88,8 @@ def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
         engine = figure.get_layout_engine()
         assert engine is not None
         engine.execute(figure)
-        figure.set_layout_engine("none")  # laid out once for both formats
-        # What savefig does, but for drawing each of them twice in case something were still to be laid out.
+        figure.set_layout_engine("none")  # freeze the layout for both formats
+        # savefig would draw each format twice, to settle a layout that is already final here.
         FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))  # type: ignore[no-untyped-call]
         figure.set_dpi(160)
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None}, pil_kwargs={"compress_level": 3})  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ def render(drawing: Drawing, salt: str) -> tuple[bytes, bytes]:
 
 
 def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
-    """Final test top-1 over tau, a line per student, method and control."""
+    """Final test top-1 over tau, one line per student, method and control."""
     panels = _panels(table, rows, (("setting",), ("student", "setting"), ("student", "control", "setting")))
     lines = Lines(panels)
 
@@ -120,7 +120,7 @@ def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
 
 
 def control_dots(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
-    """Final test top-1 of each control beside that of none, at every tau; only where there is more than one control."""
+    """Final test top-1 of each control beside control none, at every tau. Empty without a second control."""
     panels = _panels(table, rows, (("student", "method", "setting"),))
     panels = [panel for panel in panels if len(panel[1]) > 1]
     lines = Lines(panels)
@@ -142,7 +142,7 @@ def control_dots(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]
 
 
 def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], means: Mapping[str, float]) -> Drawing:
-    """Histograms of relative entropies in [0, 1]; the keys of `values` and `means` are `entropy` and `entropy_rest`."""
+    """Histograms of relative entropies in [0, 1]. The keys of `values` and `means` are `entropy` and `entropy_rest`."""
     shown = {
         "entropy": (r"$\hat{H}(p)$ at tau 1, all classes", COLOURS[0], 0.0),
         "entropy_rest": (r"$\hat{H}(\bar{p})$ at tau 1, without the top class", COLOURS[1], None),
@@ -183,13 +183,13 @@ def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], me
 
 def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
     taus = table.taus_of(panel)
-    step = max(1.012, (taus[-1] / taus[0]) ** 0.012)  # so that error bars at the same tau do not hide each other
+    step = max(1.012, (taus[-1] / taus[0]) ** 0.012)  # shifts lines so that error bars at one tau do not overlap
     for number, row in enumerate(panel):
         colour, marker, dashes = lines.look(row)
         nudge = step ** (number - (len(panel) - 1) / 2)
         cells = [table.get(row, tau) for tau in taus]
         x = np.array(taus, np.float64) * nudge
-        for own in filter(None, cells):  # where tau is not used, one result stands for all of them
+        for own in filter(None, cells):  # a method without tau has one result for every tau
             if own.own_temperature:
                 axes.axhline(own.mean, color=colour, linestyle=dashes, linewidth=1, alpha=0.6)
         mean = [cell.mean if cell else math.nan for cell in cells]  # a missing tau breaks the line
@@ -207,26 +207,26 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lin
 
 
 def _draw_earlier(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
-    """The temperature study's Fig. 3: the same curves at an earlier epoch, behind the others and on a scale of their own."""
-    found = [(row, earlier) for row in panel if len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))]
-    if not found:
+    """Draw the curves at an earlier epoch behind the final ones, on a second axis (temperature study, Fig. 3)."""
+    earlier_cells = [(row, earlier) for row in panel if len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))]
+    if not earlier_cells:
         return
     right = axes.twinx()
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
     taus = table.taus_of(panel)
-    for row, (_, means) in found:
+    for row, (_, means) in earlier_cells:
         _, marker, dashes = lines.look(row)
         values = [means.get(tau, math.nan) for tau in taus]  # a missing tau breaks this line too
         right.plot(taus, values, color="#999999", marker=marker, linestyle=dashes, markersize=4, linewidth=1)
-    epochs = sorted({epoch for _, (epoch, _) in found})
+    epochs = sorted({epoch for _, (epoch, _) in earlier_cells})
     right.set_ylabel(f"after {' or '.join(map(str, epochs))} {'epoch' if epochs == [1] else 'epochs'} (%)", color="#666666")
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
 
 
 def _earlier(table: Table, row: Row) -> tuple[int, dict[float, float]] | None:
-    """The last tested epoch in the first half of training that all taus of a row share: its number, and mean top-1 by tau."""
+    """(epoch, mean top-1 by tau) of the last tested epoch in the first half of training that all taus of a row share."""
     curves = {tau: cell.curve("test_top1") for tau, cell in sorted(table.ranked(row))}
     if not curves:
         return None
@@ -264,7 +264,7 @@ def _seeds(axes: Axes, x: NDArray[np.float64], cells: Sequence[Cell | None], col
 
 
 def _panels(table: Table, rows: Sequence[Row], choices: Sequence[tuple[str, ...]]) -> list[Panel]:
-    """Rows with results: split by the first of `choices` that leaves few enough lines in every panel."""
+    """Rows with results as panels, split by the first of `choices` that leaves at most `MOST_LINES` lines in each."""
     rows = [row for row in rows if table.ranked(row)]
     panels: dict[tuple[str, ...], list[Row]] = {}
     for fields in choices:
@@ -282,7 +282,7 @@ def pages_of(panels: list[Panels]) -> list[list[Panels]]:
 
 
 class Lines:
-    """Names and looks of the lines of some panels. A name says what differs within a panel, and has one look in all of them."""
+    """Names and styles of the lines of panels. A name holds what differs within a panel, and has one style everywhere."""
 
     def __init__(self, panels: Sequence[Panel]) -> None:
         fields = [f for f in FIELDS if any(len({getattr(row, f) for row in rows}) > 1 for _, rows in panels)] or ["control"]
@@ -294,7 +294,7 @@ class Lines:
         return self._names[row]
 
     def look(self, row: Row) -> tuple[str, str, str]:
-        """Colour, marker and dashes."""
+        """(colour, marker, dashes) of a row."""
         turn, which = divmod(self._order.index(self._names[row]), len(COLOURS))
         return COLOURS[which], MARKERS[(which + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
@@ -310,7 +310,7 @@ class Lines:
 
 
 def _grid(figure: Figure, panels: Sequence[Panel]) -> Iterator[tuple[Axes, Sequence[Row]]]:
-    """Titled axes for the panels, two beside each other."""
+    """Titled axes for the panels, two per line."""
     columns = min(len(panels), 2)
     for number, (title, panel) in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, number + 1, title=short(title, 60))
@@ -324,18 +324,18 @@ def _size(panels: int) -> tuple[float, float]:
 
 
 def _spoken(table: Table, panels: Sequence[Panel], lines: Lines) -> str:
-    """The figure's numbers in words, for as many rows as one would listen to."""
+    """The numbers of the first rows in words, for the alt text."""
     rows = [row for _, panel in panels for row in panel]
-    said = []
+    phrases = []
     for row in rows[:8]:
         cells = ((tau, table.get(row, tau)) for tau in table.taus)
-        said.append(f"{lines.name(row)}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in cells if cell))
+        phrases.append(f"{lines.name(row)}: " + ", ".join(f"{cell.mean:.2f} % at tau {tau:g}" for tau, cell in cells if cell))
     if len(rows) > 8:
-        said.append(f"{len(rows) - 8} more lines are in the table of results")
-    return "; ".join(said) + "."
+        phrases.append(f"{len(rows) - 8} more lines are in the table of results")
+    return "; ".join(phrases) + "."
 
 
 def short(text: str, length: int) -> str:
-    """`text` as it can be drawn: printable and not too long."""
+    """The printable part of `text`, at most `length` characters long."""
     text = "".join(c for c in text if c.isprintable())
     return text if len(text) <= length else text[: length - 1] + "…"

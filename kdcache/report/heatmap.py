@@ -1,4 +1,4 @@
-"""Tables of scores over tau or methods, as the papers print them: the best of a line in bold, what ties with it underlined."""
+"""Tables of scores over tau or methods, as in the papers: the best of a line is bold, ties with it are underlined."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,15 @@ from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, 
 
 __all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatmaps", "results", "teacher_figures"]
 
-WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, and of that without its top class
+WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
 PAIR = ("dataset", "teacher", "student")
 STARTS = {"timm": "pretrained", "random": "from scratch"}
-Mark = str  # "best", "tied" or "": nothing
+Mark = str  # "best", "tied" or "" (neither)
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """A cell of a line: how it stands to the line's best one, and where it lies from the line's worst (0) to its best (1)."""
+    """One score of a line: its mark, and its place between the line's worst (0) and best (1) score."""
 
     cell: Cell
     mark: Mark
@@ -27,13 +27,13 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    names: tuple[str, ...]  # one for each of the table's fields
-    scores: tuple[Score | None, ...]  # one for each of its columns; None: not run to its end
+    names: tuple[str, ...]  # one per field of the table
+    scores: tuple[Score | None, ...]  # one per column of the table; None: no complete run
 
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """Lines over taus, or over methods. `fields` are the heads of the columns of names, `columns` those of scores."""
+    """Lines of scores over taus or methods. `fields` head the columns of names, `columns` those of scores."""
 
     name: str
     caption: str
@@ -45,22 +45,22 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class TeacherFigures:
-    """One line of the temperature study's Table 1: an archive's teacher, how it was trained and its relative entropies."""
+    """One line of the temperature study's Table 1: an archive's teacher, its training and its relative entropies."""
 
-    name: str  # of the archive
+    name: str  # the archive's name
     digest: str
     teacher: str
     exact: str = ""
     start: str = ""
-    epochs: int | None = None  # of its training
+    epochs: int | None = None  # epochs of its training
     top1_clean: float | None = None
     top1_views: float | None = None
-    entropy: float | None = None  # at tau 1
+    entropy: float | None = None  # H(p) / log C at tau 1
     entropy_rest: float | None = None
 
     @property
     def training(self) -> str:
-        """How it was trained, in a few words; nothing where that is not known."""
+        """The training in a few words; empty if unknown."""
         return (
             f"{self.start} + {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
             if self.start and self.epochs is not None
@@ -69,7 +69,7 @@ class TeacherFigures:
 
 
 def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None) -> TeacherFigures:
-    """Of an archive called `name`, whose teacher the runs call `alias`; of one that is not there no more than this."""
+    """Figures of the teacher of archive `name`, called `alias` in the runs. A missing archive gives names only."""
     if archive is None:
         return TeacherFigures(name, digest, alias)
     card, statistics = archive.manifest.teacher, archive.manifest.statistics
@@ -91,7 +91,7 @@ def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None)
 
 
 def results(table: Table) -> Heatmap:
-    """All lines of the table, with what tells them apart."""
+    """The table of all results, with the fields that distinguish its lines."""
     fields = tuple(f for f in ROW_FIELDS if f == "control" or len({getattr(row, f) for row in table.rows}) > 1)
     return Heatmap(
         "results",
@@ -103,8 +103,10 @@ def results(table: Table) -> Heatmap:
 
 
 def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
-    """Methods of several pairs, and methods, controls and teachers over tau, each where there are several; `teachers` by
-    archive digest."""
+    """Tables that compare several methods, controls or teachers: methods by pair, and each of them over tau.
+
+    `teachers` maps archive digests to figures.
+    """
     plain = [row for row in table.rows if row.control == "none"]
     return [
         *_pairs(table, plain),
@@ -123,7 +125,7 @@ def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatm
 def _compared(
     table: Table, rows: Sequence[Row], name: str, fields: tuple[str, ...], group: Callable[[Row], tuple[str, ...]]
 ) -> list[Heatmap]:
-    """A table for each group of rows that has more than one with a result."""
+    """One table for each group that has several rows with results."""
     groups = {key: members for key, members in _grouped(table, rows, group).items() if len(members) > 1}
     places = _places(groups)
     return [
@@ -139,7 +141,7 @@ def _compared(
 
 
 def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
-    """Methods beside each other for every pair of teacher and student, as papers on CIFAR-100 compare them."""
+    """Methods side by side for every pair of teacher and student, as in papers on CIFAR-100."""
     pairs = _grouped(table, rows, lambda row: tuple(getattr(row, field) for field in PAIR))
     names = _method_names(table, [row for members in pairs.values() for row in members])
     columns = tuple(dict.fromkeys(names[row] for row in sorted(names, key=lambda row: (row.method != "kd", natural(row.method)))))
@@ -151,15 +153,17 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
         best: dict[str, Cell] = {}
         for row in members:
             cell = table.ranked(row)[0][1]
-            best[names[row]] = max(best.get(names[row], cell), cell, key=lambda one: one.mean)
+            best[names[row]] = max(best.get(names[row], cell), cell, key=lambda scored: scored.mean)
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
 
 
 def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
-    """Methods without their options, which may differ from pair to pair; where a pair has two of one name, with what tells
-    them apart: whether labels are learned from too, or else all options."""
+    """Short method names without options, which may differ between pairs.
+
+    Where a pair has two rows of one name, the name tells whether labels are used too; if that is not enough, all options.
+    """
 
     def name(row: Row) -> str:
         return row.method.partition(":")[0]
@@ -167,22 +171,22 @@ def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     def with_labels(row: Row) -> str:
         return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)
 
-    found: dict[Row, str] = {}
+    names: dict[Row, str] = {}
     for which in dict.fromkeys(map(name, rows)):
         members = [row for row in rows if name(row) == which]
-        for how in (name, with_labels, lambda row: row.method):
-            named = {row: how(row) for row in members}
+        for naming in (name, with_labels, lambda row: row.method):
+            named = {row: naming(row) for row in members}
             places = [(row.dataset, row.teacher, row.student, row.setting, named[row]) for row in members]
             if len(set(places)) == len(places):
                 break
-        found |= named
-    return found
+        names |= named
+    return names
 
 
 def _teachers(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
-    """The temperature study's Table 1: teachers, how long they were trained and what they say, with the scores over tau."""
-    found = _grouped(table, rows, lambda row: (row.dataset, row.student, row.method, _other_than_archive(row.setting)))
-    groups = {key: members for key, members in found.items() if len({_digest(table, row) for row in members}) > 1}
+    """Teachers with their training, entropies and scores over tau, as in the temperature study's Table 1."""
+    grouped = _grouped(table, rows, lambda row: (row.dataset, row.student, row.method, _other_than_archive(row.setting)))
+    groups = {key: members for key, members in grouped.items() if len({_digest(table, row) for row in members}) > 1}
     places = _places(groups)
     maps = []
     for key, members in groups.items():
@@ -218,7 +222,7 @@ def _grouped(table: Table, rows: Sequence[Row], group: Callable[[Row], tuple[str
 
 
 def _places(groups: Mapping[tuple[str, ...], Sequence[Row]]) -> dict[tuple[str, ...], str]:
-    """What tells the groups apart, in words."""
+    """Distinguishing names of the groups."""
     names = labels([members[0] for members in groups.values()], ROW_FIELDS)
     return {key: names[members[0]] for key, members in groups.items()}
 

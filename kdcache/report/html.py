@@ -1,4 +1,4 @@
-"""The report's page: one file that shows everything without a network, and the figures and numbers beside it."""
+"""The report's page: one file that works offline, with figures and tables as files beside it."""
 
 import base64
 import csv
@@ -20,8 +20,8 @@ import kdcache
 from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
-from kdcache.report.costs import Cost, costs
-from kdcache.report.figures import Drawing, control_dots, render, tau_curves
+from kdcache.report.costs import ArchiveCosts, costs
+from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
 from kdcache.report.moment_figures import moment_drawings
@@ -35,12 +35,12 @@ from kdcache.system.progress import Progress, Silent
 __all__ = ["Report", "write_report"]
 
 HERE = Path(__file__).parent
-MOST_SPOKEN = 4  # answers; of more, there is a table
+MOST_SPOKEN = 4  # answers in sentences; more of them become a table
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote, and the table it shows."""
+    """The files that `write_report` wrote, and its table of results."""
 
     html: Path
     csv: Path
@@ -50,13 +50,13 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """What the page shows as tables, besides the runs themselves."""
+class _PageTables:
+    """The tables of the page, without the table of runs."""
 
     results: Heatmap
     heatmaps: list[Heatmap]
     teachers: list[TeacherFigures]
-    costs: list[Cost]
+    costs: list[ArchiveCosts]
 
 
 def write_report(
@@ -64,8 +64,8 @@ def write_report(
 ) -> Report:
     """Write `index.html`, `results.csv`, `figures/` and `tables/` into `out`, from all runs at or below `paths`.
 
-    Raises NotFoundError where there are no runs and IntegrityError for damaged ones. A missing archive or contact sheet
-    is said in the report.
+    Raises NotFoundError if there are no runs, and IntegrityError for damaged ones. The report mentions a missing archive
+    or contact sheet.
     """
     progress, out = progress or Silent(), Path(out)
     if out.exists() and not out.is_dir():
@@ -83,7 +83,7 @@ def write_report(
         for folder in ("figures", "tables"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         for number, (drawing, name) in enumerate(zip(every, names, strict=True), 1):
-            svg, png = render(drawing, name)
+            svg, png = render_figure(drawing, name)
             (out / f"figures/{name}.svg").write_bytes(svg)
             (out / f"figures/{name}.png").write_bytes(png)
             shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
@@ -96,15 +96,15 @@ def write_report(
 
 
 def _teachers(records: Sequence[RunRecord], archives: Sequence[ArchivePart]) -> dict[str, TeacherFigures]:
-    """By archive digest."""
-    aliases = {run.args.archive_digest: run.args.teacher for run in records}  # of a member of an average, its card may know
+    """Teacher figures by archive digest."""
+    aliases = {run.args.archive_digest: run.args.teacher for run in records}  # averages' members: see their cards
     return {part.digest: teacher_figures(part.name, part.digest, aliases.get(part.digest, ""), part.archive) for part in archives}
 
 
 def _tables(
     records: Sequence[RunRecord], table: Table, teachers: dict[str, TeacherFigures], archives: Sequence[ArchivePart]
-) -> _Tables:
-    return _Tables(
+) -> _PageTables:
+    return _PageTables(
         results(table),
         heatmaps(table, teachers),
         list(teachers.values()),
@@ -112,11 +112,15 @@ def _tables(
     )
 
 
-def _write_tables(tables: _Tables, folder: Path) -> tuple[Path, ...]:
-    """Each table as LaTeX."""
+def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
+    """Write each table as LaTeX; returns the files."""
     shown = [tables.results, *tables.heatmaps]
     texts = dict(
-        zip(_file_names([each.name for each in shown]), (heatmap_table(each, kdcache.__version__) for each in shown), strict=True)
+        zip(
+            _file_names([heatmap.name for heatmap in shown]),
+            (heatmap_table(heatmap, kdcache.__version__) for heatmap in shown),
+            strict=True,
+        )
     )
     texts["teachers-and-archives"] = teachers_table(tables.teachers, kdcache.__version__)
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
@@ -127,7 +131,7 @@ def _write_tables(tables: _Tables, folder: Path) -> tuple[Path, ...]:
 
 
 def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[Drawing]]:
-    """All figures by section, in the order of the page."""
+    """All figures by section, in page order."""
     studies: dict[str, list[Row]] = {}
     for row in table.rows:
         studies.setdefault(f"{row.dataset}, teacher {row.teacher}", []).append(row)
@@ -152,9 +156,9 @@ def _file_names(titles: Sequence[str]) -> list[str]:
 
 
 def _inline(svg: str, alt: str, prefix: str) -> Markup:
-    """An SVG file as an element of the page: no prolog, a spoken text, and ids that are its own."""
+    """An SVG file as an element of the page: without prolog, with alt text and unique ids."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would style the whole page
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # the style would apply to the whole page
     svg = re.sub(r"<[^<>]+>", lambda tag: re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", tag[0]), svg)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1))
 
@@ -163,7 +167,7 @@ def _page(
     experiment: Experiment | None,
     records: Sequence[RunRecord],
     table: Table,
-    tables: _Tables,
+    tables: _PageTables,
     archives: Sequence[ArchivePart],
     drawings: dict[str, list[Drawing]],
     shown: dict[Drawing, Markup],
@@ -176,16 +180,16 @@ def _page(
     rows = table.row_of
     records = sorted(records, key=lambda run: (rows[run].order, run.args.tau, run.args.seed, run.folder))
     folders = {run: run.folder.absolute() for run in records}
-    found = answers(table)
-    base = Path(os.path.commonpath([folder.parent for folder in folders.values()]))  # folders are shown below it
+    tau_answers = answers(table)
+    base = Path(os.path.commonpath([folder.parent for folder in folders.values()]))  # the page shows folders relative to it
     return environment.get_template("template.html.j2").render(
         version=kdcache.__version__,
         style=Markup((HERE / "page.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         experiment=experiment,
-        answers=found,
-        overview=overview(found) if len(found) > MOST_SPOKEN else None,
+        answers=tau_answers,
+        overview=overview(tau_answers) if len(tau_answers) > MOST_SPOKEN else None,
         contrasts=contrasts(table),
         method_contrasts=method_contrasts(table),
         signed=signed,
@@ -209,7 +213,7 @@ def _page(
 
 
 def _csv(records: Sequence[RunRecord]) -> str:
-    """One line per run: what it was, how it ended, and its last epoch's numbers."""
+    """CSV with one line per run: its settings, its status, and the numbers of its last epoch."""
     costs = tuple(asdict(NOTHING))
     last = sorted({name for run in records for name in run.curves} - {"epoch", "seconds", *costs})
     text = io.StringIO()

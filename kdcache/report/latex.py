@@ -1,17 +1,17 @@
-"""Tables for papers: LaTeX with booktabs, one file each, every number with its run folders and archive in a comment."""
+"""LaTeX tables for papers, with booktabs. A comment names the run folders and archive of every number."""
 
 import re
 from collections.abc import Sequence
 
-from kdcache.report.costs import Cost
+from kdcache.report.costs import ArchiveCosts
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
 from kdcache.system.energy import Spent
 
-__all__ = ["costs_table", "escaped", "heatmap_table", "savings_table", "teachers_table"]
+__all__ = ["costs_table", "heatmap_table", "latex_escaped", "savings_table", "teachers_table"]
 
 HEAD = r"""% {title}
 % Written by kdcache {version}; needs \usepackage{{booktabs}}."""
-# Cells say how good they are, and nothing is shown of it unless it is asked for.
+# Each cell carries a shade for its score. It is invisible unless the paper redefines the command.
 SHADES = r"""% For colours: \usepackage[table]{xcolor} and, before \input, \newcommand{\kdheat}[1]{\cellcolor{blue!#1}}
 \providecommand{\kdheat}[1]{}"""
 SPECIAL = {
@@ -25,26 +25,31 @@ SPECIAL = {
 MISSING = "--"
 
 
-def escaped(text: str) -> str:
-    """`text` as LaTeX prints it: one line, without commands."""
+def latex_escaped(text: str) -> str:
+    """`text` escaped for LaTeX, on one line."""
     text = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text))
     return "".join(SPECIAL.get(character, character) for character in text)
 
 
 def heatmap_table(heatmap: Heatmap, version: str) -> str:
-    """Scores over tau. The best of a line is bold, what ties with it underlined; missing ones are marked."""
+    """Scores over tau. The best of a line is bold, ties with it are underlined, missing scores are marked."""
     count = len(heatmap.fields)
     head = [
         *map(_field, heatmap.fields),
-        *(rf"$\tau = {name}$" if heatmap.over == "tau" else escaped(name) for name in heatmap.columns),
+        *(rf"$\tau = {name}$" if heatmap.over == "tau" else latex_escaped(name) for name in heatmap.columns),
     ]
     counts = {score.cell.n for line in heatmap.lines for score in line.scores if score}
-    each = len(counts) > 1
+    with_counts = len(counts) > 1
     body = [
-        " & ".join([*map(escaped, line.names), *(MISSING if score is None else _score(score, each) for score in line.scores)])
+        " & ".join(
+            [
+                *map(latex_escaped, line.names),
+                *(MISSING if score is None else _score(score, with_counts) for score in line.scores),
+            ]
+        )
         for line in heatmap.lines
     ]
-    seeds = r"number of seeds in brackets" if each else rf"$n = {counts.pop()}$" if counts else "no run is complete"
+    seeds = r"number of seeds in brackets" if with_counts else rf"$n = {counts.pop()}$" if counts else "no run is complete"
     note = (
         rf"\multicolumn{{{len(head)}}}{{l}}{{\scriptsize test top-1 (\%), mean\,$\pm$\,standard deviation over seeds, {seeds}}}"
     )
@@ -56,7 +61,7 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
 
 
 def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
-    """Archives and their teachers, as the temperature study's Table 1 describes them."""
+    """Archives and their teachers, in the columns of the temperature study's Table 1."""
     head = ("archive", "digest", "teacher", "start", "epochs", "top-1 clean (%)", "top-1 views (%)", WHOLE, REST)
     rows = [
         [
@@ -73,8 +78,8 @@ def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
     return _plain("Archives and their teachers; relative entropies at tau 1", head, rows, "llllrrrrr", version)
 
 
-def costs_table(costs: Sequence[Cost], version: str) -> str:
-    """What each archive, its teacher and its students cost."""
+def costs_table(costs: Sequence[ArchiveCosts], version: str) -> str:
+    """Costs of each archive, its teacher and its students."""
     head = ("archive", "digest", "teacher h", "teacher Wh", "dump h", "dump Wh", "MB", "students", "epochs", "students h", "Wh")
     rows = [
         [
@@ -93,8 +98,8 @@ def costs_table(costs: Sequence[Cost], version: str) -> str:
     return _plain(f"Costs, as far as they were recorded: device-hours{of}", head, rows, "ll" + "r" * 9, version)
 
 
-def savings_table(costs: Sequence[Cost], version: str) -> str:
-    """What each archive saved."""
+def savings_table(costs: Sequence[ArchiveCosts], version: str) -> str:
+    """Passes and hours that each archive saved."""
     head = ("archive", "digest", "passes stored", "passes online", "saving", "dump h", "online h", "h saved", "break-even")
     rows = [
         [
@@ -111,7 +116,7 @@ def savings_table(costs: Sequence[Cost], version: str) -> str:
     return _plain(title, head, rows, "llrrrrrrr", version)
 
 
-def _archive(cost: Cost) -> tuple[str, str]:
+def _archive(cost: ArchiveCosts) -> tuple[str, str]:
     return cost.name + (f", second views of {cost.second}" if cost.second else ""), cost.digest[:8]
 
 
@@ -124,13 +129,13 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _brief(value: float | None) -> str:
-    """Three digits, or all before the point."""
+    """A number with three digits, or with all digits before the point."""
     return "" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _plain(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], columns: str, version: str) -> str:
-    """A table of texts; what is empty is marked as missing."""
-    body = [" & ".join(escaped(value) or MISSING for value in row) for row in rows]
+    """A table of texts. Empty texts are marked as missing."""
+    body = [" & ".join(latex_escaped(value) or MISSING for value in row) for row in rows]
     return "\n".join([_head(title, version), *_tabular(columns, [_field(name) for name in head], body), ""])
 
 
@@ -147,8 +152,8 @@ def _tabular(columns: str, head: Sequence[str], body: Sequence[str], note: str =
 
 
 def _field(name: str) -> str:
-    """The heads that are symbols as such."""
-    return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, escaped(name))
+    """The head of a column, as a symbol where it has one."""
+    return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, latex_escaped(name))
 
 
 def _score(score: Score, seeds: bool) -> str:
@@ -169,5 +174,5 @@ def _sources(heatmap: Heatmap, line: Line) -> list[str]:
 
 
 def _comment(text: str) -> str:
-    """One line, whatever it holds."""
+    """`text` as a one-line LaTeX comment."""
     return re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text))

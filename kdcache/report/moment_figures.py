@@ -1,4 +1,4 @@
-"""Logit standardization's Fig. 5: rows by mean and standard deviation of their logits, the student's beside the teacher's."""
+"""Rows by mean and standard deviation of their logits, student beside teacher (logit standardization, Fig. 5)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,28 +20,28 @@ __all__ = ["moment_drawings"]
 COLUMNS = 2
 MOST_TICKS = 4
 STUDENT, TEACHER = (COLOURS[0], "#00263d"), (COLOURS[1], "#4a1f00")  # rows, and the cross at their means
-_Panel = tuple[str, RunRecord, LogitMoments, LogitMoments | None]  # title, run, the student's and the teacher's
+_MomentPanel = tuple[str, RunRecord, LogitMoments, LogitMoments | None]  # title, run, the student's and the teacher's
 
 
 def moment_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Mapping[str, Statistics]) -> list[Drawing]:
-    """A panel for each row of control none that has logged its moments: its best tau's, of the first seed.
+    """One panel for each row of control none with logged moments: the first seed at the best tau.
 
     `teachers` maps archive digests to their statistics.
     """
     rows = [row for row in rows if row.control == "none" and table.ranked(row)]
     names = labels(rows, FIELDS)
-    panels: list[_Panel] = []
+    panels: list[_MomentPanel] = []
     for row in rows:
         tau, cell = table.ranked(row)[0]
-        if (found := cell.runs[0].logit_moments()) is not None:
+        if (moments := cell.runs[0].logit_moments()) is not None:
             statistics = teachers.get(cell.runs[0].args.archive_digest)
             beside = statistics.details.moments if statistics and statistics.details else None
             title = ", ".join(filter(None, (names[row], "" if cell.own_temperature else f"tau {tau:g}")))
-            panels.append((title, cell.runs[0], found, beside))
+            panels.append((title, cell.runs[0], moments, beside))
     return [_page(panels[start : start + MOST_PANELS], place) for start in range(0, len(panels), MOST_PANELS)]
 
 
-def _page(panels: Sequence[_Panel], place: str) -> Drawing:
+def _page(panels: Sequence[_MomentPanel], place: str) -> Drawing:
     columns = min(len(panels), COLUMNS)
     lines = math.ceil(len(panels) / columns)
 
@@ -59,11 +59,11 @@ def _page(panels: Sequence[_Panel], place: str) -> Drawing:
         f"training views of its last epoch (seed {seeds}){orange}; crosses are at the means. At the sides, the same as "
         "histograms, each with a height of its own."
     )
-    said = []
+    phrases = []
     for title, _, student, teacher in panels:
         beside = f", the teacher's {teacher.mean:.3g} and {teacher.std:.3g}" if teacher else ""
-        said.append(f"{title + ': ' if title else ''}mean {student.mean:.3g}, deviation {student.std:.3g}{beside}")
-    alt = f"Two-dimensional histograms of logit mean and standard deviation, {place}. {'; '.join(said)}."
+        phrases.append(f"{title + ': ' if title else ''}mean {student.mean:.3g}, deviation {student.std:.3g}{beside}")
+    alt = f"Two-dimensional histograms of logit mean and standard deviation, {place}. {'; '.join(phrases)}."
     size = (7.0, 4.2) if columns == 1 else (10.5, 3.6 * lines)
     return Drawing(f"logit moments of students {place}", caption, alt, size, draw)
 
@@ -77,7 +77,7 @@ def _draw(figure: SubFigure, student: LogitMoments, teacher: LogitMoments | None
             continue
         counts, (means, deviations) = np.array(moments.counts, np.float64), _edges(moments)
         shades = LinearSegmentedColormap.from_list(colour, ["#ffffff", colour])
-        shown = np.ma.masked_equal(counts.T, 0) ** 0.5  # so that few rows show too
+        shown = np.ma.masked_equal(counts.T, 0) ** 0.5  # so that sparse bins are visible
         axes.pcolormesh(means, deviations, shown, cmap=shades, vmin=0, alpha=0.75)
         axes.plot(moments.mean, moments.std, marker="x", color=cross, markersize=8, markeredgewidth=2)
         along_mean, along_std = counts.sum(axis=1), counts.sum(axis=0)

@@ -1,4 +1,4 @@
-"""Run folders, as `kdcache distill` leaves them, read back and checked."""
+"""Reading and checking of run folders that `kdcache distill` wrote."""
 
 import json
 import math
@@ -24,7 +24,7 @@ __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "coll
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
 SAFELY_NESTED = 1000
-_Text = Annotated[str, BeforeValidator(str)]  # YAML reads a bare date as one
+_Text = Annotated[str, BeforeValidator(str)]  # YAML parses an unquoted date as a date
 
 
 def _finite(value: Any) -> Any:
@@ -36,7 +36,7 @@ _Number = Annotated[float | None, BeforeValidator(_finite)]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What runs were made for, as their study says; `smoke`: they are of its smoke version, and their numbers say nothing."""
+    """The study that runs belong to. `smoke`: they are of its smoke version, and their numbers mean nothing."""
 
     title: str
     paper: str
@@ -47,7 +47,7 @@ class Experiment:
 
 
 class ArchiveArgs(BaseModel):
-    """Where an archive was, its name, and what it was."""
+    """Place, name and digest of an archive."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
@@ -61,11 +61,11 @@ class RunArgs(ArchiveArgs):
 
     model_config = ConfigDict(frozen=True, extra="allow", coerce_numbers_to_str=True)
 
-    archives: tuple[ArchiveArgs, ...] = ()  # several, of which `archive` is the average
+    archives: tuple[ArchiveArgs, ...] = ()  # the members, if `archive` is an average
     average: str = ""
     second_archive: str = ""
-    second_archive_digest: str = ""  # of where second views came from, if not from the same archives
-    own_temperature: bool = False  # the method finds its temperature by itself: tau is not used
+    second_archive_digest: str = ""  # digest of the archive of second views, if it is another one
+    own_temperature: bool = False  # the method finds its own temperature and ignores tau
     dataset: str
     teacher: str
     student: str
@@ -118,7 +118,7 @@ class RunRecord:
 
     folder: Path
     args: RunArgs
-    curves: Mapping[str, NDArray[np.float64]]  # columns of metrics.jsonl, a value per finished epoch, NaN where there is none
+    curves: Mapping[str, NDArray[np.float64]]  # columns of metrics.jsonl, one value per finished epoch, NaN if absent
     summary: Summary | None
 
     @property
@@ -127,7 +127,7 @@ class RunRecord:
 
     @property
     def final_top1(self) -> float | None:
-        """Test top-1 after the last epoch, percent; None unless the run is complete."""
+        """Test top-1 after the last epoch, in percent; None for an incomplete run."""
         return self.summary.final_top1 if self.summary and self.summary.status == "complete" else None
 
     @property
@@ -136,12 +136,12 @@ class RunRecord:
 
     @property
     def second_views(self) -> int:
-        """Epochs in which it was shown a second view of every sample."""
+        """Number of epochs with a second view of every sample."""
         return int(np.isfinite(self.curves.get("second_view", np.empty(0))).sum())
 
     @property
     def second_archive(self) -> ArchiveArgs | None:
-        """Where its second views came from, if not from the archive of the first ones."""
+        """The archive of second views, if it is not the archive of the first ones."""
         args = self.args
         if not args.second_archive_digest or (self.epochs_done and not self.second_views):
             return None
@@ -150,32 +150,35 @@ class RunRecord:
 
     @property
     def spent(self) -> Spent:
-        """Its part of what the students that it was trained with took, over all of its epochs; known if every epoch logged it."""
+        """The run's share of the cost of its group of students, over all its epochs. Unknown if an epoch did not log it."""
         sums = {name: float(self.curves[name].sum()) for name in asdict(NOTHING) if name in self.curves}
         return Spent.of(sums) if self.epochs_done else UNKNOWN
 
     def logit_moments(self) -> LogitMoments | None:
-        """Its logits' on training views of the last epoch, read anew; None where it left none. IntegrityError if damaged."""
+        """Moments of the student's logits on training views of the last epoch; None if the run has none.
+
+        Reads the file at each call. Raises IntegrityError if it is damaged.
+        """
         file = self.folder / MOMENTS
         return _parse(LogitMoments, file, json.loads) if file.is_file() else None
 
 
 def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:
-    """All runs at or below each of `paths`, in the order of their folders; unfinished ones too.
+    """All runs at or below `paths`, finished or not, sorted by folder.
 
-    Raises NotFoundError for a path without runs and IntegrityError, naming the file, for a damaged one.
+    Raises NotFoundError for a path without runs, and IntegrityError, naming the file, for a damaged run.
     """
     progress = progress or Silent()
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
-        found = {folder.resolve(): folder for folder in _run_folders(path)}
-        if not found:
+        run_folders = {folder.resolve(): folder for folder in _run_folders(path)}
+        if not run_folders:
             raise NotFoundError(
                 f"no runs at {path}",
                 why=f"no folder at or below it holds {ARGS}" if path.is_dir() else "that folder does not exist",
                 fix="train some first with: kdcache distill --tau 1,4,20 --seed 0-2",
             )
-        folders = found | folders
+        folders = run_folders | folders
     if not folders:
         raise NotFoundError("no folder of runs was given", why="a report is made of runs", fix="kdcache report runs")
     records = []
@@ -186,7 +189,7 @@ def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
-    """Folders with any file of a run in them, so that a run which lost one is noticed."""
+    """Folders with any file of a run, so that a run with a missing file is noticed."""
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -205,7 +208,7 @@ def _read_run(folder: Path) -> RunRecord:
 
 
 def _load_yaml(text: str) -> Any:
-    """By the parser in C, which is eight times as fast, unless `text` may nest so deeply that it would overflow its stack."""
+    """Parse YAML with the C parser, which is eight times as fast. Text that could overflow its stack is parsed in Python."""
     deepest = sum(map(text.count, "[{-?\n"))
     return yaml.load(text, yaml.SafeLoader if deepest > SAFELY_NESTED else getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
@@ -226,7 +229,7 @@ def _parse(model: type[_Model], path: Path, load: Any) -> _Model:
 
 
 def _read_metrics(path: Path, *, finished: bool) -> dict[str, NDArray[np.float64]]:
-    """Columns of a metrics.jsonl, ordered by epoch; an epoch that was repeated after a resume counts once, as last written."""
+    """Columns of a metrics.jsonl, sorted by epoch. The last line of an epoch counts, since a resume may repeat epochs."""
     if not path.exists() and not finished:
         return {"epoch": np.empty(0)}
     try:
@@ -234,7 +237,7 @@ def _read_metrics(path: Path, *, finished: bool) -> dict[str, NDArray[np.float64
     except FileNotFoundError:
         raise _damaged(path, "it does not exist") from None
     if not finished:
-        lines.pop()  # nothing, or the line that was being written when the run stopped
+        lines.pop()  # empty, or cut off when the run stopped
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():

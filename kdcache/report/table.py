@@ -1,4 +1,4 @@
-"""Results over seeds: the table, and which differences in it are more than seed noise."""
+"""The table of results over seeds, and tests whether a difference is more than seed noise."""
 
 import math
 import re
@@ -17,7 +17,7 @@ __all__ = [
     "ROW_FIELDS",
     "UNPAIRED",
     "Cell",
-    "Comparison",
+    "PairedDifference",
     "Row",
     "Table",
     "labels",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
-# What two runs must share to be seeds of one experiment, besides the row and tau.
+# Two runs are seeds of one experiment if they share these settings, the row and tau.
 RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
 FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
@@ -36,7 +36,7 @@ _WHERE = {"home", "data_dir", "out", "output", "run", "run_name"}
 _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
 _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}
-_CONTROLS = ("none", "ls-global", "ls-instance")  # in this order; others after them
+_CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this order
 CONFIDENCE = 0.95
 UNPAIRED = "the two share no seed, so they cannot be paired"
 ONE_SEED = "one seed: no spread can be given"
@@ -44,7 +44,7 @@ ONE_SEED = "one seed: no spread can be given"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `setting` says what else differs between the runs of this dataset and teacher."""
+    """One line of the table. `setting` names what else differs between runs of this dataset and teacher."""
 
     dataset: str
     teacher: str
@@ -62,13 +62,13 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """The complete runs of one row at one tau, one per seed, in the order of the seeds."""
+    """The complete runs of one row at one tau, one per seed, sorted by seed."""
 
     runs: tuple[RunRecord, ...]
 
     @cached_property
     def values(self) -> dict[int, float]:
-        """Seed -> final test top-1, percent."""
+        """Final test top-1 in percent, by seed."""
         return {run.args.seed: run.final_top1 for run in self.runs if run.final_top1 is not None}
 
     @property
@@ -81,16 +81,16 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over the seeds (ddof 1); None for a single seed."""
+        """Standard deviation of top-1 over the seeds (ddof 1), in points; None for a single seed."""
         return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
 
     @property
     def own_temperature(self) -> bool:
-        """Whether tau was not used: the method finds its temperature by itself."""
+        """Whether the method finds its own temperature and ignores tau."""
         return all(run.args.own_temperature for run in self.runs)
 
     def curve(self, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Epochs at which every seed has a value of `column`, and its mean over the seeds."""
+        """(epochs at which every seed has a value of `column`, mean over the seeds)."""
         curves = [(run.curves["epoch"], run.curves.get(column, np.empty(0))) for run in self.runs]
         known = [epoch[: len(values)][np.isfinite(values)] for epoch, values in curves]
         shared = reduce(np.intersect1d, known)
@@ -99,7 +99,7 @@ class Cell:
 
     @property
     def source(self) -> str:
-        """Where its numbers come from: run folders by seed, and the archives' digests."""
+        """Origin of the numbers: run folders by seed, and digests of the archives."""
         folders = ", ".join(f"seed {run.args.seed} {'/'.join(run.folder.parts[-2:])}" for run in self.runs)
         return f"{folders}; archive {', '.join(dict.fromkeys(run.args.archive_digest for run in self.runs))}"
 
@@ -113,31 +113,31 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` by `taus`. A cell without a complete run is missing."""
+    """Cells by row and tau. A cell without a complete run is missing."""
 
     rows: tuple[Row, ...]
     taus: tuple[float, ...]
     cells: Mapping[tuple[Row, float], Cell]
     row_of: Mapping[RunRecord, Row]
-    repeated: tuple[RunRecord, ...] = ()  # complete, but a newer run has the same row, tau and seed
+    repeated: tuple[RunRecord, ...] = ()  # complete runs that a newer run of the same row, tau and seed replaces
 
     def get(self, row: Row, tau: float) -> Cell | None:
         return self.cells.get((row, tau))
 
     def ranked(self, row: Row) -> list[tuple[float, Cell]]:
-        """(tau, cell) of a row, best mean first."""
-        found = [(tau, self.cells[row, tau]) for tau in self.taus if (row, tau) in self.cells]
-        return sorted(found, key=lambda item: -item[1].mean)
+        """(tau, cell) pairs of a row, best mean first."""
+        pairs = [(tau, self.cells[row, tau]) for tau in self.taus if (row, tau) in self.cells]
+        return sorted(pairs, key=lambda item: -item[1].mean)
 
     def taus_of(self, rows: Iterable[Row]) -> list[float]:
-        """The taus at which any of `rows` has a result."""
+        """Sorted taus at which any of `rows` has a result."""
         wanted = set(rows)
         return sorted({tau for row, tau in self.cells if row in wanted})
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Mean difference over the seeds that two cells share, in points, with its 95 % t interval (None for one seed)."""
+class PairedDifference:
+    """Mean difference of two cells over their shared seeds, in points, with its 95 % t interval (None for one seed)."""
 
     mean: float
     low: float | None
@@ -150,7 +150,7 @@ class Comparison:
 
     @property
     def _no_spread(self) -> bool:
-        """The same difference in every seed: accuracies come in steps of one test image, so a few seeds may well agree."""
+        """Whether all seeds have the same difference. It can happen by chance: top-1 moves in steps of one test image."""
         return self.low is not None and self.high is not None and self.high - self.low < 1e-9
 
     @property
@@ -163,7 +163,7 @@ class Comparison:
 
     @property
     def tied(self) -> bool:
-        """Whether no difference was found: none at all, or one within its interval. A single seed ties only with its equal."""
+        """Whether the cells tie: the mean is 0, or the interval contains 0. A single seed ties only with an equal value."""
         return self.mean == 0 or (self.low is not None and not self._no_spread and not self.significant)
 
     @property
@@ -176,9 +176,9 @@ class Comparison:
 
 
 def summarise(records: Sequence[RunRecord], training: Mapping[str, str] | None = None) -> Table:
-    """Mean, std and number of seeds of the final test top-1, per row and tau. Only complete runs count; nothing is filled in.
+    """Table of final test top-1 per row and tau, from complete runs only. Missing cells stay missing.
 
-    `training` says by archive digest how the teacher was trained, for rows that are told apart by their archives.
+    `training` maps archive digests to the teacher's training, to name rows that differ only in their archive.
     """
     rows = _rows_of(records, training or {})
     cells: dict[tuple[Row, float], dict[int, RunRecord]] = defaultdict(dict)
@@ -201,9 +201,9 @@ def summarise(records: Sequence[RunRecord], training: Mapping[str, str] | None =
 def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[RunRecord, Row]:
     """The row of each run.
 
-    Runs that differ in their recipe are no seeds of one another, so what differs goes into the row's setting. The same
-    holds for any other key of args.yaml that alone tells two runs of the same tau and seed apart. Where each optimiser has
-    one rate and one weight decay, its name says enough.
+    Runs with different recipes are not seeds of one experiment, so the difference goes into the row's setting. So does
+    any other key of args.yaml that alone distinguishes two runs of the same tau and seed. If every optimiser has one
+    learning rate and one weight decay, the setting names only the optimiser.
     """
     seen: dict[tuple[object, ...], set[str]] = defaultdict(set)
     of_opt: dict[tuple[str, ...], set[float]] = defaultdict(set)
@@ -220,16 +220,16 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
             for name in FOLLOWS_OPT:
                 if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
                     varied.pop(name, None)
-        said = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
-        if "archive_digest" in said and (known := training.get(args.archive_digest)):
-            said["archive_digest"] = f"{known} ({said['archive_digest']})"
-        setting = ", ".join(said.values())
+        phrases = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
+        if "archive_digest" in phrases and (known := training.get(args.archive_digest)):
+            phrases["archive_digest"] = f"{known} ({phrases['archive_digest']})"
+        setting = ", ".join(phrases.values())
         rows[record] = Row(args.dataset, args.teacher, args.student, args.method_spec, args.control_spec, setting)
     return rows
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
-    """The recipe, then the keys that kdcache.report does not know."""
+    """Recipe keys, then the keys that kdcache.report does not know, as text."""
     facts = {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
     facts |= {name: str(value)[:8] for name, value in facts.items() if name.endswith(("_digest", "_sha256"))}
     return {
@@ -240,7 +240,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
 
 
 def _place(record: RunRecord, name: str) -> tuple[object, ...]:
-    """Among which runs a key must vary to count."""
+    """The group of runs within which a key must vary to count as a difference."""
     args = record.args
     study = (name, args.dataset, args.teacher)
     if name in RECIPE:
@@ -249,9 +249,9 @@ def _place(record: RunRecord, name: str) -> tuple[object, ...]:
     return *study, args.student, args.method_spec, args.control_spec, args.tau, args.seed, *recipe
 
 
-def paired(first: Cell, second: Cell) -> Comparison | None:
-    """`first` minus `second` over the seeds that both have; None if they share none."""
-    from scipy.special import stdtrit  # Student's t, as in scipy.stats, which takes a second to import
+def paired(first: Cell, second: Cell) -> PairedDifference | None:
+    """`first` minus `second` over their shared seeds; None if they share none."""
+    from scipy.special import stdtrit  # Student's t; scipy.stats would take a second to import
 
     seeds = sorted(first.values.keys() & second.values.keys())
     if not seeds:
@@ -259,19 +259,19 @@ def paired(first: Cell, second: Cell) -> Comparison | None:
     difference = np.array([first.values[seed] - second.values[seed] for seed in seeds])
     mean, n = float(difference.mean()), len(seeds)
     if n == 1:
-        return Comparison(mean, None, None, n)
+        return PairedDifference(mean, None, None, n)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(difference.std(ddof=1)) / math.sqrt(n)
-    return Comparison(mean, mean - half, mean + half, n)
+    return PairedDifference(mean, mean - half, mean + half, n)
 
 
 def labels(rows: Sequence[Row], fields: Sequence[str]) -> dict[Row, str]:
-    """A short name for each row: the values of those `fields` in which the rows differ."""
+    """A short name for each row: its values of the `fields` in which the rows differ."""
     differ = [field for field in fields if len({getattr(row, field) for row in rows}) > 1]
     return {row: ", ".join(filter(None, (getattr(row, field) for field in differ))) for row in rows}
 
 
 def natural(text: str) -> tuple[tuple[float, str], ...]:
-    """Sort key with numbers in their order: bottom:5 before bottom:20."""
+    """Sort key that compares numbers by value: bottom:5 before bottom:20."""
     return tuple((float(part), "") if part[:1].isdigit() else (math.inf, part) for part in re.findall(r"\d+(?:\.\d+)?|\D+", text))
 
 

@@ -1,4 +1,4 @@
-"""Figures over the epochs of training: accuracy, what TTM follows (its Figs. 1 and 2), and logit moments."""
+"""Figures over training epochs: accuracy, the quantities of TTM's Figs. 1 and 2 (arXiv 2402.11148), and logit moments."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from kdcache.report.table import Cell, Row, Table, labels
 
 __all__ = ["training_drawings"]
 
-MOST_POINTS = 400  # of one curve
+MOST_POINTS = 400  # points per curve
 MOST_MARKERS = 60
-MOST_TICKS = 5  # drawing is mostly drawing ticks
-Range = tuple[float, float, float]  # mean, and from where to where most rows lie
+MOST_TICKS = 5  # ticks take most of the drawing time
+Range = tuple[float, float, float]  # mean, 5 % and 95 % quantile over the rows
 
 
 @dataclass(frozen=True)
 class _Column:
-    """One column of metrics.jsonl as it is drawn; `teacher` finds the same of the teacher, at a tau where there is one."""
+    """One drawn column of metrics.jsonl. `teacher` and `teacher_at` give the teacher's value, the latter at a tau."""
 
     name: str
     label: str
     words: str
-    zoomed: bool = False  # to what comes after the first fifth of the epochs
+    zoomed: bool = False  # the axis fits the values after the first fifth of the epochs
     logarithmic: bool = False
     teacher: Callable[[Statistics], Range | None] = lambda statistics: None
     teacher_at: Callable[[Statistics, float], float | None] = lambda statistics, tau: None
@@ -42,8 +42,8 @@ class _Kind:
     name: str
     columns: tuple[_Column, ...]
     shared: bool  # whether all panels have the same scale
-    beside: str = ""  # said of the teacher
-    beside_many: str = ""  # and where curves are of rows, not of taus
+    beside: str = ""  # caption about the teacher's lines, for curves by tau
+    beside_many: str = ""  # the same for curves by row
 
 
 def _entropy_at(statistics: Statistics, tau: float) -> float | None:
@@ -66,7 +66,7 @@ def _deviation(statistics: Statistics) -> Range | None:
 
 
 def _most(moments: LogitMoments, *, axis: int) -> tuple[float, float]:
-    """From the 5 % to the 95 % quantile of the rows' means (axis 1) or deviations (0), to a bin of their histogram."""
+    """5 % and 95 % quantiles of the rows' means (axis 1) or deviations (axis 0), to the precision of a histogram bin."""
     counts = np.array(moments.counts).sum(axis=axis)
     edges = np.linspace(*(moments.mean_range if axis else moments.std_range), len(counts) + 1)
     share = np.cumsum(counts) / counts.sum()
@@ -124,38 +124,38 @@ KINDS = (
 class _Entry:
     """One curve of a panel: the seeds of a cell."""
 
-    label: str  # in the legend
+    label: str  # text in the legend
     colour: Any
     dashes: Any
     tau: float
     cell: Cell
-    beside: str = ":"  # dashes of the teacher's line at its tau; nothing: none
+    beside: str = ":"  # dashes of the teacher's line at this tau; empty: no line
 
 
-_Panel = tuple[str, list[_Entry]]  # with its title
+_CurvePanel = tuple[str, list[_Entry]]  # title, curves
 
 
 def training_drawings(table: Table, rows: Sequence[Row], place: str, teachers: Mapping[str, Statistics]) -> list[Drawing]:
-    """Curves by epoch, control none, a line per tau: accuracy and agreement, H(q) and D(p_tau || q), logit moments.
+    """Curves by epoch for control none, one per tau: accuracy and agreement, H(q) and D(p_tau || q), logit moments.
 
-    Of more rows than one figure has panels, each is one line, at its best tau. `teachers` maps archive digests to their
-    statistics. What no run has logged is left out.
+    With more rows than panels, each row is one curve, at its best tau. `teachers` maps archive digests to statistics.
+    Columns that no run logged are left out.
     """
     rows = [row for row in rows if row.control == "none" and table.ranked(row)]
     many = len(rows) > MOST_PANELS
     panels = _best_of_rows(table, rows) if many else _by_tau(table, rows)
     logged = {name for row in rows for _, cell in table.ranked(row) for run in cell.runs for name in _logged(run.curves)}
-    found = []
+    drawings = []
     for kind in KINDS:
         if columns := [column for column in kind.columns if column.name in logged]:
-            found += [_page(some, place, kind, columns, teachers, many=many) for some in pages_of(panels)]
-    return found
+            drawings += [_page(some, place, kind, columns, teachers, many=many) for some in pages_of(panels)]
+    return drawings
 
 
-def _by_tau(table: Table, rows: Sequence[Row]) -> list[_Panel]:
-    """A panel for each row, with a curve for each tau."""
+def _by_tau(table: Table, rows: Sequence[Row]) -> list[_CurvePanel]:
+    """One panel per row, with one curve per tau."""
     taus = table.taus_of(rows)
-    # Taus are an order, not names: a sequential map that stays readable without hue.
+    # Taus are ordered, so their colours come from a sequential map, which is readable without hue.
     colours = dict(zip(taus, colormaps["viridis"](np.linspace(0.0, 0.86, len(taus))), strict=True))
     titles = labels(rows, ("student", "method", "setting"))
     return [
@@ -164,19 +164,19 @@ def _by_tau(table: Table, rows: Sequence[Row]) -> list[_Panel]:
     ]
 
 
-def _best_of_rows(table: Table, rows: Sequence[Row]) -> list[_Panel]:
-    """Panels of several rows, with a curve for each: that of its best tau."""
+def _best_of_rows(table: Table, rows: Sequence[Row]) -> list[_CurvePanel]:
+    """Panels of several rows, with one curve per row, at its best tau."""
     panels = [("", list(rows[start : start + MOST_LINES])) for start in range(0, len(rows), MOST_LINES)]
     lines = Lines(panels)
-    found = []
+    best_panels = []
     for title, panel in panels:
         entries = []
         for row in panel:
             tau, cell = table.ranked(row)[0]
             colour, _, dashes = lines.look(row)
             entries.append(_Entry(f"{short(lines.name(row), 40)}, tau {tau:g}", colour, dashes, tau, cell, ""))
-        found.append((title, entries))
-    return found
+        best_panels.append((title, entries))
+    return best_panels
 
 
 def _logged(curves: Mapping[str, NDArray[np.float64]]) -> list[str]:
@@ -184,7 +184,7 @@ def _logged(curves: Mapping[str, NDArray[np.float64]]) -> list[str]:
 
 
 def _page(
-    panels: list[_Panel],
+    panels: list[_CurvePanel],
     place: str,
     kind: _Kind,
     columns: Sequence[_Column],
@@ -222,14 +222,14 @@ def _page(
         title = "at the best tau" if many else "tau"
         figure.legend(handles.values(), handles.keys(), title=title, loc="outside right upper", alignment="left")
 
-    what = columns[0].words if len(columns) == 1 else f"left, {columns[0].words}; right, {columns[1].words}"
-    caption = f"{kind.name.capitalize()} by epoch with control none, {place}, means over the seeds: {what}"
+    words = columns[0].words if len(columns) == 1 else f"left, {columns[0].words}; right, {columns[1].words}"
+    caption = f"{kind.name.capitalize()} by epoch with control none, {place}, means over the seeds: {words}"
     if many:
         caption += "; a line for each row of the results, at its best tau"
     if compared:
         caption += kind.beside_many if many else kind.beside
     caption += ". Means over an epoch's training batches." if kind.shared else "."
-    alt = f"Curves by epoch, {place}: {what}. At the end, {_ends(panels, columns)}"
+    alt = f"Curves by epoch, {place}: {words}. At the end, {_ends(panels, columns)}"
     width = 4.6 * max(len(columns), 1.5) + (2.4 if many else 0.0)
     return Drawing(f"{kind.name} {place}", caption, alt, (width, 0.7 + 2.7 * len(panels)), draw)
 
@@ -255,8 +255,8 @@ def _draw(axes: Axes, entries: Sequence[_Entry], column: _Column, teachers: Mapp
                 axes.axhline(value, color=entry.colour, linestyle=entry.beside, linewidth=1.1)
         digests |= used
     for digest in sorted(digests):
-        if found := column.teacher(teachers[digest]):
-            value, low, high = found
+        if teacher_range := column.teacher(teachers[digest]):
+            value, low, high = teacher_range
             axes.axhline(value, **TEACHER)
             if high > low:
                 axes.axhspan(low, high, color="#000000", alpha=0.06, linewidth=0)
@@ -267,20 +267,20 @@ def _draw(axes: Axes, entries: Sequence[_Entry], column: _Column, teachers: Mapp
     if column.logarithmic and 0 < lowest < np.inf:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")  # powers of ten would be mathematics, which names from runs forbid
+        axes.yaxis.set_major_formatter("{x:g}")  # plain numbers, since math text is off (names from the runs)
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="epochs trained", ylabel=column.label)
     axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, min_n_ticks=1))
 
 
 def _thinned(count: int) -> NDArray[np.int64]:
-    """Which of `count` points of a curve are drawn: all of few, of many evenly spaced ones with both ends."""
+    """Indices of the drawn points of a curve: all, or `MOST_POINTS` evenly spaced ones with both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
 
 
-def _ends(panels: Sequence[_Panel], columns: Sequence[_Column]) -> str:
-    """Where the curves end, in words, for as many as one would listen to."""
-    said = []
+def _ends(panels: Sequence[_CurvePanel], columns: Sequence[_Column]) -> str:
+    """The final values of the first panels' curves in words, for the alt text."""
+    phrases = []
     for title, entries in panels[:4]:
         for column in columns:
             ends = []
@@ -288,5 +288,5 @@ def _ends(panels: Sequence[_Panel], columns: Sequence[_Column]) -> str:
                 _, mean = entry.cell.curve(column.name)
                 name = entry.label if not entry.beside else f"tau {entry.tau:g}"
                 ends += [f"{mean[-1]:.4g} at {name}"] if len(mean) else []
-            said.append(f"{title + ', ' if title else ''}{column.label}: {', '.join(ends) or 'not logged'}")
-    return "; ".join(said) + "."
+            phrases.append(f"{title + ', ' if title else ''}{column.label}: {', '.join(ends) or 'not logged'}")
+    return "; ".join(phrases) + "."

@@ -1,1 +1,1 @@
-"""Archives and trained models on their way to other people: pushed, pulled, published, signed, exported."""
+"""Sharing of archives and trained models: push, pull, publish, sign, export."""

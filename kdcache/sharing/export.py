@@ -1,4 +1,4 @@
-"""export: a trained student or teacher as a folder that timm loads, with a model card; and to the Hugging Face Hub."""
+"""Export of a trained student or teacher as a folder that timm loads, with a model card; and its push to the Hub."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save
 from torch import nn
 
-from kdcache.archive import Licences, code_span, escaped, licence_fields, open_archive
+from kdcache.archive import Licences, code_span, licence_fields, markdown_escaped, open_archive
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.creation import Normalisation, create_model, load_weights, timm_config, weights_digest
 from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, resolve
@@ -38,9 +38,9 @@ _CHOSEN: dict[Which, str] = {
 
 @dataclass(frozen=True)
 class Export:
-    """A model as it is given away: `files` by name, and under what its data and weights are, as far as that is known."""
+    """An exported model: `files` by name, and the licences of its data and weights, as far as they are known."""
 
-    name: str  # of the model, exact
+    name: str  # exact name of the model
     files: Mapping[str, bytes]
     licences: Licences
 
@@ -51,15 +51,15 @@ class Export:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A finished run or teacher: what its model is, and what its card says."""
+    """A finished run or teacher: its model, and the facts for its card."""
 
-    name: str  # exact
+    name: str  # exact name of the model
     input_size: int
     class_names: tuple[str, ...]
     weights: Path
     licences: Licences
     title: str
-    facts: Mapping[str, str]  # Markdown by what it is about
+    facts: Mapping[str, str]  # Markdown text by topic
     scores: Mapping[str, float]
     normalise: Normalisation | None = None  # None: the model's own
 
@@ -72,44 +72,46 @@ def export(
     repository: str | None = None,
     progress: Progress | None = None,
 ) -> Export:
-    """The model of a finished run, or of a trained teacher, in `folder`. Writes nothing.
+    """The model of the finished run or trained teacher in `folder`. Writes nothing.
 
-    `licences` declares those that are not known. `repository`: where on the Hub it is going to be, as its card says then.
+    `licences` declares unknown licences. `repository`: the card's address of the model on the Hub. Raises
     IncompatibleError for a model that timm cannot make again.
     """
-    found = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
-    if is_factory(found.name):
+    trained = _teacher(folder, which) if (folder / "teacher.json").is_file() else _run(folder, which)
+    if is_factory(trained.name):
         raise IncompatibleError(
-            f"{folder} cannot be exported: its model is made by the function {found.name}",
+            f"{folder} cannot be exported: its model is made by the function {trained.name}",
             why="timm makes models by the name of their architecture, and has none for it",
-            fix=f"share that function and the weights: safetensors.torch.load_model(make(num_classes={len(found.class_names)}), "
-            f"{str(found.weights)!r})",
+            fix="share that function and the weights: "
+            f"safetensors.torch.load_model(make(num_classes={len(trained.class_names)}), {str(trained.weights)!r})",
         )
-    if not found.weights.is_file():
+    if not trained.weights.is_file():
         raise NotFoundError(
-            f"{folder} has no {found.weights.name}",
+            f"{folder} has no {trained.weights.name}",
             why="averaged weights are kept by runs with --model-ema-decay" if which == "ema" else "the file is missing",
             fix="export --last or --best of it" if which == "ema" else "restore it from a copy, or train it again",
         )
-    model, own = create_model(kept(found.name, folder), len(found.class_names), input_size=found.input_size)
-    load_weights(model, found.weights)
-    config = timm_config(found.name, model, found.normalise or own, input_size=found.input_size, class_names=found.class_names)
+    model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
+    load_weights(model, trained.weights)
+    config = timm_config(
+        trained.name, model, trained.normalise or own, input_size=trained.input_size, class_names=trained.class_names
+    )
     assert config is not None
-    declared, known = licences or Licences(), found.licences
+    declared, known = licences or Licences(), trained.licences
     licences = Licences(data=declared.data or known.data, weights=declared.weights or known.weights)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     files = {
         WEIGHTS: save(state, metadata={"format": "pt"}),
         CONFIG: config,
-        CARD: _card(found, model, which, licences, repository).encode(),
+        CARD: _card(trained, model, which, licences, repository).encode(),
     }
     if progress is not None and None in licences.model_dump().values():
         progress.say("a licence is unknown; it has to be known, or named with --license, before the model is pushed")
-    return Export(found.name, files, licences)
+    return Export(trained.name, files, licences)
 
 
 def write_export(exported: Export, output: Path) -> None:
-    """Write a model to a folder, which may hold an earlier export, and see that timm loads the very weights."""
+    """Write a model to a folder, which may hold an earlier export, and check that timm loads the same weights."""
     if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - FILES):
         raise UsageError(
             f"{output} is {'not empty' if output.is_dir() else 'a file'}",
@@ -150,7 +152,7 @@ def _run(folder: Path, which: Which) -> _Trained:
     args, more = run.args, run.args.model_extra or {}
     size, names = _shape(run)
     known = Licences.model_validate(more.get("licences", {}))
-    if more.get("init", "random") not in {"random", "target"}:  # nor are a teacher's terms all that there are
+    if more.get("init", "random") not in {"random", "target"}:  # start weights have licence terms of their own
         own = more.get("student_licence")
         both = None if own is None or known.weights is None else " and ".join(dict.fromkeys((known.weights, own)))
         known = known.model_copy(update={"weights": both})
@@ -159,10 +161,10 @@ def _run(folder: Path, which: Which) -> _Trained:
     archives = args.archives or (args,)
     facts = {
         "student": code_span(args.student),
-        "started from": escaped(_started(more)),
+        "started from": markdown_escaped(_started(more)),
         "teacher": code_span(str(teacher)),
         "archive of its logits": ", ".join(f"{code_span(a.archive_name)}, digest `{a.archive_digest}`" for a in archives),
-        "data": escaped(_dataset(args.dataset)),
+        "data": markdown_escaped(_dataset(args.dataset)),
         "method": f"{code_span(args.method_spec)}, {tau}",
         "control of the targets": code_span(args.control_spec),
         "seed": str(args.seed),
@@ -182,7 +184,7 @@ def _run(folder: Path, which: Which) -> _Trained:
 
 
 def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
-    """Input size and class names: from timm's configuration in the run's folder, or else from its archive."""
+    """(input size, class names), from timm's configuration in the run's folder, or else from its archive."""
     if (run.folder / CONFIG).is_file():
         config = read_record(run.folder / CONFIG)
         try:
@@ -220,10 +222,10 @@ def _teacher(folder: Path, which: Which) -> _Trained:
     label = record.get("dataset_label") or record.get("dataset", "")
     facts = {
         "model": code_span(record["name"]),
-        "started from": escaped(
+        "started from": markdown_escaped(
             {"timm": "pretrained weights", "random": "random weights"}.get(start := training.get("start"), str(start))
         ),
-        "data": escaped(label),
+        "data": markdown_escaped(label),
         **({"label smoothing": f"{training['smoothing']:g}"} if "smoothing" in training else {}),
         **({"seed": str(training["seed"])} if "seed" in training else {}),
         **({"epochs": str(training["epochs"])} if "epochs" in training else {}),
@@ -231,7 +233,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
     }
     try:
         data = parse_dataset(record["dataset"]).licence
-    except (KdcacheError, KeyError):  # a dataset of a package that is not installed here
+    except (KdcacheError, KeyError):  # the dataset's package is not installed
         data = None
     return _Trained(
         name=record["name"],
@@ -247,19 +249,19 @@ def _teacher(folder: Path, which: Which) -> _Trained:
 
 
 def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
-    """The chosen weights' figures on the clean test images, by what the card calls them."""
+    """Scores of the chosen weights on the clean test images, by their names in the card."""
     if not len(curves.get("test_top1", ())):
         return {}
     row = int(np.nanargmax(curves["test_top1"])) if which == "best" else -1
     columns = {"top-1": "test_top1", "top-5": "test_top5", "calibration error": "test_ece"}
     if which == "ema":
         columns = {"top-1": "ema_top1"}
-    found = {shown: float(curves[column][row]) for shown, column in columns.items() if column in curves}
-    return {shown: value for shown, value in found.items() if np.isfinite(value)}
+    scores = {shown: float(curves[column][row]) for shown, column in columns.items() if column in curves}
+    return {shown: value for shown, value in scores.items() if np.isfinite(value)}
 
 
 def _dataset(spec: str) -> str:
-    """Its name, with that of its folder or repository, but not where that is."""
+    """The dataset's name with that of its folder or repository, without its path."""
     try:
         return dataset_label(parse_dataset(spec))
     except KdcacheError:
@@ -279,48 +281,48 @@ def _started(args: Mapping[str, Any]) -> str:
 
 
 def _optimiser(settings: Mapping[str, Any]) -> str:
-    said = [
+    phrases = [
         code_span(str(settings["opt"])),
         f"learning rate {settings['lr']:g}",
         f"weight decay {settings['weight_decay']:g}",
         f"batches of {settings['batch_size']}",
-        f"schedule {escaped(str(settings.get('sched', 'cosine')))}",
+        f"schedule {markdown_escaped(str(settings.get('sched', 'cosine')))}",
     ]
     if settings.get("clip_grad") is not None:
-        said.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
+        phrases.append(f"gradients of a layer clipped at {settings['clip_grad']:g}")
     if settings.get("amp"):
-        said.append("bf16 where that is safe, also when tested")
+        phrases.append("bf16 where that is safe, also when tested")
     if settings.get("model_ema_decay") is not None:
-        said.append(f"averaged with decay {settings['model_ema_decay']:g}")
-    return ", ".join(said)
+        phrases.append(f"averaged with decay {settings['model_ema_decay']:g}")
+    return ", ".join(phrases)
 
 
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
+def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
     metadata = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         **licence_fields([licences.data, licences.weights]),
         "tags": ["image-classification", "timm", "kdcache", "knowledge-distillation"],
     }
-    facts = dict(found.facts)
+    facts = dict(trained.facts)
     facts["these are"] = _CHOSEN[which]
-    for shown, value in found.scores.items():
+    for shown, value in trained.scores.items():
         facts[f"{shown}, clean test images"] = f"{value:.2f} %"
-    facts["licence of the data"] = escaped(licences.data or "unknown")
-    facts["licence of the weights that it comes from"] = escaped(licences.weights or "unknown")
+    facts["licence of the data"] = markdown_escaped(licences.data or "unknown")
+    facts["licence of the weights that it comes from"] = markdown_escaped(licences.weights or "unknown")
     zoo = type(model).__module__ == "kdcache.models.cifar"
-    size = found.input_size
+    size = trained.input_size
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {escaped(found.title)}",
+        f"# {markdown_escaped(trained.title)}",
         "",
-        f"An image classifier of {len(found.class_names):,} classes for {size} x {size} pixels, trained and exported with "
+        f"An image classifier of {len(trained.class_names):,} classes for {size} x {size} pixels, trained and exported with "
         "[kdcache](https://pypi.org/project/kdcache).",
         "",
         "| | |",
@@ -332,7 +334,7 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
         "by another library, figures may differ a little."
         + (
             " The calibration error is the expected one, in 15 bins of equal width."
-            if "calibration error" in found.scores
+            if "calibration error" in trained.scores
             else ""
         ),
         "",
@@ -368,24 +370,24 @@ def _card(found: _Trained, model: nn.Module, which: Which, licences: Licences, r
 
 
 def hub_repository(destination: str) -> str:
-    """`ORG/NAME` of `hf://models/ORG/NAME`, or of itself. UsageError for anything else."""
-    found = _HUB_MODEL.fullmatch(destination)
-    if not found or destination.startswith("hf://datasets/"):
+    """`ORG/NAME` from `hf://models/ORG/NAME` or `ORG/NAME`. Raises UsageError for anything else."""
+    match = _HUB_MODEL.fullmatch(destination)
+    if not match or destination.startswith("hf://datasets/"):
         raise UsageError(
             f"--push {destination!r} is no model on the Hub",
             why="a model goes to a repository of its own",
             fix="--push ORG/NAME or --push hf://models/ORG/NAME",
         )
-    return found[1]
+    return match[1]
 
 
 def require_known(exported: Export, folder: Path) -> None:
-    """UsageError unless the licences of the data and of the weights are known that a model comes from."""
+    """Raise UsageError unless the licences of the model's data and weights are known."""
     require_licences(exported.licences, str(folder), "a model is made of its data and of its teacher's weights")
 
 
 def push_export(exported: Export, repository: str, *, private: bool = False, progress: Progress | None = None) -> None:
-    """Send a model to the Hub in one commit, over an earlier export if there is one. UsageError if other files are there."""
+    """Push a model to the Hub in one commit, replacing an earlier export. Raises UsageError if other files are there."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     progress, api, url = progress or Silent(), HfApi(), f"hf://models/{repository}"

@@ -1,4 +1,4 @@
-"""What leaves this machine when an archive is shared: with its licences, and without the places where things lie here."""
+"""The public form of an archive: with its licences, and without paths of this machine."""
 
 import re
 import shlex
@@ -17,17 +17,17 @@ from kdcache.system.progress import Progress
 __all__ = ["public_files", "read_here", "require_licences", "without_places"]
 
 CARD_LIMIT = 16 << 20
-# A path from the root or the home folder, or to a local model, up to the next option of a specification such as
-# folder:root=/a b,split_fraction=0.2
+# An absolute path, a path in a home folder, or a local model's path. It ends before the next option of a specification
+# such as folder:root=/a b,split_fraction=0.2
 _PLACE = re.compile(r"(?:(^|[=,'\"\s(]|:(?!//))(?:file://)?[/~]|(?<=local-dir:)[^,]*/).*?(?=,\w+=|$)", re.DOTALL)
 _ELIDED = r"\1PATH"
 
 
 def public_files(archive: Archive, declared: Licences, progress: Progress) -> dict[str, bytes]:
-    """Name and bytes of the files that are not to be shared as they are, the manifest among them; none if all are.
+    """Name and bytes of the files that must change before sharing, the manifest among them; empty if none must.
 
-    The digest stays the same, and what is made here is shared as it is the next time. Raises UsageError where a licence is
-    unknown, or a signature would no longer fit.
+    The digest stays the same. A file made here needs no change when it is shared again. Raises UsageError for an unknown
+    licence, or if the change would invalidate a signature.
     """
     manifest = archive.manifest
     earlier = manifest.licences or Licences()
@@ -61,20 +61,20 @@ def public_files(archive: Archive, declared: Licences, progress: Progress) -> di
     return {**cards, MANIFEST_NAME: public.model_dump_json(indent=1).encode()}
 
 
-def require_licences(known: Licences, what: str, because: str) -> None:
-    """UsageError unless the licences of data and weights are known under which something is shared."""
+def require_licences(known: Licences, subject: str, because: str) -> None:
+    """Raise UsageError unless the licences of data and weights of the shared work are known."""
     unknown = [name for name, value in known.model_dump().items() if not value]
     if unknown:
         declare = ",".join(f"{name}=NAME" for name in unknown)
         raise UsageError(
-            f"the licence of the {' and of the '.join(unknown)} of {what} is unknown",
+            f"the licence of the {' and of the '.join(unknown)} of {subject} is unknown",
             why=f"{because}: whoever gets them must know the terms",
             fix=f"name it as SPDX or the Hugging Face Hub do, for example cc-by-4.0: --license {declare}",
         )
 
 
 def _cards(archive: Archive, public: Manifest, progress: Progress) -> dict[str, bytes]:
-    """The files for people that are to be recorded anew: as somebody has edited them, or made anew for other licences."""
+    """The files for people that need new records: edited ones, or all of them remade for other licences."""
     manifest, folder = archive.manifest, LocalStore(archive.path)
     recorded = {record.path: record for record in manifest.files if record.path in FOR_PEOPLE}
     edited = {}
@@ -91,7 +91,7 @@ def _cards(archive: Archive, public: Manifest, progress: Progress) -> dict[str, 
 
 
 def read_here(folder: LocalStore, name: str, limit: int) -> bytes:
-    """A file without a checksum that is to be shared: a link could lead to anything on this machine, and is refused."""
+    """Read a file that has no checksum, for sharing. Links are refused, as they could lead to any file of this machine."""
     if folder.path(name).is_symlink():
         raise IntegrityError(
             f"{folder.path(name)} is a link",
@@ -108,7 +108,7 @@ def _public_teacher(teacher: TeacherCard) -> dict[str, Any]:
 def _public_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     public = dict(without_places(dict(provenance)))
     if public.get("dataset") != provenance.get("dataset"):
-        del public["dataset"]  # nobody else finds it there; where it is on their machine, they are asked
+        del public["dataset"]  # the path is useless to others; kdcache asks them for theirs
     command = provenance.get("command")
     if isinstance(command, str):
         try:
@@ -119,7 +119,7 @@ def _public_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_places(value: Any) -> Any:
-    """The same with the word PATH for every path from the root or the home folder, in strings at any depth."""
+    """`value` with PATH in place of every absolute or home path, in strings at any depth."""
     if isinstance(value, str):
         return _PLACE.sub(_ELIDED, value)
     if isinstance(value, Mapping):

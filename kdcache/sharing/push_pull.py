@@ -1,10 +1,10 @@
-"""Archives from one place to another: `pull` brings one here, `push` sends one away.
+"""Transfer of archives: `pull` fetches one, `push` sends one.
 
-Wherever it goes, an archive's manifest is written last, so that half of one is never taken for a whole; and whoever
-repeats an interrupted transfer goes on where it stopped. What has arrived is compared with its record, byte by byte.
+The manifest is written last, so that an unfinished transfer is never taken for an archive. A repeated call resumes an
+interrupted transfer. Every received byte is checked against its record.
 
-In a folder that is being filled, `.pull` holds the beginnings of files; on an object store, `.push.json` says which archive
-is on its way there; a dataset repository on the Hub remembers by itself what it was sent.
+A folder that is being filled keeps beginnings of files in `.pull`. On an object store, `.push.json` names the archive that
+is being pushed. A dataset repository on the Hub itself remembers the files that it received.
 """
 
 import json
@@ -37,7 +37,7 @@ from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
-from kdcache.sharing.transfer import File, Meter, Stopped, bring, in_parallel, require_room
+from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
@@ -46,15 +46,15 @@ from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 __all__ = ["OF_THE_HUB", "Shipment", "part_label", "pull", "push", "quiet_hub", "shipment", "told_by_the_hub"]
 
 PIECE = 1 << 20
-LONGEST_NAME = 240  # bytes of a file's name that every file system holds
+LONGEST_NAME = 240  # bytes of a file name that every file system supports
 MARKER = ".push.json"
-OF_THE_HUB = {".gitattributes", CARD_NAME}  # in a repository that was made on its web page
-HUB_FILES, HUB_BYTES = 100, 4 << 30  # of one commit
+OF_THE_HUB = {".gitattributes", CARD_NAME}  # files of a repository created on the Hub's web page
+HUB_FILES, HUB_BYTES = 100, 4 << 30  # limits of one commit
 Contents = Literal["all", "statistics"]
 
 
 def part_label(archive: Archive, views: range | None, contents: Contents | None) -> str:
-    """What a part of an archive is called after, `views-0-10` or `statistics`; empty for the whole."""
+    """Label of a part of an archive, such as `views-0-10` or `statistics`; empty for the whole."""
     some = "" if views is None or views == archive.views else f"views-{views.start}-{views.stop}"
     less = "" if contents is None or contents == archive.manifest.contents else contents
     return "-".join(filter(None, (some, less)))
@@ -72,10 +72,10 @@ def pull(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Archive:
-    """Bring `archive`, or only some `views` of it or its statistics (`contents`), to `folder`, and return it as it is there.
+    """Fetch `archive`, or some `views` of it, or its statistics (`contents`), to `folder`, and return the local archive.
 
-    An interrupted pull goes on when it is repeated; a finished one is left as it is. Unless `verify` is False, every row is
-    compared with its digest before the manifest is written. A part is an archive of its own, which says what it is a part of.
+    A repeated call resumes an interrupted pull, and does nothing after a finished one. Unless `verify` is False, every row
+    is checked against its digest before the manifest is written. A part is an archive that records its whole.
     """
     folder, progress = Path(folder), progress or Silent()
     if part_label(archive, views, contents):
@@ -103,29 +103,29 @@ def pull(
     for name, data in extras.items():
         if sha256(data) != records.pop(name).sha256:
             progress.say(f"{name} was edited after the archive was finished, and is taken as it is now")
-    with suppress(NotFoundError):  # a server that lists nothing to strangers does not even say that a file is missing
+    with suppress(NotFoundError):  # a server that forbids listing may not report a missing file
         if archive.store.exists(SIGNATURE_NAME):
             extras[SIGNATURE_NAME] = archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
-    files = [File(record, _reader(archive, name)) for name, record in records.items()]
+    files = [FileTransfer(record, _reader(archive, name)) for name, record in records.items()]
     closing = {**extras, MANIFEST_NAME: text}
     return _fill(folder, archive.manifest, files, closing, f"pull {archive.name}", verify=verify, progress=progress)
 
 
 def _records(archive: Archive) -> dict[str, FileRecord]:
-    """Everything that belongs to the archive but its manifest. IntegrityError for what cannot lie in one folder."""
-    found: dict[str, FileRecord] = {}
+    """Records of all files but the manifest. Raises IntegrityError for names that cannot coexist in one folder."""
+    records: dict[str, FileRecord] = {}
     for record in archive.records():
-        if found.setdefault(inner_name(record.path), record) != record:
+        if records.setdefault(inner_name(record.path), record) != record:
             raise _impossible(archive, f"it records {record.path!r} twice, with different contents")
-    folders = {parent for name in found for parent in _parents(name)}
-    for name in found:
+    folders = {parent for name in records for parent in _parents(name)}
+    for name in records:
         if name in folders:
             raise _impossible(archive, f"it records {name!r} both as a file and as a folder")
         if name.startswith(".") or name in {MANIFEST_NAME, SIGNATURE_NAME}:
             raise _impossible(archive, f"it records {name!r}, a name that kdcache has another use for")
         if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME or len(name) > 4 * LONGEST_NAME:
             raise _impossible(archive, f"it records a name of {len(name)} characters, {name[:40]!r}...")
-    return found
+    return records
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -144,7 +144,7 @@ def _impossible(archive: Archive, why: str) -> IntegrityError:
 
 def _reader(archive: Archive, name: str) -> Callable[[int], Iterator[bytes]]:
     store = archive.store
-    if isinstance(store, CachedStore):  # not through the cache: what is kept in a folder need not be kept twice
+    if isinstance(store, CachedStore):  # bypass the cache, which would keep a second copy
         return lambda start: store.remote.stream(name, start)
     return lambda start: _read_file(store.local(name), start)
 
@@ -157,7 +157,7 @@ def _read_file(path: Path, start: int) -> Iterator[bytes]:
 
 
 def _is_there(folder: Path, manifest: Manifest, text: bytes) -> bool:
-    """Whether this very archive is in `folder` already. UsageError for anything else that is."""
+    """Whether `folder` already holds this archive. Raises UsageError if it holds anything else."""
     store = LocalStore(folder)
     if store.exists(MANIFEST_NAME):
         there = open_archive(folder)
@@ -168,7 +168,7 @@ def _is_there(folder: Path, manifest: Manifest, text: bytes) -> bool:
 
 
 def _require_empty(folder: Path, work: str) -> None:
-    """UsageError if `folder` holds anything and not the beginning of an archive, which `work` tells."""
+    """Raise UsageError if `folder` holds files but no `work` folder of an unfinished transfer."""
     if folder.is_dir() and not (folder / work).is_dir() and any(folder.iterdir()):
         raise UsageError(
             f"{folder} is not empty",
@@ -189,14 +189,14 @@ def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
 def _fill(
     folder: Path,
     manifest: Manifest,
-    files: Sequence[File],
+    files: Sequence[FileTransfer],
     closing: Mapping[str, bytes],
     task: str,
     *,
     verify: bool,
     progress: Progress,
 ) -> Archive:
-    """Have all files in `folder`, then the `closing` ones in their order, the last of which is the manifest."""
+    """Fetch all files to `folder`, then write the `closing` files in order; the manifest is the last."""
     store, work = LocalStore(folder), folder / PULL
     with translated_os_errors(folder), ExitStack() as held:
         work.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def _fill(
 
 
 def _damage(result: Verification) -> list[Failure]:
-    """What differs from its record, but for files for people, which may be edited."""
+    """The failures of a verification, without those of files for people, which may be edited."""
     return [failure for failure in result.failures if failure.where not in FOR_PEOPLE]
 
 
@@ -235,13 +235,13 @@ def _require_sound(result: Verification) -> None:
 
 @dataclass(frozen=True)
 class Shipment:
-    """What a push sends: `files` as they are, then `closing` in this order, the last of which is the manifest."""
+    """The contents of a push: unchanged `files`, then the `closing` files in order; the manifest is the last."""
 
     archive: Archive
-    manifest: Manifest  # as it is sent
+    manifest: Manifest  # the public manifest
     files: Mapping[str, FileRecord]
     closing: Mapping[str, bytes]
-    changed: tuple[str, ...]  # names of files that are sent otherwise than they are here
+    changed: tuple[str, ...]  # names of files whose public form differs from the local one
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +249,7 @@ class Shipment:
 
 
 def shipment(archive: Archive, licences: Licences, progress: Progress | None = None) -> Shipment:
-    """What a push of the whole archive would send. UsageError where a licence is unknown."""
+    """The contents of a push of the whole archive. Raises UsageError for an unknown licence."""
     public = public_files(archive, licences, progress or Silent())
     store, records = LocalStore(archive.path), _records(archive)
     text = public.get(MANIFEST_NAME) or store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
@@ -280,14 +280,14 @@ def push(
 ) -> str:
     """Send a local archive, or a part of it as in `pull`, to a folder, `s3://BUCKET/FOLDER` or `hf://datasets/ORG/NAME[@BRANCH][/FOLDER]`.
 
-    Refused with a UsageError unless the licences of data and weights are known, or declared by `licences`. Every row is
-    compared with its digest first. Returns the destination. `private`: a repository that is made for it is.
+    Raises UsageError unless the licences of data and weights are known, or declared by `licences`. Every row is first
+    checked against its digest. `private`: a newly created repository is private. Returns the destination.
     """
     progress, licences = progress or Silent(), licences or Licences()
     _require_possible(archive, destination)
     if label := part_label(archive, views, contents):
-        public_files(archive, licences, Silent())  # an unknown licence is better told before the part is made
-        beside = archive.path.with_name(f".{archive.name}.{label}.push")  # kept if this is interrupted
+        public_files(archive, licences, Silent())  # fail for an unknown licence before making the part
+        beside = archive.path.with_name(f".{archive.name}.{label}.push")  # kept if interrupted
         kept: Any = {"views": views, "contents": contents or archive.manifest.contents}
         part = derive(archive, beside, **kept, progress=progress, task=f"cut {label}")
         sent = push(part, destination, licences=licences, private=private, progress=progress)
@@ -305,7 +305,7 @@ def push(
 
 
 def _require_possible(archive: Archive, destination: str) -> None:
-    """UsageError where no archive can go, before every row of one is read. What is there already is looked at later."""
+    """Raise UsageError for an impossible destination, before all rows are read. Existing files there are checked later."""
     if not is_url(destination):
         if Path(destination).resolve() == archive.path.resolve():
             raise UsageError(f"{destination} is the archive itself", why="it is to be sent elsewhere", fix="name another folder")
@@ -319,12 +319,12 @@ def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None
     if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
         progress.say(f"{folder} is complete: nothing to do")
         return
-    files = [File(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
+    files = [FileTransfer(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
     _fill(folder, sending.manifest, files, sending.closing, f"push {folder}", verify=False, progress=progress)
 
 
 def _manifest_there(url: str) -> bytes | None:
-    """The manifest of the archive that is at `url` already."""
+    """The manifest of the archive at `url`; None without one."""
     try:
         return CachedStore(open_remote(url)).read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
     except MissingError:
@@ -332,9 +332,9 @@ def _manifest_there(url: str) -> bytes | None:
 
 
 def _is_begun(sending: Shipment, url: str) -> bool | None:
-    """Whether (an earlier version of) the archive's manifest is at `url`; None if it is this very one: nothing is to be done.
+    """Whether an earlier version of this archive is at `url`; None if this very version is, and nothing is left to do.
 
-    UsageError if another archive is there.
+    Raises UsageError if another archive is there.
     """
     text = _manifest_there(url)
     if text is None:
@@ -344,7 +344,7 @@ def _is_begun(sending: Shipment, url: str) -> bool | None:
 
 
 def _require_free(url: str, foreign: Iterable[str]) -> None:
-    """UsageError if there are files of somebody else at `url`."""
+    """Raise UsageError if there are unrelated files at `url`."""
     if first := next(iter(foreign), None):
         raise UsageError(
             f"{url} is not empty",
@@ -354,7 +354,7 @@ def _require_free(url: str, foreign: Iterable[str]) -> None:
 
 
 def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
-    """A size is all that a store tells of every object; a marker tells that the objects are this archive's."""
+    """Push to an object store. Stores report only sizes, so a marker file records that the objects are this archive's."""
     remote = open_remote(url)
     begun = _is_begun(sending, url)
     if begun is None:
@@ -371,18 +371,18 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
     if marked is None:
         _require_free(url, () if begun else sorted(there))
         remote.put(MARKER, mark)
-    meter, task, total = Meter(), f"push {url}", sum(record.bytes for record in sending.files.values())
+    counter, task, total = ByteCounter(), f"push {url}", sum(record.bytes for record in sending.files.values())
     store = LocalStore(sending.archive.path)
 
     def send(record: FileRecord) -> None:
-        if meter.stop.is_set():
-            raise Stopped
+        if counter.stop.is_set():
+            raise TransferEnded
         if record.path not in there or remote.size(record.path) != record.bytes:
             remote.put(record.path, store.path(record.path))
-        meter.add(record.bytes)
+        counter.add(record.bytes)
 
     records = list(sending.files.values())
-    in_parallel(send, records, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    in_parallel(send, records, counter, lambda: progress.update(task, min(counter.bytes, total - 1), total, counter.note(total)))
     for name, data in sending.closing.items():
         remote.put(name, data)
     remote.delete(MARKER)
@@ -397,10 +397,9 @@ def _marked(url: str) -> bytes | None:
 
 
 def _push_to_hub(sending: Shipment, url: str, private: bool, progress: Progress) -> None:
-    """Files in commits of bounded size, manifest and card in the last one.
+    """Push to the Hub in commits of bounded size; the last one holds manifest and card.
 
-    The Hub compares each file with what it has by sha256 and asks for those only that it lacks, so that a repeated push
-    sends nothing twice.
+    The Hub compares files by sha256 and requests only those that it lacks, so a repeated push sends nothing twice.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -437,7 +436,7 @@ def _push_to_hub(sending: Shipment, url: str, private: bool, progress: Progress)
 def _batches(records: Sequence[FileRecord]) -> Iterator[list[FileRecord]]:
     batch: list[FileRecord] = []
     for record in records:
-        if batch and (len(batch) == HUB_FILES or sum(one.bytes for one in batch) + record.bytes > HUB_BYTES):
+        if batch and (len(batch) == HUB_FILES or sum(waiting.bytes for waiting in batch) + record.bytes > HUB_BYTES):
             yield batch
             batch = []
         batch.append(record)
@@ -447,7 +446,7 @@ def _batches(records: Sequence[FileRecord]) -> Iterator[list[FileRecord]]:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without bars of the Hub's own library between those of kdcache."""
+    """Hide the progress bars of the Hub's own library."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -462,7 +461,7 @@ def quiet_hub() -> Iterator[None]:
 
 @contextmanager
 def told_by_the_hub(url: str, kind: str = "dataset") -> Iterator[None]:
-    """What the Hub answers instead of taking what is sent, as kdcache's errors."""
+    """Translate the Hub's refusals into kdcache's errors."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -471,7 +470,7 @@ def told_by_the_hub(url: str, kind: str = "dataset") -> Iterator[None]:
         raise
     except HFValidationError as error:
         raise UsageError(f"{url} is not a {kind} on the Hub", why=printable(error), fix="correct its name") from None
-    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+    except Exception as error:  # huggingface_hub raises errors of its HTTP library, which varies
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
         why = printable(str(error).partition("\n")[0])[:300] or type(error).__name__
         if status in {401, 403, 404}:

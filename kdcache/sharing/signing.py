@@ -1,7 +1,7 @@
-"""Signatures of archives, by the OpenSSF's model-signing: who vouches for it, where checksums only say that it is whole.
+"""Signatures of archives, by the OpenSSF's model-signing. Checksums prove that an archive is whole; a signature, whose it is.
 
 A signature covers `kdcache.json` and `README.md`, and through the manifest's checksums every byte of the archive. It is a
-Sigstore bundle in `kdcache.sig`, made with an elliptic-curve key; nothing is fetched to make or to check it.
+Sigstore bundle in `kdcache.sig`, made with an elliptic-curve key. Signing and checking need no network.
 """
 
 import shlex
@@ -28,7 +28,7 @@ MAKE_KEYS = (
 
 
 def sign_archive(archive: Archive, key: Path) -> Path:
-    """Sign with the private key in `key` (PEM, on a NIST curve, not encrypted); returns the signature's file."""
+    """Sign an archive with the private key in `key` (PEM, NIST curve, not encrypted). Returns the signature's file."""
     signing = _library().signing
     _require_file(key)
     with _signed_files(archive) as folder, tempfile.TemporaryDirectory() as beside:
@@ -46,7 +46,7 @@ def sign_archive(archive: Archive, key: Path) -> Path:
 
 
 def verify_signature(archive: Archive, public_key: Path) -> Verification:
-    """Whether whoever holds the private half of `public_key` signed the manifest and the card that the archive has now."""
+    """Verify that the holder of `public_key`'s private half signed the archive's present manifest and card."""
     verifying = _library().verifying
     _require_file(public_key)
     if not archive.store.exists(SIGNATURE_NAME):
@@ -67,7 +67,7 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
         signature.write_bytes(archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT))
         try:
             checker.verify(folder, signature)
-        except Exception as error:  # a stranger's file can make the parsers below fail in any way
+        except Exception as error:  # a stranger's file can make the parsers raise anything
             signed = " and ".join(SIGNED)
             result.failures.append(Failure(SIGNATURE_NAME, f"the signature of {signed} by {public_key}", "another one"))
             result.error = IntegrityError(
@@ -80,7 +80,7 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
 
 @contextmanager
 def _signed_files(archive: Archive) -> Iterator[Path]:
-    """A folder with exactly the files that a signature covers."""
+    """A temporary folder with exactly the files that a signature covers."""
     with tempfile.TemporaryDirectory() as folder:
         for name in SIGNED:
             (Path(folder) / name).write_bytes(archive.store.read(name, limit=MANIFEST_LIMIT))

@@ -1,4 +1,4 @@
-"""Files on their way: several at a time, watched, stopped together, and each gone on with where it was interrupted."""
+"""Transfer of files in parallel: with progress, a common stop, and resumption of each file."""
 
 import hashlib
 import os
@@ -19,33 +19,33 @@ from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
 
-__all__ = ["File", "Meter", "Stopped", "bring", "in_parallel", "require_room"]
+__all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room"]
 
-WORKERS = 8  # files on their way at a time
+WORKERS = 8  # parallel transfers
 
 
 @dataclass(frozen=True)
-class File:
-    """A file on its way: what it must be, and its bytes from any byte on."""
+class FileTransfer:
+    """A file to transfer: its record, and a stream of its bytes from any offset."""
 
     record: FileRecord
     stream: Callable[[int], Iterator[bytes]]
 
 
-def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) -> None:
-    """Have all files below `folder`, each checked; those that are there stay, and beginnings in `.pull` are gone on with."""
+def bring(files: Sequence[FileTransfer], folder: Path, task: str, progress: Progress) -> None:
+    """Fetch all files below `folder`, and check each. Existing ones stay; beginnings in `.pull` are continued."""
     total = sum(file.record.bytes for file in files)
     require_room(folder, _missing_bytes(files, folder))
-    meter = Meter()
+    counter = ByteCounter()
 
-    def bring_one(file: File) -> None:
+    def bring_one(file: FileTransfer) -> None:
         target = folder / file.record.path
         try:
             if _is(target, file.record):
-                meter.add(file.record.bytes)
+                counter.add(file.record.bytes)
                 return
             part = _part(folder, file.record)
-            download(file.record, file.record.path, part, meter.watched(file.stream))
+            download(file.record, file.record.path, part, counter.watched(file.stream))
             with part.open("rb") as whole:
                 os.fsync(whole.fileno())
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,9 @@ def bring(files: Sequence[File], folder: Path, task: str, progress: Progress) ->
                 f"{target} cannot be written", why=error.strerror or str(error), fix="choose another folder, and repeat"
             ) from error
 
-    in_parallel(bring_one, files, meter, lambda: progress.update(task, min(meter.bytes, total - 1), total, meter.note(total)))
+    in_parallel(
+        bring_one, files, counter, lambda: progress.update(task, min(counter.bytes, total - 1), total, counter.note(total))
+    )
     progress.update(task, total, total)
 
 
@@ -72,7 +74,7 @@ def _is(target: Path, record: FileRecord) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
 
 
-def _missing_bytes(files: Sequence[File], folder: Path) -> int:
+def _missing_bytes(files: Sequence[FileTransfer], folder: Path) -> int:
     missing = 0
     for record in (file.record for file in files):
         held = next((p.stat().st_size for p in (folder / record.path, _part(folder, record)) if p.is_file()), 0)
@@ -91,8 +93,8 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-class Meter:
-    """Counts the bytes that several threads move, and lets all of them stop."""
+class ByteCounter:
+    """Counts the bytes that several threads transfer, and can stop them all."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -105,7 +107,7 @@ class Meter:
             self.bytes += count
 
     def watched(self, stream: Callable[[int], Iterator[bytes]]) -> Callable[[int], Iterator[bytes]]:
-        counted = 0  # of this file, which may be begun anew
+        counted = 0  # bytes of this file; it may restart
 
         def pieces(start: int) -> Iterator[bytes]:
             nonlocal counted
@@ -113,7 +115,7 @@ class Meter:
             counted = start
             for piece in stream(start):
                 if self.stop.is_set():
-                    raise Stopped
+                    raise TransferEnded
                 self.add(len(piece))
                 counted += len(piece)
                 yield piece
@@ -125,25 +127,25 @@ class Meter:
         return f"{self.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s"
 
 
-class Stopped(BaseException):
-    """Another file's error, or whoever waits for all of them, ended this one's transfer. Nobody gets to see it."""
+class TransferEnded(BaseException):
+    """Internal: this file's transfer ended because another one failed, or because the caller stopped all of them."""
 
 
-def in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: Meter, report: Callable[[], None]) -> None:
-    """`action` on all items, several at a time; the first error, or an interruption, ends all."""
+def in_parallel(action: Callable[[Any], None], items: Sequence[Any], counter: ByteCounter, report: Callable[[], None]) -> None:
+    """Run `action` on all items, several at a time. The first error, or an interruption, ends all of them."""
     waiting, errors = deque(items), deque[BaseException]()
 
     def work() -> None:
         with suppress(IndexError):
-            while not meter.stop.is_set() and not ending():
+            while not counter.stop.is_set() and not ending():
                 item = waiting.popleft()
                 try:
                     action(item)
                 except BaseException as error:
                     errors.append(error)
-                    meter.stop.set()
+                    counter.stop.set()
 
-    # No executor: a process that is interrupted would wait for its threads, which try for minutes to reach a lost server.
+    # Plain threads: an executor would make an interrupted process wait for threads that retry a lost server for minutes.
     threads = [threading.Thread(target=work, name="kdcache-transfer") for _ in range(min(WORKERS, len(items)))]
     for thread in threads:
         thread.start()
@@ -152,7 +154,7 @@ def in_parallel(action: Callable[[Any], None], items: Sequence[Any], meter: Mete
             next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(0.2)
             report()
     except BaseException:
-        meter.stop.set()
+        counter.stop.set()
         raise
     if errors:
         raise errors[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import kdcache
-from kdcache.archive import Ensemble, Licences, is_url
+from kdcache.archive import Ensemble, Licences
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import LogitMethod, method
@@ -40,6 +40,7 @@ from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import is_url
 from kdcache.targets import controls
 from kdcache.training.config import Runtime
 from kdcache.training.evaluation import EvalSet

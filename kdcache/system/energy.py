@@ -1,8 +1,8 @@
-"""Seconds and joules that work takes: energy counters of NVIDIA GPUs and, on Linux, of CPU packages, where they can be read.
+"""Seconds and joules of work, from the energy counters of NVIDIA GPUs and, on Linux, of CPU packages.
 
-A counter belongs to a whole GPU or package: what others used it for in the same time is in it. Memory, disks, fans and power
-supplies are in none. What cannot be read is None, and is never guessed: not without a driver, not in most virtual machines, not
-of a part of a GPU (MIG), and of packages often not without root.
+A counter covers a whole GPU or package, including use by other processes. No counter covers memory, disks, fans and power
+supplies. A counter that cannot be read gives None, never a guess: without a driver, in most virtual machines, for a part of
+a GPU (MIG), and for CPU packages often without root.
 """
 
 import importlib
@@ -20,22 +20,22 @@ from typing import Any, Self
 __all__ = ["NOTHING", "UNKNOWN", "Meter", "Spent", "total"]
 
 POWERCAP = Path("/sys/class/powercap")
-POLL = 10.0  # seconds; counters of packages are full, and begin anew, after a minute of the hardest work at the earliest
-MOST_WATTS = 1000.0  # of one package; what a counter may have missed in a longer pause is unknown
+POLL = 10.0  # seconds; package counters wrap around after a minute of full load at the earliest
+MOST_WATTS = 1000.0  # of one package; if a pause is long enough for a wrap at this power, the energy is unknown
 
-Counter = Callable[[], float | None]  # joules so far
+JouleCounter = Callable[[], float | None]  # joules so far
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of processes, of several their sum; and joules of their GPUs and of CPU packages. None is not known."""
+    """Seconds summed over processes, and joules of their GPUs and of CPU packages. None is unknown."""
 
     device_seconds: float | None = None
     gpu_joules: float | None = None
     cpu_joules: float | None = None
 
     def __add__(self, other: "Spent") -> "Spent":
-        """Of both together; what is not known of one is not known of both."""
+        """Sum of both. A field that is unknown in one is unknown in the sum."""
         pairs = zip(self._values, other._values, strict=True)
         return Spent(*(None if a is None or b is None else a + b for a, b in pairs))
 
@@ -48,28 +48,28 @@ class Spent:
 
     @property
     def hours(self) -> float | None:
-        """Of all its processes together: device-hours."""
+        """Device-hours, summed over the processes."""
         return None if self.device_seconds is None else self.device_seconds / 3600
 
     @property
     def watt_hours(self) -> float | None:
-        """Of whatever was counted, see `counted`."""
+        """Watt-hours of the counted devices, see `counted`."""
         joules = [value for value in (self.gpu_joules, self.cpu_joules) if value is not None]
         return sum(joules) / 3600 if joules else None
 
     @property
     def counted(self) -> str:
-        """What the energy is of."""
+        """Names of the devices that the energy covers."""
         kinds = (("GPUs", self.gpu_joules), ("CPU packages", self.cpu_joules))
         return " and ".join(name for name, value in kinds if value is not None)
 
     def known(self) -> dict[str, float]:
-        """What is known, by its name: as logs and records have it."""
+        """The known fields by name, for logs and records."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of(cls, record: object) -> "Spent":
-        """What a record says, whoever wrote it: anything but numbers that can be is not known."""
+        """The values in a record of unknown origin. Anything but a plausible number is unknown."""
         fields = record if isinstance(record, Mapping) else {}
         return cls(*(_number(fields.get(name)) for name in ("device_seconds", "gpu_joules", "cpu_joules")))
 
@@ -87,13 +87,13 @@ def _number(value: object) -> float | None:
 
 
 class Meter:
-    """What passes from one `lap` to the next: seconds, and joules of some GPUs and of this machine's CPU packages.
+    """Measures from one `lap` to the next: seconds, and joules of some GPUs and of this machine's CPU packages.
 
-    gpus: their UUIDs, as NVML has them (`GPU-...`).
-    share: the part of the packages that is this process's, of several that work side by side; None: unknown, so they are not
-        read. powercap, nvml: where counters are, a folder and a module like `pynvml`.
+    gpus: their NVML UUIDs (`GPU-...`).
+    share: this process's share of the packages, if several work side by side; None: unknown, so packages are not read.
+    powercap, nvml: sources of counters, a folder and a module like `pynvml`.
 
-    Counters of packages are looked at from a thread as long as the meter is open (`with`), lest they begin anew unseen.
+    While the meter is open (`with`), a thread polls the package counters, so that no wrap-around is missed.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Meter:
         self._last = self._reading()
 
     def lap(self) -> Spent:
-        """Since the last one, or since the meter was made."""
+        """Spent since the last lap, or since the meter was made."""
         before, self._last = self._last, self._reading()
         seconds, gpu, cpu = (_difference(*pair) for pair in zip(before, self._last, strict=True))
         return Spent(seconds, gpu, None if cpu is None or self._share is None else cpu * self._share)
@@ -129,22 +129,22 @@ class Meter:
         return time.monotonic(), _sum(self._gpus), _sum([package.joules for package in self._packages])
 
 
-def _sum(counters: Sequence[Counter]) -> float | None:
+def _sum(counters: Sequence[JouleCounter]) -> float | None:
     values = [counter() for counter in counters]
     known = [value for value in values if value is not None]
     return sum(known) if values and len(known) == len(values) else None
 
 
 def _difference(before: float | None, after: float | None) -> float | None:
-    """Nothing is known of a counter that someone has set back."""
+    """Increase of a counter; None if it is unknown, or if the counter was reset."""
     return None if before is None or after is None or after < before else after - before
 
 
-def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[Counter], Callable[[], None]]:
-    """The counters of GPUs, one that knows nothing for each that has none; and what ends reading them."""
+def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable[[], None]]:
+    """(counters of the GPUs, function that ends NVML). A counter that cannot be read gives None."""
     nvml = nvml or importlib.import_module("pynvml")
 
-    def counter(uuid: str) -> Counter:
+    def counter(uuid: str) -> JouleCounter:
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
 
         def joules() -> float | None:
@@ -166,7 +166,7 @@ def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[Counter], Callable[[], 
 
 
 class _Package:
-    """Joules that a CPU package has used since this was made, whose counter begins anew when it is full."""
+    """Joules that a CPU package has used since this object was made. Its counter wraps around when full."""
 
     def __init__(self, zone: Path) -> None:
         self._file = zone / "energy_uj"
@@ -176,7 +176,7 @@ class _Package:
         self._at, self._seen = _integer(self._file), time.monotonic()
 
     def look(self) -> None:
-        """Add what the counter has gone on by."""
+        """Add the counter's increase since the last look."""
         with self._lock:
             at, now = _integer(self._file), time.monotonic()
             if at is None or self._at is None or not self._range or now - self._seen > self._range / 1e6 / MOST_WATTS:
@@ -186,7 +186,7 @@ class _Package:
             self._at, self._seen = at, now
 
     def joules(self) -> float | None:
-        """So far; None if some may be missing since this was asked for last."""
+        """Joules so far; None if some may have been missed since the last call."""
         with self._lock:
             self.look()
             missed, self._missed = self._missed, False
@@ -194,7 +194,7 @@ class _Package:
 
 
 def _packages(powercap: Path) -> list[_Package]:
-    """Those that Linux lists, of Intel's and AMD's processors; not the zones inside them, and not psys, which has them inside."""
+    """The CPU packages that Linux lists (Intel and AMD). Subzones, and psys, which contains packages, are left out."""
     try:
         zones = sorted(powercap.glob("intel-rapl:*"))
         return [_Package(zone) for zone in zones if (zone / "name").read_text("utf-8").startswith("package")]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back while something is done that should be done whole."""
+"""Ctrl-C and SIGTERM, deferred until a step is complete."""
 
 import signal
 import threading
@@ -10,14 +10,14 @@ __all__ = ["Stopped", "stopped_between_steps"]
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised at a moment when nothing is half done."""
+    """Ctrl-C or SIGTERM, raised between two steps, when nothing is half done."""
 
 
 @contextmanager
 def stopped_between_steps() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C and SIGTERM back: the function that this gives raises Stopped if one came, and is to be called often.
+    """Defer Ctrl-C and SIGTERM. Yields a function that raises Stopped if one arrived; call it after every step.
 
-    A second one interrupts at once. Python runs signal handlers in its main thread only; in others nothing is held back.
+    A second signal interrupts at once. Python runs signal handlers only in its main thread; in others nothing is deferred.
     """
     asked = False
     before: dict[int, Any] = {}
@@ -37,12 +37,12 @@ def stopped_between_steps() -> Iterator[Callable[[], None]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # what a shell or `nohup` had ignored stays ignored
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # signals that a shell or `nohup` ignores stay ignored
                 before[number] = signal.signal(number, note)
     try:
         yield check
     except RuntimeError as error:
-        if asked:  # the signal went to the loader's workers too, and torch reports their end
+        if asked:  # the signal also ended the loader's workers, and torch reports that
             raise Stopped from error
         raise
     finally:

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is. The library calls it; only the command line draws anything."""
+"""Progress of long work, reported by the library. Only the command line displays it."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,17 +8,17 @@ __all__ = ["Progress", "Silent"]
 
 class Progress(Protocol):
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` steps of `task` are finished; a task is over when the two are equal."""
+        """Report that `done` of `total` steps of `task` are finished. The task ends when the two are equal."""
 
     def say(self, text: str) -> None:
-        """One line worth keeping: a decision taken, a name resolved, an estimate."""
+        """Report one line worth keeping: a decision, a resolved name, an estimate."""
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """How things stand now. It takes the place of the last such table; one without rows clears it away."""
+        """Show the present state as a table. It replaces the last one; a table without rows removes it."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that displays nothing."""
 
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
         return

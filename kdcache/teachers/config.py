@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from kdcache.archive import Plan, new_plan
+from kdcache.archive import ArchivePlan, new_plan
 from kdcache.options import Option, Options, Share, Triple, Usual, integers
 from kdcache.training.config import MODEL_FORMS, Runtime, Training, ViewOptions
 
@@ -70,7 +70,7 @@ class DumpRecipe(Options):
     layout: Annotated[str, Option("How files are laid out: zarr, hdf5, webdataset.")] = "zarr"
     shard_rows: Annotated[Annotated[int, Field(ge=1)] | None, Option("Rows of a shard [64 MiB of logits].")] = None
 
-    def rows(self, views: int, samples: int, class_names: Sequence[str]) -> Plan:
+    def rows(self, views: int, samples: int, class_names: Sequence[str]) -> ArchivePlan:
         """The rows of the archive that a dump of so many views and samples would write."""
         return new_plan(
             num_views=views,

@@ -1,4 +1,4 @@
-"""Running a teacher over rendered views, shard by shard, into an archive."""
+"""Forward passes of a teacher over rendered views, shard by shard, into an archive."""
 
 import collections
 import contextlib
@@ -36,10 +36,10 @@ def write_shards(
     renderer: RendererChoice = "auto",
     progress: Progress | None = None,
 ) -> None:
-    """Write the missing shards, from `start_view` on and around, but for those that other processes have claimed.
+    """Write the missing shards that no other process has claimed, from `start_view` on and then from the first view.
 
-    A shard is claimed when rendering, which runs ahead across shards, reaches it; no batch crosses a shard's border.
-    Of a `share` (i, n), only shards whose running number modulo n is i, which are no other process's by agreement.
+    A shard is claimed when rendering, which runs ahead across shards, reaches it. No batch crosses a shard's border. With
+    `share` (i, n), only shards whose running number modulo n is i are written; other processes leave these alone.
     """
     progress = progress or Silent()
     policy = writer.plan.policy
@@ -49,11 +49,11 @@ def write_shards(
     total = sum(len(writer.positions(block)) for _, block in mine)
     done = total - sum(len(writer.positions(block)) for _, block in mine.intersection(writer.missing()))
     started, at_start = time.monotonic(), done
-    while missing := mine.intersection(writer.missing()):  # again, for shards that another process left unwritten
+    while missing := mine.intersection(writer.missing()):  # repeat for shards that another process left unwritten
         order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
         with stopped_between_steps() as check, contextlib.ExitStack() as claims:
             claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
-            rows = _Rows()
+            rows = _ShardRows()
             rendered = render_batches(
                 canvas,
                 policy,
@@ -70,11 +70,11 @@ def write_shards(
                 rows.add(item, forward(item.images), size)
                 if len(rows) < size:
                     continue
-                if not writer.finished(view, block):  # by another process, where locks do not tell
+                if not writer.finished(view, block):  # another process may finish it where locks do not exclude that
                     writer.write(view, block, *rows.columns)
                 claim.close()
                 claimed.shards.popleft()
-                rows = _Rows()
+                rows = _ShardRows()
                 done += size
                 speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
                 progress.update("dump", done, total, f"{speed:.0f} views/s")
@@ -84,7 +84,7 @@ def write_shards(
 
 
 class _Claimed:
-    """Batches (view, positions) of all shards that can be claimed; each is when its first batch is asked for."""
+    """Batches (view, positions) of all shards that can be claimed. A shard is claimed at its first batch."""
 
     def __init__(
         self,
@@ -111,19 +111,19 @@ class _Claimed:
                 claim.close()
 
 
-class _Rows:
-    """The rows of one shard, batch by batch, each copied once to where it stays; the pixels are let go."""
+class _ShardRows:
+    """The rows of one shard, collected batch by batch. Each row is copied once; pixels are not kept."""
 
     def __init__(self) -> None:
-        self.columns: tuple[NDArray, ...] = ()  # logits, sample numbers, digests and grids
+        self.columns: tuple[NDArray, ...] = ()  # logits, sample numbers, digests, grids
         self._filled = 0
 
     def __len__(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return self._filled
 
     def add(self, item: Rendered, logits: NDArray[np.float32], size: int) -> None:
-        """The next batch of a shard of `size` rows."""
+        """Add the next batch of a shard of `size` rows."""
         batch = (logits, item.rows.sample, item.digest, grids(item.images))
         if not self.columns:
             self.columns = tuple(np.empty((size, *part.shape[1:]), part.dtype) for part in batch)
@@ -134,16 +134,16 @@ class _Rows:
 
 
 def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Positions of a shard in batches counted from its start: restarts and other processes cannot move their borders."""
+    """Positions of a shard in batches from its start, so that restarts and other processes do not move the borders."""
     for start in range(positions.start, positions.stop, batch_size):
         yield np.arange(start, min(start + batch_size, positions.stop))
 
 
 class Forward:
-    """Uint8 views to float32 logits, on the device, in the wanted precision, with the classifier head in float32.
+    """Maps uint8 views to float32 logits on the device, in the wanted precision, with the classifier head in float32.
 
-    The head is timm's `forward_head`. Of a model that has none, it is the last linear layer to run, if that gives one number
-    per class; where there is no such layer, all of the model runs in the wanted precision.
+    The head is timm's `forward_head`. In a model without one it is the last linear layer that runs, if it has one output
+    per class. Without such a layer, the whole model runs in the wanted precision.
     """
 
     def __init__(self, model: nn.Module, normalise: Normalisation, device: torch.device, precision: Precision) -> None:
@@ -155,7 +155,7 @@ class Forward:
 
     @torch.inference_mode()
     def __call__(self, views: Tensor) -> NDArray[np.float32]:
-        """Logits float32 `[B, C]`; a batch that is not finite in half precision is repeated in float32."""
+        """Logits float32 `[B, C]`. A batch with non-finite logits in half precision is repeated in float32."""
         x = self.normalise(views.to(self.device, non_blocking=True))
         if self.precision == "fp32":
             return self._numpy(self.model(x))
@@ -173,7 +173,7 @@ class Forward:
 
     @contextlib.contextmanager
     def _float32_head(self, x: Tensor) -> Iterator[None]:
-        """The last linear layer runs in float32 meanwhile, also under autocast."""
+        """Run the last linear layer in float32 meanwhile, also under autocast."""
         if not self._searched:
             self._head, self._searched = self._last_linear(x[:1]), True
         head = self._head
@@ -190,7 +190,7 @@ class Forward:
         try:
             yield
         finally:
-            del head.forward  # the class's own is seen again
+            del head.forward  # restores the class's own method
 
     def _last_linear(self, x: Tensor) -> nn.Linear | None:
         ran: list[tuple[nn.Linear, int]] = []

@@ -1,4 +1,4 @@
-"""How teachers were trained where that was published: `train-teacher --recipe NAME`. Flags win over a recipe."""
+"""Published training recipes of teachers: `train-teacher --recipe NAME`. Flags override a recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class TeacherRecipe:
 
 
 RECIPES: dict[str, TeacherRecipe] = {
-    # Rates and weight decay are 5e-4 and 0.05 for CNNs, 5e-5 and 0.1 for ViTs; from scratch, those of its students.
+    # Learning rate and weight decay: 5e-4 and 0.05 for CNNs, 5e-5 and 0.1 for ViTs; from scratch, those of its students.
     "study": TeacherRecipe("temperature study (arXiv 2603.02430), section 3.1"),
-    # The paper's appendix and the code of CRD, of mdistiller, and of the papers that took their teachers from there agree.
+    # CRD's appendix and code, mdistiller, and the papers that use their teachers agree on these settings.
     "crd": TeacherRecipe(
         "CRD (ICLR 2020) and its train_teacher.py; mdistiller, configs/cifar100/vanilla.yaml",
         epochs=240,
@@ -45,7 +45,7 @@ RECIPES: dict[str, TeacherRecipe] = {
 
 
 def teacher_recipe(name: str | None, exact: str, dataset: str) -> tuple[str, TeacherRecipe]:
-    """The recipe of that name, or the one under which a model by exact name was published for a dataset."""
+    """(name, recipe) of recipe `name`. Without a name: "crd" for a CIFAR model on CIFAR, else "study"."""
     if name is None:
         name = "crd" if exact.startswith("cifar_") and dataset in {"cifar10", "cifar100"} else "study"
     if name not in RECIPES:

@@ -1,4 +1,4 @@
-"""Trained teachers of a workspace: testing, finding and loading one, comparing several, doubting those that know nothing."""
+"""Trained teachers of a workspace: how to test, find, load and compare them, and warnings about poor ones."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ from kdcache.workspace import Workspace
 
 __all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher"]
 
-REPORT_VIEWS = 1024  # training views that a teacher's entropies are measured on
+REPORT_VIEWS = 1024  # training views for the measurement of a teacher's entropies
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Teacher:
 
 
 class Exam(EvalSet):
-    """The clean test images; and some training views, as a dump draws them, for an early look at the teacher's entropies.
+    """The clean test images, and some training views like a dump's, for an early measurement of the teacher's entropies.
 
-    The temperature study does not say which images its H^(p) and H^(p-bar) are of. Its Fig. 4 averages training samples, and
-    its values lie well above the 0.18 that label smoothing of 37 classes has, as those of augmented, mixed views do. They are
-    what an archive holds, so its own figures are close to these.
+    The temperature study does not state the images of its H^(p) and H^(p-bar). Its Fig. 4 averages training samples, and
+    its values are well above the 0.18 of label smoothing with 37 classes, which fits augmented, mixed views. Archives
+    contain such views too, so their own figures are close to these.
     """
 
     def __init__(self, test: Canvas, train: Canvas, shown: ViewPolicy, ahead: Any) -> None:
@@ -60,7 +60,7 @@ class Exam(EvalSet):
         return _entropies("views", torch.cat([predict(views) for views in self._views]))
 
     def of(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """All figures of a model that is not in training."""
+        """All metrics of a model that is not in training, on the test images and the training views."""
         clean = torch.cat([predict(views) for views in self._kept or self._render()])
         return self.metrics(clean) | self.on_views(predict)
 
@@ -73,7 +73,7 @@ def _entropies(which: str, logits: Tensor) -> dict[str, float]:
 
 
 def compared(teachers: Sequence[Teacher]) -> list[str]:
-    """Lines that compare teachers: their top-1, and their entropies with what these mean."""
+    """Lines that compare teachers by top-1 and entropies, with an explanation of the entropies."""
     rows: list[tuple[str, ...]] = [("epochs", "start", "top-1", "H^(p)", "H^(p-bar)", "clean H^(p)", "H^(p-bar)")]
     for training, entropies, top1 in (
         (t.record["training"], t.record.get("entropies"), t.record["top1_clean"]) for t in teachers
@@ -92,7 +92,7 @@ def compared(teachers: Sequence[Teacher]) -> list[str]:
 
 
 def doubt(teacher: Teacher) -> str | None:
-    """A warning about a teacher that hardly knows its classes."""
+    """A warning about a teacher with low accuracy, or None."""
     record, classes = teacher.record, len(teacher.record["class_names"])
     if classes < 10 or record["top1_clean"] >= 3 * 100 / classes:
         return None
@@ -131,30 +131,30 @@ def find_teacher(
     epochs: int | None = None,
     checkpoint: Path | None = None,
 ) -> Teacher | None:
-    """The newest teacher of that exact name trained on these very images for views of `size` pixels.
+    """The newest teacher by exact name that was trained on this canvas for views of `size` pixels; None if there is none.
 
-    With `epochs`, one that was trained for so many; with a `checkpoint`, one that was made from that file.
+    `epochs` and `checkpoint` restrict the search to teachers trained for so many epochs, or made from that file.
     """
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
     wanted |= {} if epochs is None else {"epochs": epochs}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
-    found = [
+    teachers = [
         Teacher(folder, record)
         for folder, record in workspace.teacher_records(progress)
         if (record["name"], record["input_size"]) == (public_name(name), size)
         and all(record["training"].get(key) == value for key, value in wanted.items())
     ]
-    if len(found) > 1:
-        durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in found)
+    if len(teachers) > 1:
+        durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in teachers)
         progress.say(
-            f"teacher: {found[0].folder}, the newest of {len(found)} (newest first, they had {durations} epochs; "
+            f"teacher: {teachers[0].folder}, the newest of {len(teachers)} (newest first, they had {durations} epochs; "
             "choose with --teacher-epochs or --teacher-folder)"
         )
-    return found[0] if found else None
+    return teachers[0] if teachers else None
 
 
 def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
-    """The model in evaluation mode, checked against its record. Raises IncompatibleError if its weights were changed."""
+    """Load a teacher in evaluation mode. Raises IncompatibleError if its weights differ from its record."""
     record = teacher.record
     if not teacher.weights.is_file():
         raise NotFoundError(

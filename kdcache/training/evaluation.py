@@ -1,4 +1,4 @@
-"""Models in training, tested on the clean images of the test split."""
+"""Evaluation of models in training, on clean images of the test split."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ KEPT_BYTES = 2 << 30
 
 
 class EvalSet:
-    """The test split as clean views of `size` pixels: rendered once and kept, or each time anew if that takes over 2 GiB.
+    """The test split as clean views of `size` pixels: rendered once and kept, or each time again above 2 GiB.
 
     Each process of a `team` tests a part of it, and all get the figures of the whole.
     """
@@ -52,35 +52,35 @@ class EvalSet:
         self._kept = list(render()) if len(canvas) * 3 * size**2 <= KEPT_BYTES else None
 
     def tested(self, learners: Sequence[Learner], check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
-        """`metrics` of each learner's model, and the top-1 of its averaged weights, if it keeps any, as `ema_top1`.
+        """`metrics` of each learner's model. `ema_top1` is the top-1 of its averaged weights, if it keeps any.
 
-        `check` is called after each batch, and may raise.
+        `check` is called after each batch and may raise.
         """
         logits: list[list[Tensor]] = [[] for _ in learners]
         averaged: list[list[Tensor]] = [[] for _ in learners]
         for learner in learners:
             learner.settle()
         for views in self._kept or self._render():
-            views = views.to(learners[0].device)  # once for all of them
+            views = views.to(learners[0].device)  # one copy for all learners
             for learner, part, other in zip(learners, logits, averaged, strict=True):
                 part.append(learner.predict(views))
                 if learner.average is not None:
                     other.append(learner.predict(views, averaged=True))
-            if self._team.size == 1:  # others may have no batch left, and would not ask
+            if self._team.size == 1:  # processes with fewer batches would not take part in the check
                 check()
-        found = [self.metrics(self._whole(part)) for part in logits]
-        for row, other, learner in zip(found, averaged, learners, strict=True):
+        figures = [self.metrics(self._whole(part)) for part in logits]
+        for row, other, learner in zip(figures, averaged, learners, strict=True):
             if learner.average is not None:
                 row["ema_top1"] = self.metrics(self._whole(other))["test_top1"]
-        return found
+        return figures
 
     def _whole(self, part: list[Tensor]) -> Tensor:
-        """Logits `[N, C]` of all batches, of which every process has each `size`-th."""
+        """Logits `[N, C]` of all batches. Process r of n has computed the batches r, r + n, r + 2n, ..."""
         parts = self._team.shared(part)
         return torch.cat([parts[batch % len(parts)][batch // len(parts)] for batch in range(self._batches)])
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
-        """Figures of `logits [N, C]` on the test split; all NaN where the model is broken."""
+        """Metrics of `logits [N, C]` on the test split; all NaN if a logit is not finite."""
         if not torch.isfinite(logits).all():
             return dict.fromkeys(("test_top1", "test_top5", "test_loss", "test_ece"), math.nan)
         return {

@@ -1,4 +1,4 @@
-"""Several models trained from one stream: each batch is rendered once, and every model that is due steps on it."""
+"""Lockstep training of several models from one stream: each batch is rendered once, for all models that are due."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,10 @@ T = TypeVar("T")
 def in_lockstep(
     members: Sequence[T], learner_of: Callable[[T], Learner], stream: ViewStream
 ) -> Iterator[tuple[int, list[T], Iterator[tuple[Batch, list[T]]]]]:
-    """Epoch by epoch until none trains any more: its number, its members, and its batches, each with those that are due.
+    """Yield (epoch, members, batches) until no member trains any more. Each batch comes with the members that are due.
 
-    Each member keeps its own epoch: those that are behind go first, and one that has seen a batch before it was suspended
-    does not see it again. The caller steps those that are due, and ends the epoch of its members.
+    Each member has its own epoch. Members that are behind go first, and a resumed member skips the batches that it has
+    seen. The caller steps the members that are due, and ends the epoch of all its members.
     """
     while training := [member for member in members if learner_of(member).status == "training"]:
         epoch = min(learner_of(member).epoch for member in training)
@@ -36,14 +36,14 @@ def _batches(
 
 
 def charge(learners: Sequence[Learner], spent: Spent) -> None:
-    """Divide what was spent on all of these among them, rendering and tests included: in proportion to their own steps' time."""
+    """Divide the common cost, rendering and tests included, among the learners in proportion to their steps' time."""
     steps = sum(learner.uncharged for learner in learners)
     for learner in learners:
         learner.charge(spent * (learner.uncharged / steps if steps else 1 / len(learners)))
 
 
 class Pace:
-    """How far learners are, and how long the rest takes if it goes on as it has since this was made."""
+    """Progress of learners, and the remaining time at the pace since this object was made."""
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self._learners = learners
@@ -52,8 +52,8 @@ class Pace:
 
     @property
     def done(self) -> int:
-        """Steps done, those that diverged learners will never do included."""
-        return sum(each.total_steps if each.status == "diverged" else each.steps for each in self._learners)
+        """Steps done. Diverged learners count as finished."""
+        return sum(learner.total_steps if learner.status == "diverged" else learner.steps for learner in self._learners)
 
     @property
     def seconds_left(self) -> float:

@@ -1,7 +1,7 @@
-"""How much memory a model in training takes, measured on batches of a few samples; and how much there is.
+"""Memory of models in training, measured on small batches, and the memory that is available.
 
-Students in lockstep make their steps one after another: together they need what each keeps between its steps, and once
-what passes during the largest of them.
+Students in lockstep step one after another. Together they need the memory that each keeps between steps, plus once the
+temporary memory of the largest step.
 """
 
 import tempfile
@@ -21,39 +21,39 @@ from kdcache.training.learner import Learner, seeded
 
 __all__ = ["Footprint", "available_memory", "fitting", "footprint", "groups_that_fit", "room"]
 
-TRIED = (2, 4)  # samples in the batches that are measured: what a batch takes grows in a straight line
-BACKWARD_COPIES = 3  # of the largest activation: gradients on both sides of a layer, and that of a branch still to be added
-LOSS_COPIES = 16  # of the logits, that a loss and its figures make on their way
-SPARE = 1.25  # what an allocator needs for it, relative to what passes: pieces that were given back do not always fit again
-GROWN = 1.125  # a buffer that grows while it is written to, relative to what is in it
-SHARE = 0.8  # of what is free, for models: these are estimates, and others need some too
+TRIED = (2, 4)  # samples in the measured batches; memory grows linearly with the batch
+BACKWARD_COPIES = 3  # copies of the largest activation: gradients on both sides of a layer, and of a branch still to be added
+LOSS_COPIES = 16  # copies of the logits, made by a loss and the logged figures
+SPARE = 1.25  # allocated over used temporary memory, since freed blocks do not always fit again
+GROWN = 1.125  # size over contents of a buffer that grows while it is written
+SHARE = 0.8  # share of the free memory for models: these are estimates, and other programs need some
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one model in training takes. `best` and `checkpoint` are in host memory, all else is on its device."""
+    """Bytes of one model in training. `best` and `checkpoint` are in host memory, the rest is on its device."""
 
-    device: str  # its type; on the CPU everything is in one place
-    weights: int  # buffers included
+    device: str  # type of the device; on the CPU all memory is the host's
+    weights: int  # parameters and buffers
     optimizer: int
-    average: int  # of the weights, where one is kept
+    average: int  # averaged weights, if kept
     held: int  # gradients that stay until the next step
     best: int  # copy of the best weights
-    gradients: int  # those that do not stay
-    activations: int  # at the batch size, with what loss and backward make on their way
+    gradients: int  # gradients that do not stay
+    activations: int  # at the batch size, with temporary memory of loss and backward
     inputs: int
-    checkpoint: int  # while one is written
+    checkpoint: int  # while a checkpoint is written
 
     @property
     def kept(self) -> int:
-        """Between steps, on the device."""
+        """Bytes on the device between steps."""
         return self.weights + self.optimizer + self.average + self.held + (self.best if self.device == "cpu" else 0)
 
     @property
     def passing(self) -> int:
-        """During a step, on the device, beside what is kept."""
-        # Optimisers that take all tensors at once make copies of them, when the activations are gone.
+        """Temporary bytes on the device during a step."""
+        # Optimisers that update all tensors at once copy them, after the activations are freed.
         step = round(SPARE * (self.gradients + max(self.inputs + self.activations, 2 * self.weights)))
         return max(step, self.checkpoint) if self.device == "cpu" else step
 
@@ -67,7 +67,7 @@ class Footprint:
 
 
 def fitting(models: Iterable[Footprint], available: int) -> int:
-    """How many of these models, counted from the first, can train in lockstep in `available` bytes of their device."""
+    """Number of leading models that can train in lockstep in `available` bytes of their device."""
     kept = passing = count = 0
     for model in models:
         kept, passing = kept + model.kept, max(passing, model.passing)
@@ -78,7 +78,7 @@ def fitting(models: Iterable[Footprint], available: int) -> int:
 
 
 def groups_that_fit(models: Sequence[Footprint], available: int) -> Iterator[slice]:
-    """These models, as many at a time as can train in lockstep; one at a time, where not even one is sure to fit."""
+    """Split models into groups that can train in lockstep. A model that may not fit forms a group of its own."""
     start = 0
     while start < len(models):
         count = max(1, fitting(models[start:], available))
@@ -107,7 +107,7 @@ def footprint(
         best=measured.weights,
         gradients=measured.gradients - measured.held,
         activations=activations + LOSS_COPIES * 4 * rows * num_classes,
-        inputs=pixels + 4 * pixels,  # as they come, and while they are normalised
+        inputs=pixels + 4 * pixels,  # uint8 images, and float32 ones while they are normalised
         checkpoint=int(GROWN * (measured.weights + measured.optimizer + measured.average)) + 2 * measured.weights,
     )
 
@@ -119,8 +119,8 @@ class _Measured:
     average: int
     gradients: int
     held: int
-    saved: tuple[int, int]  # for the backward pass, of batches as large as TRIED
-    largest: tuple[int, int]  # of what is saved
+    saved: tuple[int, int]  # bytes saved for the backward pass, for each batch size in TRIED
+    largest: tuple[int, int]  # bytes of the largest saved tensor
 
     def saved_at(self, batch_size: int) -> int:
         return _line(self.saved, batch_size)
@@ -130,14 +130,14 @@ class _Measured:
 
 
 def _line(values: tuple[int, int], at: int) -> int:
-    """The straight line through what was measured for TRIED."""
+    """The line through the values measured for TRIED, at batch size `at`."""
     slope = (values[1] - values[0]) / (TRIED[1] - TRIED[0])
     return max(0, round(values[0] + slope * (at - TRIED[0])))
 
 
 @cache
 def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig, device: torch.device) -> _Measured:
-    """Two real steps of a learner, whose tensors are counted."""
+    """Measure two real steps of a learner by counting its tensors."""
     with seeded(0):
         model, normalise = create_model(name, num_classes, input_size=input_size)
     with tempfile.TemporaryDirectory(prefix="kdcache-footprint-") as folder:
@@ -146,7 +146,7 @@ def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig,
         )
         sizes = [_step(learner, count, num_classes, input_size) for count in TRIED]
         gradients = [p.grad for p in learner.parameters if p.grad is not None]
-        found = _Measured(
+        measured = _Measured(
             weights=_bytes(model.state_dict().values()),
             optimizer=_bytes(_tensors(learner.optimizer.state)),
             average=0 if learner.average is None else _bytes(learner.average.state_dict().values()),
@@ -155,15 +155,15 @@ def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig,
             saved=(sizes[0][0], sizes[1][0]),
             largest=(sizes[0][1], sizes[1][1]),
         )
-        learner.status = "complete"  # there is nothing to keep of it
+        learner.status = "complete"  # nothing of it needs saving
         learner.suspend()
-    return found
+    return measured
 
 
 def _step(learner: Learner, count: int, num_classes: int, input_size: int) -> tuple[int, int]:
-    """One step on `count` samples: bytes of all that autograd saves, weights aside, and of the largest of it."""
+    """Run one step on `count` samples: (bytes that autograd saves without weights, bytes of the largest saved tensor)."""
     own = {tensor.untyped_storage().data_ptr() for tensor in learner.model.state_dict().values()}
-    saved: dict[int, Tensor] = {}  # by address; kept, so that no address is used again
+    saved: dict[int, Tensor] = {}  # by address; the references keep addresses from being reused
 
     def save(tensor: Tensor) -> Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in own:
@@ -190,29 +190,29 @@ def _tensors(values: object) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def room(device: str | torch.device, asked: int | None = None) -> int:
-    """Bytes that models in training may take: what was asked for, or most of what is free."""
+    """Bytes for models in training: the requested amount, or most of the free memory."""
     return asked or int(SHARE * available_memory(device))
 
 
 def available_memory(device: str | torch.device) -> int:
-    """Bytes that this process can still take of a device: of the host, what neither other processes nor its limits forbid."""
+    """Bytes that this process can still allocate on a device; on the host within the limits of its control groups."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch can hand out again
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # plus torch's own free blocks
     return min([psutil.virtual_memory().available, *_control_groups()])
 
 
 def _control_groups() -> Iterator[int]:
-    """What each control group that this process is in, and those around it, still allow: versions 1 and 2 (cgroups(7)).
+    """Bytes that each control group of this process, and its parents, still allow (versions 1 and 2, see cgroups(7)).
 
-    psutil knows the whole machine only. There are none but on Linux.
+    psutil reports only the whole machine. Systems other than Linux have no control groups.
     """
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
@@ -227,14 +227,14 @@ def _control_groups() -> Iterator[int]:
         else:
             continue
         limit, usage, reclaimable = names
-        # In a container, its own group may be mounted as the root, where the path leads nowhere.
+        # In a container, the group may be mounted as the root, where its path does not exist.
         steps = Path(path.lstrip("/"))
         for group in (root / step for step in (steps, *steps.parents)):
             try:
                 allowed = (group / limit).read_text().strip()
                 used = int((group / usage).read_text())
                 stat = dict(part.split() for part in (group / "memory.stat").read_text().splitlines())
-            except OSError:  # of the root, version 2 tells nothing
+            except OSError:  # the root group of version 2 has no such files
                 continue
             if allowed != "max":
                 yield max(0, int(allowed) - used + int(stat.get(reclaimable, 0)))

@@ -1,4 +1,4 @@
-"""Numbers about predictions. Inputs are logits `[B, C]` and labels int64 `[B]`; results are percentages unless said otherwise."""
+"""Metrics of predictions. Inputs are logits `[B, C]` and labels int64 `[B]`; results are in percent unless stated otherwise."""
 
 import math
 
@@ -9,13 +9,13 @@ __all__ = ["agreement", "calibration_error", "divergence", "mean_relative_entrop
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Percent of rows whose label is among the `k` largest logits (all classes, where there are fewer than k)."""
+    """Percent of rows whose label is among the `k` largest logits, or among all classes if there are fewer."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return 100.0 * (best == labels[:, None]).any(dim=1).float().mean().item()
 
 
 def agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Percent of rows with the teacher's argmax, as a 0-d tensor (no synchronisation with the device)."""
+    """Percent of rows with the teacher's argmax, as a 0-d tensor, without synchronising the device."""
     return 100.0 * (logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
 
 
@@ -26,13 +26,13 @@ def mean_relative_entropy(logits: Tensor) -> Tensor:
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
-    """Mean of D(p_tau || q) in nats, the student's q at tau 1, a 0-d tensor: what TTM (arXiv 2402.11148) follows in fig. 2."""
+    """Mean of D(p_tau || q) in nats, with the student's q at tau 1, a 0-d tensor: as in TTM's Fig. 2 (arXiv 2402.11148)."""
     log_p, log_q = torch.log_softmax(teacher_logits.float() / tau, dim=1), torch.log_softmax(logits.float(), dim=1)
     return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def moments(logits: Tensor) -> Tensor:
-    """Each row's mean and standard deviation (over classes, by C), `[2, B]`."""
+    """Each row's mean and population standard deviation over the classes: `[2, B]`."""
     std, mean = torch.std_mean(logits.float(), dim=1, correction=0)
     return torch.stack((mean, std))
 

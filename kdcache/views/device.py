@@ -1,7 +1,7 @@
-"""The device renderer: views of a whole batch as tensors, on a CPU or a GPU, byte for byte those of the reference renderer.
+"""The device renderer: views of a whole batch as tensors, on a CPU or a GPU, with the bytes of the reference renderer.
 
-All of Pillow's 8-bit image operations are whole numbers in disguise: gathers, lookup tables, and a float32 blend of one
-multiplication and one addition, which must stay two (a fused one rounds differently). There is no loop over samples.
+Pillow's 8-bit image operations reduce to integer arithmetic: gathers, lookup tables, and a float32 blend. The blend is a
+multiplication and an addition, which must not be fused, as that rounds differently. There is no loop over samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ __all__ = ["draw"]
 def draw(images: Tensor, rows: ViewTable) -> Tensor:
     """Views before mixing: uint8 `[B, 3, R, R]` to uint8 `[B, 3, S, S]`, on the device of `images`."""
     policy = rows.policy
-    batch = _Batch(crop_and_resize(images, rows.box, rows.flip, rows.shift, policy.size, policy.filter))
+    batch = _GroupedViews(crop_and_resize(images, rows.box, rows.flip, rows.shift, policy.size, policy.filter))
     if policy.randaugment:
         for step in range(policy.randaugment.n):
             _randaugment(batch, rows.operations[:, step], rows.signs[:, step], policy.randaugment)
@@ -33,22 +33,22 @@ def draw(images: Tensor, rows: ViewTable) -> Tensor:
     return _erased(views, rows.erase, policy.erase.fill) if policy.erase else views
 
 
-class _Batch:
-    """Views that are moved about, so that those which get the same operation lie side by side."""
+class _GroupedViews:
+    """Views in an order in which those with the same operation are adjacent."""
 
     def __init__(self, views: Tensor) -> None:
         self._views = views
-        self._rows = np.arange(len(views))  # which row of the batch lies at each place
+        self._rows = np.arange(len(views))  # row of the batch at each place
 
     def grouped(self, codes: NDArray) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
-        """For each code that occurs, the rows that have it and their views, to be changed in place."""
+        """For each occurring code: the code, its rows, and their views, which may be changed in place."""
         self._move(np.argsort(codes, kind="stable"))
         values, starts = np.unique(codes[self._rows], return_index=True)
         for value, start, stop in zip(values.tolist(), starts, [*starts[1:], len(codes)], strict=True):
             yield value, self._rows[start:stop], self._views[start:stop]
 
     def views(self) -> Tensor:
-        """All views in the order of the rows."""
+        """All views in row order."""
         self._move(np.arange(len(self._rows)))
         return self._views
 
@@ -61,7 +61,7 @@ class _Batch:
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    """A divisor. A plain number will not do: a GPU would multiply by its reciprocal, and that rounds differently."""
+    """A divisor as a tensor. With a plain number, a GPU multiplies by the reciprocal, which rounds differently."""
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
@@ -72,8 +72,8 @@ def _on(views: Tensor, array: NDArray) -> Tensor:
 # ---------------------------------------------------------------- RandAugment
 
 
-def _randaugment(batch: _Batch, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
-    """One RandAugment operation on each view; those of one kind are done together."""
+def _randaugment(batch: _GroupedViews, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
+    """Apply one RandAugment operation to each view. Views with the same operation are done together."""
     for code, _, views in batch.grouped(operations.astype(np.int64) * 2 + (signs > 0)):
         operation, sign = code // 2, 2 * (code % 2) - 1
         if operation:
@@ -91,14 +91,14 @@ def _geometric(x: Tensor, operation: int, sign: int, options: RandAugment) -> Te
 
 @lru_cache(maxsize=64)
 def _nearest_map(operation: int, sign: int, options: RandAugment, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each pixel of a view comes from, and which come from outside: what the reference makes of an image of numbers."""
+    """(source of each pixel, mask of pixels from outside). Found by applying the reference to an image of pixel numbers."""
     numbers = Image.fromarray(np.arange(size * size, dtype=np.int32).reshape(size, size))
     moved = np.asarray(reference.augment(numbers, operation, sign, options.model_copy(update={"fill": -1}))).reshape(-1)
     return torch.from_numpy(np.maximum(moved, 0).astype(np.int64)).to(device), torch.from_numpy(moved < 0).to(device)
 
 
 def _warp_bilinear(x: Tensor, matrix: tuple[float, ...], fill: int) -> Tensor:
-    """Pillow's affine transform with bilinear interpolation: float64 coordinates and sums, cut off to whole numbers."""
+    """Pillow's affine transform with bilinear interpolation: float64 coordinates and sums, truncated to integers."""
     size = x.shape[-1]
     steps = torch.arange(size, dtype=torch.float64, device=x.device) + 0.5
     a, b, c, d, e, f = matrix
@@ -115,13 +115,13 @@ def _warp_bilinear(x: Tensor, matrix: tuple[float, ...], fill: int) -> Tensor:
     def at(row: Tensor, column: Tensor) -> Tensor:
         return flat[:, :, (row * size + column).view(-1)].double()
 
-    upper, lower = ((one := at(row, columns[0])) + (at(row, columns[1]) - one) * right_share for row in rows)
+    upper, lower = ((left_pixel := at(row, columns[0])) + (at(row, columns[1]) - left_pixel) * right_share for row in rows)
     mixed = upper + (lower - upper) * bottom_share
     return mixed.to(torch.uint8).masked_fill_(outside.view(-1), fill).view_as(x)
 
 
 def _strength(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int, int, RandAugment], Tensor]:
-    """A blend of `operation` with a factor, as an operation of RandAugment."""
+    """`operation` (a blend with a factor) as a RandAugment operation."""
 
     def apply(x: Tensor, _: int, sign: int, options: RandAugment) -> Tensor:
         factor = np.float32(reference.magnitudes(sign, options, x.shape[-1]).strength)
@@ -141,14 +141,14 @@ def _solarize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Ten
 def _autocontrast(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
     """Each channel stretched to 0 to 255 by Pillow's float64 line."""
     low, high = x.amin(dim=(2, 3)).double()[..., None], x.amax(dim=(2, 3)).double()[..., None]
-    scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value only
+    scale = torch.full_like(low, 255.0) / (high - low)  # infinite for a channel with a single value
     values = torch.arange(256, dtype=torch.float64, device=x.device)
     stretched = (values * scale + -low * scale).trunc().clamp(0, 255)
     return _look_up(x.long(), torch.where(high > low, stretched, values).to(torch.uint8))
 
 
 def _equalize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Tensor:
-    """Each channel's histogram made flat, by the whole-number steps of Pillow's ImageOps.equalize."""
+    """Each channel's histogram equalized, by the integer steps of Pillow's ImageOps.equalize."""
     index = x.long().contiguous()
     channels = x.shape[0] * x.shape[1]
     flat = index.view(channels, -1)
@@ -171,12 +171,12 @@ def _look_up(index: Tensor, table: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend of float32 images, `degenerate + factor * (x - degenerate)`, clipped and cut off to uint8."""
+    """Pillow's Image.blend of float32 images, `degenerate + factor * (x - degenerate)`, clipped and truncated to uint8."""
     return (x - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255).to(torch.uint8)
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Pillow's grey of RGB, whole numbers as int32 `[B, 1, S, S]`."""
+    """Pillow's grey of RGB: int32 `[B, 1, S, S]`."""
     red, green, blue = x.int().chunk(3, dim=1)
     return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
 
@@ -196,14 +196,14 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with Pillow's SMOOTH, 3 x 3 ones with a five in the middle over 13; the border keeps its pixels."""
+    """Blend with Pillow's SMOOTH filter: 3 x 3 ones with a 5 in the middle, divided by 13. Border pixels do not change."""
     if x.shape[-1] < 3:
         return x
     pixels = x.float()
     middle = pixels[:, :, 1:-1, 1:-1]
     rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(middle, alpha=4)
-    smooth.add_(6).div_(_number(13, smooth)).floor_()  # rounded: a whole number over 13 never lies half-way
+    smooth.add_(6).div_(_number(13, smooth)).floor_()  # rounds to nearest: an integer over 13 never lies half-way
     out = x.clone()
     out[:, :, 1:-1, 1:-1] = _blend(smooth, middle, factor)
     return out
@@ -231,8 +231,8 @@ assert len(_OPERATIONS) == RANDAUGMENT_OPERATIONS
 # ---------------------------------------------------------------- colour jitter, erasing
 
 
-def _jitter(batch: _Batch, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
-    """One operation of the colour jitter on each view."""
+def _jitter(batch: _GroupedViews, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
+    """Apply one operation of the colour jitter to each view."""
     for operation, rows, views in batch.grouped(operations):
         if operation != JITTER_NONE:
             amount = _on(views, factors[rows, operation]).view(-1, 1, 1, 1)
@@ -243,7 +243,7 @@ _COLOURS = (_brightness, _contrast, _saturation)
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """The hue of Pillow's 8-bit HSV turned by `shift` 255ths of the circle, with the rounding of its float arithmetic."""
+    """Turn the hue of Pillow's 8-bit HSV by `shift` 255ths of the circle, with Pillow's float rounding."""
     hue, saturation, value = _to_hsv(x)
     return _to_rgb((hue + shift) & 0xFF, saturation, value)
 
@@ -272,7 +272,7 @@ def _to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     level = value.double()
 
     def rounded(x: Tensor) -> Tensor:
-        return (x + 0.5).floor().clamp(0, 255).int()  # C's round, for numbers above zero
+        return (x + 0.5).floor().clamp(0, 255).int()  # C's round for positive numbers
 
     low, falling, rising = (rounded(level * (1.0 - s)) for s in (share, share * part, share * (1.0 - part)))
     sector = sector.int() % 6
@@ -287,13 +287,13 @@ def _to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def _erased(views: Tensor, boxes: NDArray[np.int32], fill: tuple[int, ...]) -> Tensor:
-    """Views with the boxes `[B, 4]` painted over."""
+    """Views with the boxes `[B, 4]` filled with `fill`."""
     colour = torch.tensor(fill, dtype=torch.uint8, device=views.device).view(1, 3, 1, 1)
     return torch.where(inside_boxes(_on(views, boxes), views.shape[-1]), colour, views)
 
 
 def inside_boxes(boxes: Tensor, size: int) -> Tensor:
-    """Which pixels lie in the boxes `[B, 4]` (left, top, right, bottom): bool `[B, 1, size, size]`."""
+    """Mask of the pixels inside the boxes `[B, 4]` (left, top, right, bottom): bool `[B, 1, size, size]`."""
     steps = torch.arange(size, device=boxes.device)
     across, down = ((steps >= boxes[:, i, None]) & (steps < boxes[:, i + 2, None]) for i in (0, 1))
     return (across[:, None, :] & down[:, :, None])[:, None]

@@ -1,4 +1,4 @@
-"""Why a view is not what the teacher saw: experiments that draw it in other ways until one gives the stored fingerprint."""
+"""Diagnosis of views that differ from the teacher's: draw them in other ways until one gives the stored fingerprint."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from kdcache.views.rendering import render_positions
 __all__ = ["Cause", "Diagnosis", "diagnose"]
 
 Cause = Literal["order", "mixing", "policy", "renderer", "canvas", "rendering"]
-_TRIED = 6  # views that are drawn again
+_TRIED = 6  # differing views that are drawn again
 
 
 class Diagnosis(NamedTuple):
-    """What is to blame, and how that shows."""
+    """The cause of a difference, and the evidence for it."""
 
     cause: Cause
     explanation: str
@@ -36,10 +36,10 @@ def diagnose(
     canvas_changed: Callable[[], str | None],
     probe_version: int = PROBE_VERSION,
 ) -> Diagnosis:
-    """Why the views at `positions`, drawn from `pixels [N, 3, R, R]`, have not the digests `stored_digest [B]`.
+    """Find why the views at `positions`, drawn from `pixels [N, 3, R, R]`, do not have the digests `stored_digest [B]`.
 
-    `table` holds all rows of the view. `canvas_changed` says how the canvas differs from the recorded one, if it does; it
-    may be slow, and is only asked when no experiment explains the difference.
+    `table` holds all rows of the view. `canvas_changed` describes how the canvas differs from the recorded one, if it
+    does. It may be slow, so it is called only if no experiment explains the difference.
     """
     tried, wanted = positions[:_TRIED], stored_digest[:_TRIED]
 
@@ -68,7 +68,7 @@ def diagnose(
 
 
 def _other_policies(table: ViewTable) -> Iterator[tuple[str, ViewTable]]:
-    """The same draws under policies that differ in one number."""
+    """The same draws under policies that differ in one setting: (description, table)."""
     policy = table.policy
 
     def variant(**changes: object) -> ViewTable:
@@ -93,7 +93,7 @@ def _other_policies(table: ViewTable) -> Iterator[tuple[str, ViewTable]]:
 
 
 def _other_mixings(table: ViewTable, position: int) -> Iterator[tuple[str, ViewTable, int]]:
-    """The view at `position` mixed otherwise, as a small table and the place of the view in it."""
+    """The view at `position`, mixed in other ways: (description, small table, the view's row in it)."""
     row = np.array([position])
     alone = dataclasses.replace(table[row], mix=np.array([MIX_NONE], np.uint8), partner=np.array([-1]))
     yield "is not mixed", alone, 0

@@ -1,9 +1,9 @@
-"""Which view a sample gets: a declarative policy, and the table of all its draws. NumPy only.
+"""View policies: a declarative description of augmentation, and the table of its random draws. NumPy only.
 
 The parameters of view `v` are a function of (policy, v, sample number) and of nothing else. Row `i` of
 `Philox(key=[seed, v])`'s raw 64-bit stream, reshaped `[N, COLUMNS]`, belongs to sample `i`; NumPy promises that this raw
-stream never changes. All results are integers, so that a last-bit difference of `exp` between processors cannot
-turn into other pixels.
+stream never changes. All results are integers, so that a last-bit difference of `exp` between processors cannot change
+a pixel.
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ PROBE_VERSION = 2  # of the digests of views that new archives hold; see probe.p
 COLUMNS = 64  # draws per sample, fixed by policy version 1
 UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda and factors in 1/UNIT
 MIX_NONE, MIX_MIXUP, MIX_CUTMIX = 0, 1, 2
-JITTER_NONE = 4  # in the place of brightness 0, contrast 1, saturation 2, hue 3
+JITTER_NONE = 4  # no operation; the others are brightness 0, contrast 1, saturation 2, hue 3
 RANDAUGMENT_OPERATIONS = 14
 MAX_OPERATIONS = 4
 
-# Column numbers of policy version 1. The last one is spare: a later piece of a policy takes its draws there, which leaves
-# every present draw where it is.
+# Column numbers of policy version 1. The last column is spare: a later piece takes its draws there, and no present draw
+# moves.
 _ORDER = 0
 _AREA = slice(1, 11)  # ten attempts at a crop, as torchvision's RandomResizedCrop
 _RATIO = slice(11, 21)
@@ -65,7 +65,7 @@ _FACTOR = slice(37, 40)
 _HUE = 40
 _JITTER_ORDER = slice(41, 45)
 _JITTER, _ERASE, _ERASE_LEFT, _ERASE_TOP = 45, 46, 47, 48
-_ERASE_AREA = slice(49, 56)  # seven attempts at a box, where torchvision's RandomErasing makes ten; hardly any needs two
+_ERASE_AREA = slice(49, 56)  # seven attempts at a box (torchvision's RandomErasing: ten); the first one nearly always fits
 _ERASE_RATIO = slice(56, 63)
 _SUFFIXES = {".yaml", ".yml", ".json"}
 Filter = Literal["bilinear", "bicubic"]
@@ -100,7 +100,7 @@ class InceptionCrop(_Piece):
 
 
 class PadCrop(_Piece):
-    """The whole canvas, shifted by up to `padding` view pixels each way; what comes in is black (CIFAR recipes)."""
+    """The whole canvas, shifted by up to `padding` view pixels each way, with black borders (CIFAR recipes)."""
 
     kind: Literal["pad"] = "pad"
     padding: int = Field(4, ge=0, le=4096)
@@ -123,9 +123,9 @@ class RandAugment(_Piece):
 
 
 class ColorJitter(_Piece):
-    """Brightness, contrast, saturation (factors of 1 +- the number) and hue (turned by up to that share of the circle).
+    """Brightness, contrast, saturation (factors 1 +- the strength) and hue (turned by up to that share of the circle).
 
-    In a random order, as torchvision's ColorJitter; a strength of 0 leaves its operation out.
+    The order is random, as in torchvision's ColorJitter. A strength of 0 leaves its operation out.
     """
 
     brightness: float = Field(0.0, ge=0, le=10)
@@ -136,7 +136,7 @@ class ColorJitter(_Piece):
 
 
 class RandomErasing(_Piece):
-    """A box of random area and aspect ratio (both relative to the view), painted over (Zhong et al. 2020), before mixing."""
+    """A filled box of random area and aspect ratio, relative to the view (Zhong et al. 2020). It is drawn before mixing."""
 
     probability: float = Field(0.5, ge=0, le=1)
     scale: tuple[float, float] = (0.02, 0.33)
@@ -155,7 +155,7 @@ def _check_ranges(scale: tuple[float, float], ratio: tuple[float, float]) -> Non
 
 
 class Mix(_Piece):
-    """MixUp or CutMix with the neighbouring position; lambda is uniform on (0, 1), or Beta(`beta`, `beta`)."""
+    """MixUp or CutMix with the neighbouring position. Lambda is uniform on (0, 1), or from Beta(`beta`, `beta`)."""
 
     probability: float = Field(1.0, ge=0, le=1)
     cutmix: float = Field(0.5, ge=0, le=1)  # share of CutMix among the mixed views
@@ -166,7 +166,7 @@ Crop = Annotated[CenterCrop | InceptionCrop | PadCrop, Field(discriminator="kind
 
 
 class ViewPolicy(BaseModel):
-    """What is done to a sample in each of its views, in the order of the fields; frozen, JSON-able, identified by `digest`."""
+    """The augmentation that makes a view of a sample, applied in field order. Frozen, JSON-able, identified by `digest`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -174,8 +174,8 @@ class ViewPolicy(BaseModel):
     seed: int = Field(0, ge=0, lt=1 << 64)
     size: int = Field(224, ge=1, le=4096)  # side of a view in pixels
     crop: Crop = CenterCrop()
-    # Pieces that came later are left out of the JSON where they are absent, so that older policies keep their digests.
-    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # of the resize, antialiased
+    # Newer pieces are left out of the JSON while they are absent, so that older policies keep their digests.
+    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # interpolation of the antialiased resize
     hflip: float = Field(0.5, ge=0, le=1)
     randaugment: RandAugment | None = None
     jitter: ColorJitter | None = Field(None, exclude_if=_absent)
@@ -184,17 +184,17 @@ class ViewPolicy(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal digests mean equal views of equal canvases."""
+        """sha256 of the canonical JSON. Equal digests mean equal views of equal canvases."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def load(cls, spec: str, **overrides: Any) -> "ViewPolicy":
-        """A preset, or a YAML file that holds a policy, with single fields replaced: `pets:hflip=0,randaugment.m=9,mix=none`.
+        """A preset or a YAML policy file, with single fields replaced: `pets:hflip=0,randaugment.m=9,mix=none`.
 
-        `overrides` replace whole fields after that, those that are not None. Raises UsageError that names the wrong field.
+        Then `overrides` that are not None replace whole fields. Raises UsageError, which names the wrong field.
         """
-        is_file = Path(spec).suffix in _SUFFIXES and "=" not in spec  # and then may hold colons
+        is_file = Path(spec).suffix in _SUFFIXES and "=" not in spec  # a file name may contain colons
         base, _, changes = (spec, "", "") if is_file else spec.partition(":")
         fields = PRESETS[base].model_dump() if base in PRESETS else _read(base)
         for change in re.split(r",(?![^\[{]*[\]}])", changes) if changes else []:  # commas in brackets are part of a value
@@ -220,13 +220,13 @@ class ViewPolicy(BaseModel):
             ) from None
 
     def parameters(self, view: int, num_samples: int) -> "ViewTable":
-        """All draws of one view, in the order of positions (row `j` is position `j`): NumPy arrays of `num_samples` rows."""
+        """All draws of one view: NumPy arrays of `num_samples` rows; row `j` is position `j`."""
         if view < 0 or num_samples < 1:
             raise ValueError(f"need view >= 0 and at least one sample, got view {view} of {num_samples} samples")
         order_key = np.empty(num_samples, np.uint64)
         parts = []
         stream = np.random.Philox(key=np.array([self.seed, view], dtype=np.uint64))
-        for start in range(0, num_samples, 1 << 16):  # in slices, so that a million samples need no gigabyte of draws
+        for start in range(0, num_samples, 1 << 16):  # in slices, as the raw draws of a million samples take 0.5 GB
             count = min(1 << 16, num_samples - start)
             raw = stream.random_raw(count * COLUMNS).reshape(count, COLUMNS)
             order_key[start : start + count] = raw[:, _ORDER]
@@ -288,7 +288,7 @@ class ViewPolicy(BaseModel):
 
 
 def _read(file: str) -> dict[str, Any]:
-    """The fields of a policy file."""
+    """Read the fields of a policy file."""
     if Path(file).suffix not in _SUFFIXES:
         raise unknown_name("view policy", file, PRESETS)
     try:
@@ -313,7 +313,7 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set `fields[a][b]...`; `none` (as text) takes a piece away, and another kind of crop starts from its own defaults."""
+    """Set `fields[a][b]...`. The text `none` removes a piece. Another kind of crop starts from its own defaults."""
     for key in path[:-1]:
         inner = fields.get(key)
         fields[key] = dict(inner) if isinstance(inner, dict) else {}
@@ -339,18 +339,18 @@ def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float6
     height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
     fits = (width <= UNIT) & (height <= UNIT)
     first = np.arange(n), fits.argmax(axis=1)
-    # No attempt fitted: the largest central box whose ratio is allowed, as torchvision does.
+    # If no attempt fits: the largest central box with an allowed ratio, as in torchvision.
     nearest = min(max(1.0, crop.ratio[0]), crop.ratio[1])
-    found = fits.any(axis=1)
-    w: NDArray[np.int64] = np.where(found, width[first], round(min(1.0, nearest) * UNIT))
-    h: NDArray[np.int64] = np.where(found, height[first], round(min(1.0, 1 / nearest) * UNIT))
-    left = np.where(found, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
-    top = np.where(found, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
+    fitted = fits.any(axis=1)
+    w: NDArray[np.int64] = np.where(fitted, width[first], round(min(1.0, nearest) * UNIT))
+    h: NDArray[np.int64] = np.where(fitted, height[first], round(min(1.0, 1 / nearest) * UNIT))
+    left = np.where(fitted, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
+    top = np.where(fitted, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
     return np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)
 
 
 def _lambda_units(u: NDArray[np.float64], beta: float | None) -> NDArray[np.int32]:
-    """Lambda in whole 1/UNIT, rounded down: uniform, or by the inverse of Beta(beta, beta)'s distribution function."""
+    """Lambda in 1/UNIT, rounded down: uniform, or from Beta(beta, beta) by its inverse distribution function."""
     if beta is None:
         return np.floor(u * UNIT).astype(np.int32)
     return np.searchsorted(_beta_thresholds(beta), u, side="right").astype(np.int32)
@@ -360,7 +360,7 @@ def _lambda_units(u: NDArray[np.float64], beta: float | None) -> NDArray[np.int3
 def _beta_thresholds(beta: float) -> NDArray[np.float64]:
     """Distribution function of Beta(beta, beta) at 1/UNIT, ..., (UNIT - 1)/UNIT.
 
-    Draws are compared with it rather than put through an inverse, so that another SciPy's last bit moves nothing.
+    Draws are compared with these values, not passed through an inverse, so that last bits of SciPy have no effect.
     """
     from scipy.special import betainc
 
@@ -369,7 +369,7 @@ def _beta_thresholds(beta: float) -> NDArray[np.float64]:
 
 
 def _jitter(jitter: ColorJitter, u: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Colour operations in their order `[n, 4]`, and their factors `[n, 4]`, ranges as torchvision's ColorJitter."""
+    """Colour operations in order `[n, 4]`, and their factors `[n, 4]`, with the ranges of torchvision's ColorJitter."""
     strengths = np.array([jitter.brightness, jitter.contrast, jitter.saturation])
     low, high = np.maximum(0, 1 - strengths), 1 + strengths
     factors = np.floor((low + u[:, _FACTOR] * (high - low)) * UNIT)
@@ -396,12 +396,12 @@ def _erase_boxes(erase: RandomErasing, size: int, u: NDArray[np.float64]) -> NDA
 
 @dataclasses.dataclass(frozen=True)
 class ViewTable:
-    """Draws of one view, one row per position; index it with a slice or an integer array to get fewer rows."""
+    """Draws of one view, one row per position. Indexing with a slice or an integer array selects rows."""
 
     view: int
     policy: ViewPolicy
-    sample: NDArray[np.int64]  # [n] which sample sits at this position
-    partner: NDArray[np.int64]  # [n] the sample mixed into it, or -1
+    sample: NDArray[np.int64]  # [n] sample at this position
+    partner: NDArray[np.int64]  # [n] sample mixed into it, or -1
     box: NDArray[np.int32]  # [n, 4] left, top, right, bottom in 1/UNIT of the canvas side
     shift: NDArray[np.int32]  # [n, 2] x and y shift after resizing, view pixels
     flip: NDArray[np.bool_]  # [n]
@@ -427,7 +427,7 @@ class ViewTable:
 
     @property
     def lam(self) -> NDArray[np.float64]:
-        """Weight of the sample's own label `[n]`: lambda for MixUp, the area left uncovered for CutMix, else 1."""
+        """Weight of the sample's own label, float `[n]`: lambda for MixUp, the uncovered area for CutMix, else 1."""
         left, top, right, bottom = self.cut.astype(np.int64).T
         uncovered = 1 - (right - left) * (bottom - top) / self.policy.size**2
         return np.where(self.mix == MIX_CUTMIX, uncovered, self.lam_units / UNIT)
@@ -436,7 +436,7 @@ class ViewTable:
 _PAPER_MIX = Mix()
 _PAPER_RANDAUGMENT = RandAugment()
 PRESETS: dict[str, ViewPolicy] = {
-    # Nothing random, the whole canvas; and what evaluation code of ImageNet models does.
+    # No randomness: the whole canvas; and the usual evaluation crop of ImageNet models.
     "none": ViewPolicy(hflip=0.0),
     "eval": ViewPolicy(crop=CenterCrop(fraction=0.875), hflip=0.0),
     # Temperature study, section 3.1: inception crop (Pets only), RandAugment(2, 14), flip, MixUp or CutMix.
@@ -445,6 +445,6 @@ PRESETS: dict[str, ViewPolicy] = {
     "imagenet": ViewPolicy(crop=InceptionCrop(), randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     # The 240-epoch CIFAR recipe of the CRD model zoo.
     "crd": ViewPolicy(size=32, crop=PadCrop()),
-    # Handwritten digits: a mirrored digit is another sign, so no flip, and only crops that keep most of it.
+    # Handwritten digits: no flip, as it makes another sign; and only crops that keep most of the digit.
     "digits": ViewPolicy(size=32, crop=InceptionCrop(scale=(0.6, 1.0)), hflip=0.0, mix=Mix()),
 }

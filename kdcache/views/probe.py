@@ -1,7 +1,7 @@
-"""Fingerprints of views: a digest that differs when one bit differs, and a coarse grid that says by how much.
+"""Fingerprints of views: a digest that changes with any bit, and a coarse grid that shows the size of a change.
 
-Both are exact integer reductions, so every device computes the same numbers. The digest is computed for every batch in
-training, the grid when an archive is written and when digests differ.
+Both are exact integer reductions, so every device computes the same numbers. The digest is computed for every training
+batch, the grid when an archive is written and when digests differ.
 """
 
 import itertools
@@ -21,7 +21,7 @@ GRID = 4  # cells a side
 
 @lru_cache(maxsize=16)
 def _weights(words: int, device: torch.device) -> Tensor:
-    """Odd 64-bit weights, one per word: odd, so that no single changed word can leave the sum as it was."""
+    """One odd 64-bit weight per word. Odd weights make sure that a change of one word changes the sum."""
     raw = np.random.Philox(key=np.array([0x6B64_6361_6368_6500, 1], np.uint64)).random_raw(words) | np.uint64(1)
     return torch.from_numpy(raw.view(np.int64)).to(device)
 
@@ -34,8 +34,8 @@ def fingerprint(views: Tensor, version: int = PROBE_VERSION) -> tuple[NDArray[np
 def digests(views: Tensor, version: int = PROBE_VERSION) -> NDArray[np.uint32]:
     """Digest uint32 `[B]` of `views`, uint8 `[B, 3, S, S]`.
 
-    The sum over the view's bytes, as little-endian words (zero padded), of word times weight modulo 2^64, its halves
-    folded by xor. Words have 32 bits in version 1 and 64 bits in version 2, which takes a third of the time.
+    The digest is the sum of word times weight modulo 2^64, over the view's bytes as little-endian words (zero padded),
+    with its halves folded by xor. Words have 32 bits in version 1 and 64 bits in version 2, which is three times as fast.
     """
     return fold(digest_sums(views, version))
 
@@ -50,20 +50,20 @@ def digest_sums(views: Tensor, version: int = PROBE_VERSION) -> Tensor:
         flat = flat.clone()
     words = flat.view(word)
     weights = _weights(words.shape[1], views.device)
-    if words.device.type == "cpu":  # several times as fast as torch, which makes copies of all words
+    if words.device.type == "cpu":  # several times as fast as torch, which copies all words
         return torch.from_numpy(np.einsum("bw,w->b", words.numpy(), weights.numpy()))
     return (words.long() * weights).sum(dim=1)
 
 
 def fold(sums: Tensor) -> NDArray[np.uint32]:
-    """The two halves of 64-bit sums, xored: uint32 `[B]`."""
+    """The halves of 64-bit sums combined by xor: uint32 `[B]`."""
     total = sums.cpu().numpy().view(np.uint64)
     folded: NDArray[np.uint32] = ((total >> np.uint64(32)) ^ total).astype(np.uint32)
     return folded
 
 
 def grids(views: Tensor) -> NDArray[np.uint8]:
-    """Floors of the means over channels and pixels of each of 4 x 4 cells, uint8 `[B, 16]`, of `views`, uint8 `[B, 3, S, S]`."""
+    """Means of the 4 x 4 grid cells of `views`, uint8 `[B, 3, S, S]`, over channels and pixels, floored: uint8 `[B, 16]`."""
     batch, channels, side, _ = views.shape
     edges = [side * i // GRID for i in range(GRID + 1)]
     columns = torch.stack([views[..., a:b].sum(dim=3, dtype=torch.int32) for a, b in itertools.pairwise(edges)], dim=3)

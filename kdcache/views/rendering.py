@@ -1,4 +1,4 @@
-"""Pixels of views, by either of two renderers that give the same bytes.
+"""Rendering of views, by either of two renderers that give the same bytes.
 
 Order: crop and resize, flip, shift, RandAugment, colour jitter, erasing, then MixUp or CutMix of the finished pair.
 Everything is uint8 and integer or Pillow arithmetic, so equal canvases give equal bytes.
@@ -20,10 +20,10 @@ Renderer = Literal["reference", "device"]
 
 
 def render(images: Tensor, rows: ViewTable, renderer: Renderer = "device") -> Tensor:
-    """Views of `images`, uint8 `[B, 3, R, R]`, by the draws `rows`: uint8 `[B, 3, S, S]`, on the device of `images`.
+    """Views of `images`, uint8 `[B, 3, R, R]`, with the draws `rows`: uint8 `[B, 3, S, S]`, on the device of `images`.
 
-    `images[i]` is the canvas of sample `rows.sample[i]`. Mixing partners must both be there, side by side, as they are
-    in any even-aligned range of positions; ValueError otherwise (`render_positions` brings missing partners along).
+    `images[i]` is the canvas of sample `rows.sample[i]`. Mixing partners must be adjacent, as in any even-aligned range of
+    positions. Raises ValueError otherwise; `render_positions` adds missing partners itself.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be uint8 [B, 3, R, R], got {images.dtype} {list(images.shape)}")
@@ -41,9 +41,9 @@ def render_positions(
     renderer: Renderer = "device",
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Views at `positions` (any, in any order) of a view's whole `table`, from `pixels [N, 3, R, R]`.
+    """Views at any `positions`, in any order, from `pixels [N, 3, R, R]`: uint8 `[B, 3, S, S]`, on `device`.
 
-    Uint8 `[B, 3, S, S]`, on `device`; `pixels` may lie there already.
+    `table` holds all rows of the view. `pixels` may already be a tensor on `device`.
     """
     positions = np.asarray(positions)
     alone = table.partner[positions] < 0
@@ -51,7 +51,7 @@ def render_positions(
     rows = table[wanted]
     if isinstance(pixels, Tensor):
         views = render(pixels[torch.from_numpy(rows.sample).to(pixels.device)].to(device), rows, renderer)
-    elif renderer == "reference":  # one image at a time, so none has to be copied before
+    elif renderer == "reference":  # it takes one image at a time, so no copy is needed
         drawn = reference.draw((pixels[sample] for sample in rows.sample), rows)
         views = _mix(torch.from_numpy(drawn).to(device), rows)
     else:
@@ -62,11 +62,11 @@ def render_positions(
 
 
 def _mix(views: Tensor, rows: ViewTable) -> Tensor:
-    """Mix neighbours: `lambda` of the view itself and the rest of its partner (MixUp), or a box of the partner (CutMix)."""
+    """Mix neighbours: lambda times the view plus the rest of its partner (MixUp), or with a box of the partner (CutMix)."""
     mixed = np.flatnonzero(rows.partner >= 0)
     if not len(mixed):
         return views
-    # A partner sits right before or right after its row; which of the two shows in the sample numbers.
+    # A partner is directly before or after its row; the sample numbers tell which.
     after = np.append(rows.sample[1:], -1)[mixed] == rows.partner[mixed]
     before = np.append([-1], rows.sample[:-1])[mixed] == rows.partner[mixed]
     if not (after | before).all():
@@ -81,7 +81,7 @@ def _mix(views: Tensor, rows: ViewTable) -> Tensor:
         own, other = (torch.from_numpy(index[chosen]).to(views.device) for index in (mixed, beside))
         if kind == MIX_MIXUP:
             share = torch.from_numpy(rows.lam_units[mixed[chosen]]).to(views.device).view(-1, 1, 1, 1)
-            # (a L + b (UNIT - L) + UNIT / 2) / UNIT, with b UNIT taken out of the division
+            # (a L + b (UNIT - L) + UNIT / 2) / UNIT, with b moved out of the division
             partner = views[other].int()
             blended = views[own].int().sub_(partner).mul_(share).add_(UNIT // 2).bitwise_right_shift_(16).add_(partner)
             out[own] = blended.to(torch.uint8)

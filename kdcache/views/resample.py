@@ -1,8 +1,8 @@
-"""Pillow's antialiased resize of a crop box, on whole batches of tensors, to the last bit.
+"""Pillow's antialiased resize of a crop box on batches of tensors, exact to the last bit.
 
 Pillow filters 8-bit images with 22-bit integer weights, first along x, then along y, and rounds to uint8 after each.
-Here each weight is split in two, `high * 256 + low`, and each half is applied by an embedding bag (a sum of weighted
-rows of a table: the lines of the image), whose float32 sums are exact because they stay below 2^24.
+Here each weight is split in two, `high * 256 + low`. Each half is applied by an embedding bag: a weighted sum of table
+rows, which are the lines of the image. Its float32 sums are exact because they stay below 2^24.
 """
 
 import math
@@ -19,11 +19,11 @@ from kdcache.views.policy import UNIT
 
 __all__ = ["can_resize", "crop_and_resize"]
 
-_BITS = 22  # of Pillow's weights
-_LOW_BITS = 8  # of a weight's lower half; this many leave room for 128 taps
+_BITS = 22  # bits of Pillow's weights
+_LOW_BITS = 8  # bits of a weight's lower half; they leave room for 128 taps
 _MAX_TAPS = 128
-_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}  # bytes of sums worked on at a time: what a cache holds, what a GPU can spare
-_WIDTHS = 32  # sums are compiled for each width of a line when it is first met, so only multiples of this many pixels occur
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}  # bytes of sums at a time: a cache's worth, or what a GPU can spare
+_WIDTHS = 32  # sums are compiled per line width, so widths are rounded up to multiples of this many pixels
 
 
 def _triangle(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.
 
 
 def can_resize(side: int, size: int, filter: str) -> bool:
-    """Whether any crop of an image of `side` pixels can be resized here; beyond 128 lines for one of the view's it cannot."""
+    """Whether every crop of an image of `side` pixels can be resized here. A view's line takes at most 128 image lines."""
     return _most_taps(side / size, filter) <= _MAX_TAPS
 
 
@@ -53,19 +53,19 @@ def crop_and_resize(
 ) -> Tensor:
     """Boxes of `images`, uint8 `[B, 3, R, R]`, resized, mirrored and shifted: uint8 `[B, 3, size, size]`.
 
-    `box` `[B, 4]` holds left, top, right and bottom in 1/UNIT of R, `shift` `[B, 2]` view pixels (x, y); what comes in is
-    black. `filter` is `bilinear` or `bicubic`. ValueError if a line of a view needs more than 128 lines of the image.
+    `box` `[B, 4]` holds left, top, right and bottom in 1/UNIT of R, `shift` `[B, 2]` view pixels (x, y); borders are black.
+    `filter` is `bilinear` or `bicubic`. Raises ValueError if a line of a view needs more than 128 lines of the image.
     """
     side, device = images.shape[-1], images.device
     if side == size and (box == [0, 0, UNIT, UNIT]).all():
-        return _moved(images, flip, shift)  # what the weights below would do, only slower
+        return _moved(images, flip, shift)  # the weights below give the same, only slower
     across, down = (
         _taps(box[:, axis::2], shift[:, axis], flip if axis == 0 else np.zeros_like(flip), side, size, filter, device)
         for axis in (0, 1)
     )
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
     step = max(1, _AT_ONCE[device.type] // (12 * side * max(side, size)))
-    tables = _Tables(device)
+    tables = _LineSums(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
         x_taps, columns = across.window(chunk, side)
@@ -77,10 +77,10 @@ def crop_and_resize(
 
 
 def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) -> Tensor:
-    """Images mirrored and shifted; what comes in is black."""
+    """Images mirrored and shifted, with black borders."""
     mirrored = torch.where(torch.from_numpy(flip).to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
     side = images.shape[-1]
-    shift = shift.clip(-side, side)  # further than out of view is nowhere else
+    shift = shift.clip(-side, side)  # larger shifts give the same black view
     reach = int(np.abs(shift).max())
     if not reach:
         return mirrored
@@ -91,23 +91,23 @@ def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) ->
 
 @dataclass(frozen=True)
 class _Taps:
-    """Along one axis, for each of `S` output lines: the first input line, and the halves of the weights from there on.
+    """Taps along one axis: for each of `S` output lines, the first input line, and the halves of the weights from there.
 
-    Weight 0 belongs to no line but to a constant, by which each half's sum is moved to where float32 rounds as wanted:
-    the upper half's lies between 2^23 and 2^24, where there are whole numbers only, and the lower half's is 1/2 (less half
-    a step) too small. Adding the two then rounds the lower half down, and the mantissa is the sum looked for.
+    Weight 0 belongs to a constant, not to a line. The constant moves each half's sum to where float32 rounds as wanted:
+    the upper sum lies between 2^23 and 2^24, where float32 has only integers, and the lower sum is 1/2 (minus half a
+    step) too small. Adding the two rounds the lower half down, and the mantissa is the result.
     """
 
     first: Tensor  # int32 [B, S]
     high: Tensor  # float32 [B, S, 1 + taps]
     low: Tensor
-    used: NDArray[np.int64]  # [B] how many of the taps are not zero
-    below: int  # what was added to make room for sums below zero, in units of the upper half
+    used: NDArray[np.int64]  # [B] number of taps that are not zero
+    below: int  # offset that keeps negative sums above zero, in units of the upper half
 
     def window(self, chunk: slice, side: int) -> tuple["_Taps", slice]:
-        """Part of the batch, with the lines (of `side` ones) that it uses; its taps are counted from the first of them."""
+        """(taps of a part of the batch, the range of the `side` lines that it uses). Its taps count from the range's start."""
         first, high, low, used = self.first[chunk], self.high[chunk], self.low[chunk], self.used[chunk]
-        if first.device.type != "cpu":  # looking at the numbers would make the host wait
+        if first.device.type != "cpu":  # reading the values would make the host wait
             return _Taps(first, high, low, used, self.below), slice(0, side)
         taps, begin = max(1, int(used.max())), int(first.min())
         count = min(-(-(int(first.max()) + taps - begin) // _WIDTHS) * _WIDTHS, side)
@@ -124,9 +124,9 @@ def _taps(
     filter: str,
     device: torch.device,
 ) -> _Taps:
-    """The weights that Pillow computes for boxes with these `edges [B, 2]`, in the order of the shifted, mirrored lines.
+    """Pillow's weights for boxes with these `edges [B, 2]`, in the order of the shifted and mirrored lines.
 
-    The order of every float64 operation is Pillow's (precompute_coeffs in its Resample.c), so that each rounds alike.
+    All float64 operations are in Pillow's order (precompute_coeffs in Resample.c), so that each rounds alike.
     """
     radius, weight = _FILTERS[filter]
     widest = int((edges[:, 1] - edges[:, 0]).max()) / UNIT * side
@@ -148,7 +148,7 @@ def _taps(
     weights = weight(((position - center[..., None] + 0.5) * (1.0 / stretch)[..., None]).abs())
     weights = torch.where(position < last[..., None], weights, 0)
     total = torch.zeros_like(first)
-    for tap in range(taps):  # one after the other: the rounding of a float64 sum depends on its order
+    for tap in range(taps):  # in order, since the rounding of a float64 sum depends on it
         total += weights[..., tap]
     scaled = weights / torch.where(total == 0, 1, total)[..., None] * (1 << _BITS)
     whole = ((scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc() * inside[..., None]).int()
@@ -169,8 +169,8 @@ def _taps(
     )
 
 
-class _Tables:
-    """Weighted sums of lines. On a CPU, the tables of lines are kept from chunk to chunk."""
+class _LineSums:
+    """Weighted sums of lines. On a CPU it keeps its tables of lines from chunk to chunk."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -191,7 +191,7 @@ class _Tables:
         return pixels.to(torch.uint8).view(batch, size, *lines.shape[2:])  # the low eight bits
 
     def _bags(self, lines: Tensor, index: Tensor, *weights: Tensor) -> list[Tensor]:
-        """For each of `weights`, sums of table rows `index [B, S, 1 + taps]`: float32 `[B * S, 3 * D]`."""
+        """For each of `weights`: weighted sums of table rows `index [B, S, 1 + taps]`, float32 `[B * S, 3 * D]`."""
         rows, columns, bag_size = lines.shape[0] * lines.shape[1], lines.shape[2] * lines.shape[3], index.shape[-1]
         if self._device.type != "cpu":
             table = torch.ones(1 + rows, columns, device=self._device)

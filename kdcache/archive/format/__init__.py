@@ -1,1 +1,1 @@
-"""What an archive is on disk: its manifest, its rows, and its bytes by name."""
+"""An archive on disk: the manifest, the rows, and the store that reads and writes files by name."""

@@ -1,4 +1,4 @@
-"""What making an archive took, as its provenance tells: no part of what the archive is, and never the same twice."""
+"""The cost of a dump, recorded in the archive's provenance. It differs from run to run, so no digest covers it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from kdcache.system.energy import NOTHING, Spent
 
 __all__ = ["COST", "TEACHER_COST", "DumpCost"]
 
-COST, TEACHER_COST = "cost", "teacher_cost"  # in a provenance: of the dump, and of training its teacher
+COST, TEACHER_COST = "cost", "teacher_cost"  # provenance keys: cost of the dump, cost of training its teacher
 
 
 @dataclass(frozen=True)
 class DumpCost:
-    """So many passes, each the teacher's answer to one view of one sample, and what they took: rendering and writing included.
+    """Forward passes of a dump and what they took, rendering and writing included. A pass is one view of one sample.
 
-    Seconds are those of all processes, one after another's. Shards that a kill has cut short are in neither.
+    Seconds are summed over all processes. Shards that a kill cut short are not counted.
     """
 
     passes: int = 0
@@ -29,6 +29,6 @@ class DumpCost:
 
     @classmethod
     def of(cls, record: object) -> "DumpCost":
-        """What a record says, whoever wrote it; no passes, if it is none."""
+        """The cost in a record of unknown origin; no passes if the record is malformed."""
         passes = record.get("passes") if isinstance(record, Mapping) else None
         return cls(passes, Spent.of(record)) if type(passes) is int and passes > 0 else cls()

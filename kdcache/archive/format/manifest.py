@@ -1,4 +1,4 @@
-"""`kdcache.json`, format version 1: what an archive is, and the record of every byte in it."""
+"""`kdcache.json`, format version 1: the manifest of an archive, which records every file with its sha256."""
 
 import hashlib
 import itertools
@@ -17,13 +17,13 @@ from kdcache.views.policy import ViewPolicy
 
 __all__ = [
     "FORMAT_VERSION",
+    "ArchivePlan",
     "CanvasCard",
     "FileRecord",
     "Licences",
     "LogitMoments",
     "Manifest",
     "Noise",
-    "Plan",
     "ShardRecord",
     "Statistics",
     "StatisticsDetails",
@@ -39,23 +39,23 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "kdcache.json"
 CARD_NAME = "README.md"
-WORK = ".dump"  # of writers; gone from a finished archive
-PULL = ".pull"  # of transfers, likewise
+WORK = ".dump"  # the writers' folder; a finished archive has none
+PULL = ".pull"  # the transfers' folder; a finished archive has none
 CLOSING = f"{WORK}/closing.jsonl"  # records of the files that an append replaces before the manifest
 FIGURE_NAME = "entropies.svg"
 CROISSANT_NAME = "croissant.json"
-FOR_PEOPLE = frozenset({CARD_NAME, FIGURE_NAME, CROISSANT_NAME})  # who may edit them; nothing is read from them
+FOR_PEOPLE = frozenset({CARD_NAME, FIGURE_NAME, CROISSANT_NAME})  # people may edit these; kdcache reads nothing from them
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 MANIFEST_LIMIT = 64 << 20  # bytes
 TABLE_LIMIT = 1 << 30  # bytes of the table of shards
-SHORTEST_RECORD = 100  # bytes of a shard's record in it: the names of its fields and a digest take more
+SHORTEST_RECORD = 100  # bytes; every shard's record in the table is longer, by its field names and a digest alone
 MANY_ERRORS = 100
 READABLE_BY = "0.1.0"  # the first kdcache that reads FORMAT_VERSION
 
 
 def _left_out(default: Any) -> Callable[[Any], bool]:
-    """Fields at their default are not written: manifests from before there was the field keep their bytes."""
+    """Leave a field out of the JSON while it has its default, so that manifests older than the field keep their bytes."""
     return lambda value: bool(value == default)
 
 
@@ -70,7 +70,7 @@ class FileRecord(_Record):
 
 
 class ShardRecord(_Record):
-    """One (view, block of positions): its files, and the digest of its rows (`Plan.rows_hash`), which no layout changes."""
+    """The files of one shard (a view's block of positions), and the digest of its rows, which is the same in every layout."""
 
     view: int = Field(ge=0, le=INT64)
     block: int = Field(ge=0, le=INT32)
@@ -85,7 +85,7 @@ class CanvasCard(_Record):
 
 
 class Noise(_Record):
-    """What repeating the teacher in float32 changes, over `views` views at tau 1."""
+    """Distance of the stored logits from a float32 repetition of the teacher, over `views` views at tau 1."""
 
     views: int
     kl_mean: float  # nats
@@ -102,15 +102,15 @@ class TeacherCard(_Record):
     std: tuple[float, ...]
     precision: Literal["fp32", "fp16", "bf16"]
     batch_size: int = Field(ge=1)
-    training: dict[str, Any] | None = None  # how it was trained, as train-teacher recorded it
+    training: dict[str, Any] | None = None  # the settings that train-teacher recorded
     top1_clean: float | None = None  # percent, on the clean test images
     noise: Noise | None = None
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
 
 
-# What figures are drawn from: no more of it, and none larger, than is computed.
+# Types of the numbers that figures are drawn from. They bound size and value by what kdcache itself computes.
 Count = Annotated[int, Field(ge=0, le=INT64)]
-Share = Annotated[float, Field(ge=-0.001, le=1.001)]  # of the most that there can be, give or take rounding
+Share = Annotated[float, Field(ge=-0.001, le=1.001)]  # a fraction, give or take rounding
 Logit = Annotated[float, Field(ge=-4e38, le=4e38)]
 Quantiles = Annotated[tuple[Share, ...], Field(min_length=5, max_length=5)]
 Histogram = Annotated[tuple[Count, ...], Field(min_length=32, max_length=32)]
@@ -118,62 +118,62 @@ MomentRow = Annotated[tuple[Count, ...], Field(min_length=24, max_length=24)]
 
 
 class TauStatistics(_Record):
-    """Entropies of the teacher at one temperature. Means and quantiles (5, 25, 50, 75, 95 %) of relative entropies."""
+    """Relative entropies of the teacher at one temperature: means and quantiles (5, 25, 50, 75, 95 %) over the rows."""
 
     tau: float = Field(gt=0, le=1e6)
     entropy_mean: Share
     entropy_quantiles: Quantiles
     entropy_rest_mean: Share
     entropy_rest_quantiles: Quantiles
-    sorted_mean_entropy: Share  # of the mean of the sorted softmax, relative
+    sorted_mean_entropy: Share  # relative entropy of the mean sorted softmax
 
 
 class LogitMoments(_Record):
-    """Mean and (population) standard deviation of each row's logits, as logit standardization's Fig. 5 shows them."""
+    """Rows by the mean and the (population) standard deviation of their logits (logit standardization, Fig. 5)."""
 
     mean: Logit  # over the rows
     std: Logit
     mean_range: tuple[Logit, Logit]
     std_range: tuple[Logit, Logit]
-    # Rows in 24 equal bins of the mean's range, and in each in 24 of the deviation's.
+    # counts[i][j]: rows in bin i of the means and bin j of the deviations, each 24 equal bins of its range.
     counts: tuple[MomentRow, ...] = Field(min_length=24, max_length=24)
 
 
 class TauDetail(_Record):
-    """More of the teacher at one temperature: distributions that can be drawn."""
+    """Distributions of the teacher at one temperature, for figures."""
 
     entropy_histogram: Histogram  # rows in 32 equal bins of relative entropy, from 0 to 1
     entropy_rest_histogram: Histogram
     sorted_mean: tuple[Share, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
-    smoothing_sorted_mean: Share  # alpha of the label smoothing that has sorted_mean_entropy; what ls-global does
-    smoothing_mean_entropy: Share  # and of the one that has entropy_mean
+    smoothing_sorted_mean: Share  # alpha of the label smoothing with entropy sorted_mean_entropy: control ls-global
+    smoothing_mean_entropy: Share  # alpha of the label smoothing with entropy entropy_mean
 
 
 class StatisticsDetails(_Record):
-    ranks: tuple[Count, ...]  # 1 is the largest class; all of them up to 64 classes, beyond that ever sparser
-    per_tau: tuple[TauDetail, ...]  # as in `Statistics.per_tau`
+    ranks: tuple[Count, ...]  # 1 is the largest class; every rank up to 64 classes, a sparser selection beyond
+    per_tau: tuple[TauDetail, ...]  # in the order of `Statistics.per_tau`
     moments: LogitMoments
 
 
 class Statistics(_Record):
-    rows: Count  # how many rows, evenly spaced over the archive, the figures per temperature rest on
+    rows: Count  # rows, evenly spaced over the archive, from which the figures per temperature are computed
     per_tau: tuple[TauStatistics, ...] = Field(min_length=1)
-    top1_views: float | None  # percent of all views where the argmax is the (dominant) label
-    details: StatisticsDetails | None = Field(None, exclude_if=lambda details: details is None)  # archives made before have none
+    top1_views: float | None  # percent of all views whose argmax is the label (of mixed views: the dominant one)
+    details: StatisticsDetails | None = Field(None, exclude_if=lambda details: details is None)  # older archives have none
 
     @model_validator(mode="after")
     def _consistent(self) -> "Statistics":
-        if found := self.details:
-            low_to_high = (found.ranks, found.moments.mean_range, found.moments.std_range)
+        if details := self.details:
+            low_to_high = (details.ranks, details.moments.mean_range, details.moments.std_range)
             if any(below >= above for values in low_to_high for below, above in itertools.pairwise(values)):
                 raise ValueError("ranks or ranges that do not ascend")
-            lengths = {len(found.ranks), *(len(detail.sorted_mean) for detail in found.per_tau)}
-            if len(found.per_tau) != len(self.per_tau) or len(lengths) > 1:
+            lengths = {len(details.ranks), *(len(detail.sorted_mean) for detail in details.per_tau)}
+            if len(details.per_tau) != len(self.per_tau) or len(lengths) > 1:
                 raise ValueError("details of other temperatures or ranks")
         return self
 
     def at(self, taus: Iterable[float]) -> "Statistics":
-        """The same of the given temperatures only, in their order. KeyError for one that is not there."""
+        """These statistics at `taus` only, in that order. KeyError for a temperature that was not computed."""
         place = {figures.tau: number for number, figures in enumerate(self.per_tau)}
         chosen = [place[tau] for tau in taus]
         details = self.details and self.details.model_copy(update={"per_tau": tuple(self.details.per_tau[n] for n in chosen)})
@@ -181,7 +181,7 @@ class Statistics(_Record):
 
 
 class SubsetOf(_Record):
-    """The archive of which another is a part."""
+    """The whole archive that this archive is a part of."""
 
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     first_view: int = Field(ge=0)
@@ -189,16 +189,19 @@ class SubsetOf(_Record):
 
 
 class Licences(_Record):
-    """Under what an archive may be passed on: SPDX names, or those that the Hugging Face Hub knows; None: unknown."""
+    """Licences of data and weights: SPDX names, or names that the Hugging Face Hub knows. None is unknown."""
 
     data: str | None = None
     weights: str | None = None
 
 
-class Plan(_Record):
-    """What is fixed before the first shard is written; a resumed dump must bring an equal one (bar `provenance`)."""
+class ArchivePlan(_Record):
+    """An archive's contents and form, fixed before its first shard is written.
 
-    # View numbers are the policy's: a part of an archive says which views it has, and calls them by their numbers.
+    A resumed dump must bring an equal plan; only `provenance` may differ.
+    """
+
+    # Views keep the policy's numbers, also in an archive that holds only some of them.
     first_view: int = Field(0, ge=0, le=INT32, exclude_if=_left_out(0))
     num_views: int = Field(ge=1, le=INT32)
     num_samples: int = Field(ge=1, le=INT32)  # sample numbers are stored as int32
@@ -209,9 +212,9 @@ class Plan(_Record):
     source: SourceCard | None = None
     canvas: CanvasCard | None = None
     policy: ViewPolicy | None = None
-    probe_version: Literal[1, 2] = Field(1, exclude_if=_left_out(1))  # of the views' digests
-    contents: Literal["all", "statistics"] = Field("all", exclude_if=_left_out("all"))  # "statistics": all but the logits
-    rows_hash: Literal["sha256", "blake3"] = Field("sha256", exclude_if=_left_out("sha256"))  # of the shards' rows
+    probe_version: Literal[1, 2] = Field(1, exclude_if=_left_out(1))  # version of the views' digests
+    contents: Literal["all", "statistics"] = Field("all", exclude_if=_left_out("all"))  # "statistics": without logits
+    rows_hash: Literal["sha256", "blake3"] = Field("sha256", exclude_if=_left_out("sha256"))  # hash of the shards' rows
     subset_of: SubsetOf | None = Field(None, exclude_if=_left_out(None))
     licences: Licences | None = Field(None, exclude_if=_left_out(None))
     teacher: TeacherCard | None = None
@@ -219,7 +222,7 @@ class Plan(_Record):
 
     @property
     def known_licences(self) -> Licences:
-        """The declared licences, or what was known of data and weights when the archive was made."""
+        """The declared licences; where none is declared, those recorded with the data and the weights."""
         declared = self.licences or Licences()
         return Licences(
             data=declared.data or (self.source.licence if self.source else None),
@@ -232,12 +235,12 @@ class Plan(_Record):
 
     @property
     def views(self) -> range:
-        """The numbers of the views."""
+        """Numbers of the views."""
         return range(self.first_view, self.first_view + self.num_views)
 
     @property
     def num_blocks(self) -> int:
-        """Shards of one view."""
+        """Number of shards per view."""
         return -(-self.num_samples // self.shard_rows)
 
     def block_rows(self, block: int) -> int:
@@ -245,7 +248,7 @@ class Plan(_Record):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that makes two dumps the same dump: all but the number of views (which may grow) and who ran it where."""
+        """The fields that must be equal for two dumps to be one. The number of views may grow, so it is not among them."""
         return self.model_dump(
             mode="json",
             exclude={
@@ -259,16 +262,16 @@ class Plan(_Record):
         )
 
 
-class Manifest(Plan):
+class Manifest(ArchivePlan):
     format: Literal["kdcache"] = "kdcache"
     format_version: Literal[1] = 1
     readable_by: str = READABLE_BY
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     policy_digest: str | None
-    files: tuple[FileRecord, ...] = Field(fail_fast=True)  # everything that belongs to no shard
+    files: tuple[FileRecord, ...] = Field(fail_fast=True)  # the files that belong to no shard
     shards: FileRecord  # the table of shards, one ShardRecord a line
     statistics: Statistics
-    optional: dict[str, Any] = {}  # what a reader may ignore
+    optional: dict[str, Any] = {}  # readers may ignore it
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -276,11 +279,11 @@ class Manifest(Plan):
             raise ValueError("policy_digest is not the digest of the policy")
         if self.source and self.source.num_samples != self.num_samples:
             raise ValueError("the source card has another number of samples")
-        if (found := self.statistics.details) and (found.ranks[:1], found.ranks[-1:]) != ((1,), (self.num_classes,)):
+        if (details := self.statistics.details) and (details.ranks[:1], details.ranks[-1:]) != ((1,), (self.num_classes,)):
             raise ValueError("the statistics are of another number of classes")
-        if self.shard_rows > 4 * self.num_samples:  # there is padding to whole units, and a unit has no more rows than twice that
+        if self.shard_rows > 4 * self.num_samples:  # padding to whole units never makes more
             raise ValueError(f"shards of {self.shard_rows:,} rows, of {self.num_samples:,} samples")
-        # No loop over shards is longer than the table that the archive must have.
+        # A manifest must not claim more shards than its table has bytes for: readers loop over them.
         if self.num_views * self.num_blocks * SHORTEST_RECORD > min(self.shards.bytes, TABLE_LIMIT):
             raise ValueError(f"{self.num_views * self.num_blocks:,} shards in a table of {self.shards.bytes:,} bytes")
         if len({record.path for record in self.files}) < len(self.files):
@@ -289,12 +292,12 @@ class Manifest(Plan):
         return self
 
 
-def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
-    """sha256 that identifies the contents: equal dumps have equal digests in every layout."""
+def archive_digest(plan: ArchivePlan, shards: Iterable[ShardRecord]) -> str:
+    """The sha256 that identifies an archive's contents. Equal dumps have equal digests in every layout."""
     identity = plan.identity
     kept = {key: identity[key] for key in ("num_samples", "class_names", "codec", "source", "canvas", "policy")}
     kept["num_views"] = plan.num_views
-    kept |= {key: identity[key] for key in ("first_view", "contents") if key in identity}  # left out where they always were
+    kept |= {key: identity[key] for key in ("first_view", "contents") if key in identity}  # absent at their default
     kept["teacher"] = plan.teacher.weights_sha256 if plan.teacher else None
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
     for shard in sorted(shards, key=lambda s: (s.view, s.block)):
@@ -303,7 +306,7 @@ def archive_digest(plan: Plan, shards: Iterable[ShardRecord]) -> str:
 
 
 def first_error(error: ValidationError) -> tuple[str, str, str]:
-    """Which field of a record is wrong, its value (shortened), and why."""
+    """The first wrong field of a record, its value (shortened), and the reason."""
     if error.error_count() > MANY_ERRORS:  # describing each of a million takes minutes
         return "", "", f"{error.error_count():,} of its fields are wrong"
     first = error.errors(include_url=False)[0]
@@ -313,10 +316,13 @@ def first_error(error: ValidationError) -> tuple[str, str, str]:
 
 
 def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
-    """Parse and check `kdcache.json`; errors name the archive as `where`, and say `fix` where it is damaged."""
+    """Parse and check `kdcache.json`. Errors name the archive as `where`; for a damaged manifest they advise `fix`.
+
+    Raises IntegrityError for a damaged manifest, IncompatibleError for a newer format or an unknown codec.
+    """
     broken = {"why": "it is damaged, or was not written by kdcache", "fix": fix}
     try:
-        fields = from_json(text, allow_inf_nan=False)  # which knows neither half characters nor endless nesting
+        fields = from_json(text, allow_inf_nan=False)  # rejects lone surrogates and deep nesting
     except ValueError:
         raise IntegrityError(f"{where}: kdcache.json is not JSON", **broken) from None
     if not isinstance(fields, dict) or fields.get("format") != "kdcache":
@@ -324,7 +330,7 @@ def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         reader = str(fields.get("readable_by"))
-        known = re.fullmatch(r"\d[\w.]{0,30}", reader, re.ASCII)  # it becomes part of a command
+        known = re.fullmatch(r"\d[\w.]{0,30}", reader, re.ASCII)  # the text becomes part of a shell command
         raise IncompatibleError(
             f"{where}: the archive has format version {version}",
             why=f"this kdcache reads versions up to {FORMAT_VERSION}; "

@@ -1,4 +1,4 @@
-"""Bytes by name, below one folder, each written whole or not at all."""
+"""Files of an archive by name, below one folder. Each file is written whole or not at all."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def as_bytes(array: NDArray) -> memoryview:
-    """The bytes of an array, not copied if they lie in one piece."""
+    """The bytes of an array; a contiguous array is not copied."""
     return memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]  # typeshed: arrays are buffers
 
 
@@ -42,7 +42,7 @@ def sha256(data: bytes | memoryview | Buffers) -> str:
 
 
 def sha256_of(file: BufferedReader) -> str:
-    """sha256 of a file, which need not fit into memory."""
+    """sha256 of a file, read in pieces."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -51,7 +51,7 @@ _INNER = re.compile(r"(?=.{1,1000}\Z)(?:(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._+-]{1,200
 
 
 def inner_name(name: str) -> str:
-    """`name`, if it names a file below the archive's own folder on every system; IntegrityError if not."""
+    """Return `name` if it stays below the archive's folder on every system. Raises IntegrityError otherwise."""
     if not _INNER.fullmatch(name):
         raise IntegrityError(
             f"file name {name[:200]!r} leads out of the archive, or would on some systems",
@@ -62,30 +62,30 @@ def inner_name(name: str) -> str:
 
 
 class Store(Protocol):
-    """Where the files of an archive are. Names are relative POSIX paths."""
+    """Read access to the files of an archive. Names are relative POSIX paths."""
 
     @property
-    def name(self) -> str: ...  # folder or URL, as people are told
+    def name(self) -> str: ...  # folder or URL, for messages
     def exists(self, name: str) -> bool: ...
     def size(self, name: str) -> int: ...
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of `name`; more than `limit` of them are refused before they are read."""
 
     def local(self, name: str) -> Path:
-        """A local file with the bytes of `name`, to be mapped into memory; fetched and checked if need be."""
+        """Path of a local file with the bytes of `name`, for memory mapping. Fetches and checks it if need be."""
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """These files are wanted soon. Returns at once."""
+        """Start fetching these files. Returns at once."""
 
     def fetch(self, names: Iterable[str], progress: Progress) -> None:
-        """Returns when all these files are on this machine; UsageError if they cannot be, at the same time."""
+        """Wait until all these files are on this machine. Raises UsageError if the cache cannot hold them together."""
 
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
-        """From now on, files must be as they are recorded: `record_of` knows the size and sha256 of each by its name."""
+        """Check files against their records from now on; `record_of` returns the record of a name."""
 
 
 def open_local(store: Store, name: str) -> BufferedReader:
-    """A file of the archive, open: from now on its bytes stay, even if a cache gives the file up for another."""
+    """Open a file of the archive. Its bytes stay readable even if a cache deletes the file."""
     for _ in range(3):
         path = store.local(name)
         try:
@@ -102,9 +102,9 @@ def open_local(store: Store, name: str) -> BufferedReader:
 
 
 class LocalStore:
-    """A folder. Names never lead out of it; links in it do (caches are made of them), to what then must be as recorded.
+    """A folder on this machine. Names never lead out of it. Links inside may: what they lead to must match the records.
 
-    Only regular files are read: opening a pipe would wait for whoever writes to it.
+    Only regular files are read, since opening a pipe would block until something writes to it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -158,35 +158,35 @@ class LocalStore:
         return self.path(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        return  # the operating system reads ahead
+        return  # the operating system already reads ahead
 
     def fetch(self, names: Iterable[str], progress: Progress) -> None:
         return
 
     def expect(self, record_of: Callable[[str], FileRecord]) -> None:
-        return  # files that are here are compared by `Archive.verify`, and their rows when they are read
+        return  # local files are checked by `Archive.verify`, and their rows when they are read
 
     def write(self, name: str, data: bytes | Buffers) -> None:
         """Write atomically: to a temporary name beside it, synced to disk, then renamed."""
         write_atomically(self.path(name), data)
 
     def create(self, name: str, data: bytes | Buffers) -> bool:
-        """Write atomically what is not there yet; False if it is. Of several processes that try at once, one gets True."""
+        """Write a file atomically unless it exists; return whether this process created it. At most one process does."""
         try:
             create_atomically(self.path(name), data)
         except FileExistsError:
-            if not self.exists(name):  # it is a folder on the way there that cannot be made
+            if not self.exists(name):  # a parent folder could not be made
                 raise
             return False
         return True
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Names of the files directly in `folder` that end in `suffix`, sorted; temporary files are not among them."""
+        """Sorted names of the files directly in `folder` that end in `suffix`, without temporary files."""
         try:
-            found = list(self.path(folder).iterdir())
-        except (FileNotFoundError, NotADirectoryError):  # never made, or swept away just now by who finished the archive
+            paths = list(self.path(folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):  # never made, or removed by the process that finished the archive
             return []
-        return sorted(f"{folder}/{p.name}" for p in found if p.name.endswith(suffix) and not p.name.startswith("."))
+        return sorted(f"{folder}/{p.name}" for p in paths if p.name.endswith(suffix) and not p.name.startswith("."))
 
 
 def _unreadable(path: Path, error: OSError) -> IntegrityError:

@@ -1,4 +1,4 @@
-"""How rows lie in files: one module a layout, each of which registers itself."""
+"""Layouts: how rows are stored in files. Each module registers one layout."""
 
 from kdcache.archive.layouts import hdf5, webdataset, zarr  # noqa: F401  # registers them
 from kdcache.archive.layouts.base import Buffers, Layout, ShardReader, layout

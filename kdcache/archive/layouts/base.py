@@ -1,4 +1,4 @@
-"""What a layout is: it turns the fields of a shard into named bytes, and reads them back by position."""
+"""The interface of a layout: it turns the fields of a shard into files, and reads them back by position."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Buffers, Store
 from kdcache.codecs import codec
 from kdcache.registry import Registry
@@ -24,46 +24,48 @@ class ShardReader(Protocol):
         """Names of the files that labels and keys are read from, if the archive has any."""
 
     def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        """Stored numbers of `field` at `rows` of a shard, `[n, ...]`; raises IntegrityError for damaged bytes."""
+        """Stored values of `field` at `rows` of a shard, `[n, ...]`. Raises IntegrityError for damaged bytes."""
 
     def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        """What `gather` gives for a slice, as it lies in the file, in pieces `[m, ...]` or `[units, rows, ...]`: no copies.
+        """The rows of a slice, as `gather` gives them, in pieces `[m, ...]` or `[units, rows, ...]` that are not copied.
 
-        Raises IntegrityError for damaged bytes by the end of the last piece, which must be waited for.
+        Damaged bytes raise IntegrityError, at the end of the last piece at the latest: consume all pieces.
         """
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Stored label of every sample, `[N]`, whatever numbers these are."""
+        """Stored label of every sample, `[N]`, not checked against the classes."""
 
     def keys(self) -> list[str] | None: ...
 
 
 class Layout(Protocol):
-    def fit(self, plan: Plan) -> "Layout":
-        """The layout with the sizes that suit `plan`; UsageError where the two do not go together."""
+    def fit(self, plan: ArchivePlan) -> "Layout":
+        """This layout with its sizes fitted to `plan`. Raises UsageError if the two do not go together."""
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
-        """Name and bytes of each file of one shard, in pieces that need not be copied together."""
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+        """Name and bytes of each file of one shard; the bytes come in pieces, to avoid a copy."""
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
-        """All files that belong to no shard: labels and keys per sample, and what other software needs to find the rows."""
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
+        """The files that belong to no shard: labels and keys per sample, and metadata for other software."""
 
-    def reading_lines(self, plan: Plan) -> str:
-        """Two lines of Python that read the logits (or the entropies) of `PATH` without kdcache, for the card."""
+    def reading_lines(self, plan: ArchivePlan) -> str:
+        """Two lines of Python for the card: they read the logits (or the entropies) of `PATH` without kdcache."""
 
-    def open(self, plan: Plan, store: Store) -> ShardReader: ...
+    def open(self, plan: ArchivePlan, store: Store) -> ShardReader: ...
 
 
 layout: Registry[Layout] = Registry("layout")
 
 
 def unit_bytes_rows(row_bytes: int) -> int:
-    """The power of two of rows that takes at most 128 kB: what is checksummed, compressed and read together."""
+    """Rows of a unit, a power of two of at most 128 kB. A unit is checksummed, compressed and read as one."""
     return 1 << (max(1, UNIT_BYTES // row_bytes).bit_length() - 1)
 
 
-def unit_rows(plan: Plan) -> int:
-    """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard."""
+def unit_rows(plan: ArchivePlan) -> int:
+    """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard's rows."""
     row_bytes = codec.from_dict(plan.codec).dtype.itemsize * plan.num_classes
     most = min(unit_bytes_rows(row_bytes), plan.shard_rows)
     return next(rows for rows in range(most, 0, -1) if plan.shard_rows % rows == 0)

@@ -1,10 +1,10 @@
-"""What a row of an archive is: the fields that every layout carries, and the digest that no layout changes.
+"""The fields of a row, which every layout stores, and the digest of rows, which is the same in every layout.
 
 All fields are view-major in the archive, `[V, N, ...]`; a shard holds `n` rows of one view:
 
     logits        codec's dtype [n, C], with the codec's own float32 parameters [n] beside it, if it has any
-    argmax        int32 [n]     of the float32 logits, before they were stored
-    sample        int32 [n]     which sample sits at this position
+    argmax        int32 [n]     argmax of the float32 logits, before encoding
+    sample        int32 [n]     number of the sample at this position
     entropy       float32 [n]   entropy_rest float32 [n]: relative, tau 1, of the float32 logits
     digest        uint32 [n]    probe   uint8 [n, 16]: the view's fingerprint
 """
@@ -17,7 +17,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import as_bytes
 from kdcache.codecs import codec
 
@@ -35,8 +35,8 @@ BESIDE: dict[str, RowType] = {
 }
 
 
-def row_fields(plan: Plan) -> dict[str, RowType]:
-    """dtype and shape of one row of every field, in the order in which they are stored."""
+def row_fields(plan: ArchivePlan) -> dict[str, RowType]:
+    """dtype and row shape of every field, in stored order."""
     if plan.contents == "statistics":
         return dict(BESIDE)
     coding = codec.from_dict(plan.codec)
@@ -44,10 +44,10 @@ def row_fields(plan: Plan) -> dict[str, RowType]:
     return {"logits": (coding.dtype, (plan.num_classes,)), **parameters, **BESIDE}
 
 
-def rows_digest(plan: Plan, fields: Mapping[str, NDArray]) -> str:
-    """Digest of a shard's rows: of the fields' little-endian bytes, one field after the other, as `plan.rows_hash` says.
+def rows_digest(plan: ArchivePlan, fields: Mapping[str, NDArray]) -> str:
+    """Digest of a shard's rows: the hash `plan.rows_hash` of the fields' little-endian bytes, one field after the other.
 
-    Archives from before there was a choice (sha256) hash the decoded logits, not the stored ones.
+    Older archives (sha256) hash the decoded logits in place of the stored ones.
     """
     digest: Any = blake3() if plan.rows_hash == "blake3" else hashlib.sha256()
     for name in row_fields(plan):
@@ -55,7 +55,7 @@ def rows_digest(plan: Plan, fields: Mapping[str, NDArray]) -> str:
         if name == "logits" and plan.rows_hash == "sha256":
             column = codec.from_dict(plan.codec).decode(fields)
         elif name not in {"logits", *BESIDE} and plan.rows_hash == "sha256":
-            continue  # the codec's parameters are in the decoded logits
+            continue  # the decoded logits already contain the codec's parameters
         digest.update(as_bytes(column))
-    found: str = digest.hexdigest()
-    return found
+    hexdigest: str = digest.hexdigest()
+    return hexdigest

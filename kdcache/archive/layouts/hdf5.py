@@ -1,8 +1,8 @@
 """HDF5: one file a shard, every field one contiguous dataset without filters.
 
-What libhdf5 writes around the data depends on names, types and shapes alone, so it is made once for all shards of equal
-size, and a shard is that with its rows in between. Each file's user block (a part of a file that HDF5 leaves to its users)
-says where the data lie: reading maps them from there, and libhdf5 never sees a file that somebody else made.
+The bytes that libhdf5 writes around the data depend only on names, types and shapes. They are made once for all shards
+of equal size, and the rows are inserted. Each file's user block (a part that HDF5 reserves for users) records where the
+datasets start. Reading maps the rows from there, so libhdf5 never parses a stranger's file.
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
@@ -40,10 +40,10 @@ class Hdf5Layout:
 
     unit_rows: int = field(default=0, metadata=FITTED)
 
-    def fit(self, plan: Plan) -> "Hdf5Layout":
+    def fit(self, plan: ArchivePlan) -> "Hdf5Layout":
         return Hdf5Layout(unit_rows(plan))
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
         units = range(0, plan.block_rows(block), self.unit_rows)
         columns[CRC32C] = np.array(
@@ -52,18 +52,20 @@ class Hdf5Layout:
         )
         return {_shard(view, block): _file(columns)}
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         columns: dict[str, NDArray] = {}
         if labels is not None:
             columns["label"] = labels.astype("<i8")
         if keys is not None:
-            # One after the other, since HDF5's strings of any length can be read by nothing but libhdf5.
+            # Keys are concatenated, since only libhdf5 can read HDF5's variable-length strings.
             encoded = [key.encode() for key in keys]
             columns["key_end"] = np.cumsum([len(key) for key in encoded]).astype("<i8")
             columns["key_bytes"] = np.frombuffer(b"".join(encoded) or b"\0", "u1")
         return {SAMPLES: _file(columns)} if columns else {}
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         rows = f"0:{min(256, plan.block_rows(0))}"
         opening = f'import h5py; f = h5py.File("PATH/{_shard(plan.first_view, 0)}")'
         if plan.contents == "statistics":
@@ -72,7 +74,7 @@ class Hdf5Layout:
         logits = codec.from_dict(plan.codec).formula.format_map({name: f'f["{name}"][{rows}]' for name in names})
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
-    def open(self, plan: Plan, store: Store) -> "Hdf5Reader":
+    def open(self, plan: ArchivePlan, store: Store) -> "Hdf5Reader":
         return Hdf5Reader(plan, store, self.unit_rows)
 
 
@@ -81,7 +83,7 @@ def _shard(view: int, block: int) -> str:
 
 
 def _file(columns: Mapping[str, NDArray]) -> Buffers:
-    """A file with these datasets: what is around them, from a file of the same shapes, and they themselves."""
+    """The bytes of a file with these datasets: those of a template of the same shapes, with the data inserted."""
     around, starts = _template(tuple((name, column.dtype.str, column.shape) for name, column in columns.items()))
     parts: Buffers = []
     at = 0
@@ -104,7 +106,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
             contiguous.set_layout(h5py.h5d.CONTIGUOUS)
             contiguous.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             contiguous.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            contiguous.set_obj_track_times(False)  # equal rows are to be equal bytes
+            contiguous.set_obj_track_times(False)  # no times, so that equal rows give equal bytes
             space = h5py.h5s.create_simple(shape)
             h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, contiguous)
         starts = {name: file[name].id.get_offset() for name, _, _ in shapes}
@@ -117,7 +119,7 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
     assert len(header) <= USER_BLOCK, "the user block is too small for these datasets"
     data = header.ljust(USER_BLOCK) + image.getvalue()[USER_BLOCK:]
     ends = {name: starts[name] + np.dtype(dtype).itemsize * int(np.prod(shape)) for name, dtype, shape in shapes}
-    data = data.ljust(max(ends.values()), b"\0")  # a dataset at the end that was never written has no bytes yet
+    data = data.ljust(max(ends.values()), b"\0")  # libhdf5 leaves out the bytes of an unwritten last dataset
     around, at = [], 0
     for name in sorted(starts, key=lambda name: starts[name]):
         around.append(data[at : starts[name]])
@@ -125,8 +127,8 @@ def _template(shapes: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[byt
     return b"".join([*around, data[at:]]), starts
 
 
-class _File:
-    """A file whose user block says where the datasets are; nothing in it is believed before it is checked."""
+class _Hdf5File:
+    """A file whose user block says where the datasets start. Every statement of it is checked before use."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
@@ -143,14 +145,14 @@ class _File:
             raise damaged(name, "does not say in its user block where its rows are") from None
 
     def start(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-        """Where dataset `name` begins, which must be of this type and shape, and in the file."""
-        found = self._datasets.get(name)
-        if found is None or found[1:] != (dtype.str, shape):
-            raise damaged(self.name, f"has dataset {name} as {found and found[1:]}, expected {(dtype.str, shape)}")
-        size = dtype.itemsize * math.prod(shape)  # NumPy's product overflows
-        if not USER_BLOCK <= found[0] <= len(self.data) - size:
+        """Start of dataset `name`. Raises IntegrityError unless it has this type and shape and lies in the file."""
+        dataset = self._datasets.get(name)
+        if dataset is None or dataset[1:] != (dtype.str, shape):
+            raise damaged(self.name, f"has dataset {name} as {dataset and dataset[1:]}, expected {(dtype.str, shape)}")
+        size = dtype.itemsize * math.prod(shape)  # not NumPy's product, which overflows
+        if not USER_BLOCK <= dataset[0] <= len(self.data) - size:
             raise damaged(self.name, f"has dataset {name} outside the file")
-        return found[0]
+        return dataset[0]
 
     def column(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
         return np.ndarray(shape, dtype, self.data, self.start(name, dtype, shape))
@@ -163,10 +165,10 @@ class _File:
 
 
 class Hdf5Reader:
-    def __init__(self, plan: Plan, store: Store, unit: int) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, unit: int) -> None:
         self._plan, self._store, self._unit = plan, store, unit
         self._fields = row_fields(plan)
-        self._file = lru_cache(maxsize=512)(lambda view, block: _File(store, _shard(view, block)))
+        self._file = lru_cache(maxsize=512)(lambda view, block: _Hdf5File(store, _shard(view, block)))
         self._rows = lru_cache(maxsize=4096)(self._map)
         if type(unit) is not int or not 1 <= unit <= plan.shard_rows:
             raise IntegrityError(
@@ -203,10 +205,10 @@ class Hdf5Reader:
     def sample_files(self) -> list[str]:
         return [SAMPLES]
 
-    def _samples(self, *names: str) -> _File | None:
+    def _samples(self, *names: str) -> _Hdf5File | None:
         if not self._store.exists(SAMPLES):
             return None
-        file = _File(self._store, SAMPLES)
+        file = _Hdf5File(self._store, SAMPLES)
         return file if all(name in file for name in names) else None
 
     def labels(self) -> NDArray[np.int64] | None:

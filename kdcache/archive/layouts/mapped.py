@@ -1,8 +1,8 @@
-"""Rows that lie raw in files: mapped into memory, and compared with a checksum when they are first touched.
+"""Rows that lie uncompressed in files. They are memory-mapped, and checked against a crc32c when first read.
 
-Whatever the layout, a shard's rows of one field are a *run* of units of equal size, a stride apart, each with its crc32c
-somewhere (and perhaps a shorter run behind it, where the last unit is not full). That is all that a reader has to know;
-none of the libraries that wrote the files is needed, and no structure that a stranger put into a file is believed.
+In every layout, a shard's rows of one field are a *run*: units of equal size at a fixed stride, each with a crc32c at a
+known place. A shorter run follows if the last unit is not full. A reader needs no more than that: it neither loads the
+libraries that wrote the files, nor trusts a structure inside them.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from kdcache.errors import IntegrityError
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
 
-CACHED = 128 << 10  # bytes that stay in a core's cache, with what is made of them, until they are used
+CACHED = 128 << 10  # bytes of a piece, so that it and the values decoded from it stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Run:
-    """`units` units of `rows` rows each: where the first one starts, how far apart they are, and where their crc32c are.
+    """`units` units of `rows` rows: start of the first one, stride between them, and the same of their crc32c, in bytes.
 
-    `stored` rows are in each unit's bytes (the rows beyond `rows` are padding that the checksum covers).
+    Each unit stores `stored` rows; those beyond `rows` are padding, which the checksum covers.
     """
 
     units: int
@@ -40,7 +40,7 @@ class Run:
 
 
 def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np.uint8]:
-    """The bytes of a file; IntegrityError if there are none, or not as many as `expected`."""
+    """Map the bytes of a file. Raises IntegrityError if it is empty or not `expected` bytes long."""
     with open_local(store, name) as file:
         size = os.fstat(file.fileno()).st_size
         if not size or expected not in {None, size}:
@@ -49,7 +49,7 @@ def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np
 
 
 class MappedRows:
-    """The rows of one field in one shard. All offsets must lie within `data`; whoever builds the runs has checked that."""
+    """The rows of one field in one shard. The caller must have checked that all offsets of the runs lie within `data`."""
 
     def __init__(self, name: str, data: NDArray[np.uint8], row: RowType, runs: Sequence[Run]) -> None:
         self._shape = row[1]
@@ -57,10 +57,10 @@ class MappedRows:
         self._firsts = [0, *itertools.accumulate(run.units * run.rows for run in runs)]
 
     def pieces(self, rows: slice) -> Iterator[NDArray]:
-        """The rows of a slice as they lie in the file, `[m, ...]`, or `[units, rows, ...]` for some whole units.
+        """The rows of a slice as they lie in the file, `[m, ...]`, or `[units, rows, ...]` for several whole units.
 
-        Each piece, no more than stays in a core's cache, is compared with its checksums when the next one is asked for:
-        what is made of them is sound once all have been gone through.
+        A piece fits into a core's cache. Its checksums are compared when the next piece is requested, so values computed
+        from the pieces are sound only after the last one.
         """
         wanted = [
             run.pieces(max(rows.start - first, 0), min(rows.stop, last) - first)
@@ -70,7 +70,7 @@ class MappedRows:
         return wanted[0] if len(wanted) == 1 else itertools.chain.from_iterable(wanted)
 
     def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
-        """The rows of a slice (a view of the file where it can be one) or at any places, `[n, ...]`."""
+        """The rows at a slice or an array of places, `[n, ...]`. A slice gives a view of the file where possible."""
         if isinstance(rows, slice):
             parts = [part.reshape(-1, *self._shape) for part in self.pieces(rows)]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -94,7 +94,7 @@ class _MappedRun:
         self._bytes = memoryview(data)  # type: ignore[arg-type]  # typeshed: arrays are buffers
         self._crcs = np.ndarray(run.units, "<u4", data, run.crc_start, (run.crc_stride,))
         self._rows = np.ndarray((run.units, run.rows, *shape), dtype, data, run.start, (run.stride, row_bytes, *inner))
-        self._known = bytearray(run.units)  # 1 for units that were compared with their checksums; looked at faster than an array
+        self._known = bytearray(run.units)  # 1 for units whose checksum was compared; faster than an array
         self._checked = np.frombuffer(self._known, np.bool_)
         self._together = max(1, CACHED // self._payload)
 
@@ -105,7 +105,7 @@ class _MappedRun:
             inside = start - unit * size
             units = 1 if inside > 0 else min(max((stop - unit * size) // size, 1), self._together)
             yield self._rows[unit, max(inside, 0) : stop - unit * size] if units == 1 else self._rows[unit : unit + units]
-            # Whoever decoded the piece has brought it into the cache, where a checksum takes a fifth of the time.
+            # Decoding has brought the piece into the cache, where a checksum takes a fifth of the time.
             if self._known.find(0, unit, unit + units) >= 0:
                 self._check(unit, unit + units)
             unit += units
@@ -113,8 +113,8 @@ class _MappedRun:
     def take(self, rows: NDArray[np.int64]) -> NDArray:
         unit, inside = np.divmod(rows, self._run.rows)
         if not self._checked[unit].all():
-            for one in np.unique(unit[~self._checked[unit]]).tolist():
-                self._check(one, one + 1)
+            for number in np.unique(unit[~self._checked[unit]]).tolist():
+                self._check(number, number + 1)
         result: NDArray = self._rows[unit, inside]
         return result
 
@@ -126,9 +126,9 @@ class _MappedRun:
             self._known[unit] = True
 
 
-def damaged(name: str, what: str) -> IntegrityError:
+def damaged(name: str, damage: str) -> IntegrityError:
     return IntegrityError(
-        f"{name}: {what}",
+        f"{name}: {damage}",
         why="the file's bytes are not those that were written",
         fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
     )

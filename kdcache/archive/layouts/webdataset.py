@@ -1,8 +1,8 @@
 """WebDataset: one tar file a shard, one record for every few hundred rows, each field a NumPy array of its own.
 
 A record is `KEY.logits.npy`, `KEY.sample.npy` and so on, with `KEY.crc32c.npy` behind them, so that
-`webdataset.WebDataset(url).decode()` yields blocks of rows. All records of a shard but the last are of one size, which
-makes the tar file an array with a stride: it is read through a memory map, and never unpacked.
+`webdataset.WebDataset(url).decode()` yields blocks of rows. All records of a shard but the last have one size, so the
+tar file is an array with a stride. kdcache reads it through a memory map and never unpacks it.
 """
 
 import io
@@ -17,7 +17,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
@@ -27,10 +27,10 @@ from kdcache.errors import IntegrityError, UsageError
 
 __all__ = ["WebDatasetLayout"]
 
-BLOCK = 512  # of tar
+BLOCK = 512  # bytes of a tar block
 END = bytes(2 * BLOCK)
 BATCH = 1024  # records whose headers are compared at a time
-UNITS = 4  # that make a record: a tar header for each field is then 2 % of it
+UNITS = 4  # units of a record; the tar headers of its fields are then 2 % of it
 SAMPLES = "samples.tar"
 INDEX = "index.json"
 CRC32C: RowType = (np.dtype("<u4"), ())
@@ -51,7 +51,7 @@ class WebDatasetLayout:
                 fix="--layout webdataset, or webdataset:1 for a record of each row",
             )
 
-    def fit(self, plan: Plan) -> "WebDatasetLayout":
+    def fit(self, plan: ArchivePlan) -> "WebDatasetLayout":
         return WebDatasetLayout(min(self.record_rows or UNITS * unit_rows(plan), plan.shard_rows))
 
     @property
@@ -59,7 +59,7 @@ class WebDatasetLayout:
         assert self.record_rows is not None, "a layout that was fitted to a plan"
         return self.record_rows
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
         parts: Buffers = []
         for number, start in enumerate(range(0, plan.block_rows(block), self._size)):
@@ -69,7 +69,9 @@ class WebDatasetLayout:
                 parts += _member(f"{_key(view, block, number)}.{name}.npy", _npy_header(array.dtype, array.shape), array)
         return {_shard(view, block): [*parts, END]}
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         shards = [
             {"url": _shard(view, block), "nsamples": -(-plan.block_rows(block) // self._size)}
             for view in plan.views
@@ -87,17 +89,17 @@ class WebDatasetLayout:
             files[SAMPLES] = [*samples, END]
         return files
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         shard = f'"PATH/{_shard(plan.first_view, 0)}"'
         opening = f"import webdataset; r = next(iter(webdataset.WebDataset({shard}, shardshuffle=False).decode()))"
-        what = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
+        place = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
         if plan.contents == "statistics":
-            return f'{opening}\nentropy = r["entropy.npy"]  # {what}'
+            return f'{opening}\nentropy = r["entropy.npy"]  # {place}'
         names = ("logits", *codec.from_dict(plan.codec).parameters)
         logits = codec.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
-        return f"{opening}\nlogits = {logits}  # {what}"
+        return f"{opening}\nlogits = {logits}  # {place}"
 
-    def open(self, plan: Plan, store: Store) -> "WebDatasetReader":
+    def open(self, plan: ArchivePlan, store: Store) -> "WebDatasetReader":
         if type(self.record_rows) is not int or not 1 <= self.record_rows <= plan.shard_rows:
             raise IntegrityError(
                 f"shards of {plan.shard_rows} rows in records of {self.record_rows!r}",
@@ -116,7 +118,7 @@ def _key(view: int, block: int, record: int) -> str:
 
 
 def _member(name: str, head: bytes, array: NDArray) -> Buffers:
-    """A tar header, `head`, the array's bytes, and the padding behind them."""
+    """One tar member: tar header, `head`, the array's bytes, and padding."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(head) + array.nbytes, 0o444
     padding = bytes(-info.size % BLOCK)
@@ -133,10 +135,10 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the members of a record of `rows` rows are, from the record's start: header, data, and the bytes of each."""
+    """Offsets of the members of a record of `rows` rows, from the record's start, and the size of each."""
 
     rows: int
-    heads: dict[str, bytes]  # of NumPy, behind those of tar
+    heads: dict[str, bytes]  # NumPy's headers, which follow those of tar
     headers: dict[str, int]
     data: dict[str, int]
     sizes: dict[str, int]
@@ -155,9 +157,9 @@ class _Places:
 
 
 class WebDatasetReader:
-    """Reads records at the places where they must be; tar headers are compared with what they must say."""
+    """Reads records at computed offsets, and compares the tar headers there with the expected ones."""
 
-    def __init__(self, plan: Plan, store: Store, record_rows: int) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, record_rows: int) -> None:
         self._plan, self._store, self._size = plan, store, record_rows
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(self._open)
@@ -173,10 +175,10 @@ class WebDatasetReader:
         return self._rows(field, view, block).pieces(rows)
 
     def _records(self, block: int) -> list[tuple[int, int, _Places]]:
-        """Number of the first record, how many there are, and their places: of the full records, and of one that is not."""
+        """(first number, count, offsets) of the full records, and then of a last one that is not full, if any."""
         full, left = divmod(self._plan.block_rows(block), self._size)
-        found = [(0, full, _Places.of(self._fields, self._size))] if full else []
-        return [*found, (full, 1, _Places.of(self._fields, left))] if left else found
+        records = [(0, full, _Places.of(self._fields, self._size))] if full else []
+        return [*records, (full, 1, _Places.of(self._fields, left))] if left else records
 
     def _open(self, view: int, block: int) -> NDArray[np.uint8]:
         name, records = _shard(view, block), self._records(block)
@@ -229,7 +231,7 @@ class WebDatasetReader:
         return keys
 
     def _sample_member(self, name: str) -> bytes | None:
-        """One of the (at most two) members of the file of labels and keys."""
+        """One member of the file of labels and keys; None if it is absent."""
         if not self._store.exists(SAMPLES):
             return None
         data, at = map_file(self._store, SAMPLES), 0
@@ -247,9 +249,9 @@ class WebDatasetReader:
 
 
 def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], size: int, head: bytes) -> None:
-    """Each of the headers `[n, 512 + len(head)]` must be tar's of a plain file of this name and size, and NumPy's `head`.
+    """Check headers `[n, 512 + len(head)]`: each must be tar's for a plain file of this name and size, then NumPy's `head`.
 
-    Rows are found without them; but other software believes them, and is to see the same rows.
+    kdcache finds rows without them. The check makes sure that other software, which uses them, reads the same rows.
     """
     expected = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
     sizes = np.frombuffer(f"{size:011o}\0".encode(), np.uint8)
@@ -258,7 +260,7 @@ def _check_headers(file: str, headers: NDArray[np.uint8], names: Sequence[str], 
     wrong = (headers[:, :100] != expected).any(axis=1)
     wrong |= (headers[:, 124:136] != sizes).any(axis=1)
     wrong |= (headers[:, 156] != ord("0")) | (headers[:, 157:257] != 0).any(axis=1)
-    wrong |= (headers[:, 345:BLOCK] != 0).any(axis=1)  # what tar puts before the name
+    wrong |= (headers[:, 345:BLOCK] != 0).any(axis=1)  # tar's prefix of the name
     wrong |= (headers[:, BLOCK:] != np.frombuffer(head, np.uint8)).any(axis=1)
     if wrong.any():
         raise damaged(file, f"has another header than that of {names[int(np.argmax(wrong))]} ({size:,} bytes)")

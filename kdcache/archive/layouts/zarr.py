@@ -1,8 +1,8 @@
 """Zarr v3: one group, logits in sharded chunks, everything else in one chunk a shard, crc32c on all of it.
 
-Chunks are encoded and decoded here, since a raw shard is nothing but its chunks, a checksum behind each, and an index at
-the end: zarr itself takes a thousand times as long for a row. It writes the metadata, and tests compare every byte with
-what it would have written.
+Chunks are encoded and decoded here: zarr itself takes a thousand times as long to read a row. A raw shard is its chunks,
+each followed by a checksum, and an index at the end. zarr writes the metadata, and tests compare every byte of a shard
+with the bytes that zarr writes.
 """
 
 import warnings
@@ -15,7 +15,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import Plan
+from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
 from kdcache.archive.layouts.base import Buffers, layout, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
@@ -28,7 +28,7 @@ __all__ = ["COMPRESSIONS", "ZarrLayout", "compressed_bytes"]
 
 CRC = 4
 BLOSC_HEADER = 16
-# A shard that decompresses to more than either is a bomb: logits shrink to a tenth, not to a thousandth.
+# A shard that decompresses to more than both of these is a bomb: logits shrink to a tenth, not to a thousandth.
 MOST_EXPANSION, HARMLESS = 1024, 64 << 20
 Compression = Literal["none", "bitshuffle", "pcodec"]
 COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle", "pcodec")
@@ -60,7 +60,7 @@ class ZarrLayout:
                 fix="--layout zarr:bitshuffle",
             )
 
-    def fit(self, plan: Plan) -> "ZarrLayout":
+    def fit(self, plan: ArchivePlan) -> "ZarrLayout":
         dtype = codec.from_dict(plan.codec).dtype
         if self.compression == "pcodec" and dtype.itemsize < 2:
             raise UsageError(
@@ -72,7 +72,7 @@ class ZarrLayout:
 
     # -------------------------------------------------------------------------------------------------------- writing
 
-    def shard_files(self, plan: Plan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
+    def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         files = {}
         for name, (dtype, shape) in row_fields(plan).items():
             column = np.ascontiguousarray(fields[name], dtype)
@@ -84,8 +84,8 @@ class ZarrLayout:
                 files[_chunk(plan, name, view, block)] = [*data, _crc32c(*data)]
         return files
 
-    def _shard(self, plan: Plan, logits: NDArray) -> Buffers:
-        """Chunks, a checksum behind each, and the index of a shard, of which chunks beyond the view's end are left out."""
+    def _shard(self, plan: ArchivePlan, logits: NDArray) -> Buffers:
+        """The bytes of a shard: chunks, each with a checksum, and the index. Chunks beyond the view's end are left out."""
         parts: Buffers = []
         index = np.full((plan.shard_rows // self.inner_rows, 2), 2**64 - 1, "<u8")
         offset = 0
@@ -105,7 +105,9 @@ class ZarrLayout:
         encoded: bytes = _compressor(self.compression, chunk.dtype.itemsize).encode(chunk)
         return encoded
 
-    def closing_files(self, plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Buffers]:
+    def closing_files(
+        self, plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+    ) -> dict[str, Buffers]:
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -126,8 +128,8 @@ class ZarrLayout:
             zarr.consolidate_metadata(group.store)
         return {name: [buffer.to_bytes()] for name, buffer in memory.items()}
 
-    def _group(self, plan: Plan) -> tuple[dict[str, Any], Any]:
-        """The files so far and the group of `plan`, in memory, with arrays that have no chunks yet."""
+    def _group(self, plan: ArchivePlan) -> tuple[dict[str, Any], Any]:
+        """The group of `plan`, with arrays but no chunks, and its files, all in memory."""
         import zarr
         from zarr.codecs import BytesCodec, Crc32cCodec
 
@@ -152,7 +154,7 @@ class ZarrLayout:
         return memory, group
 
     def _zarr_codecs(self, dtype: np.dtype) -> dict[str, Any]:
-        """How zarr is told what `_encode` does."""
+        """zarr's codec arguments for the encoding that `_encode` does."""
         from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
         from zarr.codecs.numcodecs import PCodec
 
@@ -167,7 +169,7 @@ class ZarrLayout:
 
     # -------------------------------------------------------------------------------------------------------- reading
 
-    def reading_lines(self, plan: Plan) -> str:
+    def reading_lines(self, plan: ArchivePlan) -> str:
         rows = f"0:{min(256, plan.num_samples)}"
         opening = 'import zarr; g = zarr.open_group("PATH", mode="r")'
         if plan.contents == "statistics":
@@ -175,12 +177,12 @@ class ZarrLayout:
         logits = codec.from_dict(plan.codec).formula.format_map(_Named(f'g["{{}}"][0, {rows}]'))
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
-    def open(self, plan: Plan, store: Store) -> "ZarrReader":
+    def open(self, plan: ArchivePlan, store: Store) -> "ZarrReader":
         return ZarrReader(plan, store, self)
 
 
 def compressed_bytes(compression: Compression, codes: NDArray) -> int | None:
-    """Bytes of `codes [n, C]` in compressed chunks; None where the compression is not installed, or not for such numbers."""
+    """Bytes of `codes [n, C]` in compressed chunks. None if the compression is not installed, or cannot take this dtype."""
     if compression == "pcodec" and codes.dtype.itemsize < 2:
         return None
     try:
@@ -191,7 +193,7 @@ def compressed_bytes(compression: Compression, codes: NDArray) -> int | None:
     return sum(len(compressor.encode(codes[start : start + rows])) for start in range(0, len(codes), rows))
 
 
-BLOSC_LEVEL = 9  # as quick as any other, and the smallest
+BLOSC_LEVEL = 9  # the smallest result; lower levels are no faster
 PCODEC: dict[str, Any] = {"level": 8, "mode_spec": "classic", "delta_spec": "auto"}
 
 
@@ -219,13 +221,13 @@ def _crc32c(*parts: memoryview | bytes) -> bytes:
     return int(value).to_bytes(CRC, "little")
 
 
-def _chunk(plan: Plan, name: str, view: int, block: int) -> str:
+def _chunk(plan: ArchivePlan, name: str, view: int, block: int) -> str:
     _, shape = row_fields(plan)[name]
     return "/".join([name, "c", str(view - plan.first_view), str(block), *("0" for _ in shape)])
 
 
 class _Named(dict[str, str]):
-    """Maps every name to how it is written in Python."""
+    """Maps every name to the Python expression that reads it."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__()
@@ -236,9 +238,9 @@ class _Named(dict[str, str]):
 
 
 class ZarrReader:
-    """Reads without zarr: raw shards through memory maps, compressed ones chunk by chunk."""
+    """Reads shards without zarr: raw ones through memory maps, compressed ones chunk by chunk."""
 
-    def __init__(self, plan: Plan, store: Store, arrangement: ZarrLayout) -> None:
+    def __init__(self, plan: ArchivePlan, store: Store, arrangement: ZarrLayout) -> None:
         self._plan, self._store, self._layout = plan, store, arrangement
         self._fields = row_fields(plan)
         self._shard = lru_cache(maxsize=512)(self._open)
@@ -317,7 +319,7 @@ class ZarrReader:
         return keys
 
     def _per_sample(self, name: str) -> NDArray[np.uint8] | None:
-        """The bytes of an array with one chunk, after a look at its checksum."""
+        """The bytes of an array with one chunk, after its checksum was compared."""
         if not self._store.exists(f"{name}/zarr.json"):
             return None
         chunk = f"{name}/c/0"
@@ -328,7 +330,7 @@ class ZarrReader:
 
 
 def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArray[np.int64]:
-    """Offset and size of the first `used` of a shard's `chunks`, int64 `[used, 2]`; each lies before the index."""
+    """(offset, size) of the first `used` of a shard's `chunks`, int64 `[used, 2]`. Checks that each lies before the index."""
     size = chunks * 16 + CRC
     index = data[-size:]
     if len(data) < size or crc32c(index[:-CRC].data) != int.from_bytes(index[-CRC:].tobytes(), "little"):
@@ -344,7 +346,7 @@ def _index(name: str, data: NDArray[np.uint8], chunks: int, used: int) -> NDArra
 
 
 class _CompressedRows:
-    """Rows in compressed chunks. What a chunk decodes to has one right size, which is all that is ever allocated."""
+    """Rows in compressed chunks. Every chunk must decode to a known size, and no more memory is allocated for it."""
 
     def __init__(
         self,
@@ -370,10 +372,10 @@ class _CompressedRows:
             whole = self._decode(range(first, last)).reshape(-1, *self._shape)
             return whole[rows.start - first * size : rows.stop - first * size]
         unit, inside = np.divmod(rows, size)
-        found = np.empty((len(rows), *self._shape), self._dtype)
+        gathered = np.empty((len(rows), *self._shape), self._dtype)
         for number in np.unique(unit):
-            found[unit == number] = self._decode(range(number, number + 1))[0, inside[unit == number]]
-        return found
+            gathered[unit == number] = self._decode(range(number, number + 1))[0, inside[unit == number]]
+        return gathered
 
     def _decode(self, chunks: range) -> NDArray:
         out = np.empty((len(chunks), self._layout.inner_rows, *self._shape), self._dtype)
@@ -386,7 +388,7 @@ class _CompressedRows:
         return out
 
     def _decompress(self, data: bytes, out: NDArray, chunk: int) -> None:
-        """Fill `out`. The libraries write what the data claim to be: that must be what there is room for, and all of it."""
+        """Decompress into `out`. The size that the data claim must be exactly the size of `out`."""
         compressor = _compressor(self._layout.compression, self._dtype.itemsize)
         try:
             if self._layout.compression == "bitshuffle":
@@ -396,16 +398,16 @@ class _CompressedRows:
                 from pcodec import standalone
 
                 done = standalone.simple_decompress_into(data, out.reshape(-1))
-                if not done.finished or done.n_processed != out.size:  # else the rest is what was in memory before
+                if not done.finished or done.n_processed != out.size:  # else part of `out` is uninitialised memory
                     raise ValueError
-        except Exception as error:  # whatever the library calls it: these bytes are not what it wrote
+        except Exception as error:  # libraries have many errors for damaged bytes
             raise damaged(self._name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
 
 
 def _require_blosc(data: bytes, out: NDArray) -> None:
-    """Raise ValueError unless the header is what we write: version, lz4, bitshuffle, and the sizes."""
+    """Raise ValueError unless the header has our version, lz4, bitshuffle, and sizes."""
     size, stored = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-    flags = data[2] & 0xE5  # but for two that depend on the contents
+    flags = data[2] & 0xE5  # without the two flags that depend on the contents
     if len(data) < BLOSC_HEADER or (data[0], data[1], flags, data[3]) != (2, 1, 0x24, out.itemsize):
         raise ValueError
     if (size, stored) != (out.nbytes, len(data)):

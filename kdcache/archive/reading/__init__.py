@@ -1,1 +1,1 @@
-"""Reading an archive, from here or elsewhere: NumPy and the layout's library, nothing else."""
+"""Reading an archive, local or remote. This needs NumPy and no deep-learning framework."""

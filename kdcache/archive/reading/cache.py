@@ -1,12 +1,12 @@
-"""Archives on other machines, through a folder of files that were fetched before.
+"""Remote archives, read through a local cache of fetched files.
 
     <cache>/ab/ab34...           a file, named by its sha256: the same shard of two archives is kept once
     <cache>/ab/ab34....part      what has arrived of one; the next download goes on there, whoever makes it
     <cache>/ab/ab34....9-ab.part the same where the file system has no locks: of one process, and nobody goes on there
     <cache>/locks/ab3            held by the process that downloads
 
-<cache> is $KDCACHE_CACHE, or kdcache below $XDG_CACHE_HOME (~/.cache). All processes of a user share it without a server
-in between: whatever one of them sees may be gone the next moment, and is fetched again then.
+<cache> is $KDCACHE_CACHE, or kdcache below $XDG_CACHE_HOME (~/.cache). All processes of a user share it. Any of them may
+delete a file at any moment; a process that misses a file fetches it again.
 """
 
 import hashlib
@@ -43,20 +43,20 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass
 class Cache:
-    """Files by their sha256, at most `limit` bytes of them: the least recently used give way."""
+    """Fetched files by sha256, at most `limit` bytes in all. The least recently used files are deleted first."""
 
     root: Path
     limit: int
 
     def __post_init__(self) -> None:
-        self._checked: set[str] = set()  # by this process: every byte it uses was hashed once, on arrival or later
-        self._unsurveyed: int | None = None  # bytes that may still be added before the folder is looked through
+        self._checked: set[str] = set()  # sha256s that this process has compared, on arrival or later
+        self._unsurveyed: int | None = None  # bytes that may be added before the next survey of the folder
 
     @classmethod
     def from_environment(cls) -> "Cache":
         text = os.environ.get("KDCACHE_CACHE_LIMIT") or DEFAULT_LIMIT
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-        if not found:
+        limit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+        if not limit:
             raise UsageError(
                 f"KDCACHE_CACHE_LIMIT is {text!r}",
                 why="it is the number of bytes that fetched files may take",
@@ -64,17 +64,17 @@ class Cache:
             )
         root = os.environ.get("KDCACHE_CACHE")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return cls(Path(root or f"{base}/kdcache").expanduser().absolute(), int(float(found[1]) * _UNITS[found[2].upper()]))
+        return cls(Path(root or f"{base}/kdcache").expanduser().absolute(), int(float(limit[1]) * _UNITS[limit[2].upper()]))
 
     def path(self, record: FileRecord) -> Path:
         return self.root / record.sha256[:2] / record.sha256
 
     def find(self, record: FileRecord) -> Path | None:
-        """The file of `record` if it is here and sound; from now on it is the most recently used one."""
+        """Path of the file of `record` if the cache has it and it is sound, else None. Marks it as just used."""
         path = self.path(record)
         try:
             if path.stat().st_size == record.bytes and self._sound(path, record):
-                with suppress(PermissionError):  # in a cache that several users share
+                with suppress(PermissionError):  # another user's file in a shared cache
                     os.utime(path)
                 return path
             path.unlink()
@@ -83,7 +83,7 @@ class Cache:
         return None
 
     def fetch(self, record: FileRecord, where: str, stream: Callable[[int], Iterator[bytes]]) -> Path:
-        """The file of `record`, downloaded unless it is here; `stream` gives its bytes from any byte on.
+        """Path of the file of `record`, downloaded if missing. `stream(start)` yields its bytes from `start` on.
 
         One process downloads, and others that want the same file wait for it. Where there are no locks, each downloads for
         itself.
@@ -148,12 +148,12 @@ class Cache:
                 break
             if path != newest and self._give_up(path):
                 total -= size
-        self._unsurveyed = max(0, self.limit - total) // WORKERS  # other processes add to it as well
+        self._unsurveyed = max(0, self.limit - total) // WORKERS  # other processes add files as well
 
     def _give_up(self, path: Path) -> bool:
         with suppress(FileNotFoundError):
             if path.suffix != ".part":
-                path.unlink()  # who has it mapped keeps it until then
+                path.unlink()  # processes that have mapped it keep its bytes
                 return True
             with ExitStack() as held:
                 try:
@@ -167,13 +167,16 @@ class Cache:
 
 
 def download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> None:
-    """Bring `part` to the bytes of `record`. Bytes beyond those recorded are never written; wrong ones are fetched once more."""
+    """Complete `part` to the bytes of `record`. Never writes more bytes than recorded; refetches wrong bytes once.
+
+    Raises IntegrityError if the server sends other bytes than recorded.
+    """
     for last in (False, True):
         with part.open("a+b") as file:
             size, digest = _receive(record, where, file, stream)
         if size == record.bytes and digest == record.sha256:
             return
-        part.unlink()  # a copy that is damaged underway comes right the second time
+        part.unlink()  # damage on the way is repaired by a second download
         if last or size > record.bytes:
             wrong = size != record.bytes
             got = f"more than {record.bytes:,} bytes" if size > record.bytes else f"{size:,} bytes" if wrong else digest
@@ -186,7 +189,7 @@ def download(record: FileRecord, where: str, part: Path, stream: Callable[[int],
 
 
 def _receive(record: FileRecord, where: str, file: BinaryIO, stream: Callable[[int], Iterator[bytes]]) -> tuple[int, str]:
-    """Append what is missing to what `file` holds; returns how many bytes there are, and their sha256."""
+    """Append the missing bytes to `file`. Returns its size and its sha256."""
     digest, size = hashlib.sha256(), 0
     file.seek(0)
     while (held := file.read(1 << 20)) and size <= record.bytes:
@@ -205,7 +208,7 @@ def _receive(record: FileRecord, where: str, file: BinaryIO, stream: Callable[[i
 
 
 class _Downloads:
-    """Tasks by key, at most `WORKERS` at a time, in threads that end when nothing is left to do, or the interpreter does."""
+    """Tasks by key, in at most `WORKERS` threads. A thread ends when no task is left, or when the interpreter ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -214,7 +217,7 @@ class _Downloads:
         self._threads = 0
 
     def begin(self, key: Key, task: Callable[[], Path], *, first: bool) -> Future[Path]:
-        """The result to come of `task`, or of one with the same key that has not ended yet; `first` passes those that wait."""
+        """The future of `task`, or of a running or waiting task with the same key. `first` puts it ahead of the queue."""
         with self._lock:
             if key not in self._futures:
                 self._futures[key] = Future()
@@ -242,7 +245,7 @@ class _Downloads:
             except BaseException as caught:
                 result, error = None, caught
             with self._lock:
-                del self._futures[key]  # so that an error of a prefetch is not the last word: who needs the file tries again
+                del self._futures[key]  # after a failed prefetch, a reader that needs the file tries again
             if error:
                 future.set_exception(error)
             elif result:
@@ -250,7 +253,7 @@ class _Downloads:
 
 
 class CachedStore:
-    """Files of a remote archive, each fetched whole, checked on arrival and kept in the cache."""
+    """Files of a remote archive. Each is fetched whole, checked on arrival and kept in the cache."""
 
     def __init__(self, remote: Remote, cache: Cache | None = None) -> None:
         self.remote = remote
@@ -276,14 +279,14 @@ class CachedStore:
             return False
 
     def size(self, name: str) -> int:
-        """What the server says, whether the file is in the cache or not."""
+        """Size in bytes according to the server, even for a cached file."""
         try:
             return self.remote.size(inner_name(name))
         except NotFoundError as error:
             raise self._missing(error) from None
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        """The bytes of a small file, from the server; no more than `limit` of them are ever kept."""
+        """The bytes of a small file, from the server. Raises IntegrityError beyond `limit` bytes."""
         limit, data = READ_LIMIT if limit is None else limit, bytearray()
         for piece in self.remote.stream(inner_name(name)):
             if len(data) + len(piece) > limit:
@@ -300,7 +303,7 @@ class CachedStore:
         return self.cache.find(record) or self._begin(name, record, first=True).result()
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to fetch as many of these files, in their order, as the cache can hold together."""
+        """Start fetching these files in order, as many as fit into the cache together."""
         room = self.cache.limit
         for name in names:
             record = self._record(name)
@@ -311,7 +314,7 @@ class CachedStore:
                 self._begin(name, record, first=False)
 
     def fetch(self, names: Iterable[str], progress: Progress | None = None) -> None:
-        """Have all these files here at the same time, as far as they are not."""
+        """Fetch the missing ones of these files. Raises UsageError if the cache cannot hold all of them at once."""
         wanted = [(name, self._record(name)) for name in names]
         total = sum(record.bytes for _, record in wanted)
         if total > self.cache.limit:
@@ -335,7 +338,7 @@ class CachedStore:
                 raise self._missing(error) from None
 
         process, downloads = self._here
-        if process != os.getpid():  # a fork takes along neither the threads nor who held which lock
+        if process != os.getpid():  # after a fork: threads and lock owners are not inherited
             downloads = _Downloads()
             self._here = (os.getpid(), downloads)
         return downloads.begin((record.sha256, record.bytes), task, first=first)

@@ -1,4 +1,4 @@
-"""How two archives differ: whether their rows are of the same views, by which teachers, and how far apart the logits are."""
+"""Comparison of two archives: whether they hold the same views, by which teachers, and how far apart the logits are."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from kdcache.views.policy import ViewPolicy
 __all__ = ["Comparison", "Distance", "Fact", "compare", "facts", "other_views", "shared_views", "view_range"]
 
 ROWS = 1 << 14
-BLOCK_VALUES = 1 << 22  # logits that are held as float64 at a time, per archive
+BLOCK_VALUES = 1 << 22  # logits held as float64 at a time, per archive
 ABSENT = "unknown"
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 Meaning = Literal["other rows", "other contents", "other form"]
@@ -30,10 +30,10 @@ Meaning = Literal["other rows", "other contents", "other form"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing about two archives, `a` and `b` in words, and what a difference in it means.
+    """One property of two archives, with its values `a` and `b` as text, and the meaning of a difference in it.
 
-    "other rows": a row of one has no counterpart in the other. "other contents": it has, but another teacher, precision or
-    number of views made them. "other form": the same contents are named or stored otherwise, which matters to nobody.
+    "other rows": rows of one archive have no counterpart in the other. "other contents": they have, but come from another
+    teacher, precision or number of views. "other form": the contents are the same, only named or stored differently.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Fact:
 
     @property
     def shown(self) -> tuple[str, str]:
-        """`a` and `b` for people: of a sha256 its beginning."""
+        """`a` and `b` for people, with each sha256 shortened."""
         return _SHA256.sub(r"\1...", self.a), _SHA256.sub(r"\1...", self.b)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart the softmaxes of two archives are at one temperature, over the compared rows; KL in nats.
+    """Distance of the softmaxes of two archives at one temperature, over the compared rows. KL is in nats.
 
     `kl_ab` is KL(p_a || p_b). Entropies are relative, H / log C. `entropy_correlation` is None where either is constant.
     """
@@ -70,25 +70,25 @@ class Distance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. No logits are compared where views or classes differ, or where there are none; `facts` says so."""
+    """Result of `compare`. Logits are compared only if both archives have them, of the same views and classes."""
 
     a: str
     b: str
     facts: tuple[Fact, ...]
-    views: range  # of both
-    rows: int = 0  # that were compared
-    agreement: float | None = None  # percent of them with the same argmax
+    views: range  # views that both archives have
+    rows: int = 0  # compared rows
+    agreement: float | None = None  # percent of the rows with the same argmax
     max_logit: float | None = None  # largest difference of two logits
     distances: tuple[Distance, ...] = ()
 
     @property
     def differences(self) -> list[Fact]:
-        """What makes them archives of other contents."""
+        """The facts in which rows or contents differ."""
         return [fact for fact in self.facts if not fact.same and fact.meaning != "other form"]
 
     @property
     def comparable(self) -> bool:
-        """Whether rows of the two belong together, as far as is known."""
+        """Whether the rows of the two archives belong together, as far as is known."""
         return bool(self.views) and all(fact.same for fact in self.facts if fact.meaning == "other rows")
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Comparison:
 
 
 def facts(a: Archive, b: Archive) -> Iterator[Fact]:
-    """What the manifests say about views, teachers and storage; of the policy also each field in which they differ."""
+    """Facts from the manifests: views, teachers and storage, and each policy field in which the two differ."""
 
     def fact(name: str, of_a: object, of_b: object, meaning: Meaning, note: str = "") -> Fact:
         x, y = (ABSENT if value is None else str(value) for value in (of_a, of_b))
@@ -131,28 +131,28 @@ def facts(a: Archive, b: Archive) -> Iterator[Fact]:
 def compare(
     a: Archive, b: Archive, taus: Sequence[float] = PAPER_TAUS, rows: int = ROWS, progress: Progress | None = None
 ) -> Comparison:
-    """Compare what two archives are, the fingerprints of the views that both have, and logits of at most `rows` rows.
+    """Compare two archives: manifests, fingerprints of their shared views, and the logits of at most `rows` rows.
 
-    Rows are matched by (view, sample), and those whose logits are compared are evenly spaced. Layout, codec and shards may
-    differ. A view's columns, or a few thousand rows of logits, are in memory at a time.
+    Rows are matched by (view, sample). The rows whose logits are compared are evenly spaced. Layout, codec and shards may
+    differ. Memory holds one view's columns, or a few thousand rows of logits, at a time.
     """
     progress = progress or Silent()
-    found = Comparison(a.location, b.location, tuple(facts(a, b)), shared_views(a, b))
-    if found.comparable:
-        found = dataclasses.replace(found, facts=(*found.facts, *_stored_views(a, b, progress)))
-    if found.comparable and a.manifest.contents == b.manifest.contents == "all":
-        return _with_distances(found, a, b, taus, rows, progress)
-    return found
+    comparison = Comparison(a.location, b.location, tuple(facts(a, b)), shared_views(a, b))
+    if comparison.comparable:
+        comparison = dataclasses.replace(comparison, facts=(*comparison.facts, *_stored_views(a, b, progress)))
+    if comparison.comparable and a.manifest.contents == b.manifest.contents == "all":
+        return _with_distances(comparison, a, b, taus, rows, progress)
+    return comparison
 
 
 def shared_views(*archives: Archive) -> range:
-    """The numbers of the views that all of the archives have."""
+    """Numbers of the views that all archives have."""
     first = max(archive.views.start for archive in archives)
     return range(first, max(first, min(archive.views.stop for archive in archives)))
 
 
 def other_views(a: Archive, rows_a: Rows, b: Archive, rows_b: Rows) -> NDArray[np.bool_]:
-    """Which of two archives' rows are not of the same sample's same view, as far as the stored fingerprints tell: `[n]`."""
+    """Whether each row pair shows different views, by sample numbers and stored fingerprints: bool `[n]`."""
     evidence = _evidence(a, b)
     differs = np.atleast_2d((getattr(rows_a, evidence) != getattr(rows_b, evidence)).T).any(axis=0)
     result: NDArray[np.bool_] = differs | (rows_a.sample != rows_b.sample)
@@ -160,12 +160,12 @@ def other_views(a: Archive, rows_a: Rows, b: Archive, rows_b: Rows) -> NDArray[n
 
 
 def _evidence(a: Archive, b: Archive) -> str:
-    """The column that tells views apart: their digests, unless these were computed by different rules."""
+    """The column that identifies views: the digest, or the probe where digests were computed by different rules."""
     return "digest" if a.manifest.probe_version == b.manifest.probe_version else "probe"
 
 
 def _stored_views(a: Archive, b: Archive, progress: Progress) -> Iterator[Fact]:
-    """Whether the rows of the shared views are of the same samples' same views: by what is stored, not by what is claimed."""
+    """Facts from stored columns: whether the rows of the shared views show the same views, and in the same order."""
     evidence, views = _evidence(a, b), shared_views(a, b)
     total, moved, other = len(views) * a.num_samples, 0, 0
     stored, examples = False, list[str]()
@@ -189,12 +189,12 @@ def _stored_views(a: Archive, b: Archive, progress: Progress) -> Iterator[Fact]:
 
 
 def _with_distances(
-    found: Comparison, a: Archive, b: Archive, taus: Sequence[float], rows: int, progress: Progress
+    comparison: Comparison, a: Archive, b: Archive, taus: Sequence[float], rows: int, progress: Progress
 ) -> Comparison:
     measured: dict[float, list[NDArray[np.float64]]] = {tau: [] for tau in taus}
     agreeing, moved, unequal, largest, done = 0, 0, 0, 0.0, 0
-    count = min(rows, len(found.views) * a.num_samples)
-    for block in spread(found.views, a.num_samples, rows, max(1, BLOCK_VALUES // a.num_classes)):
+    count = min(rows, len(comparison.views) * a.num_samples)
+    for block in spread(comparison.views, a.num_samples, rows, max(1, BLOCK_VALUES // a.num_classes)):
         of_a = [a.take(view, positions) for view, positions in block]
         of_b = [_of_samples(b, view, positions, part.sample) for (view, positions), part in zip(block, of_a, strict=True)]
         x, y = (np.concatenate([part.logits for part in parts]) for parts in (of_a, of_b))
@@ -210,8 +210,8 @@ def _with_distances(
     note = f"up to {largest:.3g} apart" + ("" if moved else ", by what the codecs round")
     logits = Fact("logits", *_counts(done, unequal, "equal"), moved == 0, "other contents", note if unequal else "")
     return dataclasses.replace(
-        found,
-        facts=(*found.facts, logits),
+        comparison,
+        facts=(*comparison.facts, logits),
         rows=done,
         agreement=100.0 * agreeing / done,
         max_logit=largest,
@@ -220,19 +220,19 @@ def _with_distances(
 
 
 def _of_samples(archive: Archive, view: int, positions: NDArray[np.int64], samples: NDArray[np.int64]) -> Rows:
-    """Rows of `samples`, which are nearly always those at `positions`: looking them up takes a whole column."""
+    """Rows of `samples`. Tries `positions` first, since a search by sample reads a whole column."""
     rows = archive.take(view, positions)
     return rows if np.array_equal(rows.sample, samples) else archive.find(view, samples)
 
 
 def _rounding(archive: Archive, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The most by which storing moved a logit of each row `[n]`; what was stored is rounded to itself."""
+    """The largest rounding error of the codec in each row, `[n]`. Encoding stored logits again gives the same codes."""
     codes = codec.from_dict(archive.manifest.codec)
     return codes.max_error(codes.encode(logits))
 
 
 def _row_distances(a: NDArray[np.float32], b: NDArray[np.float32], tau: float) -> NDArray[np.float64]:
-    """KL both ways, the largest difference of a probability, and both relative entropies, of each row: `[5, n]`."""
+    """Per row: KL(a || b), KL(b || a), largest |p_a - p_b|, relative entropies of a and b. Float64 `[5, n]`."""
     log_p, log_q = log_softmax(a, tau), log_softmax(b, tau)
     p, q = np.exp(log_p), np.exp(log_q)
     ratio = log_p - log_q
@@ -269,7 +269,7 @@ def _dataset(manifest: Manifest) -> str | None:
 
 
 def view_range(views: range) -> str:
-    """Numbers of views in words."""
+    """View numbers as text, such as "0 to 9"."""
     return f"{views.start} to {views.stop - 1}" if len(views) > 1 else str(views.start)
 
 
@@ -288,7 +288,7 @@ def _classes(a: Sequence[str], b: Sequence[str]) -> Fact:
 
 
 def _differing_fields(a: ViewPolicy | None, b: ViewPolicy | None) -> Iterator[tuple[str, object, object]]:
-    """Dotted name and both values of every field in which two policies differ."""
+    """Dotted name and both values of every differing policy field."""
     if a and b:
         x, y = (_flat(policy.model_dump(mode="json")) for policy in (a, b))
         for name in x | y:
@@ -297,10 +297,10 @@ def _differing_fields(a: ViewPolicy | None, b: ViewPolicy | None) -> Iterator[tu
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _counts(total: int, differing: int, alike: str) -> tuple[str, str]:

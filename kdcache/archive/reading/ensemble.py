@@ -23,13 +23,13 @@ LONGEST_NAME = 100
 
 
 class Ensemble:
-    """K archives whose rows are averaged; with one member, that archive as it is.
+    """K archives read as one, with averaged rows. An ensemble of one archive gives its rows unchanged.
 
-    `average="logits"` gives rows z = mean_k z_k. `average="probabilities"` stands for p = mean_k softmax(z_k / tau), which
-    takes tau: rows keep all teachers' logits `[n, K, C]`, and `kdcache.targets.averaged` makes tau log p of them.
+    `average="logits"` gives rows z = mean_k z_k. `average="probabilities"` means p = mean_k softmax(z_k / tau), which
+    depends on tau: rows keep all teachers' logits `[n, K, C]`, and `kdcache.targets.averaged` turns them into tau log p.
 
-    The members' order has no effect. What it shares with `Archive` is what training needs; the views are those that all
-    members have. Raises IncompatibleError, naming what differs, for archives whose rows do not belong together.
+    The order of the members has no effect. An ensemble has the part of the interface of `Archive` that training needs,
+    and the views that all members have. Raises IncompatibleError for archives whose rows do not belong together.
     """
 
     def __init__(self, members: Sequence[Archive], average: Average = "logits") -> None:
@@ -51,18 +51,18 @@ class Ensemble:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the first member: its policy, source and canvas are those of all. Digest, teacher and files are not."""
+        """The first member's manifest. Policy, source and canvas are the same in all; digest, teacher and files are not."""
         return self.members[0].manifest
 
     @property
     def digest(self) -> str:
-        """Identifies all members and how they are averaged."""
+        """Digest of the members' digests and the kind of average."""
         digests = [archive.manifest.digest for archive in self.members]
         return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps([self.average, *digests]).encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        """For folders: the members' names, cut where they are long."""
+        """The members' names joined, shortened if long; for names of folders."""
         names = "+".join(sorted(archive.name for archive in self.members))
         return names if len(self.members) == 1 or len(names) <= LONGEST_NAME else f"{names[:LONGEST_NAME]}-{self.digest[:8]}"
 
@@ -87,11 +87,11 @@ class Ensemble:
         return self.manifest.class_names
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Label of every sample, int64 `[N]`; None if the first archive was written without."""
+        """Label of every sample, int64 `[N]`; None if the first archive has no labels."""
         return self.members[0].labels()
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
-        """Rows at any `positions` of `view`: `logits` `[n, C]`, or `[n, K, C]`; all else is as the first member stored it.
+        """Rows at any `positions` of `view`: `logits` `[n, C]`, or `[n, K, C]`; the first member's other fields.
 
         Raises IncompatibleError if the members' rows are not of the same views.
         """
@@ -107,22 +107,22 @@ class Ensemble:
         return rows[0].with_logits(logits)
 
     def prefetch(self, *views: int) -> None:
-        """Begin to fetch the files of these views, of archives that are not on this machine. Returns at once."""
+        """Start fetching the files of these views of remote members. Returns at once."""
         for archive in self.members:
             archive.prefetch(*views)
 
     def fetch(self, view: int, progress: Progress | None = None) -> None:
-        """Have all files of a view on this machine, for readers in whatever process."""
+        """Fetch all files of a view, so that any process on this machine can read it."""
         for archive in self.members:
             archive.fetch(view, progress)
 
     def spread_logits(self) -> Iterator[NDArray[np.float32]]:
-        """Logits of at most 65,536 evenly spaced rows, in blocks `[n, C]`, or `[n, K, C]` as `take` gives them."""
+        """Logits of at most 65,536 evenly spaced rows, in float32 blocks `[n, C]` or `[n, K, C]`, as in `take`."""
         for block in spread(self.views, self.num_samples):
             yield np.concatenate([self.take(view, positions).logits for view, positions in block])
 
 
-AnyArchive = Archive | Ensemble  # what students are trained from
+AnyArchive = Archive | Ensemble  # students are trained from either
 
 
 def _require_aligned(a: Archive, b: Archive) -> None:

@@ -1,7 +1,7 @@
-"""What storing an archive's logits with another codec would cost: divergence, ranks, entropies and bytes, measured on its rows.
+"""Fidelity of codecs: how another codec would change an archive's logits, measured as divergence, ranks, entropies and bytes.
 
-The rows that an archive gives are the truth here. What its own codec lost when they were written is lost for them too, and
-cannot be measured any more; that codec's bound says how much it can have been.
+The archive's rows count as the truth here. The loss of the archive's own codec cannot be measured afterwards; its bound
+says how large it can be.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,38 +17,38 @@ from kdcache.system.progress import Progress
 
 __all__ = ["CodecFidelity", "TauFidelity", "measure_fidelity", "rank_correlation"]
 
-CHUNK = 1 << 17  # logits: what the layouts compress at a time, and what stays in a core's cache
+CHUNK = 1 << 17  # logits; layouts compress this many at a time, and they stay in a core's cache
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TauFidelity:
-    """What a codec changes at one temperature, against the rows as they are: over all of them, the mean and the most."""
+    """Changes by a codec at one temperature, as mean and maximum over the rows."""
 
     tau: float
     kl_mean: float  # KL(p || p^), nats
     kl_max: float
-    kl_bound: float  # the most that the codec allows in any of these rows
+    kl_bound: float  # largest bound of the codec over these rows
     bound_share: float  # the largest KL as a fraction of its own row's bound; at most 1
     probability_max: float  # |p - p^|
     entropy_mean: float  # |change of H^(p)|
     entropy_max: float
-    entropy_rest_mean: float  # and of H^(p-bar)
+    entropy_rest_mean: float  # |change of H^(p-bar)|
     entropy_rest_max: float
 
 
 @dataclass(frozen=True)
 class CodecFidelity:
-    """What a codec costs. `refused` says why it cannot hold these rows, where it cannot; then there are no figures."""
+    """Loss and size of one codec. If the codec cannot hold these rows, `refused` says why and the figures are unset."""
 
     codec: str
     rows: int
     refused: str = ""
-    bytes_per_logit: float = 0.0  # with the row's parameters
-    compressed: dict[str, float] = field(default_factory=dict)  # bytes a logit by lossless compression
+    bytes_per_logit: float = 0.0  # includes the row's parameters
+    compressed: dict[str, float] = field(default_factory=dict)  # bytes per logit, by lossless compression
     logit_max: float = 0.0  # largest change of a logit
-    logit_bound: float = 0.0  # the most that the codec allows in any of these rows
+    logit_bound: float = 0.0  # largest bound of the codec over these rows
     argmax_changes: int = 0
     rank_mean: float | None = None  # Spearman's correlation of the classes below the top one; None: nowhere defined
     rank_min: float | None = None
@@ -58,7 +58,7 @@ class CodecFidelity:
 def measure_fidelity(
     blocks: Iterable[NDArray[np.float32]], rows: int, codecs: Sequence[str], taus: Sequence[float], progress: Progress
 ) -> list[CodecFidelity]:
-    """Encode and decode `blocks` of logits float32 `[n, C]`, `rows` of them in all, with each codec, and compare at every tau."""
+    """Encode and decode `blocks` of logits, float32 `[n, C]` with `rows` rows in all, with each codec; compare at every tau."""
     trials = [_Trial(name, len(taus)) for name in codecs]
     done = 0
     for block in blocks:
@@ -97,10 +97,10 @@ def _compare(truth: NDArray[np.float32], trials: Sequence["_Trial"], taus: Seque
 
 
 def _divergence(p: Floats, truth: NDArray[np.float32], decoded: NDArray[np.float32], tau: float) -> Floats:
-    """KL(p || p^) of each row, in nats.
+    """KL(p || p^) of each row, in nats: float64 `[n]`.
 
-    With x the change of z / tau less its mean under p, it is log E_p[e^x] = log1p(E_p[e^x - 1 - x]): exact to the last digits
-    even where x is 1e-6 and the divergence 1e-12, which the difference of two logarithms would lose.
+    Let x be the change of z / tau minus its mean under p. Then KL = log E_p[e^x] = log1p(E_p[e^x - 1 - x]). This is exact
+    even for x of 1e-6 and a divergence of 1e-12, where a difference of two logarithms loses all digits.
     """
     x = (decoded.astype(np.float64) - truth) / tau
     x -= np.einsum("nc,nc->n", p, x)[:, None]
@@ -108,12 +108,12 @@ def _divergence(p: Floats, truth: NDArray[np.float32], decoded: NDArray[np.float
     return np.maximum(kl, 0.0)
 
 
-def rank_correlation(one: NDArray, other: NDArray) -> Floats:
-    """Spearman's rank correlation of the rows of two arrays `[n, C]`, ties sharing their mean rank: float64 `[n]`.
+def rank_correlation(truth: NDArray, other: NDArray) -> Floats:
+    """Spearman's rank correlation of the rows of two arrays `[n, C]`: float64 `[n]`. Ties share their mean rank.
 
-    NaN for rows of `one` that are constant and have no ranks; 0 where only the other's is.
+    NaN where the row of `truth` is constant; 0 where only the row of `other` is.
     """
-    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (_ranks(one), _ranks(other)))
+    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (_ranks(truth), _ranks(other)))
     norm_a, norm_b = (np.sqrt(np.einsum("nc,nc->n", x, x)) for x in (a, b))
     product = np.einsum("nc,nc->n", a, b)
     correlation: Floats = np.divide(product, norm_a * norm_b, out=np.zeros(len(a)), where=norm_a * norm_b > 0)
@@ -121,7 +121,7 @@ def rank_correlation(one: NDArray, other: NDArray) -> Floats:
 
 
 def _ranks(values: NDArray) -> Floats:
-    """Mean ranks of each row, counted from 0."""
+    """Ranks within each row, from 0; ties share their mean rank."""
     order = values.argsort(axis=1)
     ascending = np.take_along_axis(values, order, axis=1)
     place = np.broadcast_to(np.arange(values.shape[1]), values.shape)
@@ -142,7 +142,7 @@ def _without(logits: NDArray[np.float32], top: NDArray[np.int64]) -> NDArray[np.
 
 
 class _Summary:
-    """Mean and extremes of values that come in parts; NaNs are no values."""
+    """Mean and extremes of values that arrive in parts. NaNs are ignored."""
 
     def __init__(self) -> None:
         self.total, self.count, self.min, self.max = 0.0, 0, np.inf, -np.inf
@@ -160,7 +160,7 @@ class _Summary:
 
 
 class _Trial:
-    """One codec under trial: what it made of the rows at hand, and what was found so far."""
+    """One codec under trial: its encoding of the current rows, and the summaries so far."""
 
     def __init__(self, name: str, taus: int) -> None:
         self.name, self.codec = name, codec.build(name)
@@ -171,7 +171,7 @@ class _Trial:
         self.per_tau: list[dict[str, _Summary]] = [{} for _ in range(taus)]
 
     def store(self, rows: NDArray[np.float32]) -> bool:
-        """Encode and decode `rows`; False if the codec refuses them, or refused others before."""
+        """Encode and decode `rows`. Returns False if the codec refuses them, or has refused rows before."""
         if self.refused:
             return False
         try:
@@ -196,17 +196,17 @@ class _Trial:
         per_tau = [
             TauFidelity(
                 tau=tau,
-                kl_mean=found["kl"].mean,
-                kl_max=found["kl"].max,
-                kl_bound=found["bound"].max,
-                bound_share=found["share"].max,
-                probability_max=found["probability"].max,
-                entropy_mean=found["entropy"].mean,
-                entropy_max=found["entropy"].max,
-                entropy_rest_mean=found["entropy_rest"].mean,
-                entropy_rest_max=found["entropy_rest"].max,
+                kl_mean=summaries["kl"].mean,
+                kl_max=summaries["kl"].max,
+                kl_bound=summaries["bound"].max,
+                bound_share=summaries["share"].max,
+                probability_max=summaries["probability"].max,
+                entropy_mean=summaries["entropy"].mean,
+                entropy_max=summaries["entropy"].max,
+                entropy_rest_mean=summaries["entropy_rest"].mean,
+                entropy_rest_max=summaries["entropy_rest"].max,
             )
-            for tau, found in zip(taus, self.per_tau, strict=True)
+            for tau, summaries in zip(taus, self.per_tau, strict=True)
         ]
         return CodecFidelity(
             codec=self.name,

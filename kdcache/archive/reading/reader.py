@@ -1,4 +1,4 @@
-"""Reading an archive: NumPy and the layout's library, nothing else."""
+"""Archives: opening one, and reading its rows. This needs NumPy and no deep-learning framework."""
 
 import io
 import json
@@ -44,8 +44,8 @@ __all__ = ["Archive", "open_archive"]
 def open_archive(path: str | os.PathLike[str]) -> "Archive":
     """Open a finished archive: a folder, or a URL such as https://HOST/FOLDER, s3://BUCKET/FOLDER or hf://datasets/ORG/NAME.
 
-    Raises NotFoundError, IncompleteError, IntegrityError, IncompatibleError, or RetryError where a server cannot be reached.
-    Files of remote archives are fetched when they are first needed, checked, and kept in a cache.
+    Files of remote archives are fetched at their first use, checked, and kept in a cache. Raises NotFoundError,
+    IncompleteError, IntegrityError, IncompatibleError, or RetryError if a server cannot be reached.
     """
     if is_url(path):
         return _open_remote(str(path))
@@ -94,16 +94,16 @@ def _open_remote(url: str) -> "Archive":
 
 
 def _has_begun(store: CachedStore) -> bool:
-    """Whether there is something where an archive without manifest should be, as far as the server lets us know."""
+    """Whether an archive without manifest has files on the server, as far as the server tells."""
     with suppress(NotFoundError):
         return any(True for _ in store.remote.names()) or store.exists(f"{WORK}/plan.json")
     return False
 
 
 def _manifest_fix(store: LocalStore) -> str:
-    """How to get a manifest again."""
+    """The advice for a damaged manifest."""
     folder, manifest = (shlex.quote(str(part)) for part in (store.root, store.path(MANIFEST_NAME)))
-    if store.exists(f"{WORK}/plan.json"):  # what is needed to write one is there, or can be computed again
+    if store.exists(f"{WORK}/plan.json"):  # the dump's records are there, so it can write the manifest again
         return f"restore it from a copy, or write it anew: rm {manifest} && kdcache finalize {folder}"
     aside = shlex.quote(f"{store.root}.damaged")
     return f"restore it from a copy; or get the archive anew, after setting this one aside: mv {folder} {aside}"
@@ -118,9 +118,9 @@ def _resume_command(store: LocalStore) -> str:
 
 
 def dump_command(provenance: Mapping[str, Any]) -> str:
-    """The command that a dump is to be continued with, as it was recorded, where that is one of kdcache's.
+    """The recorded command that continues a dump, if it is a command of kdcache.
 
-    Who made an archive may have written anything there: its words are quoted anew, so that a shell sees arguments only.
+    The record may come from a stranger. Its words are quoted again, so that a shell sees only arguments.
     """
     command = provenance.get("command") if isinstance(provenance, Mapping) else None
     if isinstance(command, str) and len(command) <= 1000 and command.isprintable():
@@ -129,18 +129,18 @@ def dump_command(provenance: Mapping[str, Any]) -> str:
         except ValueError:
             words = []
         if words[:2] in (["kdcache", "dump-teacher"], ["kdcache", "quickstart"]):
-            share = [number for number, word in enumerate(words) if word == "--shard"]  # of one process; all of it is wanted
+            share = [number for number, word in enumerate(words) if word == "--shard"]  # drop the share of a single process
             return shlex.join(word for number, word in enumerate(words) if number not in share and number - 1 not in share)
     return "run the same dump-teacher command again; it goes on where it stopped"
 
 
 class Archive:
-    """A finished archive. Positions order the rows of a view; `find` looks them up by sample instead."""
+    """A finished archive. Rows of a view are addressed by position, or with `find` by sample number."""
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
-        self.views = manifest.views  # their numbers are the policy's: those of a part of an archive need not begin at 0
+        self.views = manifest.views  # the policy's numbers; those of a part of an archive may begin above 0
         self.num_views, self.num_samples, self.num_classes = manifest.num_views, manifest.num_samples, manifest.num_classes
         self.class_names = manifest.class_names
         self._codec = codec.from_dict(manifest.codec)
@@ -163,27 +163,27 @@ class Archive:
         return f"<Archive {self.location} {size} {self.manifest.digest[:8]}>"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return open_archive, (self.location,)  # another process maps the files itself
+        return open_archive, (self.location,)  # the receiving process maps the files again
 
     @property
     def digest(self) -> str:
-        """What identifies it, sha256: of its rows, teacher, policy and data, whatever the layout."""
+        """The sha256 that identifies rows, teacher, policy and data. It is the same in every layout."""
         return self.manifest.digest
 
     @property
     def location(self) -> str:
-        """The folder or URL that it was opened at."""
+        """The folder or URL from which the archive was opened."""
         return self.store.name
 
     @property
     def name(self) -> str:
-        """The last part of its location, less a revision: what folders of runs are called after."""
+        """The last part of the location, without a revision. Folders of runs are named after it."""
         last = self.location.rstrip("/").rpartition("/")[2]
         return last.partition("@")[0] if is_url(self.location) else last
 
     @property
     def path(self) -> Path:
-        """The folder of an archive on this machine; UsageError for one elsewhere."""
+        """The archive's folder. Raises UsageError for a remote archive."""
         if not isinstance(self.store, LocalStore):
             raise UsageError(
                 f"{self.location} is no folder on this machine",
@@ -193,7 +193,7 @@ class Archive:
         return self.store.root
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Label of every sample, int64 `[N]`; None if the archive was written without."""
+        """Label of every sample, int64 `[N]`; None if the archive has no labels."""
         self._check_files()
         labels = self.reader.labels()
         if labels is not None and (wrong := (labels < 0) | (labels >= self.num_classes)).any():
@@ -205,12 +205,12 @@ class Archive:
         return labels
 
     def keys(self) -> list[str] | None:
-        """Key of every sample, `[N]`; None if the archive was written without."""
+        """Key of every sample, `[N]`; None if the archive has no keys."""
         self._check_files()
         return self.reader.keys()
 
     def grown(self) -> "Archive | None":
-        """The archive as it is now, if views have been appended to it since it was opened."""
+        """The archive opened again if views were appended since it was opened; else None."""
         try:
             now = open_archive(self.location) if isinstance(self.store, LocalStore) else self
         except KdcacheError:
@@ -246,18 +246,18 @@ class Archive:
             ) from None
 
     def read(self, view: int, start: int, stop: int) -> Rows:
-        """Rows at positions `start` to `stop` (exclusive) of `view`."""
+        """Rows at positions `start` to `stop` (exclusive) of `view`, which are read at first use."""
         self._check_range(view, start, stop)
         return Rows(self, view, slice(start, stop))
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
-        """Rows at any `positions` of `view`, in their order."""
+        """Rows at any `positions`, int64 `[n]`, of `view`, in the order of `positions`."""
         positions = np.asarray(positions, np.int64)
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
         return Rows(self, view, positions)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
-        """Rows of the given sample numbers in `view`, in their order."""
+        """Rows of any sample numbers `samples`, int64 `[n]`, in `view`, in the order of `samples`."""
         samples = np.asarray(samples, np.int64)
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
@@ -265,7 +265,7 @@ class Archive:
         return self.take(view, self._position_of(view)[samples])
 
     def spread_logits(self, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
-        """Logits of at most `most` evenly spaced rows, in blocks float32 `[n, C]`: for averages over the archive."""
+        """Logits of at most `most` evenly spaced rows, in blocks float32 `[n, C]`, for averages over the archive."""
         self._require_logits()
         return spread_logits(self.manifest, self.reader, most)
 
@@ -275,7 +275,7 @@ class Archive:
         return self.checked(name, view, slice(0, self.num_samples))
 
     def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        """A copy of what `gather` gives. Numbers of samples and classes, which people take places by, are within their range."""
+        """A copy of `gather`'s values. Sample and class numbers are checked against their range, so they are safe as indices."""
         values = np.array(self.gather(name, view, rows))
         numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
         if numbers and values.size and not 0 <= values.min() <= values.max() < numbers:
@@ -287,49 +287,49 @@ class Archive:
         return values
 
     def stored(self, view: int, block: int) -> dict[str, NDArray]:
-        """The fields of one shard as they are stored, `[n, ...]` each; codecs turn them into logits."""
+        """The stored fields of one shard, `[n, ...]` each. The codec decodes them to logits."""
         rows = slice(0, self.manifest.block_rows(block))
         return {name: self.reader.gather(name, view, block, rows) for name in self._types}
 
     def prefetch(self, *views: int) -> None:
-        """Begin to fetch the files of these views, where they are not on this machine. Returns at once.
+        """Start fetching the files of these views of a remote archive. Returns at once.
 
-        The first ones matter most: what would not fit into the cache beside them is left for later.
+        Earlier views have priority; files that do not fit into the cache beside theirs are skipped.
         """
         self.store.prefetch(name for view in views for name in self._files_of(view))
 
     def fetch(self, view: int, progress: Progress | None = None) -> None:
-        """Have all files of a view on this machine, for readers in whatever process."""
+        """Fetch all files of a view, so that any process on this machine can read it."""
         self.store.fetch(self._files_of(view), progress or Silent())
 
     def _files_of(self, view: int) -> Iterator[str]:
         return (name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
 
     def gather(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        """A stored field at a slice of positions or at any positions, `[n, ...]`; perhaps mapped, and not to be changed."""
+        """A stored field at a slice or an array of positions, `[n, ...]`. It may be a memory map: do not change it."""
         shards = self._in_shards(rows) if isinstance(rows, slice) else self._scattered(rows)
         parts = [(where, self.reader.gather(name, view, block, inside)) for block, inside, where in shards]
         if len(parts) == 1:
             return parts[0][1]
         dtype, shape = self._types[name]
-        found = np.empty((count_of(rows), *shape), dtype)
+        gathered = np.empty((count_of(rows), *shape), dtype)
         for where, values in parts:
-            found[where] = values
-        return found
+            gathered[where] = values
+        return gathered
 
     def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits at a slice of positions or at any positions: float32 `[n, C]`. See `read`, `take` and `find`."""
+        """Logits at a slice or an array of positions: float32 `[n, C]`. See also `read`, `take` and `find`."""
         self._require_logits()
         if isinstance(rows, slice):
             return self._slice_of_logits(view, rows)
-        found = np.empty((len(rows), self.num_classes), np.float32)
+        decoded = np.empty((len(rows), self.num_classes), np.float32)
         for block, inside, where in self._scattered(rows):
             stored = {name: self.reader.gather(name, view, block, inside) for name in ("logits", *self._codec.parameters)}
-            found[where] = self._codec.decode(stored)
-        return found
+            decoded[where] = self._codec.decode(stored)
+        return decoded
 
     def _slice_of_logits(self, view: int, rows: slice) -> NDArray[np.float32]:
-        """Decoded piece by piece, each while it is in the cache, from shards that are opened before memory is taken."""
+        """Logits decoded piece by piece, while each is in the CPU's cache. Shards are opened before memory is allocated."""
         shards = [
             (
                 self.reader.pieces("logits", view, block, inside),
@@ -337,18 +337,18 @@ class Archive:
             )
             for block, inside, _ in self._in_shards(rows)
         ]
-        found = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
+        decoded = np.empty((rows.stop - rows.start, self.num_classes), np.float32)
         end = 0
         for pieces, beside in shards:
             first = end
             for piece in pieces:
                 start, end = end, end + piece.size // self.num_classes
                 stored = {name: values[start - first : end - first].reshape(piece.shape[:-1]) for name, values in beside.items()}
-                self._codec.decode({"logits": piece, **stored}, found[start:end].reshape(piece.shape))
-        return found
+                self._codec.decode({"logits": piece, **stored}, decoded[start:end].reshape(piece.shape))
+        return decoded
 
     def _in_shards(self, rows: slice) -> Iterator[tuple[int, slice, slice]]:
-        """The shards that a slice of positions is in: number of the block, rows in it, and where they are in the slice."""
+        """The shards that hold a slice of positions: (block, rows within the block, their places in the slice)."""
         size, at = self.manifest.shard_rows, rows.start
         while at < rows.stop:
             block, first = divmod(at, size)
@@ -357,7 +357,7 @@ class Archive:
             at += count
 
     def _scattered(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """The same for positions in any order."""
+        """`_in_shards` for an array of positions in any order."""
         blocks, inside = np.divmod(rows, self.manifest.shard_rows)
         for block in np.unique(blocks).tolist():
             where = np.flatnonzero(blocks == block)
@@ -372,21 +372,21 @@ class Archive:
             )
 
     def _check_files(self) -> None:
-        """Compare the files that belong to no shard with the manifest, once; what is for people they may edit."""
+        """Check once that the files that belong to no shard match the manifest. Files for people may be edited."""
         if not self._files_checked:
             Verifier(self, "full").verify_files_of_no_shard().raise_if_failed()
             self._files_checked = True
 
     def _record_of(self, name: str) -> FileRecord:
-        """What the manifest says of a file."""
-        found = self._records.get(name)
-        if found is None:
+        """The record of a file. Raises IntegrityError if the archive has none."""
+        record = self._records.get(name)
+        if record is None:
             raise IntegrityError(
                 f"{name} is no file of {self.location}",
                 why="neither its manifest nor its table of shards names it",
                 fix="get the archive again from whoever made it",
             )
-        return found
+        return record
 
     def records(self) -> Iterator[FileRecord]:
         """The records of all files but the manifest."""
@@ -400,7 +400,7 @@ class Archive:
         return {record.path: record for record in self.records()}
 
     def _positions(self, view: int) -> NDArray[np.int64]:
-        """Where each sample sits in a view: `[N]`."""
+        """Position of each sample in a view, int64 `[N]`."""
         sample = self.gather("sample", view, slice(0, self.num_samples))
         positions = np.full(self.num_samples, -1)
         if not ((sample < 0) | (sample >= self.num_samples)).any():
@@ -425,5 +425,5 @@ class Archive:
         return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
 
     def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
-        """Compare the files with the manifest: `quick` looks at sizes, `full` at sha256 of bytes and at every row."""
+        """Compare the files with the manifest: `quick` compares sizes, `full` also sha256 and every row."""
         return Verifier(self, level).verify(progress or Silent())

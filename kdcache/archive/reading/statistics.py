@@ -1,4 +1,4 @@
-"""What a finished archive says about its teacher, computed once when it is finished."""
+"""Statistics of a teacher's logits, computed once when the archive is finished."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import LogitMoments, Plan, Statistics, StatisticsDetails, TauDetail, TauStatistics
+from kdcache.archive.format.manifest import ArchivePlan, LogitMoments, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.archive.layouts import ShardReader
 from kdcache.codecs import codec
 from kdcache.errors import IntegrityError
@@ -23,22 +23,24 @@ BLOCK_LOGITS = 1 << 22  # 16 MB
 BINS = 32
 MOMENT_BINS = 24
 RANKS = 64
-FIRST_RANKS = 20  # what the temperature study's Fig. 4 shows
+FIRST_RANKS = 20  # the ranks in Fig. 4 of the temperature study
 MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None, "jitter": None, "erase": None}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def compute_statistics(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress) -> Statistics:
-    """Figures per temperature over at most 65,536 evenly spaced rows, and top-1 over all views."""
+def compute_statistics(
+    plan: ArchivePlan, reader: ShardReader, labels: NDArray[np.int64] | None, progress: Progress
+) -> Statistics:
+    """Figures per temperature from at most 65,536 evenly spaced rows, and top-1 from all views."""
     rows = min(plan.num_views * plan.num_samples, MAX_ROWS)
     measured = measure_logits(spread_logits(plan, reader), rows, PAPER_TAUS, progress)
     return measured.model_copy(update={"top1_views": _top1(plan, reader, labels)})
 
 
 def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Sequence[float], progress: Progress) -> Statistics:
-    """Statistics of `blocks` of logits float32 `[n, C]`, `rows` of them in all, at every tau; without top-1.
+    """Statistics at every tau of `blocks` of logits, float32 `[n, C]` with `rows` rows in all; without top-1.
 
-    One block is held at a time, and of the rows nothing but two entropies per tau.
+    Memory holds one block at a time, two entropies per row and tau, and two moments per row.
     """
     entropies = np.empty((2, len(taus), rows))
     moments = np.empty((2, rows))
@@ -83,12 +85,12 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
                 smoothing_mean_entropy=float(matched_smoothing(h.mean(), classes)),
             )
         )
-    found = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
-    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=found)
+    statistics_details = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
+    return Statistics(rows=rows, per_tau=tuple(per_tau), top1_views=None, details=statistics_details)
 
 
 def spread_ranks(classes: int) -> tuple[int, ...]:
-    """Ranks at which the mean sorted softmax is kept: all of few; of many the first 20, then evenly spaced on a log scale."""
+    """Ranks at which the mean sorted softmax is kept: all up to 64 classes; else the first 20, then log-spaced ones."""
     if classes <= RANKS:
         return tuple(range(1, classes + 1))
     later = np.geomspace(FIRST_RANKS, classes, RANKS - FIRST_RANKS + 1).round().astype(int)
@@ -100,11 +102,11 @@ def _histogram(values: NDArray[np.float64]) -> tuple[int, ...]:
 
 
 def moment_histogram(mean: NDArray[np.float64], std: NDArray[np.float64]) -> LogitMoments:
-    """Of rows whose logits have these means and standard deviations, both `[N]`."""
+    """Histogram of rows by the mean and the standard deviation of their logits, float64 `[N]` each."""
 
     def extent(values: NDArray[np.float64]) -> tuple[float, float]:
         low, high = float(values.min()), float(values.max())
-        return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # bins of some width also where all are as good as equal
+        return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # bins need a width even if all values are equal
 
     ranges = extent(mean), extent(std)
     counts = np.histogram2d(mean, std, MOMENT_BINS, ranges)[0].astype(int)
@@ -120,20 +122,23 @@ def moment_histogram(mean: NDArray[np.float64], std: NDArray[np.float64]) -> Log
 def spread(
     views: range, num_samples: int, most: int = MAX_ROWS, block: int = BLOCK
 ) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
-    """At most `most` rows, evenly spaced over `views` and their positions, `block` at a time: (view, positions) pairs."""
+    """At most `most` rows, evenly spaced over `views` and positions. Yields lists of (view, positions), `block` rows each."""
     total = len(views) * num_samples
     count = min(total, most)
     step, rest = divmod(total, count)
     for first in range(0, count, block):
         numbers = np.arange(first, min(first + block, count))
-        rows = numbers * step + numbers * rest // count  # numbers * total would overflow where a stranger says so
+        rows = numbers * step + numbers * rest // count  # numbers * total could overflow for a stranger's num_samples
         view, position = np.divmod(rows, num_samples)
         starts = np.flatnonzero(np.diff(view, prepend=-1))
         yield [(views[view[i]], position[i:j]) for i, j in itertools.pairwise([*starts, len(rows)])]
 
 
-def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
-    """Logits float32 of at most `most` rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]` of 16 MB."""
+def spread_logits(plan: ArchivePlan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
+    """Logits of at most `most` rows, evenly spaced over views and positions, in float32 blocks `[n, C]`.
+
+    A block has at most 4096 rows and about 16 MB. Raises IntegrityError for logits that are not finite.
+    """
     coding = codec.from_dict(plan.codec)
     step = max(1, min(BLOCK, BLOCK_LOGITS // plan.num_classes))
     for pairs in spread(plan.views, plan.num_samples, most, step):
@@ -148,14 +153,14 @@ def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iter
 
 
 def _by_block(positions: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Ascending `positions` of a view by the block that holds them: its number, and the rows within it."""
+    """Ascending `positions` of a view, grouped by block: (block, rows within the block)."""
     block, inside = np.divmod(positions, shard_rows)
     starts = np.flatnonzero(np.diff(block, prepend=-1))
     return ((int(block[i]), inside[i:j]) for i, j in itertools.pairwise([*starts, len(block)]))
 
 
-def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
-    """Percent of rows whose argmax is the label of the sample with the larger share of the view."""
+def _top1(plan: ArchivePlan, reader: ShardReader, labels: NDArray[np.int64] | None) -> float | None:
+    """Percent of rows whose argmax is the label; a mixed view counts the sample with the larger share."""
     if labels is None:
         return None
     hits = 0
@@ -166,16 +171,16 @@ def _top1(plan: Plan, reader: ShardReader, labels: NDArray[np.int64] | None) -> 
             raise _no_logits(f"sample numbers beyond {plan.num_samples:,} in view {view}")
         dominant = sample
         if plan.policy and plan.policy.mix:
-            # Each draw has a column of its own, so leaving out all but order and mixing moves none of them.
+            # Every draw has its own random column, so dropping the other pieces does not change order and mixing.
             table = plan.policy.model_copy(update=MIXING_ONLY).parameters(view, plan.num_samples)
             dominant = np.where(table.lam >= 0.5, table.sample, table.partner)
         hits += int((labels[dominant] == argmax).sum())
     return 100.0 * hits / (plan.num_views * plan.num_samples)
 
 
-def _no_logits(what: str) -> IntegrityError:
+def _no_logits(nonsense: str) -> IntegrityError:
     return IntegrityError(
-        f"the archive holds {what}",
+        f"the archive holds {nonsense}",
         why="kdcache writes none; who wrote these rows computed their checksums too",
         fix="do not use this archive; get it again from whoever made it",
     )

@@ -1,4 +1,4 @@
-"""Whether an archive is what its manifest says."""
+"""Verification of an archive against its manifest."""
 
 import io
 import os
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["Failure", "Level", "Verification", "Verifier"]
 
 Level = Literal["quick", "full"]
-AHEAD = 4  # shards that are fetched while one is looked at
+AHEAD = 4  # shards that are fetched while one is verified
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that is not as recorded."""
+    """One deviation from a record."""
 
     where: str
     expected: str
@@ -47,13 +47,13 @@ class Failure:
 
 @dataclass
 class Verification:
-    """What `Archive.verify` found."""
+    """Result of `Archive.verify`."""
 
     level: str
-    checked: int = 0  # files, or views for a replay
+    checked: int = 0  # files; in a replay: views
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    error: KdcacheError | None = None  # what failures mean, if not that the archive is damaged
+    error: KdcacheError | None = None  # the error to raise, if failures mean something other than damage
 
     @property
     def ok(self) -> bool:
@@ -77,7 +77,7 @@ class Verification:
 
 
 class Verifier:
-    """Compares an archive's files and rows with what its manifest says of them."""
+    """Compares an archive's files and rows with its manifest."""
 
     def __init__(self, archive: "Archive", level: Level) -> None:
         self._archive, self._manifest, self._store = archive, archive.manifest, archive.store
@@ -85,7 +85,7 @@ class Verifier:
         self._result = Verification(level)
 
     def verify_files_of_no_shard(self) -> Verification:
-        """Only the files without which labels and keys cannot be read; what is for people they may edit."""
+        """Verify only the files that labels and keys are read from. Files for people may be edited."""
         needed = [record for record in self._manifest.files if record.path not in FOR_PEOPLE]
         self._store.prefetch(record.path for record in needed)
         for record in needed:
@@ -94,7 +94,7 @@ class Verifier:
         return self._result
 
     def verify(self, progress: Progress) -> Verification:
-        """Everything, as `level` says."""
+        """Verify everything, at the verifier's level."""
         if self._level == "full" and not isinstance(self._store, LocalStore):
             self._result.notes.append(
                 "files fetched before were compared as they lie in the cache; KDCACHE_CACHE=EMPTY_FOLDER fetches all anew"
@@ -117,15 +117,15 @@ class Verifier:
         for record in self._manifest.files:
             self._verify_file(record)
         self._verify_no_others()
-        samples: dict[int, list[NDArray]] = {}  # of each view, block by block
+        samples: dict[int, list[NDArray]] = {}  # sample numbers per view, block by block
         for number, shard in enumerate(shards):
             if level == "full":
                 self._store.prefetch(file.path for later in shards[number : number + AHEAD] for file in later.files)
-            found = len(result.failures)
+            failures_before = len(result.failures)
             if (shard.view, shard.block) in present and self._verify_record(shard):
                 for record in shard.files:
                     self._verify_file(record)
-                if level == "full" and len(result.failures) == found:
+                if level == "full" and len(result.failures) == failures_before:
                     self._verify_rows(shard, samples.setdefault(shard.view, []))
                 if len(samples.get(shard.view, ())) == self._manifest.num_blocks:
                     self._verify_order(shard.view, samples.pop(shard.view))
@@ -133,39 +133,42 @@ class Verifier:
         return result
 
     def _replacing(self, path: str) -> list[FileRecord]:
-        """What an append makes of a file: it replaces some before its manifest is there, and they are right before and after.
+        """The records that an unfinished append holds for a file. The file may match these or the manifest's record.
 
-        Labels and keys are never among them: more views have the same samples.
+        An append replaces some files before its manifest. It never replaces labels and keys, as the samples stay the same.
         """
         if path in self._archive.reader.sample_files():
             return []
-        found: list[FileRecord] = []
+        records: list[FileRecord] = []
         try:
             for line in io.BytesIO(self._store.read(CLOSING, limit=MANIFEST_LIMIT) if self._store.exists(CLOSING) else b""):
-                found.append(FileRecord.model_validate_json(line))
+                records.append(FileRecord.model_validate_json(line))
         except (IntegrityError, ValidationError):
-            found = []
+            records = []
         if (grown := self._archive.grown()) is not None:
-            found += grown.manifest.files
-        return [record for record in found if record.path == path]
+            records += grown.manifest.files
+        return [record for record in records if record.path == path]
 
     def _verify_no_others(self) -> None:
-        """Labels and keys that lie there without being recorded would be read as if they were."""
+        """Fail for unrecorded files of labels and keys: readers would use them."""
         recorded = {record.path for record in self._manifest.files}
         for name in self._archive.reader.sample_files():
             if name not in recorded and self._store.exists(name):
                 self._result.failures.append(Failure(name, "no such file, since the manifest records none", "a file"))
 
     def _verify_record(self, shard: ShardRecord) -> bool:
-        """Whether a record is about the rows and files that its shard has."""
+        """Check that a record names its shard's number of rows and its files; returns whether it does."""
         where, rows = f"view {shard.view} block {shard.block}", self._manifest.block_rows(shard.block)
         if shard.rows != rows:
             self._result.failures.append(Failure(where, f"{rows} rows", f"a record of {shard.rows}"))
             return False
-        found, names = sorted(record.path for record in shard.files), sorted(self._archive.reader.files(shard.view, shard.block))
-        if found != names:
-            got = ", ".join(name for name in found if name not in names) or "a record without them"
-            expected = ", ".join(name for name in names if name not in found) or "each of its files once"
+        recorded, names = (
+            sorted(record.path for record in shard.files),
+            sorted(self._archive.reader.files(shard.view, shard.block)),
+        )
+        if recorded != names:
+            got = ", ".join(name for name in recorded if name not in names) or "a record without them"
+            expected = ", ".join(name for name in names if name not in recorded) or "each of its files once"
             self._result.failures.append(Failure(where, expected, got[:1000]))
             return False
         return True
@@ -184,7 +187,7 @@ class Verifier:
             else:
                 with open_local(self._store, record.path) as file:
                     size = os.fstat(file.fileno()).st_size
-                    actual = sha256_of(file) if size == record.bytes else ""  # a file of any other size may be endless
+                    actual = sha256_of(file) if size == record.bytes else ""  # do not read a file of another size: it may be huge
             if size != record.bytes:
                 return Failure(record.path, f"{record.bytes:,} bytes", f"{size:,} bytes")
             if actual != record.sha256:
@@ -194,7 +197,7 @@ class Verifier:
         return None
 
     def _verify_rows(self, shard: ShardRecord, samples: list[NDArray]) -> None:
-        """Compare the rows of a shard with their digest; their sample numbers are added to `samples`."""
+        """Compare the rows of a shard with their digest, and append their sample numbers to `samples`."""
         where = f"view {shard.view} block {shard.block}"
         try:
             stored = self._archive.stored(shard.view, shard.block)

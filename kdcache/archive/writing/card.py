@@ -1,7 +1,7 @@
-"""What an archive says to people who meet it without kdcache: a dataset card for the Hugging Face Hub, with a figure.
+"""The dataset card of an archive, for people and for the Hugging Face Hub, with a figure.
 
-Names of datasets, teachers and licences may come from strangers. In Markdown they are escaped and cut to a length; in the
-card's YAML they are words of a safe alphabet, or quoted by the YAML writer.
+Names of datasets, teachers and licences may come from strangers. In Markdown they are escaped and shortened; in the card's
+YAML they are reduced to a safe alphabet, or quoted by the YAML writer.
 """
 
 import math
@@ -23,10 +23,10 @@ from kdcache.archive.format.manifest import (
 from kdcache.archive.writing.croissant import croissant
 from kdcache.errors import printable
 
-__all__ = ["card_files", "code_span", "escaped", "licence_fields"]
+__all__ = ["card_files", "code_span", "licence_fields", "markdown_escaped"]
 
 LONGEST = 120  # characters of a name
-# What the Hub knows as the value of `license`; any other one is `other` with a name.
+# The values that the Hub knows for `license`. Any other licence is `other` with a name.
 # fmt: off
 HUB_LICENCES = frozenset({
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigcode-openrail-m", "bigscience-bloom-rail-1.0",
@@ -44,9 +44,9 @@ HUB_LICENCES = frozenset({
 def card_files(
     manifest: Manifest, described: Sequence[FileRecord], shards: Iterable[ShardRecord], reading_lines: str
 ) -> dict[str, bytes]:
-    """Name and bytes of the files for people. Equal archives have equal ones: they tell neither who made them nor when.
+    """Name and bytes of the files for people. Equal archives give equal files, without dates and authors.
 
-    `described`: the files that belong to no shard, but for these. `reading_lines`: the layout's, which read the rows.
+    `described`: all other files that belong to no shard. `reading_lines`: the layout's Python lines that read the rows.
     """
     return {
         CARD_NAME: _readme(manifest, reading_lines).encode(),
@@ -57,28 +57,28 @@ def card_files(
 
 def _title(manifest: Manifest) -> str:
     teacher, source = manifest.teacher, manifest.source
-    what = "Teacher logits" if manifest.contents == "all" else "Statistics of teacher logits"
-    return f"{what}: {_short(source.name if source else 'images')} seen by {_short(teacher.name if teacher else 'a teacher')}"
+    contents = "Teacher logits" if manifest.contents == "all" else "Statistics of teacher logits"
+    return f"{contents}: {_short(source.name if source else 'images')} seen by {_short(teacher.name if teacher else 'a teacher')}"
 
 
 def _short(text: str) -> str:
-    """A stranger's name on one line and of a bounded length."""
+    """A stranger's text on one line, shortened."""
     shown = printable(text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
 
 
-def escaped(text: str) -> str:
-    """A stranger's name for Markdown and its HTML, as plain words on one line, of a bounded length."""
+def markdown_escaped(text: str) -> str:
+    """A stranger's text as plain words in Markdown and HTML, on one line, shortened."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~-])", r"\\\1", _short(text))
 
 
 def code_span(text: str) -> str:
-    """A stranger's name as a code span within a table."""
+    """A stranger's text as a Markdown code span that is safe inside a table."""
     return "`" + _short(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _word(text: str) -> str:
-    """The same as a tag or the name of a licence: small letters, digits, dots, pluses and dashes."""
+    """A stranger's text as a tag or licence name: lower-case letters, digits, dots, pluses and dashes."""
     return re.sub(r"[^a-z0-9.+]+", "-", _short(text).lower()).strip("-.") or "unnamed"
 
 
@@ -89,13 +89,13 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
     kept = "Raw logits" if manifest.contents == "all" else "Argmax and entropies of the logits (not the logits themselves)"
     rows = {"digest": f"`{manifest.digest}`"}
     if source:
-        rows["data"] = f"{escaped(source.name)}, {source.split} split"
-    rows["licence of the data"] = escaped(licences.data or "unknown")
+        rows["data"] = f"{markdown_escaped(source.name)}, {source.split} split"
+    rows["licence of the data"] = markdown_escaped(licences.data or "unknown")
     if teacher:
         rows["teacher"] = (
             f"{code_span(teacher.name)}, weights sha256 {code_span(teacher.weights_sha256[:16] + '...')}, {teacher.precision}"
         )
-    rows["licence of the teacher's weights"] = escaped(licences.weights or "unknown")
+    rows["licence of the teacher's weights"] = markdown_escaped(licences.weights or "unknown")
     if teacher and teacher.top1_clean is not None:
         rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} %"
     if statistics.top1_views is not None:
@@ -110,7 +110,7 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
         yaml.safe_dump(_metadata(manifest, title), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {escaped(title)}",
+        f"# {markdown_escaped(title)}",
         "",
         f"{kept} of {manifest.num_samples:,} samples in {manifest.num_views:,} views each, {manifest.num_classes:,} classes, "
         f"made with [kdcache](https://pypi.org/project/kdcache) (archive format {manifest.format_version}).",
@@ -163,7 +163,7 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
 
 
 def _metadata(manifest: Manifest, title: str) -> dict[str, Any]:
-    """The card's YAML front matter, in the fields and words of the Hub."""
+    """The card's YAML front matter, in the Hub's vocabulary."""
     tags = ["kdcache", "knowledge-distillation", "logits", "teacher"]
     tags += [_word(card.name) for card in (manifest.source, manifest.teacher) if card]
     return {
@@ -172,12 +172,12 @@ def _metadata(manifest: Manifest, title: str) -> dict[str, Any]:
         "task_categories": ["image-classification"],
         "size_categories": [_size_category(manifest.num_views * manifest.num_samples)],
         "tags": list(dict.fromkeys(tags)),
-        "viewer": False,  # the Hub's viewer shows tables and images
+        "viewer": False,  # the Hub's viewer cannot show arrays
     }
 
 
 def licence_fields(licences: Sequence[str | None]) -> dict[str, Any]:
-    """`license` of what is made from things under all these licences."""
+    """The card's `license` fields for a work derived from works under all these licences."""
     if None in licences:
         return {"license": "unknown"}
     words = list(dict.fromkeys(_word(licence) for licence in licences if licence))
@@ -187,7 +187,7 @@ def licence_fields(licences: Sequence[str | None]) -> dict[str, Any]:
 
 
 def _size_category(rows: int) -> str:
-    """The Hub's name for a number of rows."""
+    """The Hub's category for a number of rows."""
     steps = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     above = [step for number, step in enumerate(steps) if rows >= 10 ** (number + 3)]
     if not above:
@@ -195,15 +195,15 @@ def _size_category(rows: int) -> str:
     return "n>1T" if above[-1] == steps[-1] else f"{above[-1]}<n<{steps[len(above)]}"
 
 
-WIDTH, HEIGHT = 560, 300  # of the figure, and of its plot below
+WIDTH, HEIGHT = 560, 300  # pixels of the figure; the plot's edges follow
 LEFT, RIGHT, TOP, BOTTOM = 56, 536, 40, 252
 SERIES = (("H^(p)", "#0072B2", "entropy"), ("H^(p-bar)", "#D55E00", "entropy_rest"))  # Okabe and Ito's palette
 
 
 def _figure(per_tau: Sequence[TauStatistics]) -> str:
-    """Mean relative entropies over the temperature as SVG, with the middle half of the rows as bands.
+    """SVG of the mean relative entropies over the temperature, with the middle half of the rows as bands.
 
-    Drawn by hand: the figure is a file of the archive, so equal archives must have equal ones whatever is installed.
+    It is drawn without matplotlib, since equal archives must have equal figures whatever is installed.
     """
     span = math.log(per_tau[-1].tau / per_tau[0].tau) or 1.0
 
@@ -225,13 +225,13 @@ def _figure(per_tau: Sequence[TauStatistics]) -> str:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{RIGHT}" stroke="#e3e3e3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for one in per_tau:
-        parts.append(f'<text x="{x(one.tau):.1f}" y="{BOTTOM + 20}" text-anchor="middle">{one.tau:g}</text>')
+    for figures in per_tau:
+        parts.append(f'<text x="{x(figures.tau):.1f}" y="{BOTTOM + 20}" text-anchor="middle">{figures.tau:g}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2:.1f}" y="{BOTTOM + 40}" text-anchor="middle">temperature tau</text>')
     for number, (name, colour, field) in enumerate(SERIES):
-        quantiles = [(one.tau, getattr(one, f"{field}_quantiles")) for one in per_tau]
+        quantiles = [(figures.tau, getattr(figures, f"{field}_quantiles")) for figures in per_tau]
         band = [(tau, q[1]) for tau, q in quantiles] + [(tau, q[3]) for tau, q in reversed(quantiles)]
-        mean = points((one.tau, getattr(one, f"{field}_mean")) for one in per_tau)
+        mean = points((figures.tau, getattr(figures, f"{field}_mean")) for figures in per_tau)
         parts.append(f'<polygon points="{points(band)}" fill="{colour}" fill-opacity="0.15"/>')
         parts.append(f'<polyline points="{mean}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{LEFT + 110 * number}" y="{TOP - 18}" fill="{colour}">{name}</text>')

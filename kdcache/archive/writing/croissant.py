@@ -1,7 +1,7 @@
 """`croissant.json`: the archive in the vocabulary of ML Commons' Croissant 1.0, for catalogues and other machines.
 
-Croissant describes files and the records in them. It has no readers for arrays in Zarr, HDF5 or tar files, so the record
-set says what a row holds (dtype and shape of each field); how to read it stands in the card.
+Croissant describes files and their records. It cannot read arrays in Zarr, HDF5 or tar files, so the record set gives
+only the dtype and shape of each field. The card explains how to read the rows.
 """
 
 import json
@@ -57,7 +57,7 @@ MEANING = {
 
 
 def croissant(manifest: Manifest, title: str, described: Sequence[FileRecord], shards: Iterable[ShardRecord]) -> str:
-    """The description as JSON-LD. `described`: the files that belong to no shard."""
+    """The Croissant description as JSON-LD. `described`: the files that belong to no shard."""
     rows = sorted({_pattern(file.path) for shard in shards for file in shard.files})
     licences = {_text(name) for name in (manifest.known_licences.data, manifest.known_licences.weights) if name}
     description = {
@@ -84,7 +84,7 @@ def _text(text: str) -> str:
 
 
 def _pattern(path: str) -> str:
-    """What a shard's file is found by, and its like in other views and blocks: layouts number them."""
+    """A glob that matches this shard file and its counterparts in other views and blocks."""
     return re.sub("[0-9]+", "*", path)
 
 
@@ -156,6 +156,6 @@ def _field(name: str, dtype: np.dtype, shape: tuple[int, ...], rows: tuple[int, 
 
 
 def _data_type(dtype: np.dtype) -> str:
-    """Croissant's name for the stored numbers: `cr:Int16`, `cr:UInt8`, `cr:Float32`."""
+    """Croissant's name of a dtype, such as `cr:Int16`, `cr:UInt8` or `cr:Float32`."""
     kind = {"i": "Int", "u": "UInt", "f": "Float"}[dtype.kind]
     return f"cr:{kind}{8 * dtype.itemsize}"

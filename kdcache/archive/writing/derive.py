@@ -1,4 +1,4 @@
-"""Archives made from archives: in another layout, by another codec, or of a part of their views and fields."""
+"""Archives made from archives: in another layout, with another codec, or with only some views or fields."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from kdcache.archive.format.manifest import Plan, Statistics, SubsetOf
+from kdcache.archive.format.manifest import ArchivePlan, Statistics, SubsetOf
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts import row_fields, rows_digest
@@ -33,14 +33,14 @@ def derive(
     progress: Progress | None = None,
     task: str = "convert",
 ) -> Archive:
-    """Write an archive that holds what `source` holds, or a part of it, at `path`; goes on where it was stopped.
+    """Write the contents of `source`, or a part of them, to an archive at `path`. An interrupted call can be repeated.
 
-    layout, codec: specifications (`"hdf5"`, `"zarr:bitshuffle"`, `"u8"`); the source's own if not given. The rows of an
-        archive are the same in every layout, and so is its digest; another codec stores other numbers.
+    layout, codec: specifications (`"hdf5"`, `"zarr:bitshuffle"`, `"u8"`); by default those of the source. Another layout
+        keeps the rows and the digest. Another codec changes the stored numbers, and so the digest.
     views: numbers of the views to keep, a range without gaps. contents: `"statistics"` leaves the logits out.
-    task: what progress is shown as.
+    task: name of the task in `progress`.
 
-    A part says what it is a part of (`manifest.subset_of`). Raises UsageError for views that are not there.
+    A part records its whole in `manifest.subset_of`. Raises UsageError for views that `source` does not have.
     """
     progress = progress or Silent()
     if isinstance(source.store, LocalStore) and Path(path).resolve() == source.path.resolve():
@@ -58,11 +58,11 @@ def derive(
     total, missing = plan.num_views * plan.num_blocks, writer.missing()
     records = {(shard.view, shard.block): shard for shard in source.shards()} if missing else {}
     for number, (view, block) in enumerate(missing):
-        if contents == "all":  # else most of what would be fetched ahead is not wanted
+        if contents == "all":  # without logits, prefetching would mostly fetch unneeded files
             source.prefetch(*range(view, min(view + 2, plan.views.stop)))
-        with writer.claim(view, block, owned=True) as mine:  # whoever writes it writes the same bytes
+        with writer.claim(view, block, owned=True) as mine:  # every process would write the same bytes
             if not mine:
-                continue  # another process has it
+                continue  # another process writes it
             stored = source.stored(view, block)
             if rows_digest(source.manifest, stored) != records[view, block].rows_digest:
                 raise IntegrityError(
@@ -84,7 +84,7 @@ def derive(
 
 
 def _require_whole(source: Archive) -> None:
-    """Before anything is written, and before anybody counts shards that are only claimed."""
+    """Check that the source's table has every shard, before anything is written. Raises IntegrityError otherwise."""
     planned, present = source.num_views * source.manifest.num_blocks, sum(1 for _ in source.shards())
     if present != planned:
         raise IntegrityError(
@@ -101,8 +101,8 @@ def derived_plan(
     codec: str | None = None,
     views: range | None = None,
     contents: Contents = "all",
-) -> Plan:
-    """What `derive` would write."""
+) -> ArchivePlan:
+    """The plan of the archive that `derive` writes."""
     manifest = source.manifest
     views = manifest.views if views is None else views
     if not views or views.step != 1 or views[0] not in manifest.views or views[-1] not in manifest.views:
@@ -123,7 +123,7 @@ def derived_plan(
     coding = codecs.from_dict(manifest.codec) if codec is None else codecs.parse(codec)
     if codecs.to_dict(coding) != codecs.to_dict(codecs.from_dict(manifest.codec)):
         provenance["converted_from"] = {"digest": manifest.digest, "codec": manifest.codec}
-    plan = Plan.model_validate({name: getattr(manifest, name) for name in Plan.model_fields}).model_copy(
+    plan = ArchivePlan.model_validate({name: getattr(manifest, name) for name in ArchivePlan.model_fields}).model_copy(
         update={
             "first_view": views.start,
             "num_views": len(views),
@@ -137,14 +137,14 @@ def derived_plan(
     return plan.model_copy(update={"layout": layouts.to_dict(arrangement.fit(plan))})
 
 
-def stored_bytes(plan: Plan) -> int:
+def stored_bytes(plan: ArchivePlan) -> int:
     """Bytes of the rows of `plan`, before compression."""
     row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in row_fields(plan).values())
     return row * plan.num_views * plan.num_samples
 
 
-def _statistics(source: Archive, plan: Plan, progress: Progress) -> Statistics:
-    """Those of the views that are kept, from the logits as the source has them."""
+def _statistics(source: Archive, plan: ArchivePlan, progress: Progress) -> Statistics:
+    """Statistics of the kept views, from the source's own logits."""
     if plan.views == source.views:
         return source.manifest.statistics
     return compute_statistics(

@@ -1,4 +1,4 @@
-"""Logits to stored fields: codes, argmax and entropies, in blocks that stay in a core's cache, on all cores."""
+"""Encoding of logits to stored fields: codes, argmax and entropies, in cache-sized blocks on all cores."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +11,13 @@ from kdcache.stats import entropies_and_argmax
 
 __all__ = ["encode_rows"]
 
-BLOCK = 1 << 18  # logits: each block costs some fresh memory, and the second-level cache holds no more
+BLOCK = 1 << 18  # logits; they fill a core's second-level cache, and fewer would cost more allocations
 
 
 def encode_rows(codec: Codec, logits: NDArray[np.float32]) -> dict[str, NDArray]:
-    """What the codec stores of raw `logits [n, C]`, and `argmax`, `entropy` and `entropy_rest` `[n]` of them before that.
+    """Encode raw `logits`, float32 `[n, C]`; also `argmax`, `entropy` and `entropy_rest` `[n]` of the raw logits.
 
-    Raises UnstorableError, with the row as counted here.
+    Raises UnstorableError with the row's number in `logits`.
     """
     rows = max(1, BLOCK // logits.shape[1])
     starts = range(0, len(logits), rows)
@@ -37,6 +37,6 @@ def encode_rows(codec: Codec, logits: NDArray[np.float32]) -> dict[str, NDArray]
             fields[name][block] = values
 
     with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
-        for _ in pool.map(encode, starts):  # the first error in the order of the rows
+        for _ in pool.map(encode, starts):  # raises the first error in row order
             pass
     return fields

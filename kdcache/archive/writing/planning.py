@@ -1,4 +1,4 @@
-"""What a dump will be, as it is recorded before the first shard: its plan, and its samples' labels and keys."""
+"""The records that a dump writes before its first shard: its plan, and its samples' labels and keys."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, Plan
+from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import layout as layouts
 from kdcache.archive.layouts.base import unit_bytes_rows
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PLAN, SAMPLES = f"{WORK}/plan.json", f"{WORK}/samples.json"
-SHARD_BYTES = 64 << 20  # of logits
+SHARD_BYTES = 64 << 20  # bytes of logits
 
 
 def new_plan(
@@ -45,8 +45,8 @@ def new_plan(
     layout: str = "zarr",
     shard_rows: int | None = None,
     **described: Any,
-) -> Plan:
-    """What `ArchiveWriter` begins to write; `described` are the plan's other fields. UsageError for what cannot be one."""
+) -> ArchivePlan:
+    """The plan of a new archive. `described` holds the plan's optional fields. Raises UsageError for an impossible plan."""
     if num_views < 1 or num_samples < 1:
         raise UsageError(
             f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
@@ -63,7 +63,7 @@ def new_plan(
             fix="give every class a name of its own",
         )
     coding = codecs.parse(codec)
-    plan = Plan(
+    plan = ArchivePlan(
         num_views=num_views,
         num_samples=num_samples,
         class_names=tuple(class_names),
@@ -77,25 +77,25 @@ def new_plan(
     return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
 
 
-def recorded_plan(path: str | os.PathLike[str]) -> Plan | None:
-    """What the archive in a folder is, or will be once it is finished; None if there is none. IntegrityError if damaged."""
+def recorded_plan(path: str | os.PathLike[str]) -> ArchivePlan | None:
+    """The plan of the finished or unfinished archive in a folder; None if there is none. IntegrityError if it is damaged."""
     store = LocalStore(path)
     if store.exists(MANIFEST_NAME):
         return open_archive(path).manifest
     return load_plan(store) if store.exists(PLAN) else None
 
 
-def begun_plan(store: LocalStore) -> Plan | None:
-    """The plan of what is being written, if anything is; a damaged one is as good as none."""
+def begun_plan(store: LocalStore) -> ArchivePlan | None:
+    """The plan of the dump in progress; None if there is none, or if it is damaged."""
     try:
         return load_plan(store) if store.exists(PLAN) else None
     except IntegrityError:
         return None
 
 
-def load_plan(store: LocalStore) -> Plan:
+def load_plan(store: LocalStore) -> ArchivePlan:
     try:
-        plan = Plan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
+        plan = ArchivePlan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
         codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
     except (ValidationError, KdcacheError) as error:
         aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
@@ -109,8 +109,8 @@ def load_plan(store: LocalStore) -> Plan:
     return plan
 
 
-def load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
-    """Labels and keys as they were given, or None for either; the lists are checked, since they are the archive's own."""
+def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
+    """The recorded labels and keys, None for either if absent. The lists are checked, as the archive may be a stranger's."""
     try:
         samples = json.loads(store.read(SAMPLES))
         for name, kind in (("labels", int), ("keys", str)):
@@ -126,8 +126,8 @@ def load_samples(store: LocalStore, plan: Plan) -> dict[str, Any]:
     return dict(samples)
 
 
-def samples_record(plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
-    """Labels and keys as they are recorded; UsageError if they are not those of the plan's samples and classes."""
+def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
+    """The record of labels and keys. Raises UsageError if they do not fit the plan's samples and classes."""
     for name, values in (("labels", labels), ("keys", keys)):
         if values is not None and len(values) != plan.num_samples:
             raise UsageError(
@@ -151,9 +151,9 @@ def samples_record(plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[
     }
 
 
-def require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
-    was, now = (_normalised(one.identity) for one in (earlier, plan))
-    for key in (key for key in Plan.model_fields if now.get(key) != was.get(key)):
+def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> None:
+    was, now = (_normalised(archive_plan.identity) for archive_plan in (earlier, plan))
+    for key in (key for key in ArchivePlan.model_fields if now.get(key) != was.get(key)):
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
             why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
@@ -162,12 +162,12 @@ def require_same(store: LocalStore, earlier: Plan, plan: Plan) -> None:
 
 
 def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
-    """With every option of codec and layout, those too that there were not yet when it was written."""
+    """An identity with every option of codec and layout, including options newer than the record."""
     layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
     return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
 
 
-def require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any]) -> None:
+def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str, Any]) -> None:
     if store.exists(SAMPLES):
         earlier = load_samples(store, plan)
     elif store.exists(MANIFEST_NAME):
@@ -175,7 +175,7 @@ def require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any])
         labels = finished.labels()
         earlier = {"labels": None if labels is None else labels.tolist(), "keys": finished.keys()}
     else:
-        return  # lost before anything was made from them
+        return  # the record was lost before anything used it
     for name, values in samples.items():
         if values != earlier[name]:
             raise IncompatibleError(
@@ -186,8 +186,8 @@ def require_same_samples(store: LocalStore, plan: Plan, samples: dict[str, Any])
 
 
 def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:
-    """Rows of a shard: whole units, in every layout, so that any archive can be converted into any layout."""
+    """Rows of a shard: whole units in every layout, so that every archive converts to every layout."""
     unit = min(unit_bytes_rows(row_bytes), num_samples, wanted or num_samples)
-    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # mixing pairs stay together
+    unit = unit if unit % 2 == 0 or unit >= num_samples else 2 * unit  # an even number keeps mixing pairs in one unit
     rows = wanted or max(1, SHARD_BYTES // row_bytes)
     return -(-num_samples // unit) * unit if rows >= num_samples else max(1, rows // unit) * unit

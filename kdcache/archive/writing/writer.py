@@ -24,10 +24,10 @@ from kdcache.archive.format.manifest import (
     CLOSING,
     MANIFEST_NAME,
     WORK,
+    ArchivePlan,
     CanvasCard,
     FileRecord,
     Manifest,
-    Plan,
     ShardRecord,
     Statistics,
     TeacherCard,
@@ -124,7 +124,7 @@ class ArchiveWriter:
 
     @classmethod
     def of_plan(
-        cls, path: str | os.PathLike[str], plan: Plan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
+        cls, path: str | os.PathLike[str], plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None
     ) -> "ArchiveWriter":
         """The writer of an archive that is planned already."""
         writer = cls.__new__(cls)
@@ -145,7 +145,7 @@ class ArchiveWriter:
         writer._start(store, load_plan(store), None)
         return writer
 
-    def _start(self, store: LocalStore, plan: Plan, samples: dict[str, Any] | None) -> None:
+    def _start(self, store: LocalStore, plan: ArchivePlan, samples: dict[str, Any] | None) -> None:
         self.store = store
         self._lap: Callable[[], Spent] | None = None
         self._done: dict[tuple[int, int], ShardRecord] = {}
@@ -153,7 +153,7 @@ class ArchiveWriter:
         with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
             self._begin(plan, samples)
 
-    def _begin(self, plan: Plan, samples: dict[str, Any] | None) -> None:
+    def _begin(self, plan: ArchivePlan, samples: dict[str, Any] | None) -> None:
         """Be the dump that the folder is, or is to be; begin it, or the appending of views, if nobody has."""
         store = self.store
         if store.exists(MANIFEST_NAME):
@@ -441,7 +441,7 @@ def _alone(store: LocalStore) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _require_every_sample_once(plan: Plan, reader: ShardReader) -> None:
+def _require_every_sample_once(plan: ArchivePlan, reader: ShardReader) -> None:
     for view in plan.views:
         present = np.zeros(plan.num_samples, np.bool_)
         for block in range(plan.num_blocks):
