@@ -22,7 +22,7 @@ from kdcache.errors import UsageError
 from kdcache.registry import FITTED, Registry
 from kdcache.stats import entropy, softmax, sorted_mean_softmax
 
-__all__ = ["Control", "Targets", "averaged", "control", "controls", "match_entropy", "row_keys"]
+__all__ = ["CONTROLS", "Control", "Targets", "averaged", "control", "match_entropy", "row_keys"]
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ class Control(ABC):
         """Other targets. `rng_key` int64 `[B, 2]` are the rows' keys (see `row_keys`), for what is random."""
 
 
-controls: Registry[Control] = Registry("control")
+CONTROLS: Registry[Control] = Registry("control", entry_points="kdcache.controls")
 
 
 def control(name: str, **options: Any) -> Control:
     """The control `name` with its options."""
-    return controls.build(name, **options)
+    return CONTROLS.build(name, **options)
 
 
-@controls.register("none")
+@CONTROLS.register("none")
 @dataclass(frozen=True)
 class Unchanged(Control):
     """The teacher's own logits."""
@@ -106,7 +106,7 @@ class Unchanged(Control):
         return targets
 
 
-@controls.register("ls-instance")
+@CONTROLS.register("ls-instance")
 @dataclass(frozen=True)
 class InstanceSmoothing(Control):
     """Label smoothing of the teacher's argmax, with every sample's own entropy at tau (temperature study, section 4.2)."""
@@ -121,7 +121,7 @@ class InstanceSmoothing(Control):
         return _smoothed(targets, match_entropy(deficit, z.shape[1]))
 
 
-@controls.register("ls-global")
+@CONTROLS.register("ls-global")
 @dataclass(frozen=True)
 class GlobalSmoothing(Control):
     """Label smoothing of the teacher's argmax, one strength for all: that of the archive's average softmax at tau.
@@ -167,7 +167,7 @@ class GlobalSmoothing(Control):
         return _smoothed(targets, match_entropy(deficit, targets.logits.shape[1]))
 
 
-@controls.register("bottom")
+@CONTROLS.register("bottom")
 @dataclass(frozen=True)
 class BottomShuffled(Control):
     """Keep the `k` largest logits where they are and permute the other C - k (temperature study, section 4.2).
@@ -199,7 +199,7 @@ class BottomShuffled(Control):
         return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))
 
 
-@controls.register("topk")
+@CONTROLS.register("topk")
 @dataclass(frozen=True)
 class TopK(Control):
     """What a sparse cache keeps: the `k` largest probabilities at tau 1, and what is left in equal parts for the other C - k.

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdcache.archive import AnyArchive, Archive, Average, Ensemble, is_url, open_archive
-from kdcache.datasets import Source, Split, dataset
+from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.system.progress import Progress
@@ -33,9 +33,9 @@ __all__ = [
 def parse_dataset(spec: str) -> Source:
     """A source from its command-line form. An unknown name is a NotFoundError with close matches."""
     name = spec.partition(":")[0]
-    if name not in dataset:
-        raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
-    return dataset.parse(spec)
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS, error=NotFoundError, fix="list what there is with: kdcache datasets")
+    return DATASETS.parse(spec)
 
 
 def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
@@ -115,7 +115,7 @@ def require_writable(folder: Path) -> None:
 
 def dataset_label(source: Source) -> str:
     """A short name for folders: the dataset's, with that of its folder or repository where there is one."""
-    name = dataset.name_of(source)
+    name = DATASETS.name_of(source)
     place = getattr(source, "root", "") or getattr(source, "repo", "")
     return f"{name}-{Path(place).name}" if place else name
 

@@ -19,7 +19,7 @@ from kdcache.archive.format.manifest import (
 )
 from kdcache.archive.format.rows import Rows
 from kdcache.archive.format.store import sha256, translated_os_errors
-from kdcache.archive.layouts import layout
+from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.reading.fidelity import CodecFidelity, TauFidelity, measure_fidelity
@@ -34,6 +34,7 @@ from kdcache.system.remote import is_url
 
 __all__ = [
     "COST",
+    "LAYOUTS",
     "MAX_ROWS",
     "PAPER_TAUS",
     "TEACHER_COST",
@@ -69,7 +70,6 @@ __all__ = [
     "derived_plan",
     "escaped",
     "is_url",
-    "layout",
     "licence_fields",
     "manifest_schema",
     "measure_fidelity",

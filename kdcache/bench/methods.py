@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.methods import build, method
+from kdcache.methods import METHODS, build
 from kdcache.methods.base import LogitMethod
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Progress
@@ -61,7 +61,7 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
     [one_step] = taking_turns("bench methods: resnet18", seconds / 4, progress, step)
     results, total = [], 0.0
-    for name in method:
+    for name in METHODS:
         if name not in PLAIN:  # a plugin's
             continue
         built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]

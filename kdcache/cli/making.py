@@ -435,15 +435,15 @@ def distill(
 
 
 def _spec(component: object) -> str:
-    from kdcache.methods import method
+    from kdcache.methods import METHODS
 
-    return method.spec(component)  # type: ignore[arg-type]
+    return METHODS.spec(component)  # type: ignore[arg-type]
 
 
 def _control(component: object) -> str:
-    from kdcache.targets import controls
+    from kdcache.targets import CONTROLS
 
-    return controls.spec(component)  # type: ignore[arg-type]
+    return CONTROLS.spec(component)  # type: ignore[arg-type]
 
 
 def report(

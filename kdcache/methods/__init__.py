@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcache.registry import Registry
 from kdcache.targets import Targets
 
-__all__ = ["LogitMethod", "Method", "State", "build", "method"]
+__all__ = ["METHODS", "LogitMethod", "Method", "State", "build"]
 
 
 class Method(Protocol):
@@ -19,12 +19,12 @@ class Method(Protocol):
         """The loss of `student_logits [B, C]`, a scalar; `state` is what methods with a schedule or parameters go on with."""
 
 
-method: Registry[Method] = Registry("method", entry_points="kdcache.methods")
+METHODS: Registry[Method] = Registry("method", entry_points="kdcache.methods")
 
 
 def build(name: str, **options: Any) -> Method:
     """The method `name` with its options."""
-    return method.build(name, **options)
+    return METHODS.build(name, **options)
 
 
 # They register themselves.

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
-from kdcache.methods import method
+from kdcache.methods import METHODS
 from kdcache.methods.base import Positive, Squared, State, Weight, ZScored
 from kdcache.targets import Targets
 
@@ -26,7 +26,7 @@ class _Temperature(State):
         self.theta = nn.Parameter(torch.tensor(THETA))
 
 
-@method.register("ctkd")
+@METHODS.register("ctkd")
 @dataclass(frozen=True, kw_only=True)
 class CTKD(Squared):
     """T^2 <KL(p_T || q_T)> with T = t_start + t_end sigmoid(theta), theta learned to make the loss larger.
@@ -84,7 +84,7 @@ class CTKD(Squared):
         return {"temperature": temperature.detach()} if isinstance(temperature, Tensor) else {}
 
 
-@method.register("zctkd")
+@METHODS.register("zctkd")
 @dataclass(frozen=True, kw_only=True)
 class ZCTKD(ZScored, CTKD):
     """ctkd of z-scores."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kdcache.methods import method
+from kdcache.methods import METHODS
 from kdcache.methods.base import Positive, Squared, State, entropy_rows
 from kdcache.methods.decoupled import DKD
 from kdcache.targets import Targets
@@ -35,7 +35,7 @@ class _EntropyAware(Squared):
         return (of_teacher + of_teacher * of_student / bound) / 2
 
 
-@method.register("eakd")
+@METHODS.register("eakd")
 @dataclass(frozen=True, kw_only=True)
 class EAKD(_EntropyAware):
     """<w_i t^2 KL(p_t || q_t)>: kd in which rows weigh more where teacher and student are unsure."""
@@ -46,7 +46,7 @@ class EAKD(_EntropyAware):
         return (self.weights(student, teacher) * self.kl(student, teacher, targets.tau)).mean()
 
 
-@method.register("eadkd")
+@METHODS.register("eadkd")
 @dataclass(frozen=True, kw_only=True)
 class EADKD(_EntropyAware, DKD):
     """dkd with the same weights."""

@@ -26,7 +26,7 @@ import kdcache
 from kdcache.archive import Ensemble, Licences, is_url
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
-from kdcache.methods import LogitMethod, method
+from kdcache.methods import METHODS, LogitMethod
 from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
 from kdcache.models.names import CONFIG, public_name
 from kdcache.replay.contact_sheet import contact_sheet
@@ -36,7 +36,7 @@ from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
-from kdcache.targets import controls
+from kdcache.targets import CONTROLS
 from kdcache.training.evaluation import EvalSet
 from kdcache.training.learner import Learner, metered, resolve_device, seeded, write_atomically
 from kdcache.training.lockstep import Pace, charge, in_lockstep
@@ -402,10 +402,10 @@ def _write_args(
         "student_weights_sha256": start_digest,
         **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
         "licences": _licences(archive, second).model_dump(),
-        "method": method.to_dict(spec.method),
-        "method_spec": method.spec(spec.method),
-        "control": controls.to_dict(spec.control),
-        "control_spec": controls.spec(spec.control),
+        "method": METHODS.to_dict(spec.method),
+        "method_spec": METHODS.spec(spec.method),
+        "control": CONTROLS.to_dict(spec.control),
+        "control_spec": CONTROLS.spec(spec.control),
         "tau": spec.tau,
         **({} if uses_tau(spec.method) else {"own_temperature": True}),
         "seed": spec.seed,

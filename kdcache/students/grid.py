@@ -12,14 +12,14 @@ from typing import Literal
 
 from kdcache.archive import Average, Ensemble
 from kdcache.errors import NotFoundError, UsageError, unknown_name
-from kdcache.methods import Method, method
+from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
 from kdcache.models.creation import resolve
 from kdcache.models.names import folder_name, is_factory, public_name
 from kdcache.replay.prefetch import RendererChoice
 from kdcache.replay.stream import require_batch_size, require_second
 from kdcache.system.progress import Progress, Silent
-from kdcache.targets import Control, controls
+from kdcache.targets import CONTROLS, Control
 from kdcache.training.learner import TrainConfig, require_optimizer
 from kdcache.workspace import Workspace, archive_source, dataset_label
 
@@ -107,7 +107,7 @@ class StudentSpec:
     @property
     def title(self) -> str:
         start = "" if self.start.name == "random" else f" from {self.start.name}"
-        what = f"{method.spec(self.method)} tau {self.tau_text} {controls.spec(self.control)}"
+        what = f"{METHODS.spec(self.method)} tau {self.tau_text} {CONTROLS.spec(self.control)}"
         how = f" {self.optimizer_text}" if self.optimizer_text else ""
         return f"{self.student}{start} {what}{how} seed {self.seed}"
 
@@ -154,7 +154,7 @@ def plan_students(config: DistillConfig, archive: Ensemble, second: Ensemble, wo
     for optimizer in {settings.opt for settings in how_trained}:
         require_optimizer(optimizer)
     names = {student: resolve(student, "student") for student in config.students or (recipe.student,)}
-    whats = [controls.parse(spec) for spec in config.controls]
+    whats = [CONTROLS.parse(spec) for spec in config.controls]
     grid = [(how, what, tau) for how, taus in _methods_and_taus(config) for what in whats for tau in taus]
     for what in whats:
         what.check(archive.num_classes)
@@ -178,12 +178,12 @@ def plan_students(config: DistillConfig, archive: Ensemble, second: Ensemble, wo
         archives = [archive.digest] + [second.digest] * (views_per_step(how) == 2 and second is not archive)
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
         order = [] if order_seed == seed else [f"order {order_seed}"]
-        trained = [public_name(name), *begun, method.to_dict(how), controls.to_dict(what), tau, seed, *order, settings.identity()]
-        identity = json.dumps([*archives, *trained], sort_keys=True)
+        trained = [METHODS.to_dict(how), CONTROLS.to_dict(what), tau, seed, *order, settings.identity()]
+        identity = json.dumps([*archives, public_name(name), *begun, *trained], sort_keys=True)
         spec = StudentSpec(student, name, how, what, tau, seed, order_seed, settings, workspace.runs / archive.name, start)
         named = folder_name(student) if init == "random" else f"{folder_name(student)}-{start.label}"
         how_optimised = [spec.optimizer_text.replace(" lr ", "-lr")] if spec.optimizer_text else []
-        parts = (named, method.spec(how), f"tau{spec.tau_text}", controls.spec(what), *how_optimised, f"seed{seed}")
+        parts = (named, METHODS.spec(how), f"tau{spec.tau_text}", CONTROLS.spec(what), *how_optimised, f"seed{seed}")
         title = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
         specs.append(replace(spec, folder=spec.folder / f"{title}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values())
@@ -276,9 +276,9 @@ def uses_tau(how: Method) -> bool:
 def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[float]]]:
     """Methods at each temperature, and presets at theirs unless others are asked for. Those that set their own are there once."""
     found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in config.presets]
-    found += [(method.parse(spec), 1.0) for spec in config.methods or (() if config.presets else ("kd",))]
+    found += [(METHODS.parse(spec), 1.0) for spec in config.methods or (() if config.presets else ("kd",))]
     if config.taus and not any(uses_tau(how) for how, _ in found):
-        names = ", ".join(method.name_of(how) for how, _ in found)
+        names = ", ".join(METHODS.name_of(how) for how, _ in found)
         raise UsageError(
             f"{names} with --tau {','.join(f'{tau:g}' for tau in config.taus)}",
             why="its temperature is found by the method itself, which does not look at tau",
@@ -290,7 +290,7 @@ def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[
 
 def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
-    name, its_control = method.name_of(how), controls.name_of(what)
+    name, its_control = METHODS.name_of(how), CONTROLS.name_of(what)
     if what.smooths and (not uses_tau(how) or getattr(how, "unit_variance", False)):
         raise UsageError(
             f"{name} with --control {its_control}",
@@ -315,13 +315,13 @@ def doubts(specs: Sequence[StudentSpec], epochs: int, config: DistillConfig) -> 
         taus.setdefault(student.method, set()).add(student.tau)
     for how, its_taus in taus.items():
         if config.taus and not uses_tau(how):
-            yield f"{method.spec(how)}: finds its temperature by itself, --tau is not for it"
+            yield f"{METHODS.spec(how)}: finds its temperature by itself, --tau is not for it"
         for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
-            yield f"{method.spec(how)}: {doubt}"
+            yield f"{METHODS.spec(how)}: {doubt}"
     smoothing = {student.control for student in specs if student.control.smooths}
-    partly = [method.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
+    partly = [METHODS.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
     if smoothing and partly:
         yield (
             f"{', '.join(partly)}: also look at the targets at temperatures of their own, "
-            f"where {', '.join(map(controls.spec, smoothing))} have another entropy than the teacher"
+            f"where {', '.join(map(CONTROLS.spec, smoothing))} have another entropy than the teacher"
         )

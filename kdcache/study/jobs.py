@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.archive import stored_bytes
-from kdcache.datasets import Source, dataset
+from kdcache.datasets import DATASETS, Source
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.study.schema import ArchiveSpec, StudentsSpec, Study, TrainSpec
 from kdcache.workspace import Workspace, parse_dataset
@@ -146,8 +146,8 @@ class _Expansion:
     # ------------------------------------------------------------ archives
 
     def _archives(self, spec: ArchiveSpec) -> Iterator[_Archive]:
-        from kdcache.archive import layout
-        from kdcache.codecs import codec
+        from kdcache.archive import LAYOUTS
+        from kdcache.codecs import CODECS
         from kdcache.models.creation import resolve
         from kdcache.teachers.dump import DumpConfig, rows_of_dump
         from kdcache.views.policy import ViewPolicy
@@ -172,7 +172,7 @@ class _Expansion:
                         shard_rows=dump.shard_rows,
                     )
                     ViewPolicy.load(policy or source.recipe.policy, size=spec.size, seed=dump.view_seed)
-                    _ = codec.parse(config.codec), layout.parse(config.layout)
+                    _ = CODECS.parse(config.codec), LAYOUTS.parse(config.layout)
                     views = dump.views or source.recipe.student_epochs
                     size = None
                     if counts is not None:
@@ -189,7 +189,7 @@ class _Expansion:
         from kdcache.training.learner import require_optimizer
 
         source, _ = self._source(name)
-        teacher_recipe(train.recipe, resolve(model, "teacher"), dataset.name_of(source))
+        teacher_recipe(train.recipe, resolve(model, "teacher"), DATASETS.name_of(source))
         if train.opt is not None:
             require_optimizer(train.opt)
         how = {True: " from scratch", False: " from pretrained weights", None: ""}[train.from_scratch]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kdcache.archive import (
+    LAYOUTS,
     TEACHER_COST,
     Archive,
     ArchiveWriter,
@@ -24,7 +25,6 @@ from kdcache.archive import (
     Plan,
     TeacherCard,
     Verification,
-    layout,
     new_plan,
     open_archive,
     recorded_plan,
@@ -32,8 +32,8 @@ from kdcache.archive import (
     sweep,
     translated_os_errors,
 )
-from kdcache.codecs import codec as codecs
-from kdcache.datasets import dataset
+from kdcache.codecs import CODECS
+from kdcache.datasets import DATASETS
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.creation import licence, resolve
@@ -129,7 +129,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
         trained = "whether there is one is known once the canvas is built"
         progress.say("canvas: none yet; it would be built first, and completes the archive's name")
     rows = rows_of_dump(config, views, samples, classes)
-    logits = views * samples * len(classes) * codecs.parse(config.codec).dtype.itemsize
+    logits = views * samples * len(classes) * CODECS.parse(config.codec).dtype.itemsize
     total = stored_bytes(rows)
     progress.say(f"teacher: {trained}")
     progress.say(
@@ -174,7 +174,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     exact = resolve(config.teacher, "teacher")
     device = resolve_device(config.device)
     require_writable(config.output or workspace.archives)
-    _ = codecs.parse(config.codec), layout.parse(config.layout)  # an unknown name is better told before anything is trained
+    _ = CODECS.parse(config.codec), LAYOUTS.parse(config.layout)  # an unknown name is better told before anything is trained
     source = parse_dataset(config.dataset)
     policy = ViewPolicy.load(config.policy or source.recipe.policy, size=config.size, seed=config.view_seed)
     canvas = workspace.canvas(source, "train", config.canvas, progress)
@@ -285,7 +285,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         ),
         provenance={
             "command": config.command,
-            "dataset": dataset.spec(parse_dataset(config.dataset)),  # as it is found from any working directory
+            "dataset": DATASETS.spec(parse_dataset(config.dataset)),  # as it is found from any working directory
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
@@ -450,7 +450,7 @@ def replay_with_teacher(
     items = [(archive.views.start, batch) for batch in batches(range(rows), card.batch_size)]
     rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
     logits = np.concatenate([forward(item.images) for item in rendered])
-    coding, view = codecs.from_dict(archive.manifest.codec), archive.views.start
+    coding, view = CODECS.from_dict(archive.manifest.codec), archive.views.start
     stored = archive.stored(view, 0)
     noise = 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
     allowed = float(coding.max_error(stored).max()) + noise

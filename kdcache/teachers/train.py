@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kdcache.datasets import dataset
+from kdcache.datasets import DATASETS
 from kdcache.datasets.canvas import require_intact
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import (
@@ -135,7 +135,7 @@ class _Job:
         self.exact = resolve(config.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
-        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, dataset.name_of(self.source))
+        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
         self.start, scratch = self._start(recipe)
         self.durations = self._durations(recipe)
         drawn = ViewPolicy.load(config.policy or recipe.policy or suggested.policy, size=config.size)
@@ -369,7 +369,7 @@ class _Job:
         record = {
             "alias": public_name(config.teacher),
             "name": self.name,
-            "dataset": dataset.spec(self.source),
+            "dataset": DATASETS.spec(self.source),
             "dataset_label": dataset_label(self.source),
             "class_names": list(self.train_canvas.card.class_names),
             "input_size": self.policy.size,

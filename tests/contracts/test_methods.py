@@ -16,7 +16,7 @@ from scipy import special
 
 from kdcache.bench.methods import ONE_VIEW, PLAIN
 from kdcache.errors import UsageError
-from kdcache.methods import build, method
+from kdcache.methods import METHODS, build
 from kdcache.methods.presets import PRESETS, preset
 from kdcache.targets import Targets
 from tests.contracts.examples import examples
@@ -177,7 +177,7 @@ def value_and_gradient(
 
 
 def test_every_method_is_compared_with_a_formula() -> None:
-    assert list(method) == sorted(FORMULAS)
+    assert list(METHODS) == sorted(FORMULAS)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -293,7 +293,7 @@ def test_what_the_benchmark_compares_with_is_the_same_loss(name: str) -> None:
 def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
     for found in PRESETS.values():
         built = found.build()
-        assert method.name_of(built) == found.name.split(":")[1]
+        assert METHODS.name_of(built) == found.name.split(":")[1]
         assert found.tau > 0
         assert preset(found.name) == found
         assert found.name.startswith("paper:")
@@ -486,7 +486,7 @@ def test_the_published_bound_of_entropies_can_be_had() -> None:
     student, teacher, _ = problem()
     plain, shipped = (rows_of("eakd", student, teacher, 4.0, entropy_bound=bound) for bound in ("logC", 100.0))
     assert shipped < plain
-    assert method.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
+    assert METHODS.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
     for name in ("eakd", "eadkd"):
         with pytest.raises(UsageError, match=f"entropy_bound of method {name}") as raised:
             build(name, entropy_bound=-1.0)

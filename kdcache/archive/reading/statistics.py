@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import LogitMoments, Plan, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.archive.layouts import ShardReader
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
 from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.system.progress import Progress
@@ -134,7 +134,7 @@ def spread(
 
 def spread_logits(plan: Plan, reader: ShardReader, most: int = MAX_ROWS) -> Iterator[NDArray[np.float32]]:
     """Logits float32 of at most `most` rows, evenly spaced over all views and positions, in blocks `[<= 4096, C]` of 16 MB."""
-    coding = codec.from_dict(plan.codec)
+    coding = CODECS.from_dict(plan.codec)
     step = max(1, min(BLOCK, BLOCK_LOGITS // plan.num_classes))
     for pairs in spread(plan.views, plan.num_samples, most, step):
         parts = [(view, *part) for view, positions in pairs for part in _by_block(positions, plan.shard_rows)]
