@@ -5,22 +5,29 @@ same entropy, the teacher's own logits with all but the top k shuffled (temperat
 is left of them where only the top k were kept.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.registry import FITTED, Registry
 from kdcache.stats import entropy, softmax, sorted_mean_softmax
+from kdcache.system.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
 
 __all__ = ["CONTROLS", "Control", "Targets", "averaged", "control", "match_entropy", "row_keys"]
 
@@ -38,7 +45,7 @@ class Targets:
     label_a: Tensor | None = None
     label_b: Tensor | None = None
     lam: Tensor | None = None
-    second: "Targets | None" = None
+    second: Targets | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 2:
@@ -51,12 +58,12 @@ class Targets:
         """softmax(logits / tau), float32 `[B, C]`."""
         return torch.softmax(self.logits.float() / self.tau, dim=1)
 
-    def with_logits(self, logits: Tensor) -> "Targets":
+    def with_logits(self, logits: Tensor) -> Targets:
         return dataclasses.replace(self, logits=logits)
 
-    def to(self, device: torch.device | str) -> "Targets":
+    def to(self, device: torch.device | str) -> Targets:
         parts = vars(self).items()
-        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, Tensor | Targets)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, torch.Tensor | Targets)}
         return dataclasses.replace(self, **moved)
 
 
@@ -75,6 +82,8 @@ def averaged(logits: Tensor, tau: float) -> Tensor:
 class Control(ABC):
     """Maps targets to other targets of the same shape, temperature, labels and dtype."""
 
+    source: ClassVar[str] = ""  # paper and section
+    needs: ClassVar[tuple[str, ...]] = ()
     smooths: ClassVar[bool] = False  # whether it is label smoothing, of an entropy that is matched at tau
 
     def check(self, num_classes: int) -> None:  # noqa: B027  # most mean something with any number
@@ -89,7 +98,7 @@ class Control(ABC):
         """Other targets. `rng_key` int64 `[B, 2]` are the rows' keys (see `row_keys`), for what is random."""
 
 
-CONTROLS: Registry[Control] = Registry("control", entry_points="kdcache.controls")
+CONTROLS: Registry[Control] = Registry("control", entry_points="kdcache.controls", base=Control)
 
 
 def control(name: str, **options: Any) -> Control:

@@ -27,6 +27,9 @@ LIGHT = (
     "kdcache.views",
     "kdcache.codecs",
     "kdcache.stats",
+    "kdcache.targets",
+    "kdcache.methods",
+    "kdcache.methods.presets",
     "kdcache.study.running",
 )
 
@@ -45,6 +48,26 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.mark.parametrize("module", LIGHT)
 def test_reading_and_reporting_need_no_torch(module: str, run_python: Run) -> None:
     assert run_python(PRINT_HEAVY, module).stdout.split() == []
+
+
+def test_methods_and_controls_are_described_without_torch(run_python: Run) -> None:
+    run_python(
+        f"""
+import sys
+sys.modules.update(dict.fromkeys({HEAVY}))  # importing any of them raises ImportError
+from kdcache.methods import METHODS
+from kdcache.methods.presets import PRESETS
+from kdcache.targets import CONTROLS, control
+for method in [*map(METHODS.build, METHODS), *(preset.build() for preset in PRESETS.values())]:
+    assert METHODS.parse(METHODS.spec(method)) == METHODS.from_dict(METHODS.to_dict(method)) == method
+    assert method.views_per_step in (1, 2) and method.largest_tau > 0 and isinstance(method.uses_tau, bool)
+    list(method.doubts({{1.0, 20.0}}, 3)), METHODS.describe(METHODS.name_of(method)), method.needs, method.source
+for spec in ("none", "ls-instance", "ls-global:plain-mean", "bottom:3", "topk:5"):
+    control = CONTROLS.parse(spec)
+    assert CONTROLS.from_dict(CONTROLS.to_dict(control)) == control
+    control.check(10), control.smooths
+"""
+    )
 
 
 def test_the_check_for_heavy_imports_would_notice_one(run_python: Run) -> None:

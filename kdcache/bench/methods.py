@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kdcache.bench.turns import Result, taking_turns
 from kdcache.methods import METHODS, build
-from kdcache.methods.base import LogitMethod
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets
@@ -65,9 +64,8 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         if name not in PLAIN:  # a plugin's
             continue
         built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
-        state = built.new_state().to(device) if isinstance(built, LogitMethod) else None
-        if state is not None:
-            state.epoch = 1000  # warmed up
+        state = built.new_state().to(device)
+        state.epoch = 1000  # warmed up
         ours, theirs = taking_turns(
             f"bench methods: {name}",
             seconds * 3 / 4 / len(PLAIN),

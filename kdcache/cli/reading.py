@@ -379,8 +379,8 @@ def methods(
             registry.kind,
             known,
             registry.describe(known),
-            ", ".join(getattr(registry[known], "needs", ())),
-            getattr(registry[known], "source", ""),
+            ", ".join(registry[known].needs),
+            registry[known].source,
             inspect.cleandoc(registry[known].__doc__ or ""),
         ]
         for registry in registries

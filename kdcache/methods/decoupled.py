@@ -4,16 +4,21 @@ The split of a softmax into the label's probability and the rest is computed fro
 rest's own softmax without the label's logit: neither overflows where a probability underflows, as logarithms of summed ones do.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from kdcache.methods.base import METHODS, Epochs, Labelled, MaxLogitTau, Positive, Squared, Weight, ZScored, kl_rows
+from kdcache.system.lazy import lazy
 
-from kdcache.methods import METHODS
-from kdcache.methods.base import Epochs, Labelled, MaxLogitTau, Positive, Squared, Weight, ZScored, kl_rows
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 __all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD", "MaxLogitDKD"]
 

@@ -1,16 +1,24 @@
 """Losses over the relations within a batch: what they are worth depends on which samples are in it together."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
-from kdcache.methods import METHODS
-from kdcache.methods.base import Positive, Squared, State, Weight, ZScored
+from kdcache.methods.base import METHODS, Positive, Squared, Weight, ZScored
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["DIST", "MLKD", "ZMLKD"]
 

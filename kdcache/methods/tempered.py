@@ -1,14 +1,21 @@
 """Divergences of tempered softmaxes: one temperature for all rows, z-scores, one temperature a row, and the teacher's only."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from kdcache.methods import METHODS
-from kdcache.methods.base import LogitMethod, MaxLogitTau, Squared, State, ZScored, from_largest, kl_rows
+from kdcache.methods.base import METHODS, LogitMethod, MaxLogitTau, Squared, ZScored, from_largest, kl_rows
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["KD", "TTM", "WTTM", "ZKD", "MaxLogit"]
 

@@ -24,7 +24,7 @@ from kdcache.errors import NotFoundError
 from kdcache.methods import build
 from kdcache.models.creation import create_model, resolve
 from kdcache.replay.prefetch import choose_renderer
-from kdcache.students.grid import DistillConfig, StudentSpec, doubts, plan_students, views_per_step
+from kdcache.students.grid import DistillConfig, StudentSpec, doubts, plan_students
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Targets
 from kdcache.teachers.dump import DumpConfig, free_bytes, rows_of_dump
@@ -254,7 +254,7 @@ def archive_to_be(name: str, dump: DumpConfig, counts: Counts, views: int, polic
 def _kind(spec: StudentSpec) -> tuple[Any, ...]:
     """What students have in common that are equally fast and large."""
     how = spec.settings
-    return spec.name, views_per_step(spec.method), how.batch_size, how.opt, how.momentum > 0, how.amp, how.ema_decay is not None
+    return spec.name, spec.method.views_per_step, how.batch_size, how.opt, how.momentum > 0, how.amp, how.ema_decay is not None
 
 
 def _streams(specs: Sequence[StudentSpec]) -> Iterator[list[StudentSpec]]:

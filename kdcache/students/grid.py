@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from kdcache.targets import CONTROLS, Control
 from kdcache.training.learner import TrainConfig, require_optimizer
 from kdcache.workspace import Workspace, archive_source, dataset_label
 
-__all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students", "uses_tau", "views_per_step"]
+__all__ = ["DistillConfig", "StudentSpec", "doubts", "open_archives", "plan_students"]
 
 STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
@@ -119,7 +118,7 @@ class StudentSpec:
 
     @property
     def tau_text(self) -> str:
-        return f"{self.tau:g}" if uses_tau(self.method) else "own"
+        return f"{self.tau:g}" if self.method.uses_tau else "own"
 
 
 def open_archives(config: DistillConfig, workspace: Workspace, progress: Progress) -> tuple[Ensemble, Ensemble]:
@@ -160,7 +159,7 @@ def plan_students(config: DistillConfig, archive: Ensemble, second: Ensemble, wo
         what.check(archive.num_classes)
     for how, what, tau in grid:
         _require_sense(how, what, tau, config)
-    if any(views_per_step(how) == 2 for how, _, _ in grid):
+    if any(how.views_per_step == 2 for how, _, _ in grid):
         require_second(archive, second)
     elif config.second_archive is not None:
         raise UsageError(
@@ -175,7 +174,7 @@ def plan_students(config: DistillConfig, archive: Ensemble, second: Ensemble, wo
         config.seeds, names.items(), config.inits, how_trained, grid
     ):
         start, order_seed = starts[init, name], 0 if config.share_order else seed
-        archives = [archive.digest] + [second.digest] * (views_per_step(how) == 2 and second is not archive)
+        archives = [archive.digest] + [second.digest] * (how.views_per_step == 2 and second is not archive)
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
         order = [] if order_seed == seed else [f"order {order_seed}"]
         trained = [METHODS.to_dict(how), CONTROLS.to_dict(what), tau, seed, *order, settings.identity()]
@@ -263,21 +262,11 @@ def _start_of(init: str, file: Path) -> Start:
         return Start(init, file=file, sha256=hashlib.file_digest(weights, "sha256").hexdigest())
 
 
-def views_per_step(how: Method) -> int:
-    """How many views of each sample a method wants; one, if it does not say."""
-    return int(getattr(how, "views_per_step", 1))
-
-
-def uses_tau(how: Method) -> bool:
-    """Whether a method looks at tau; it does, if it does not say."""
-    return bool(getattr(how, "uses_tau", True))
-
-
 def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[float]]]:
     """Methods at each temperature, and presets at theirs unless others are asked for. Those that set their own are there once."""
     found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in config.presets]
     found += [(METHODS.parse(spec), 1.0) for spec in config.methods or (() if config.presets else ("kd",))]
-    if config.taus and not any(uses_tau(how) for how, _ in found):
+    if config.taus and not any(how.uses_tau for how, _ in found):
         names = ", ".join(METHODS.name_of(how) for how, _ in found)
         raise UsageError(
             f"{names} with --tau {','.join(f'{tau:g}' for tau in config.taus)}",
@@ -285,21 +274,21 @@ def _methods_and_taus(config: DistillConfig) -> Iterator[tuple[Method, Sequence[
             fix="leave --tau out",
         )
     for how, tau in found:
-        yield how, config.taus if config.taus and uses_tau(how) else (tau,)
+        yield how, config.taus if config.taus and how.uses_tau else (tau,)
 
 
 def _require_sense(how: Method, what: Control, tau: float, config: DistillConfig) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
     name, its_control = METHODS.name_of(how), CONTROLS.name_of(what)
-    if what.smooths and (not uses_tau(how) or getattr(how, "unit_variance", False)):
+    if what.smooths and (not how.uses_tau or how.unit_variance):
         raise UsageError(
             f"{name} with --control {its_control}",
             why="label smoothing is matched to the entropy at tau, which this method does not use"
-            if not uses_tau(how)
+            if not how.uses_tau
             else "z-scores of smoothed targets are the same however strong the smoothing is",
             fix="use --control none or bottom:K, or another method",
         )
-    largest = getattr(how, "largest_tau", math.inf)
+    largest = how.largest_tau
     if tau > largest and not config.force:
         raise UsageError(
             f"{name} with tau {tau:g}",
@@ -314,12 +303,12 @@ def doubts(specs: Sequence[StudentSpec], epochs: int, config: DistillConfig) -> 
     for student in specs:
         taus.setdefault(student.method, set()).add(student.tau)
     for how, its_taus in taus.items():
-        if config.taus and not uses_tau(how):
+        if config.taus and not how.uses_tau:
             yield f"{METHODS.spec(how)}: finds its temperature by itself, --tau is not for it"
-        for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
+        for doubt in how.doubts(its_taus, epochs):
             yield f"{METHODS.spec(how)}: {doubt}"
     smoothing = {student.control for student in specs if student.control.smooths}
-    partly = [METHODS.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
+    partly = [METHODS.spec(how) for how in taus if not how.only_at_tau]
     if smoothing and partly:
         yield (
             f"{', '.join(partly)}: also look at the targets at temperatures of their own, "

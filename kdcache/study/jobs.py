@@ -232,7 +232,6 @@ class _Expansion:
         """Add the job that trains a block's students from the archives of a group; how many images it shows them, if known."""
         from kdcache.datasets import Counts
         from kdcache.students.costs import archive_to_be, grid_of
-        from kdcache.students.grid import views_per_step
 
         first = group[0]
         read = [one.dump for one in (*group, second) if one is not None]
@@ -269,7 +268,7 @@ class _Expansion:
             key = (archives, f"{init}/{spec.folder.name}")
             other = trained.setdefault(key, job.id)
             if other == job.id:
-                shown += spec.settings.epochs * views_per_step(spec.method)
+                shown += spec.settings.epochs * spec.method.views_per_step
             elif not job.alone or not self.jobs[other].alone:
                 for each in (job.id, other):
                     self.jobs[each] = replace(self.jobs[each], alone=archives)

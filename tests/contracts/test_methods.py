@@ -395,7 +395,7 @@ def test_warm_up_counts_epochs_from_one() -> None:
     student, teacher, targets = problem()
     z, built = torch.from_numpy(student), build("dkd", warmup_epochs=4)
     whole = built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a))
-    state = built.new_state()  # type: ignore[attr-defined]
+    state = built.new_state()
     for epoch, share in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
         state.epoch = epoch
         torch.testing.assert_close(built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a), state), share * whole)
@@ -404,7 +404,7 @@ def test_warm_up_counts_epochs_from_one() -> None:
 def test_ctkds_temperature_is_learned_against_the_student() -> None:
     student, teacher, _ = problem()
     z, targets, built = torch.from_numpy(student), Targets(torch.from_numpy(teacher), 1.0), build("ctkd")
-    state = built.new_state().double()  # type: ignore[attr-defined]
+    state = built.new_state().double()
     for epoch, strength in ((1, math.cos(math.pi / 10) / 2 - 0.5), (10, -1.0), (30, -1.0)):
         state.epoch = epoch
         [reversed_slope] = torch.autograd.grad(built(z, targets, state), state.theta)

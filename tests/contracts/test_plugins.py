@@ -51,6 +51,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+ADAPTED = """
+from kdcache.methods import METHODS, Method
+import torch
+method = METHODS.build("mine")
+assert isinstance(method, Method) and method.views_per_step == 1 and method.uses_tau and list(method.doubts([20.0], 3)) == []
+assert method.new_optimizer(method.new_state()) is None and method.figures(method.new_state()) == {}
+assert method(torch.ones(2, 3), None, method.new_state()) == 36
+assert METHODS.name_of(method) == "mine" and METHODS.from_dict(METHODS.to_dict(method)) == method
+"""
+
+
+def test_a_callable_that_knows_nothing_of_methods_gets_their_defaults(installed: Path) -> None:
+    program = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + ADAPTED
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.mark.parametrize("group", REGISTRIES)
 def test_what_a_package_declares_is_found_by_name(installed: Path, group: str) -> None:
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + FOUND.format(registry=REGISTRIES[group])
