@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Workspace:
     """Folders below `home`; each is made when something is first written to it.
 
@@ -142,10 +142,10 @@ class Workspace:
     data_dir: Path | None = None
     skip_corrupt: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "home", Path(self.home))
-        if self.data_dir is not None:
-            object.__setattr__(self, "data_dir", Path(self.data_dir))
+    def __init__(self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False) -> None:
+        object.__setattr__(self, "home", Path(home))
+        object.__setattr__(self, "data_dir", None if data_dir is None else Path(data_dir))
+        object.__setattr__(self, "skip_corrupt", skip_corrupt)
 
     @property
     def archives(self) -> Path:
@@ -175,7 +175,7 @@ class Workspace:
     def data(self) -> Path:
         return self.data_dir or self.home / "data"
 
-    def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
+    def canvas(self, source: Source, split: Split, size: int | None = None, progress: Progress | None = None) -> Canvas:
         """The canvas of a split, at the dataset's own size unless `size` says otherwise."""
         return load_canvas(source, split, size or source.recipe.canvas, self.data, progress, skip_corrupt=self.skip_corrupt)
 

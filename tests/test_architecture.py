@@ -108,6 +108,9 @@ kdcache.stats.relative_entropy(logits), kdcache.ViewPolicy.load("pets").paramete
         "targets.Targets",
         "targets.control",
         "methods.build",
+        "datasets.build",
+        "Workspace",
+        "Canvas",
         "stats.relative_entropy",
     ],
 )
@@ -122,8 +125,15 @@ def test_public_names_are_where_the_design_says(name: str) -> None:
 def test_all_public_names_resolve_and_others_are_attribute_errors() -> None:
     for name in kdcache.__all__:
         assert getattr(kdcache, name)
+    assert dir(kdcache) == sorted(kdcache.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         kdcache.no_such_name  # noqa: B018
+
+
+def test_dir_shows_the_public_names_before_any_was_used(run_python: Run) -> None:
+    shown = run_python("import kdcache, sys; print(*dir(kdcache)); assert 'torch' not in sys.modules").stdout.split()
+    assert {"open_archive", "CachedTargets", "Workspace", "methods", "targets", "stats", "views", "datasets"} <= set(shown)
+    assert "importlib" not in shown
 
 
 def parameters(function: Any) -> list[str]:

@@ -16,6 +16,15 @@ from kdcache.methods.base import METHODS, LogitMethod, Method
 
 if TYPE_CHECKING:
     from kdcache.methods.states import State
+else:  # type checkers would take any name from a module with this function
+
+    def __getattr__(name: str) -> Any:
+        if name == "State":  # a module of torch, which is imported for it
+            from kdcache.methods.states import State
+
+            return State
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["METHODS", "LogitMethod", "Method", "State", "build"]
 
@@ -23,11 +32,3 @@ __all__ = ["METHODS", "LogitMethod", "Method", "State", "build"]
 def build(name: str, **options: Any) -> Method:
     """The method `name` with its options."""
     return METHODS.build(name, **options)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "State":  # a module of torch, which is imported for it
-        from kdcache.methods.states import State
-
-        return State
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
