@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from kdcache.errors import UsageError
 from kdcache.registry import Registry
 
-__all__ = ["Codec", "UnstorableError", "codec", "kl_bound"]
+__all__ = ["CODECS", "Codec", "UnstorableError", "kl_bound"]
 
 Stored = Mapping[str, NDArray]
 
@@ -49,7 +49,7 @@ class Codec(Protocol):
         """Bound on the change of a logit by the codec, per row: float64 `[n]`."""
 
 
-codec: Registry[Codec] = Registry("codec")
+CODECS: Registry[Codec] = Registry("codec", entry_points="kdcache.codecs")
 I16_STEP = 2.0**-9
 _I16_STEP = np.float32(I16_STEP)
 
@@ -99,7 +99,7 @@ def _as_float32(numbers: NDArray, out: NDArray[np.float32] | None) -> NDArray[np
     return out
 
 
-@codec.register("i16")
+@CODECS.register("i16")
 @dataclass(frozen=True)
 class I16:
     """int16 in steps of 2^-9: +-64, 2 bytes a logit, KL <= 4.8e-7 / tau^2 nats."""
@@ -130,7 +130,7 @@ class I16:
         return np.full(len(stored["logits"]), I16_STEP / 2)
 
 
-@codec.register("f16")
+@CODECS.register("f16")
 @dataclass(frozen=True)
 class F16:
     """float16: +-65504, 2 bytes a logit, off by half its spacing at a row's largest logit (at 16: KL <= 3.1e-5 / tau^2)."""
@@ -160,7 +160,7 @@ class F16:
         return half
 
 
-@codec.register("f32")
+@CODECS.register("f32")
 @dataclass(frozen=True)
 class F32:
     """float32 as it is: 4 bytes a logit, nothing lost."""
@@ -186,7 +186,7 @@ class F32:
         return np.zeros(len(stored["logits"]))
 
 
-@codec.register("u8")
+@CODECS.register("u8")
 @dataclass(frozen=True)
 class U8:
     """256 equal steps between a row's smallest and largest logit: 1 byte a logit, KL <= step^2 / (8 tau^2) nats.

@@ -27,27 +27,40 @@ FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is comput
 class Registry(Generic[T]):
     """Components of one kind (`codec`, `method`, ...), by name.
 
-    `entry_points` names a group through which installed packages add components. The group is read at the first lookup,
-    so importing kdcache does not import those packages.
+    `entry_points` names a group through which installed packages add components; it is read when a name is first
+    looked up, so that merely importing kdcache never imports them. A component that is no subclass of `base` is registered as
+    one that inherits from both, so that it has what `base` says of components that say nothing.
     """
 
-    def __init__(self, kind: str, *, entry_points: str | None = None) -> None:
+    def __init__(self, kind: str, *, entry_points: str | None = None, base: type | None = None) -> None:
         self.kind = kind
         self._group = entry_points
+        self._base = base
         self._types: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator that registers a frozen dataclass as `name`."""
+        """Class decorator: make a frozen dataclass known as `name`. The class that it returns is the one that is registered."""
 
         def add(component: type[T]) -> type[T]:
             if not (dataclasses.is_dataclass(component) and component.__dataclass_params__.frozen):  # type: ignore[attr-defined]
                 raise TypeError(f"{component.__name__} must be a frozen dataclass to be registered as {self.kind} {name!r}")
             if name in self._types:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
+            component = self._with_defaults(component)
             self._types[name] = component
             return component
 
         return add
+
+    def _with_defaults(self, component: type[T]) -> type[T]:
+        if self._base is None or issubclass(component, self._base):
+            return component
+        names = {name: getattr(component, name) for name in ("__module__", "__qualname__", "__doc__")}
+        complete = types.new_class(component.__name__, (component, self._base), exec_body=lambda body: body.update(names))
+        missing: frozenset[str] = getattr(complete, "__abstractmethods__", frozenset())
+        if missing:
+            raise TypeError(f"{component.__name__} cannot be registered as {self.kind}: it has no {', '.join(sorted(missing))}")
+        return complete
 
     def _load_plugins(self) -> None:
         group, self._group = self._group, None

@@ -5,24 +5,31 @@ same entropy, the teacher's own logits with all but the top k shuffled (temperat
 is left of them where only the top k were kept.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.registry import FITTED, Registry
 from kdcache.stats import entropy, softmax, sorted_mean_softmax
+from kdcache.system.lazy import lazy
 
-__all__ = ["Control", "Targets", "averaged", "control", "controls", "match_entropy", "row_keys"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+__all__ = ["CONTROLS", "Control", "Targets", "averaged", "control", "match_entropy", "row_keys"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Targets:
     label_a: Tensor | None = None
     label_b: Tensor | None = None
     lam: Tensor | None = None
-    second: "Targets | None" = None
+    second: Targets | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 2:
@@ -51,12 +58,12 @@ class Targets:
         """softmax(logits / tau), float32 `[B, C]`."""
         return torch.softmax(self.logits.float() / self.tau, dim=1)
 
-    def with_logits(self, logits: Tensor) -> "Targets":
+    def with_logits(self, logits: Tensor) -> Targets:
         return dataclasses.replace(self, logits=logits)
 
-    def to(self, device: torch.device | str) -> "Targets":
+    def to(self, device: torch.device | str) -> Targets:
         parts = vars(self).items()
-        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, Tensor | Targets)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, torch.Tensor | Targets)}
         return dataclasses.replace(self, **moved)
 
 
@@ -75,6 +82,8 @@ def averaged(logits: Tensor, tau: float) -> Tensor:
 class Control(ABC):
     """Maps targets to other targets of the same shape, temperature, labels and dtype."""
 
+    source: ClassVar[str] = ""  # paper and section
+    needs: ClassVar[tuple[str, ...]] = ()
     smooths: ClassVar[bool] = False  # whether it is label smoothing, of an entropy that is matched at tau
 
     def check(self, num_classes: int) -> None:  # noqa: B027  # most mean something with any number
@@ -89,15 +98,15 @@ class Control(ABC):
         """Other targets. `rng_key` int64 `[B, 2]` are the rows' keys (see `row_keys`), for what is random."""
 
 
-controls: Registry[Control] = Registry("control")
+CONTROLS: Registry[Control] = Registry("control", entry_points="kdcache.controls", base=Control)
 
 
 def control(name: str, **options: Any) -> Control:
     """The control `name` with its options."""
-    return controls.build(name, **options)
+    return CONTROLS.build(name, **options)
 
 
-@controls.register("none")
+@CONTROLS.register("none")
 @dataclass(frozen=True)
 class Unchanged(Control):
     """The teacher's own logits."""
@@ -106,7 +115,7 @@ class Unchanged(Control):
         return targets
 
 
-@controls.register("ls-instance")
+@CONTROLS.register("ls-instance")
 @dataclass(frozen=True)
 class InstanceSmoothing(Control):
     """Label smoothing of the teacher's argmax, with every sample's own entropy at tau (temperature study, section 4.2)."""
@@ -121,7 +130,7 @@ class InstanceSmoothing(Control):
         return _smoothed(targets, match_entropy(deficit, z.shape[1]))
 
 
-@controls.register("ls-global")
+@CONTROLS.register("ls-global")
 @dataclass(frozen=True)
 class GlobalSmoothing(Control):
     """Label smoothing of the teacher's argmax, one strength for all: that of the archive's average softmax at tau.
@@ -167,7 +176,7 @@ class GlobalSmoothing(Control):
         return _smoothed(targets, match_entropy(deficit, targets.logits.shape[1]))
 
 
-@controls.register("bottom")
+@CONTROLS.register("bottom")
 @dataclass(frozen=True)
 class BottomShuffled(Control):
     """Keep the `k` largest logits where they are and permute the other C - k (temperature study, section 4.2).
@@ -199,7 +208,7 @@ class BottomShuffled(Control):
         return targets.with_logits(logits.scatter(1, bottom, logits.gather(1, source)))
 
 
-@controls.register("topk")
+@CONTROLS.register("topk")
 @dataclass(frozen=True)
 class TopK(Control):
     """What a sparse cache keeps: the `k` largest probabilities at tau 1, and what is left in equal parts for the other C - k.

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
-from kdcache.datasets import Source, Split, dataset
+from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.system.progress import Progress
@@ -34,9 +34,9 @@ __all__ = [
 def parse_dataset(spec: str) -> Source:
     """A dataset source from its command-line form. Raises NotFoundError, with close matches, for an unknown name."""
     name = spec.partition(":")[0]
-    if name not in dataset:
-        raise unknown_name("dataset", name, dataset, error=NotFoundError, fix="list what there is with: kdcache datasets")
-    return dataset.parse(spec)
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS, error=NotFoundError, fix="list what there is with: kdcache datasets")
+    return DATASETS.parse(spec)
 
 
 def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
@@ -116,7 +116,7 @@ def require_writable(folder: Path) -> None:
 
 def dataset_label(source: Source) -> str:
     """A short name for folders: the dataset's name, and that of its folder or repository if it has one."""
-    name = dataset.name_of(source)
+    name = DATASETS.name_of(source)
     place = getattr(source, "root", "") or getattr(source, "repo", "")
     return f"{name}-{Path(place).name}" if place else name
 
@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     return version_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Workspace:
     """The folders below `home`. Each is made at the first write to it.
 
@@ -143,10 +143,10 @@ class Workspace:
     data_dir: Path | None = None
     skip_corrupt: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "home", Path(self.home))
-        if self.data_dir is not None:
-            object.__setattr__(self, "data_dir", Path(self.data_dir))
+    def __init__(self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False) -> None:
+        object.__setattr__(self, "home", Path(home))
+        object.__setattr__(self, "data_dir", None if data_dir is None else Path(data_dir))
+        object.__setattr__(self, "skip_corrupt", skip_corrupt)
 
     @property
     def archives(self) -> Path:

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile import LAYOUTS, build, exercise
+from tests.hostile import LAYOUT_OPTIONS, build, exercise
 
 MEMORY = 512 << 20  # bytes of address space beyond what the process has when it begins
 PATIENCE = {signal.ITIMER_PROF: 10, signal.ITIMER_REAL: 100}  # seconds of work and in all that a case may take
@@ -141,13 +141,13 @@ class Archives:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.sound = {layout: _contents(build(folder / "sound" / layout.replace(":", "-"), layout)) for layout in LAYOUTS}
+        self.sound = {layout: _contents(build(folder / "sound" / layout.replace(":", "-"), layout)) for layout in LAYOUT_OPTIONS}
         self._changed: dict[str, set[str]] = {}
 
     def case(self, number: int) -> str:
         """Make case `number` and let everything read it; returns what it is. Raises what a reader should not have raised."""
         rng = random.Random(number)
-        layout = rng.choice(list(LAYOUTS))
+        layout = rng.choice(list(LAYOUT_OPTIONS))
         files = self.sound[layout]
         path = self._restore(layout)
         manifest = json.loads(files["kdcache.json"])

@@ -13,23 +13,22 @@ import numpy as np
 
 from kdcache.archive import Archive, ArchiveWriter, open_archive
 from kdcache.archive.format.manifest import ArchivePlan, ShardRecord, archive_digest
-from kdcache.archive.layouts import layout as layouts
-from kdcache.archive.layouts import rows_digest
+from kdcache.archive.layouts import LAYOUTS, rows_digest
 from kdcache.archive.writing.derive import derive
-from kdcache.codecs import codec as codecs
+from kdcache.codecs import CODECS
 from kdcache.errors import KdcacheError
 
-__all__ = ["CLASSES", "CODECS", "LAYOUTS", "SAMPLES", "build", "edit_manifest", "edit_table", "exercise", "reseal"]
+__all__ = ["CLASSES", "CODEC_OF", "LAYOUT_OPTIONS", "SAMPLES", "build", "edit_manifest", "edit_table", "exercise", "reseal"]
 
 VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 7, 5, 4  # two shards a view, the second not full; two units a shard
-LAYOUTS: dict[str, dict[str, Any]] = {
+LAYOUT_OPTIONS: dict[str, dict[str, Any]] = {
     "zarr": {"name": "zarr", "compression": "none", "inner_rows": 2},
     "zarr:bitshuffle": {"name": "zarr", "compression": "bitshuffle", "inner_rows": 2},
     "zarr:pcodec": {"name": "zarr", "compression": "pcodec", "inner_rows": 2},
     "hdf5": {"name": "hdf5", "unit_rows": 2},
     "webdataset": {"name": "webdataset", "record_rows": 2},
 }
-CODECS = {"zarr": "i16", "zarr:bitshuffle": "u8", "zarr:pcodec": "f32", "hdf5": "u8", "webdataset": "f16"}
+CODEC_OF = {"zarr": "i16", "zarr:bitshuffle": "u8", "zarr:pcodec": "f32", "hdf5": "u8", "webdataset": "f16"}
 
 
 def build(path: Path, layout: str, **changes: Any) -> Path:
@@ -38,15 +37,15 @@ def build(path: Path, layout: str, **changes: Any) -> Path:
         "num_views": VIEWS,
         "num_samples": SAMPLES,
         "class_names": tuple(f"class {i}" for i in range(CLASSES)),
-        "codec": {"name": CODECS[layout]},
-        "layout": LAYOUTS[layout],
+        "codec": {"name": CODEC_OF[layout]},
+        "layout": LAYOUT_OPTIONS[layout],
         "shard_rows": SHARD_ROWS,
         "rows_hash": "blake3",
         "provenance": {"command": "kdcache dump-teacher --teacher t"},
     } | changes
     plan = ArchivePlan(**fields)
-    plan = plan.model_copy(update={"codec": codecs.to_dict(codecs.from_dict(plan.codec))})
-    plan = plan.model_copy(update={"layout": layouts.to_dict(layouts.from_dict(plan.layout))})
+    plan = plan.model_copy(update={"codec": CODECS.to_dict(CODECS.from_dict(plan.codec))})
+    plan = plan.model_copy(update={"layout": LAYOUTS.to_dict(LAYOUTS.from_dict(plan.layout))})
     labels = np.arange(plan.num_samples) % plan.num_classes
     writer = ArchiveWriter.of_plan(path, plan, labels, [f"k/{i}" for i in range(plan.num_samples)])
     rng = np.random.default_rng(4)

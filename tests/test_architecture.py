@@ -27,6 +27,9 @@ LIGHT = (
     "kdcache.views",
     "kdcache.codecs",
     "kdcache.stats",
+    "kdcache.targets",
+    "kdcache.methods",
+    "kdcache.methods.presets",
     "kdcache.study.running",
 )
 
@@ -45,6 +48,26 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.mark.parametrize("module", LIGHT)
 def test_reading_and_reporting_need_no_torch(module: str, run_python: Run) -> None:
     assert run_python(PRINT_HEAVY, module).stdout.split() == []
+
+
+def test_methods_and_controls_are_described_without_torch(run_python: Run) -> None:
+    run_python(
+        f"""
+import sys
+sys.modules.update(dict.fromkeys({HEAVY}))  # importing any of them raises ImportError
+from kdcache.methods import METHODS
+from kdcache.methods.presets import PRESETS
+from kdcache.targets import CONTROLS, control
+for method in [*map(METHODS.build, METHODS), *(preset.build() for preset in PRESETS.values())]:
+    assert METHODS.parse(METHODS.spec(method)) == METHODS.from_dict(METHODS.to_dict(method)) == method
+    assert method.views_per_step in (1, 2) and method.largest_tau > 0 and isinstance(method.uses_tau, bool)
+    list(method.doubts({{1.0, 20.0}}, 3)), METHODS.describe(METHODS.name_of(method)), method.needs, method.source
+for spec in ("none", "ls-instance", "ls-global:plain-mean", "bottom:3", "topk:5"):
+    control = CONTROLS.parse(spec)
+    assert CONTROLS.from_dict(CONTROLS.to_dict(control)) == control
+    control.check(10), control.smooths
+"""
+    )
 
 
 def test_the_check_for_heavy_imports_would_notice_one(run_python: Run) -> None:
@@ -85,6 +108,9 @@ kdcache.stats.relative_entropy(logits), kdcache.ViewPolicy.load("pets").paramete
         "targets.Targets",
         "targets.control",
         "methods.build",
+        "datasets.build",
+        "Workspace",
+        "Canvas",
         "stats.relative_entropy",
     ],
 )
@@ -99,8 +125,15 @@ def test_public_names_are_where_the_design_says(name: str) -> None:
 def test_all_public_names_resolve_and_others_are_attribute_errors() -> None:
     for name in kdcache.__all__:
         assert getattr(kdcache, name)
+    assert dir(kdcache) == sorted(kdcache.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         kdcache.no_such_name  # noqa: B018
+
+
+def test_dir_shows_the_public_names_before_any_was_used(run_python: Run) -> None:
+    shown = run_python("import kdcache, sys; print(*dir(kdcache)); assert 'torch' not in sys.modules").stdout.split()
+    assert {"open_archive", "CachedTargets", "Workspace", "methods", "targets", "stats", "views", "datasets"} <= set(shown)
+    assert "importlib" not in shown
 
 
 def parameters(function: Any) -> list[str]:

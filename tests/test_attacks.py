@@ -35,7 +35,7 @@ from kdcache.archive.writing import writer as writer_module
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError
 from tests.fuzz import VALUES, fuzz
-from tests.hostile import CLASSES, LAYOUTS, SAMPLES, build, edit_manifest, edit_table, exercise, reseal
+from tests.hostile import CLASSES, LAYOUT_OPTIONS, SAMPLES, build, edit_manifest, edit_table, exercise, reseal
 from tests.servers import FaultyServer
 
 COMPRESSED = ["zarr:bitshuffle", "zarr:pcodec"]
@@ -242,7 +242,7 @@ def test_what_is_no_file_is_never_waited_for(
         commands_fail(path, capsys, "info" if place in {"manifest", "table"} else "verify --quick")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 def test_links_to_the_recorded_bytes_are_followed_and_never_written_through(copy: Callable[[str], Path], layout: str) -> None:
     """Hugging Face's cache is made of links. What they lead to is read, if it is what is recorded, and never changed."""
     path = copy(layout)
@@ -303,7 +303,7 @@ CLAIMS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_what_a_manifest_claims_is_not_allocated(copy: Callable[[str], Path], claim: str, layout: str) -> None:
     path = copy(layout)
@@ -314,13 +314,13 @@ def test_what_a_manifest_claims_is_not_allocated(copy: Callable[[str], Path], cl
     refused(path, megabytes=32, copies=layout == "hdf5")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize(
     "option", ["x", None, 1.5, -1, 0, 2**31, 10**400, True, [], {}, "2", 4, 3, 44], ids=lambda value: str(value)[:9]
 )
 def test_options_of_a_layout_that_do_not_fit(copy: Callable[[str], Path], layout: str, option: Any) -> None:
     path = copy(layout)
-    key = list(LAYOUTS[layout])[-1]
+    key = list(LAYOUT_OPTIONS[layout])[-1]
     edit_manifest(path, lambda m: m["layout"].update({key: option}))
     outcome = endure(path)
     assert "open" in outcome or outcome["read 0"], "rows are read in units that are not there"
@@ -523,7 +523,7 @@ def swap_files(path: Path) -> None:
         (path / second["path"]).write_bytes(data)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "webdataset"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUT_OPTIONS if name != "webdataset"])
 def test_swapped_shards_are_noticed_by_their_digests_and_by_the_archives(copy: Callable[[str], Path], layout: str) -> None:
     path = copy(layout)
     digest = manifest(path)["digest"]
@@ -580,7 +580,7 @@ def test_rows_that_no_writer_writes_are_noticed(tmp_path: Path, change: str, mon
     refused(write_rows(tmp_path / "archive", alter, codec), act, copies=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize("label", [-1, CLASSES, 2**63 - 1, -(2**63)])
 def test_labels_of_no_class_are_refused(copy: Callable[[str], Path], layout: str, label: int) -> None:
     path = copy(layout)
@@ -603,7 +603,7 @@ def write_labels(path: Path, layout: str, labels: NDArray) -> None:
     reseal(path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 def test_labels_that_nobody_recorded_are_not_read(copy: Callable[[str], Path], layout: str) -> None:
     """A manifest may be signed. Then files that lie beside it must not count."""
     path = copy(layout)
@@ -946,7 +946,7 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 def test_nothing_is_ever_unpickled(
     sound: Callable[[str], Path], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 
 from kdcache.cli import run
-from kdcache.datasets import Images, Source, dataset, fetching, source_card
+from kdcache.datasets import DATASETS, Images, Source, fetching, source_card
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from tests import miniatures
 from tests.servers import Fault, FaultyServer
 
 
 def opened(name: str, root: Path, **options: Any) -> Images:
-    return dataset.build(name, root=str(root), **options).open(root.parent / "data", fetch=False)
+    return DATASETS.build(name, root=str(root), **options).open(root.parent / "data", fetch=False)
 
 
 def listed(images: Images, split: Any = "train") -> list[tuple[str, str]]:
@@ -40,7 +40,7 @@ def test_both_forms_of_cifar10_are_the_same_samples_and_pixels(tmp_path: Path) -
     miniatures.cifar10_python(tmp_path / "b", batches)
     both = [opened("cifar10", tmp_path / form) for form in "ab"]
     cards = [
-        source_card(dataset.build("cifar10"), images.class_names(), "train", images.samples("train")).digest for images in both
+        source_card(DATASETS.build("cifar10"), images.class_names(), "train", images.samples("train")).digest for images in both
     ]
     assert cards[0] == cards[1]
     for split in ("train", "test"):
@@ -209,15 +209,15 @@ def test_tar_shards_need_a_label_for_every_image(tmp_path: Path) -> None:
 
 def test_a_hub_datasets_columns_and_splits_can_be_named(datasets_in_small: Path, tmp_path: Path) -> None:
     repo = str(datasets_in_small / "hub")
-    images = dataset.build("hf", repo=repo).open(tmp_path)
+    images = DATASETS.build("hf", repo=repo).open(tmp_path)
     assert listed(images, "test") == [(f"test/{i:07d}", ("cat", "dog", "newt")[i % 3]) for i in range(4)]
-    swapped = dataset.parse(f"hf:{repo},image=image,label=label,train=test,test=train").open(tmp_path)
+    swapped = DATASETS.parse(f"hf:{repo},image=image,label=label,train=test,test=train").open(tmp_path)
     assert len(swapped.samples("train")) == 4
     for options, words in (({"label": "image"}, "columns that may be the label"), ({"test": "dev"}, "no split 'dev'")):
         with pytest.raises(UsageError, match=words):
-            dataset.build("hf", repo=repo, **options).open(tmp_path)
+            DATASETS.build("hf", repo=repo, **options).open(tmp_path)
     with pytest.raises(NotFoundError, match="nowhere"):
-        dataset.build("hf", repo=str(tmp_path / "nowhere")).open(tmp_path, fetch=False)
+        DATASETS.build("hf", repo=str(tmp_path / "nowhere")).open(tmp_path, fetch=False)
 
 
 # ---------------------------------------------------------------- getting them
@@ -234,7 +234,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServ
     monkeypatch.setattr("kdcache.system.attempts.BACKOFF", 0.01)
     with FaultyServer(tmp_path / "served") as server:
         moved = fetching.Download(f"{server.url}/cifar-10-binary.tar.gz", md5, 1)
-        monkeypatch.setattr(dataset["cifar10"], "download", moved)
+        monkeypatch.setattr(DATASETS["cifar10"], "download", moved)
         yield server
 
 
@@ -253,7 +253,7 @@ class _Said:
 
 
 def test_a_dataset_is_fetched_once_checked_and_unpacked(site: FaultyServer, tmp_path: Path) -> None:
-    source: Source = dataset.build("cifar10")
+    source: Source = DATASETS.build("cifar10")
     said = _Said()
     images = source.open(tmp_path / "data", said)
     assert len(images.samples("train")) == 20
@@ -267,7 +267,7 @@ def test_a_dataset_is_fetched_once_checked_and_unpacked(site: FaultyServer, tmp_
 
 
 def test_a_broken_download_goes_on_where_it_stopped(site: FaultyServer, tmp_path: Path) -> None:
-    source: Source = dataset.build("cifar10")
+    source: Source = DATASETS.build("cifar10")
     part = tmp_path / "data/cifar10/cifar-10-binary.tar.gz.part"
     site.faults["cifar-10-binary.tar.gz"] = Fault(status=503)
     with pytest.raises(RetryError) as caught:
@@ -285,30 +285,30 @@ def test_a_broken_download_goes_on_where_it_stopped(site: FaultyServer, tmp_path
 def test_a_file_that_is_not_the_published_one_is_named_and_not_unpacked(site: FaultyServer, tmp_path: Path) -> None:
     site.faults["cifar-10-binary.tar.gz"] = Fault(wrong=True)
     with pytest.raises(IntegrityError, match="md5") as caught:
-        dataset.build("cifar10").open(tmp_path / "data")
+        DATASETS.build("cifar10").open(tmp_path / "data")
     file = tmp_path / "data/cifar10/cifar-10-binary.tar.gz"
     assert caught.value.fix.endswith(f"rm {file}")
     assert not (tmp_path / "data/cifar10/cifar-10-batches-bin").exists()
     site.forget()
     file.unlink()
-    assert len(dataset.build("cifar10").open(tmp_path / "data").samples("test")) == 4
+    assert len(DATASETS.build("cifar10").open(tmp_path / "data").samples("test")) == 4
 
 
 def test_a_file_that_was_got_by_hand_is_used(site: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "data/cifar10").mkdir(parents=True)
     packed = tmp_path / "served/cifar-10-binary.tar.gz"
     (tmp_path / "data/cifar10" / packed.name).write_bytes(packed.read_bytes())
-    assert len(dataset.build("cifar10").open(tmp_path / "data").samples("train")) == 20
+    assert len(DATASETS.build("cifar10").open(tmp_path / "data").samples("train")) == 20
     assert not site.requests
 
 
 def test_a_killed_download_is_taken_up_by_the_next_command(site: FaultyServer, tmp_path: Path) -> None:
     site.faults["cifar-10-binary.tar.gz"] = Fault(drip=(2_000, 0.05))
-    download = dataset["cifar10"].download  # type: ignore[attr-defined]
+    download = DATASETS["cifar10"].download  # type: ignore[attr-defined]
     code = (
-        "import sys, pathlib; from kdcache.datasets import dataset, fetching; "
+        "import sys, pathlib; from kdcache.datasets import DATASETS, fetching; "
         f"dataset['cifar10'].download = fetching.Download({download.url!r}, {download.md5!r}, 1); "
-        f"dataset.build('cifar10').open(pathlib.Path({str(tmp_path / 'data')!r}))"
+        f"DATASETS.build('cifar10').open(pathlib.Path({str(tmp_path / 'data')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     part = tmp_path / "data/cifar10/cifar-10-binary.tar.gz.part"
@@ -318,18 +318,18 @@ def test_a_killed_download_is_taken_up_by_the_next_command(site: FaultyServer, t
     process.wait()
     arrived = part.stat().st_size
     site.forget()
-    assert len(dataset.build("cifar10").open(tmp_path / "data").samples("train")) == 20
+    assert len(DATASETS.build("cifar10").open(tmp_path / "data").samples("train")) == 20
     assert min(request.start for request in site.asked("gz")) == arrived
 
 
 def test_what_has_to_be_got_by_hand_says_where_to_put_it(tmp_path: Path) -> None:
     for name in ("cars", "imagenet"):
         with pytest.raises(NotFoundError) as caught:
-            dataset.build(name).open(tmp_path)
+            DATASETS.build(name).open(tmp_path)
         assert str(tmp_path / name) in caught.value.fix
         assert "--dataset hf:" in caught.value.fix
     with pytest.raises(NotFoundError) as caught:  # a folder of one's own is not filled
-        dataset.build("cifar10", root=str(tmp_path)).open(tmp_path)
+        DATASETS.build("cifar10", root=str(tmp_path)).open(tmp_path)
     assert "cifar-10-batches-bin" in caught.value.why
 
 
@@ -356,9 +356,9 @@ def test_packed_files_put_nothing_elsewhere(site: FaultyServer, tmp_path: Path, 
         else:
             miniatures.add(tar, name, b"evil")
     md5 = hashlib.md5(packed.read_bytes()).hexdigest()
-    monkeypatch.setattr(dataset["cifar10"], "download", fetching.Download(f"{site.url}/{packed.name}", md5, 1))
+    monkeypatch.setattr(DATASETS["cifar10"], "download", fetching.Download(f"{site.url}/{packed.name}", md5, 1))
     with pytest.raises(KdcacheError):
-        dataset.build("cifar10").open(tmp_path / "data")
+        DATASETS.build("cifar10").open(tmp_path / "data")
     assert not Path("/tmp/kdcache-evil.txt").exists()
     assert not (tmp_path / "data/evil.txt").exists()
     assert not (tmp_path / "data/cifar10/link").exists()

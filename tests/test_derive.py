@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive, ArchiveWriter, derive, open_archive, stored_bytes, write_archive
 from kdcache.cli import run
-from kdcache.codecs import codec, kl_bound
+from kdcache.codecs import CODECS, kl_bound
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
 from kdcache.views.policy import ViewPolicy
-from tests.contracts.test_layouts import LAYOUTS
+from tests.contracts.test_layouts import SPECS
 
 VIEWS, SAMPLES, CLASSES = 4, 50, 30
 ALL = range(VIEWS)
@@ -60,7 +60,7 @@ def same_rows(one: Archive, other: Archive, views: range) -> None:
 
 def test_an_archive_goes_through_every_layout_and_comes_back_byte_for_byte(source: Archive, tmp_path: Path) -> None:
     latest = source
-    for number, layout in enumerate([*LAYOUTS, *reversed(LAYOUTS), "zarr"]):
+    for number, layout in enumerate([*SPECS, *reversed(SPECS), "zarr"]):
         latest = derive(latest, tmp_path / str(number), layout=layout)
         assert latest.manifest.digest == source.manifest.digest
         assert latest.labels().tolist() == source.labels().tolist()  # type: ignore[union-attr]
@@ -70,7 +70,7 @@ def test_an_archive_goes_through_every_layout_and_comes_back_byte_for_byte(sourc
     assert contents(latest.path) == contents(source.path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SPECS)
 def test_some_of_the_views_are_an_archive_that_says_so(source: Archive, tmp_path: Path, layout: str) -> None:
     part = derive(source, tmp_path / "part", views=range(1, 3), layout=layout)
     assert part.views == range(1, 3)
@@ -97,7 +97,7 @@ def test_the_first_views_of_an_archive_are_the_archive_with_fewer_views(source: 
     assert again.manifest.subset_of == part.manifest.subset_of, "a copy of a part is a part of the same"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SPECS)
 def test_the_statistics_alone_are_an_archive_without_logits(source: Archive, tmp_path: Path, layout: str) -> None:
     part = derive(source, tmp_path / "part", contents="statistics", layout=layout)
     assert part.verify("full").ok
@@ -115,7 +115,7 @@ def test_the_statistics_alone_are_an_archive_without_logits(source: Archive, tmp
     assert derive(part, tmp_path / "copy", contents="statistics").manifest.digest == part.manifest.digest
 
 
-@pytest.mark.parametrize("name", list(codec))
+@pytest.mark.parametrize("name", list(CODECS))
 def test_another_codec_keeps_logits_within_its_bound_and_says_where_they_came_from(
     source: Archive, tmp_path: Path, name: str
 ) -> None:
@@ -123,7 +123,7 @@ def test_another_codec_keeps_logits_within_its_bound_and_says_where_they_came_fr
     assert other.verify("full").ok
     for view in other.views:
         was, now = source.read(view, 0, SAMPLES), other.read(view, 0, SAMPLES)
-        coding = codec.build(name)
+        coding = CODECS.build(name)
         bound = coding.max_error(coding.encode(was.logits))
         assert (np.abs(was.logits - now.logits).max(axis=1) <= bound).all()
         assert (kl_bound(bound, 20) <= 2e-4).all()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.archive import Archive, layout, open_archive, write_archive
+from kdcache.archive import LAYOUTS, Archive, open_archive, write_archive
 from kdcache.archive.reading import cache, reader
 from kdcache.archive.reading.cache import Cache, CachedStore
 from kdcache.cli import run
@@ -48,7 +48,7 @@ def archives(tmp_path_factory) -> Path:
     rng = np.random.default_rng(8)
     logits = rng.normal(0, 3, (3, 600, 40)).astype(np.float32)
     order = np.stack([rng.permutation(600) for _ in range(3)])
-    for name in layout:
+    for name in LAYOUTS:
         write_archive(
             root / name, logits, [f"class {i}" for i in range(40)], sample=order, labels=np.arange(600) % 40, layout=name
         )
@@ -122,7 +122,7 @@ def cached(suffix: str = "") -> list[Path]:
 # --------------------------------------------------------------------------------------------- the same as a folder
 
 
-@pytest.mark.parametrize("name", list(layout))
+@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_remote_reading_equals_local_reading(server, archives, name):
     here, there = open_archive(archives / name), open_archive(f"{server.url}/{name}/")
     assert there.labels().tolist() == here.labels().tolist()

@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 import pytest
 
-from kdcache.archive import Archive, ArchivePlan, ArchiveWriter, Licences, layout, open_archive, stored_bytes
+from kdcache.archive import LAYOUTS, Archive, ArchivePlan, ArchiveWriter, Licences, open_archive, stored_bytes
 from kdcache.archive.format.manifest import FOR_PEOPLE, FileRecord
 from kdcache.cli import run
 from kdcache.datasets import SourceCard
@@ -265,7 +265,7 @@ def test_an_archive_of_the_first_version_gets_a_card_for_the_hub_on_its_way(tmp_
 # ---------------------------------------------------------------- whole archives, over HTTP
 
 
-@pytest.mark.parametrize("layout_name", list(layout))
+@pytest.mark.parametrize("layout_name", list(LAYOUTS))
 def test_what_is_pulled_is_what_was_pushed_in_every_layout(tmp_path: Path, layout_name: str) -> None:
     source = write(tmp_path / "source" / "a", layout_name)
     published = Path(push(source, str(tmp_path / "www" / "a"), licences=TERMS))

@@ -18,7 +18,7 @@ import kdcache
 from kdcache.archive import Archive, derive, measure_fidelity
 from kdcache.archive.reading.fidelity import rank_correlation
 from kdcache.cli import run
-from kdcache.codecs import codec, kl_bound
+from kdcache.codecs import CODECS, kl_bound
 from kdcache.stats import relative_entropy
 from kdcache.system.progress import Silent
 
@@ -184,11 +184,11 @@ print("loaded", *{"torch", "torchvision", "timm", "matplotlib", "scipy"} & set(s
 
 def test_fidelity_agrees_with_its_definitions(archive: Archive, stats: Callable[..., Outcome]) -> None:
     found = {one["codec"]: one for one in stats(archive.path, "--fidelity", "--tau", "1,20", "--json").json["codecs"]}
-    assert set(found) == set(codec)
+    assert set(found) == set(CODECS)
     truth = np.concatenate(list(archive.spread_logits()))
     rows = np.arange(len(truth))
     for name, figures in found.items():
-        coding = codec.build(name)
+        coding = CODECS.build(name)
         stored = coding.encode(truth)
         decoded = coding.decode(stored)
         assert figures["rows"] == 300
@@ -214,7 +214,7 @@ def test_fidelity_agrees_with_its_definitions(archive: Archive, stats: Callable[
                 assert (at[f"{kind}_mean"], at[f"{kind}_max"]) == (pytest.approx(change.mean()), pytest.approx(change.max()))
 
 
-@pytest.mark.parametrize("name", list(codec))
+@pytest.mark.parametrize("name", list(CODECS))
 @pytest.mark.parametrize("classes", [2, 5, 1000])
 def test_nothing_measured_exceeds_a_codecs_bound(name: str, classes: int) -> None:
     rng = np.random.default_rng(classes)

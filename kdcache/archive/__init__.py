@@ -13,7 +13,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
 )
 from kdcache.archive.format.rows import Rows
-from kdcache.archive.layouts import layout
+from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.reading.comparison import compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.reading.fidelity import CodecFidelity, measure_fidelity
@@ -28,6 +28,7 @@ from kdcache.archive.writing.writer import ArchiveWriter, sweep
 
 __all__ = [
     "COST",
+    "LAYOUTS",
     "MAX_ROWS",
     "PAPER_TAUS",
     "TEACHER_COST",

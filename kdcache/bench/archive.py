@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive import Archive, ArchiveWriter, derive, open_archive
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.system.progress import Progress
 
 __all__ = ["archive"]
@@ -162,7 +162,7 @@ def _writing(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     writer.write(0, 0, logits)
     sizes = sum(file.stat().st_size for file in path.rglob("*") if ".dump" not in file.parts and file.is_file())
     numbers = np.arange(len(logits))
-    stored: dict[str, NDArray] = {**codec.build("i16").encode(logits), "probe": np.zeros((len(logits), 16))}
+    stored: dict[str, NDArray] = {**CODECS.build("i16").encode(logits), "probe": np.zeros((len(logits), 16))}
     stored |= dict.fromkeys(("argmax", "sample", "entropy", "entropy_rest", "digest"), numbers)
     data = os.urandom(sizes)
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.methods import build, method
-from kdcache.methods.base import LogitMethod
+from kdcache.methods import build
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets
@@ -61,13 +60,12 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 
     [one_step] = taking_turns("bench methods: resnet18", seconds / 4, progress, step)
     results, total = [], 0.0
-    for name in method:
+    for name in METHODS:
         if name not in PLAIN:  # a plugin's method
             continue
         built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
-        state = built.new_state().to(device) if isinstance(built, LogitMethod) else None
-        if state is not None:
-            state.epoch = 1000  # warmed up
+        state = built.new_state().to(device)
+        state.epoch = 1000  # warmed up
         ours, theirs = taking_turns(
             f"bench methods: {name}",
             seconds * 3 / 4 / len(PLAIN),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard, write_archive
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.datasets import dataset
+from kdcache.datasets import DATASETS
 from kdcache.datasets.canvas import Canvas
 from kdcache.methods import build
 from kdcache.models.creation import create_model
@@ -59,7 +59,7 @@ def _run(*arguments: str) -> tuple[float, float]:
 
 
 def _canvas(folder: Path, size: int, progress: Progress) -> Canvas:
-    return Workspace(folder).canvas(dataset.build("digits"), "test", size, progress)
+    return Workspace(folder).canvas(DATASETS.build("digits"), "test", size, progress)
 
 
 def digits_canvas(folder: Path, size: int, samples: int, progress: Progress) -> Canvas:

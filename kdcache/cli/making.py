@@ -175,13 +175,13 @@ def distill(
 
 def _described(spec: Any) -> dict[str, Any]:
     """One student for `--json`: its settings as they are typed, and its folder."""
-    from kdcache.methods import method
-    from kdcache.targets import controls
+    from kdcache.methods import METHODS
+    from kdcache.targets import CONTROLS
 
     return {
         "student": spec.student,
-        "method": method.spec(spec.method),
-        "control": controls.spec(spec.control),
+        "method": METHODS.spec(spec.method),
+        "control": CONTROLS.spec(spec.control),
         "tau": spec.tau,
         "seed": spec.seed,
         "init": spec.start.name,

@@ -92,7 +92,7 @@ def stats(
     """Say what the teacher knows at each temperature, which to try first and why; or what a codec would cost."""
     from kdcache.archive import MAX_ROWS, PAPER_TAUS, measure_fidelity, measure_logits
     from kdcache.cli import statistics as show
-    from kdcache.codecs import codec as codecs
+    from kdcache.codecs import CODECS
     from kdcache.options import Temperatures
     from kdcache.report.advice import advise, first_temperatures
 
@@ -109,7 +109,7 @@ def stats(
                 fix="leave one of them out" if plot else f"kdcache stats {shlex.quote(archive)} --fidelity --codec {codec}",
             )
         named = [name.strip() for name in codec.split(",") if name.strip()]
-        names = list(dict.fromkeys([manifest.codec["name"], *(named or codecs)]))  # its own states what it may have lost
+        names = list(dict.fromkeys([manifest.codec["name"], *(named or CODECS)]))  # its own states what it may have lost
         count = min(total, rows or FIDELITY_ROWS)
         with bars() as progress:
             found = measure_fidelity(opened.spread_logits(count), count, names, taus, progress)
@@ -335,7 +335,7 @@ def datasets(
     data_dir: DataDirOption = None,
 ) -> None:
     """List the datasets, with what they suggest where the command line says nothing; or fetch some."""
-    from kdcache.datasets import dataset
+    from kdcache.datasets import DATASETS
     from kdcache.options import names_in
     from kdcache.workspace import parse_dataset
 
@@ -348,8 +348,8 @@ def datasets(
         return
     names = ["name", "licence", "canvas", "policy", "teacher epochs", "student", "description"]
     rows = []
-    for name in dataset:
-        source: Any = dataset[name]
+    for name in DATASETS:
+        source: Any = DATASETS[name]
         recipe = source.recipe
         described = " ".join((source.__doc__ or "").split("\n\n")[0].split())
         epochs = ", ".join(map(str, recipe.durations or (recipe.teacher_epochs,)))
@@ -366,12 +366,12 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the methods and controls with their options and defaults, or the published settings of methods."""
-    from kdcache.methods import method
+    from kdcache.methods import METHODS
     from kdcache.methods.presets import PRESETS
     from kdcache.registry import Registry
-    from kdcache.targets import controls
+    from kdcache.targets import CONTROLS
 
-    registries: tuple[Registry[Any], ...] = (method, controls)
+    registries: tuple[Registry[Any], ...] = (METHODS, CONTROLS)
     if name and not any(name in registry for registry in registries):
         raise unknown_name("method or control", name, [known for registry in registries for known in registry])
     columns = ["kind", "name", "options", "needs", "source", "description"]
@@ -380,8 +380,8 @@ def methods(
             registry.kind,
             known,
             registry.describe(known),
-            ", ".join(getattr(registry[known], "needs", ())),
-            getattr(registry[known], "source", ""),
+            ", ".join(registry[known].needs),
+            registry[known].source,
             inspect.cleandoc(registry[known].__doc__ or ""),
         ]
         for registry in registries

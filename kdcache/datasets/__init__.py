@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kdcache.registry import Registry
 from kdcache.system.progress import Progress
 
-__all__ = ["Counts", "Images", "Recipe", "Sample", "Source", "SourceCard", "Split", "dataset", "source_card"]
+__all__ = ["DATASETS", "Counts", "Images", "Recipe", "Sample", "Source", "SourceCard", "Split", "build", "dataset", "source_card"]
 
 Split = Literal["train", "test"]
 
@@ -89,7 +89,13 @@ class Source(Protocol):
         """
 
 
-dataset: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
+DATASETS: Registry[Source] = Registry("dataset", entry_points="kdcache.datasets")
+dataset = DATASETS  # its older name
+
+
+def build(name: str, **options: Any) -> Source:
+    """The dataset `name` with its options. Nothing is read or fetched before its images are asked for."""
+    return DATASETS.build(name, **options)
 
 
 def _is_place(option: object) -> bool:
@@ -105,7 +111,7 @@ def source_card(
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
         digest.update(f"{sample.label} {sample.key}\n".encode())
-    described = dataset.to_dict(source)
+    described = DATASETS.to_dict(source)
     return SourceCard(
         name=described.pop("name"),
         options={key: value for key, value in described.items() if not _is_place(value)},

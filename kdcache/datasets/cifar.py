@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
+from kdcache.datasets import DATASETS, Counts, Images, Recipe, Sample, Split
 from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch
 from kdcache.system.progress import Progress
 
@@ -78,7 +78,7 @@ class _Cifar(Rooted):
         return Listed(folder, names, list_samples, [folder / name for name in (*form.train, *form.test, form.names)])
 
 
-@dataset.register("cifar10")
+@DATASETS.register("cifar10")
 @dataclass(frozen=True)
 class CIFAR10(_Cifar):
     """CIFAR-10: 50,000 and 10,000 images of 32 x 32 pixels, 10 classes."""
@@ -108,7 +108,7 @@ class CIFAR10(_Cifar):
     )
 
 
-@dataset.register("cifar100")
+@DATASETS.register("cifar100")
 @dataclass(frozen=True)
 class CIFAR100(_Cifar):
     """CIFAR-100: 50,000 and 10,000 images of 32 x 32 pixels, 100 (fine) classes."""

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kdcache.datasets import Recipe, Sample, Split, dataset
+from kdcache.datasets import DATASETS, Recipe, Sample, Split
 from kdcache.system.progress import Progress
 
 __all__ = ["Digits"]
 
 
-@dataset.register("digits")
+@DATASETS.register("digits")
 @dataclass(frozen=True)
 class Digits:
     """scikit-learn's 1,797 handwritten digits (UCI Optdigits test set, 8 x 8 grey); every fifth one is for testing."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.datasets import Counts, Images, Recipe, Split, dataset
+from kdcache.datasets import DATASETS, Counts, Images, Recipe, Split
 from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch, first_with, pictures
 from kdcache.system.progress import Progress
 
@@ -15,7 +15,7 @@ __all__ = ["Cars", "Flowers", "Pets"]
 VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 
 
-@dataset.register("pets")
+@DATASETS.register("pets")
 @dataclass(frozen=True)
 class Pets(Rooted):
     """Oxford-IIIT Pet (Parkhi et al. 2012): 3,680 and 3,669 images, 37 breeds."""
@@ -67,7 +67,7 @@ def _pet_rows(file: Path) -> list[tuple[str, int]]:
         raise damaged_file(file, str(error)) from None
 
 
-@dataset.register("flowers")
+@DATASETS.register("flowers")
 @dataclass(frozen=True)
 class Flowers(Rooted):
     """Oxford 102 Flowers (Nilsback and Zisserman 2008): 2,040 (train and validation) and 6,149 images, 102 classes."""
@@ -110,7 +110,7 @@ class Flowers(Rooted):
         return Listed(base, names, lambda split: pictures(paths[split], base), files)
 
 
-@dataset.register("cars")
+@DATASETS.register("cars")
 @dataclass(frozen=True)
 class Cars(Rooted):
     """Stanford Cars (Krause et al. 2013): 8,144 and 8,041 images, 196 models. Has to be got by hand."""

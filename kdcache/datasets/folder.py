@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets import Recipe, Sample, Split, dataset
+from kdcache.datasets import DATASETS, Recipe, Sample, Split
 from kdcache.errors import NotFoundError, UsageError
 from kdcache.system.progress import Progress
 
@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset({
 # fmt: on
 
 
-@dataset.register("folder")
+@DATASETS.register("folder")
 @dataclass(frozen=True)
 class Folder:
     """Images in folders named after their classes.
@@ -78,7 +78,7 @@ class Folder:
                 raise UsageError(
                     f"{self.root!r} is split already, into {train.name}/ and {test.name}/",
                     why="with split_fraction these two would be taken for classes",
-                    fix=f"leave split_fraction out: --dataset {dataset.spec(replace(self, split_fraction=None))}",
+                    fix=f"leave split_fraction out: --dataset {DATASETS.spec(replace(self, split_fraction=None))}",
                 )
             return root
         base = self._split_folder(split)
@@ -86,7 +86,7 @@ class Folder:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
                 why="without split_fraction both splits must lie in folders of their own",
-                fix=f"create it, or split by hash: --dataset {dataset.spec(replace(self, split_fraction=0.2))}",
+                fix=f"create it, or split by hash: --dataset {DATASETS.spec(replace(self, split_fraction=0.2))}",
             )
         return base
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.datasets import Counts, Images, Recipe, Sample, Split, dataset
+from kdcache.datasets import DATASETS, Counts, Images, Recipe, Sample, Split
 from kdcache.datasets.fetching import Download, Listed, Rooted, damaged_file, find_or_fetch, first_with, pictures
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.tars import in_tar, members
@@ -17,7 +17,7 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
-@dataset.register("imagenet")
+@DATASETS.register("imagenet")
 @dataclass(frozen=True)
 class ImageNet(Rooted):
     """ImageNet-1K (Russakovsky et al. 2015): 1,281,167 and 50,000 (validation) images, 1,000 classes. Got by hand.
@@ -87,7 +87,7 @@ def _in_tars(base: Path) -> Images:
     return Listed(base, wnids, list_samples, [base / TRAIN_TAR, base / VAL_TAR, meta, truth])
 
 
-@dataset.register("tiny-imagenet")
+@DATASETS.register("tiny-imagenet")
 @dataclass(frozen=True)
 class TinyImageNet(Rooted):
     """Tiny ImageNet (CS231n): 100,000 and 10,000 (validation) images of 64 x 64 pixels, 200 classes."""

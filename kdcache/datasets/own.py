@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcache.datasets import Images, Recipe, Sample, Split, dataset
+from kdcache.datasets import DATASETS, Images, Recipe, Sample, Split
 from kdcache.datasets.fetching import Listed, Rooted, damaged_file
 from kdcache.datasets.folder import IMAGE_SUFFIXES
 from kdcache.datasets.tars import in_tar, members
@@ -32,7 +32,7 @@ def _not_there(name: str, root: str, needed: str) -> NotFoundError:
     return NotFoundError(f"{root!r} has no {needed}", why=f"dataset {name} reads them from there", fix="correct the path")
 
 
-@dataset.register("arrays")
+@DATASETS.register("arrays")
 @dataclass(frozen=True)
 class Arrays(Rooted):
     """NumPy arrays: train_images.npy and test_images.npy, uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W], with *_labels.npy.
@@ -109,7 +109,7 @@ def _picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-@dataset.register("tars")
+@DATASETS.register("tars")
 @dataclass(frozen=True)
 class Tars(Rooted):
     """Tar shards of images as webdataset has them: train*.tar and test*.tar with KEY.jpg and KEY.cls, the number of its class.
@@ -163,7 +163,7 @@ def _in_shard(shard: Path, classes: int) -> list[Sample]:
     return [Sample(f"{shard.stem}/{key}", labels[key], load) for key, load in images.items()]
 
 
-@dataset.register("hf")
+@DATASETS.register("hf")
 @dataclass(frozen=True)
 class Hub:
     """Any image classification dataset of the Hugging Face Hub, or a folder in its form: `hf:ORG/NAME`.

@@ -1,36 +1,34 @@
 """Distillation losses. A method is a frozen dataclass of its own options, called with student logits and targets.
 
-Third parties add methods through the entry point group `kdcache.methods`. No method knows whether its teacher was
-cached or live.
+Third parties add methods through the entry point group `kdcache.methods`: subclasses of `Method`, or frozen dataclasses that are
+called in the same way. No method knows whether its teacher was cached or live, and none needs torch before it computes a loss.
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+# These register themselves.
+from kdcache.methods import curriculum as _curriculum  # noqa: F401
+from kdcache.methods import decoupled as _decoupled  # noqa: F401
+from kdcache.methods import relational as _relational  # noqa: F401
+from kdcache.methods import tempered as _tempered  # noqa: F401
+from kdcache.methods import weighted as _weighted  # noqa: F401
+from kdcache.methods.base import METHODS, LogitMethod, Method
 
-from kdcache.registry import Registry
-from kdcache.targets import Targets
+if TYPE_CHECKING:
+    from kdcache.methods.states import State
+else:  # type checkers would take any name from a module with this function
 
-__all__ = ["LogitMethod", "Method", "State", "build", "method"]
+    def __getattr__(name: str) -> Any:
+        if name == "State":  # a module of torch, which is imported for it
+            from kdcache.methods.states import State
+
+            return State
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Method(Protocol):
-    def __call__(self, student_logits: Tensor, targets: Targets, state: Any = None) -> Tensor:
-        """The loss of `student_logits [B, C]`, a scalar; `state` is what methods with a schedule or parameters go on with."""
-
-
-method: Registry[Method] = Registry("method", entry_points="kdcache.methods")
+__all__ = ["METHODS", "LogitMethod", "Method", "State", "build"]
 
 
 def build(name: str, **options: Any) -> Method:
     """The method `name` with its options."""
-    return method.build(name, **options)
-
-
-# They register themselves.
-from kdcache.methods import curriculum as _curriculum  # noqa: E402, F401
-from kdcache.methods import decoupled as _decoupled  # noqa: E402, F401
-from kdcache.methods import relational as _relational  # noqa: E402, F401
-from kdcache.methods import tempered as _tempered  # noqa: E402, F401
-from kdcache.methods import weighted as _weighted  # noqa: E402, F401
-from kdcache.methods.base import LogitMethod, State  # noqa: E402
+    return METHODS.build(name, **options)

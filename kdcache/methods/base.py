@@ -4,29 +4,40 @@ A method says what it asks of a batch, `distance`; its weight, the labels' cross
 labels are decided here, alike for all of them.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
 
 from kdcache.errors import UsageError
+from kdcache.registry import Registry
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
 
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
+
 __all__ = [
+    "METHODS",
     "Epochs",
     "LabelRule",
     "Labelled",
     "LogitMethod",
     "MaxLogitTau",
+    "Method",
     "Positive",
     "Squared",
-    "State",
     "Weight",
     "ZScored",
     "cross_entropy",
@@ -45,23 +56,8 @@ Positive = Annotated[float, Field(gt=0)]
 Epochs = Annotated[int, Field(ge=0)]
 
 
-class State(nn.Module):
-    """What a method keeps between steps: the `epoch`, counted from 1, and as parameters what it learns, if anything."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epoch = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitMethod(ABC):
-    """`kd_weight` times the method's own loss, and `ce_weight` times the labels' cross entropy at temperature 1.
-
-    Losses are computed in float32 (float64 for float64 students), also under autocast.
-    """
-
-    kd_weight: Weight = 1.0
-    ce_weight: Weight = 0.0
+class Method(ABC):
+    """A loss, and what training has to know of it. A subclass is a frozen dataclass of its options, and states what differs."""
 
     source: ClassVar[str] = ""  # paper and equation
     needs: ClassVar[tuple[str, ...]] = ()  # "labels", "two views", "batch" (relations of its samples), "state" (it learns)
@@ -69,6 +65,57 @@ class LogitMethod(ABC):
     only_at_tau: ClassVar[bool] = True  # else it also looks at the targets at temperatures of its own
     largest_tau: ClassVar[float] = math.inf  # beyond which it makes no sense
     unit_variance: ClassVar[bool] = False  # of what it compares: how far logits are apart does not matter then
+
+    @abstractmethod
+    def __call__(self, student_logits: Tensor, targets: Targets, state: State | None = None) -> Tensor:
+        """The loss of `student_logits [B, C]` (`[2B, C]` for two views), a scalar; `state` is what `new_state` has made."""
+
+    @property
+    def views_per_step(self) -> int:
+        """How many views of each sample a student is shown for one loss: 1 or 2."""
+        return 1
+
+    @property
+    def ramp_epochs(self) -> int:
+        """Epochs until the loss is as strong as it is meant to be."""
+        return 0
+
+    def doubts(self, taus: Collection[float], epochs: int) -> Iterator[str]:
+        """What to know before comparing students that are trained with it at `taus` for so many epochs."""
+        if epochs < self.ramp_epochs:
+            yield f"its loss grows over {self.ramp_epochs} epochs, and there are {epochs}"
+        if self.unit_variance and self.uses_tau and max(taus) >= 10:
+            yield f"its scores have unit variance, so that tau {max(taus):g} is far softer than it is for kd"
+        if max(taus) == self.largest_tau:
+            yield f"tau {self.largest_tau:g} is the largest of its paper, with weights of its own: see kdcache methods --presets"
+
+    def new_state(self) -> State:
+        """A state for the beginning of a training."""
+        from kdcache.methods.states import State
+
+        return State()
+
+    def new_optimizer(self, state: State) -> torch.optim.Optimizer | None:
+        """The optimiser of the parameters of `state`, if it has any; its learning rate follows the student's schedule."""
+        return None
+
+    def figures(self, state: State) -> dict[str, Tensor]:
+        """What has been learned so far, for the log: 0-d tensors."""
+        return {}
+
+
+METHODS: Registry[Method] = Registry("method", entry_points="kdcache.methods", base=Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitMethod(Method):
+    """`kd_weight` times the method's own loss, and `ce_weight` times the labels' cross entropy at temperature 1.
+
+    Losses are computed in float32 (float64 for float64 students), also under autocast.
+    """
+
+    kd_weight: Weight = 1.0
+    ce_weight: Weight = 0.0
 
     def __post_init__(self) -> None:
         if self.kd_weight == self.ce_weight == 0:
@@ -91,37 +138,6 @@ class LogitMethod(ABC):
             if self.ce_weight:
                 loss = loss + self.ce_weight * cross_entropy(student, targets)
         return loss
-
-    @property
-    def views_per_step(self) -> int:
-        """How many views of each sample a student is shown for one loss: 1 or 2."""
-        return 1
-
-    @property
-    def ramp_epochs(self) -> int:
-        """Epochs until the loss is as strong as it is meant to be."""
-        return 0
-
-    def figures(self, state: State) -> dict[str, Tensor]:
-        """What has been learned so far, for the log: 0-d tensors."""
-        return {}
-
-    def doubts(self, taus: Collection[float], epochs: int) -> Iterator[str]:
-        """What to know before comparing students that are trained with it at `taus` for so many epochs."""
-        if epochs < self.ramp_epochs:
-            yield f"its loss grows over {self.ramp_epochs} epochs, and there are {epochs}"
-        if self.unit_variance and self.uses_tau and max(taus) >= 10:
-            yield f"its scores have unit variance, so that tau {max(taus):g} is far softer than it is for kd"
-        if max(taus) == self.largest_tau:
-            yield f"tau {self.largest_tau:g} is the largest of its paper, with weights of its own: see kdcache methods --presets"
-
-    def new_state(self) -> State:
-        """A state for the beginning of a training."""
-        return State()
-
-    def new_optimizer(self, state: State) -> torch.optim.Optimizer | None:
-        """What learns the parameters of `state`, if it has any; its learning rate follows the student's schedule."""
-        return None
 
     def scores(self, logits: Tensor) -> Tensor:
         """What of logits `[B, C]` is compared: they themselves, or their z-scores (see `ZScored`)."""
@@ -187,7 +203,7 @@ class Squared(LogitMethod):
 
     def scale(self, tau: Any) -> Any:
         """t^2, or 1. Of temperatures of rows, `[B, 1]`, it is `[B]`."""
-        per_row = tau.squeeze(-1) if isinstance(tau, Tensor) else tau
+        per_row = tau.squeeze(-1) if isinstance(tau, torch.Tensor) else tau
         return per_row**2 if self.tau_squared else 1.0
 
     def kl(self, student: Tensor, teacher: Tensor, tau: Tensor | float) -> Tensor:
@@ -227,14 +243,14 @@ class MaxLogitTau(ZScored):
 
     uses_tau: ClassVar[bool] = False
 
-    @torch.no_grad()
     def row_taus(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The temperature of every row of logits `[B, C]`: `[B, 1]`."""
-        largest = self.scores(teacher).amax(dim=1, keepdim=True)
-        if self.which == "both":
-            largest = torch.maximum(largest, self.scores(student).amax(dim=1, keepdim=True))
-        # Of a constant row the largest score is 0: any temperature then means the uniform distribution.
-        return (1 + math.sqrt(3)) / 2 * largest.masked_fill(largest == 0, 1.0)
+        with torch.no_grad():
+            largest = self.scores(teacher).amax(dim=1, keepdim=True)
+            if self.which == "both":
+                largest = torch.maximum(largest, self.scores(student).amax(dim=1, keepdim=True))
+            # The largest score of a constant row is 0: any temperature then means the uniform distribution.
+            return (1 + math.sqrt(3)) / 2 * largest.masked_fill(largest == 0, 1.0)
 
 
 def zscore(logits: Tensor, std: Literal["sample", "population"] = "sample", eps: float = 1e-7) -> Tensor:

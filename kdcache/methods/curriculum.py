@@ -1,32 +1,32 @@
 """A temperature that is learned against the student."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from kdcache.errors import UsageError
-from kdcache.methods import method
-from kdcache.methods.base import Positive, Squared, State, Weight, ZScored
+from kdcache.methods.base import METHODS, Positive, Squared, Weight, ZScored
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["CTKD", "ZCTKD"]
 
 THETA = 1.0  # at the beginning
 
 
-class _Temperature(State):
-    """theta, from which the temperature is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(THETA))
-
-
-@method.register("ctkd")
+@METHODS.register("ctkd")
 @dataclass(frozen=True, kw_only=True)
 class CTKD(Squared):
     """T^2 <KL(p_T || q_T)> with T = t_start + t_end sigmoid(theta), theta learned to make the loss larger.
@@ -59,7 +59,9 @@ class CTKD(Squared):
             )
 
     def new_state(self) -> State:
-        return _Temperature()
+        from kdcache.methods.states import LearnedTemperature
+
+        return LearnedTemperature(THETA)
 
     def new_optimizer(self, state: State) -> torch.optim.Optimizer:
         return torch.optim.SGD(state.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)  # of the published student
@@ -71,9 +73,11 @@ class CTKD(Squared):
 
     def temperature(self, state: State | None) -> Tensor | float:
         """T: a scalar whose gradient reaches theta reversed."""
-        if not isinstance(state, _Temperature):
+        from kdcache.methods.states import LearnedTemperature, gradient_times
+
+        if not isinstance(state, LearnedTemperature):
             return self.t_start + self.t_end / (1 + math.exp(-THETA))
-        theta: Tensor = _Reversed.apply(state.theta, self.gradient_factor(state.epoch))
+        theta = gradient_times(state.theta, self.gradient_factor(state.epoch))
         return self.t_start + self.t_end * torch.sigmoid(theta)
 
     def distance(self, student: Tensor, teacher: Tensor, targets: Targets, state: State | None) -> Tensor:
@@ -81,25 +85,12 @@ class CTKD(Squared):
 
     def figures(self, state: State) -> dict[str, Tensor]:
         temperature = self.temperature(state)
-        return {"temperature": temperature.detach()} if isinstance(temperature, Tensor) else {}
+        return {"temperature": temperature.detach()} if isinstance(temperature, torch.Tensor) else {}
 
 
-@method.register("zctkd")
+@METHODS.register("zctkd")
 @dataclass(frozen=True, kw_only=True)
 class ZCTKD(ZScored, CTKD):
     """ctkd of z-scores."""
 
     source: ClassVar[str] = "logit standardization (CVPR 2024), section 5, on CTKD"
-
-
-class _Reversed(torch.autograd.Function):
-    """The same number; its gradient times `strength`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.strength, None

@@ -4,23 +4,28 @@ The split of a softmax into the label's probability and the rest is computed fro
 rest's own softmax without the label's logit: neither overflows where a probability underflows, as logarithms of summed ones do.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from kdcache.methods.base import METHODS, Epochs, Labelled, MaxLogitTau, Positive, Squared, Weight, ZScored, kl_rows
+from kdcache.system.lazy import lazy
 
-from kdcache.methods import method
-from kdcache.methods.base import Epochs, Labelled, MaxLogitTau, Positive, Squared, Weight, ZScored, kl_rows
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 __all__ = ["DKD", "NKD", "RLD", "WSLD", "ZDKD", "ZRLD", "MaxLogitDKD"]
 
 FAR = -1e30  # a logit of what is left out
 
 
-@method.register("dkd")
+@METHODS.register("dkd")
 @dataclass(frozen=True, kw_only=True)
 class DKD(Labelled, Squared):
     """alpha TCKD + beta NCKD: t^2 <KL> of (label, all others), and of the softmaxes over the others.
@@ -47,7 +52,7 @@ class DKD(Labelled, Squared):
         return rows
 
 
-@method.register("zdkd")
+@METHODS.register("zdkd")
 @dataclass(frozen=True, kw_only=True)
 class ZDKD(ZScored, DKD):
     """dkd of z-scores."""
@@ -55,7 +60,7 @@ class ZDKD(ZScored, DKD):
     source: ClassVar[str] = "logit standardization (CVPR 2024), section 5, on DKD"
 
 
-@method.register("maxlogit-dkd")
+@METHODS.register("maxlogit-dkd")
 @dataclass(frozen=True, kw_only=True)
 class MaxLogitDKD(MaxLogitTau, DKD):
     """dkd of z-scores, with maxlogit's temperature of each row in both parts. In the paper it is zDKD+."""
@@ -66,7 +71,7 @@ class MaxLogitDKD(MaxLogitTau, DKD):
         return super().rows(student, teacher, label, self.row_taus(student, teacher))
 
 
-@method.register("rld")
+@METHODS.register("rld")
 @dataclass(frozen=True, kw_only=True)
 class RLD(Labelled, Squared):
     """alpha SCD + beta MCD: the teacher's confidence in its own top class becomes the student's in the label, and what the
@@ -105,7 +110,7 @@ class RLD(Labelled, Squared):
         return rows
 
 
-@method.register("zrld")
+@METHODS.register("zrld")
 @dataclass(frozen=True, kw_only=True)
 class ZRLD(ZScored, RLD):
     """rld of z-scores, both parts at tau."""
@@ -116,7 +121,7 @@ class ZRLD(ZScored, RLD):
     source: ClassVar[str] = "refined logit distillation (ICLR 2025), with --logit-stand"
 
 
-@method.register("nkd")
+@METHODS.register("nkd")
 @dataclass(frozen=True, kw_only=True)
 class NKD(Labelled, Squared):
     """<-p_y log q_y> at temperature 1, and gamma t^2 times the cross entropy of the softmaxes over the other classes."""
@@ -135,7 +140,7 @@ class NKD(Labelled, Squared):
         return rows
 
 
-@method.register("wsld")
+@METHODS.register("wsld")
 @dataclass(frozen=True, kw_only=True)
 class WSLD(Labelled, Squared):
     """alpha t^2 <w_i CE(p_t, q_t)> with w = 1 - exp(-CE_student / (CE_teacher + eps)) at temperature 1, detached."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kdcache.errors import UsageError, unknown_name
-from kdcache.methods import Method, method
+from kdcache.methods import METHODS, Method
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -25,7 +25,7 @@ class Preset:
     source: str
 
     def build(self) -> Method:
-        return method.parse(self.method)
+        return METHODS.parse(self.method)
 
 
 def preset(name: str) -> Preset:

@@ -1,16 +1,24 @@
 """Losses over the relations within a batch: what they are worth depends on which samples are in it together."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
-from kdcache.methods import method
-from kdcache.methods.base import Positive, Squared, State, Weight, ZScored
+from kdcache.methods.base import METHODS, Positive, Squared, Weight, ZScored
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["DIST", "MLKD", "ZMLKD"]
 
@@ -25,7 +33,7 @@ def _split(value: Any) -> Any:
 Temperatures = Annotated[tuple[Positive, ...], BeforeValidator(_split), Field(min_length=1)]  # as text: 3+5+2+6
 
 
-@method.register("dist")
+@METHODS.register("dist")
 @dataclass(frozen=True, kw_only=True)
 class DIST(Squared):
     """t^2 (beta inter + gamma intra): 1 - Pearson's correlation of tempered softmaxes, over rows and over columns (classes).
@@ -65,7 +73,7 @@ class DIST(Squared):
             yield "a correlation has no scale, so t^2 makes its gradient grow with tau; compare temperatures with tau_squared=0"
 
 
-@method.register("mlkd")
+@METHODS.register("mlkd")
 @dataclass(frozen=True, kw_only=True)
 class MLKD(Squared):
     """Multi-level: kd at tau and `temperatures` (no other t in it), the classes' relations P'P and the samples' PP'.
@@ -107,7 +115,7 @@ class MLKD(Squared):
         return loss
 
 
-@method.register("zmlkd")
+@METHODS.register("zmlkd")
 @dataclass(frozen=True, kw_only=True)
 class ZMLKD(ZScored, MLKD):
     """mlkd with z-scores in its kd terms; the relations are those of the logits."""

@@ -1,19 +1,26 @@
 """Divergences of tempered softmaxes: one temperature for all rows, z-scores, one temperature a row, and the teacher's only."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from kdcache.methods import method
-from kdcache.methods.base import LogitMethod, MaxLogitTau, Squared, State, ZScored, from_largest, kl_rows
+from kdcache.methods.base import METHODS, LogitMethod, MaxLogitTau, Squared, ZScored, from_largest, kl_rows
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["KD", "TTM", "WTTM", "ZKD", "MaxLogit"]
 
 
-@method.register("kd")
+@METHODS.register("kd")
 @dataclass(frozen=True, kw_only=True)
 class KD(Squared):
     """t^2 <KL(p_t || q_t)>: one shared, fixed temperature.
@@ -28,7 +35,7 @@ class KD(Squared):
         return self.kl(student, teacher, targets.tau).mean()
 
 
-@method.register("zkd")
+@METHODS.register("zkd")
 @dataclass(frozen=True, kw_only=True)
 class ZKD(ZScored, KD):
     """kd of z-scores: t^2 <KL(softmax(Z(v)/t) || softmax(Z(z)/t))>. Its t is a base temperature of scores of unit variance.
@@ -47,7 +54,7 @@ class ZKD(ZScored, KD):
     source: ClassVar[str] = "logit standardization (CVPR 2024), section 4.3 with algorithms 1 and 2"
 
 
-@method.register("maxlogit")
+@METHODS.register("maxlogit")
 @dataclass(frozen=True, kw_only=True)
 class MaxLogit(MaxLogitTau, Squared):
     """<t_i^2 KL(softmax(Z(v)/t_i) || softmax(Z(z)/t_i))>: kd of z-scores, with (1 + sqrt 3)/2 of row i's largest one as t_i.
@@ -61,7 +68,7 @@ class MaxLogit(MaxLogitTau, Squared):
         return self.kl(student, teacher, self.row_taus(student, teacher)).mean()
 
 
-@method.register("ttm")
+@METHODS.register("ttm")
 @dataclass(frozen=True, kw_only=True)
 class TTM(LogitMethod):
     """<KL(p_t || q_1)>: the teacher is tempered (its power transform with gamma = 1/t), the student is not. No t^2.
@@ -80,7 +87,7 @@ class TTM(LogitMethod):
         return 1.0
 
 
-@method.register("wttm")
+@METHODS.register("wttm")
 @dataclass(frozen=True, kw_only=True)
 class WTTM(TTM):
     """<U_i KL(p_t || q_1)> with the power sum U = sum_c p_c^(1/t) in [1, C^(1 - 1/t)]: smooth teachers weigh more."""

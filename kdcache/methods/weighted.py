@@ -1,16 +1,23 @@
 """Entropy-aware weights of the samples, on kd and on dkd."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from kdcache.methods import method
-from kdcache.methods.base import Positive, Squared, State, entropy_rows
+from kdcache.methods.base import METHODS, Positive, Squared, entropy_rows
 from kdcache.methods.decoupled import DKD
+from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdcache.methods.states import State
+else:
+    torch = lazy("torch")
 
 __all__ = ["EADKD", "EAKD"]
 
@@ -28,14 +35,15 @@ class _EntropyAware(Squared):
 
     only_at_tau: ClassVar[bool] = False
 
-    @torch.no_grad()
     def weights(self, student: Tensor, teacher: Tensor) -> Tensor:
-        of_teacher, of_student = (entropy_rows(x, self.entropy_tau) for x in (teacher, student))
-        bound = math.log(student.shape[1]) if isinstance(self.entropy_bound, str) else self.entropy_bound
-        return (of_teacher + of_teacher * of_student / bound) / 2
+        """w_i of every row of logits `[B, C]`: `[B]`."""
+        with torch.no_grad():
+            of_teacher, of_student = (entropy_rows(x, self.entropy_tau) for x in (teacher, student))
+            bound = math.log(student.shape[1]) if isinstance(self.entropy_bound, str) else self.entropy_bound
+            return (of_teacher + of_teacher * of_student / bound) / 2
 
 
-@method.register("eakd")
+@METHODS.register("eakd")
 @dataclass(frozen=True, kw_only=True)
 class EAKD(_EntropyAware):
     """<w_i t^2 KL(p_t || q_t)>: kd in which rows weigh more where teacher and student are unsure."""
@@ -46,7 +54,7 @@ class EAKD(_EntropyAware):
         return (self.weights(student, teacher) * self.kl(student, teacher, targets.tau)).mean()
 
 
-@method.register("eadkd")
+@METHODS.register("eadkd")
 @dataclass(frozen=True, kw_only=True)
 class EADKD(_EntropyAware, DKD):
     """dkd with the same weights."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcache.archive.format.manifest import FIGURE_NAME, FOR_PEOPLE, MANIFEST_NAME, FileRecord, Licences, Manifest, TeacherCard
 from kdcache.archive.format.store import LocalStore, sha256
-from kdcache.archive.layouts import layout
+from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.writing.card import card_files
 from kdcache.errors import IntegrityError, UsageError
@@ -86,7 +86,7 @@ def _cards(archive: Archive, public: Manifest, progress: Progress) -> dict[str, 
     if public.known_licences == manifest.known_licences and FIGURE_NAME in recorded:
         return edited
     described = [manifest.shards, *(record for record in manifest.files if record.path not in FOR_PEOPLE)]
-    lines = layout.from_dict(public.layout).reading_lines(public)
+    lines = LAYOUTS.from_dict(public.layout).reading_lines(public)
     return {**card_files(public, described, archive.shards(), lines), **edited}
 
 

@@ -26,7 +26,7 @@ from kdcache.models.names import resolve
 from kdcache.replay.prefetch import choose_renderer
 from kdcache.replay.subject import Subject
 from kdcache.students.config import PlanConfig
-from kdcache.students.grid import StudentSpec, doubts, plan_ahead, views_per_step
+from kdcache.students.grid import StudentSpec, doubts, plan_ahead
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Targets
 from kdcache.teachers.config import DumpRecipe
@@ -227,7 +227,7 @@ def _kind(spec: StudentSpec) -> tuple[Any, ...]:
     how = spec.settings
     return (
         spec.name,
-        views_per_step(spec.method),
+        spec.method.views_per_step,
         how.batch_size,
         how.opt,
         how.momentum > 0,

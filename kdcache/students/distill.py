@@ -26,7 +26,7 @@ import kdcache
 from kdcache.archive import Ensemble, Licences
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
-from kdcache.methods import LogitMethod, method
+from kdcache.methods import METHODS
 from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
 from kdcache.models.names import CONFIG, public_name
 from kdcache.options import as_text
@@ -34,14 +34,14 @@ from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
-from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students, uses_tau, views_per_step
+from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.targets import controls
+from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
 from kdcache.training.evaluation import EvalSet
 from kdcache.training.learner import Learner, metered, resolve_device, seeded
@@ -138,7 +138,7 @@ def _groups(
             groups.append(together)
             continue
         needed = [
-            footprint(spec.name, num_classes, size, spec.settings, views=views_per_step(spec.method), device=device)
+            footprint(spec.name, num_classes, size, spec.settings, views=spec.method.views_per_step, device=device)
             for spec in together
         ]
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
@@ -181,7 +181,7 @@ class _Lockstep:
             renderer=config.runtime.renderer,
             allow_drift=config.allow_drift,
             progress=progress,
-            second=second if any(views_per_step(spec.method) == 2 for spec in specs) else None,
+            second=second if any(spec.method.views_per_step == 2 for spec in specs) else None,
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
@@ -230,7 +230,7 @@ class _Lockstep:
             if self.stream.allow_drift:
                 figures["drifted_views"] = sum(self.team.shared(self.stream.drifted))
             for student, row in zip(active, tests, strict=True):
-                two = views_per_step(student.spec.method) == 2
+                two = student.spec.method.views_per_step == 2
                 other = {"second_view": self.stream.second_view(epoch)} if two else {}
                 student.learner.end_epoch(row, **figures, **other)
                 if student.learner.status == "diverged":
@@ -301,15 +301,13 @@ class _Student:
         progress: Progress,
     ) -> None:
         self.spec = spec
-        views = views_per_step(spec.method)
+        views = spec.method.views_per_step
         second = second if views == 2 else archive
         fitted = fit_control(spec.control, archive, spec.tau)
         other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
         self.controls = (fitted, other)[:views]
-        self.state, optimizer = None, None
-        if isinstance(spec.method, LogitMethod):
-            self.state = spec.method.new_state().to(device)
-            optimizer = spec.method.new_optimizer(self.state)
+        self.state = spec.method.new_state().to(device)
+        optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
             start, classes = spec.start, archive.num_classes
             model, normalise = create_model(spec.name, classes, input_size=evaluation.size, pretrained=start.pretrained)
@@ -346,14 +344,11 @@ class _Student:
         targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
         targets = replace(targets, second=second[0]) if second else targets
         teacher = shown[0].targets(tau).logits
-        if self.state is not None:
-            self.state.epoch = self.learner.epoch + 1
+        self.state.epoch = self.learner.epoch + 1
 
         def measure(logits: Tensor) -> dict[str, Tensor]:
             figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
-            if isinstance(self.spec.method, LogitMethod) and self.state is not None:
-                figures |= self.spec.method.figures(self.state)
-            return figures
+            return figures | self.spec.method.figures(self.state)
 
         self.learner.step([each.images for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
 
@@ -412,12 +407,12 @@ def _write_args(
         "student_weights_sha256": start_digest,
         **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
         "licences": _licences(archive, second).model_dump(),
-        "method": method.to_dict(spec.method),
-        "method_spec": method.spec(spec.method),
-        "control": controls.to_dict(spec.control),
-        "control_spec": controls.spec(spec.control),
+        "method": METHODS.to_dict(spec.method),
+        "method_spec": METHODS.spec(spec.method),
+        "control": CONTROLS.to_dict(spec.control),
+        "control_spec": CONTROLS.spec(spec.control),
         "tau": spec.tau,
-        **({} if uses_tau(spec.method) else {"own_temperature": True}),
+        **({} if spec.method.uses_tau else {"own_temperature": True}),
         "seed": spec.seed,
         "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.order_seed}, "
         f"batches of {settings.batch_size}, the last one dropped",

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,18 +10,18 @@ from pathlib import Path
 
 from kdcache.archive import Ensemble
 from kdcache.errors import NotFoundError, UsageError, unknown_name
-from kdcache.methods import Method, method
+from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
 from kdcache.models.names import folder_name, is_factory, public_name, resolve
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
 from kdcache.system.progress import Progress, Silent
-from kdcache.targets import Control, controls
+from kdcache.targets import CONTROLS, Control
 from kdcache.training.config import StudentTraining, TrainConfig
 from kdcache.training.optimizers import require_optimizer
 from kdcache.workspace import Workspace, dataset_label, parse_dataset
 
-__all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students", "uses_tau", "views_per_step"]
+__all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students"]
 
 STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
@@ -63,7 +62,7 @@ class StudentSpec:
     @property
     def title(self) -> str:
         start = "" if self.start.name == "random" else f" from {self.start.name}"
-        what = f"{method.spec(self.method)} tau {self.tau_text} {controls.spec(self.control)}"
+        what = f"{METHODS.spec(self.method)} tau {self.tau_text} {CONTROLS.spec(self.control)}"
         how = f" {self.optimizer_text}" if self.optimizer_text else ""
         return f"{self.student}{start} {what}{how} seed {self.seed}"
 
@@ -75,7 +74,7 @@ class StudentSpec:
 
     @property
     def tau_text(self) -> str:
-        return f"{self.tau:g}" if uses_tau(self.method) else "own"
+        return f"{self.tau:g}" if self.method.uses_tau else "own"
 
 
 def open_archives(config: DistillConfig, workspace: Workspace, progress: Progress) -> tuple[Ensemble, Ensemble]:
@@ -114,13 +113,13 @@ def plan_students(
     for optimizer in {each.opt for each in trainings}:
         require_optimizer(optimizer)
     exact_names = {student: resolve(student, "student") for student in grid.student or (recipe.student,)}
-    targets = [controls.parse(spec) for spec in grid.control]
+    targets = [CONTROLS.parse(spec) for spec in grid.control]
     losses = [(loss, control, tau) for loss, taus in _methods_and_taus(grid) for control in targets for tau in taus]
     for control in targets:
         control.check(len(first.classes))
     for loss, control, tau in losses:
         _require_sense(loss, control, tau, force=grid.force)
-    if any(views_per_step(loss) == 2 for loss, _, _ in losses):
+    if any(loss.views_per_step == 2 for loss, _, _ in losses):
         require_second(first, second or first)
     elif second is not None:
         raise UsageError(
@@ -135,16 +134,16 @@ def plan_students(
         grid.seed, exact_names.items(), grid.init, trainings, losses
     ):
         start, order_seed = starts[init, name], 0 if grid.share_order else seed
-        other = second if views_per_step(loss) == 2 and second is not None and second.digest != first.digest else None
+        other = second if loss.views_per_step == 2 and second is not None and second.digest != first.digest else None
         archives = [each.digest for each in (first, other) if each is not None]
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
         order = [] if order_seed == seed else [f"order {order_seed}"]
-        trained = [public_name(name), *begun, method.to_dict(loss), controls.to_dict(control), tau, seed, *order]
+        trained = [public_name(name), *begun, METHODS.to_dict(loss), CONTROLS.to_dict(control), tau, seed, *order]
         identity = json.dumps([*archives, *trained, settings.identity()], sort_keys=True)
         spec = StudentSpec(student, name, loss, control, tau, seed, order_seed, settings, workspace.runs / first.name, start)
         begins = folder_name(student) if init == "random" else f"{folder_name(student)}-{start.label}"
         optimised = [spec.optimizer_text.replace(" lr ", "-lr")] if spec.optimizer_text else []
-        parts = (begins, method.spec(loss), f"tau{spec.tau_text}", controls.spec(control), *optimised, f"seed{seed}")
+        parts = (begins, METHODS.spec(loss), f"tau{spec.tau_text}", CONTROLS.spec(control), *optimised, f"seed{seed}")
         title = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
         specs.append(replace(spec, folder=spec.folder / f"{title}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values())
@@ -224,43 +223,33 @@ def _start_of(init: str, file: Path) -> Start:
         return Start(init, file=file, sha256=hashlib.file_digest(weights, "sha256").hexdigest())
 
 
-def views_per_step(how: Method) -> int:
-    """How many views of each sample a method wants; one, if it does not say."""
-    return int(getattr(how, "views_per_step", 1))
-
-
-def uses_tau(how: Method) -> bool:
-    """Whether a method looks at tau; it does, if it does not say."""
-    return bool(getattr(how, "uses_tau", True))
-
-
 def _methods_and_taus(grid: Grid) -> Iterator[tuple[Method, Sequence[float]]]:
-    """Methods at each temperature, and presets at theirs unless others are asked for. Those that set their own are there once."""
-    found: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in grid.preset]
-    found += [(method.parse(spec), 1.0) for spec in grid.method or (() if grid.preset else ("kd",))]
-    if grid.tau and not any(uses_tau(how) for how, _ in found):
-        names = ", ".join(method.name_of(how) for how, _ in found)
+    """Methods at each temperature, and presets at theirs unless others are asked for. A method that sets its own has one."""
+    losses: list[tuple[Method, float]] = [(preset(name).build(), preset(name).tau) for name in grid.preset]
+    losses += [(METHODS.parse(spec), 1.0) for spec in grid.method or (() if grid.preset else ("kd",))]
+    if grid.tau and not any(loss.uses_tau for loss, _ in losses):
+        names = ", ".join(METHODS.name_of(loss) for loss, _ in losses)
         raise UsageError(
             f"{names} with --tau {','.join(f'{tau:g}' for tau in grid.tau)}",
             why="its temperature is found by the method itself, which does not look at tau",
             fix="leave --tau out",
         )
-    for how, tau in found:
-        yield how, grid.tau if grid.tau and uses_tau(how) else (tau,)
+    for loss, tau in losses:
+        yield loss, grid.tau if grid.tau and loss.uses_tau else (tau,)
 
 
-def _require_sense(how: Method, what: Control, tau: float, *, force: bool) -> None:
+def _require_sense(loss: Method, control: Control, tau: float, *, force: bool) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
-    name, its_control = method.name_of(how), controls.name_of(what)
-    if what.smooths and (not uses_tau(how) or getattr(how, "unit_variance", False)):
+    name = METHODS.name_of(loss)
+    if control.smooths and (not loss.uses_tau or loss.unit_variance):
         raise UsageError(
-            f"{name} with --control {its_control}",
+            f"{name} with --control {CONTROLS.name_of(control)}",
             why="label smoothing is matched to the entropy at tau, which this method does not use"
-            if not uses_tau(how)
+            if not loss.uses_tau
             else "z-scores of smoothed targets are the same however strong the smoothing is",
             fix="use --control none or bottom:K, or another method",
         )
-    largest = getattr(how, "largest_tau", math.inf)
+    largest = loss.largest_tau
     if tau > largest and not force:
         raise UsageError(
             f"{name} with tau {tau:g}",
@@ -270,19 +259,19 @@ def _require_sense(how: Method, what: Control, tau: float, *, force: bool) -> No
 
 
 def doubts(specs: Sequence[StudentSpec], grid: Grid) -> Iterator[str]:
-    """What is worth knowing about a grid that can be trained, but may not show what it is meant to show."""
+    """Notes on a grid that can be trained, but may not show what it is meant to show."""
     epochs, taus = specs[0].settings.epochs, dict[Method, set[float]]()
     for student in specs:
         taus.setdefault(student.method, set()).add(student.tau)
-    for how, its_taus in taus.items():
-        if grid.tau and not uses_tau(how):
-            yield f"{method.spec(how)}: finds its temperature by itself, --tau is not for it"
-        for doubt in getattr(how, "doubts", lambda taus, epochs: ())(its_taus, epochs):
-            yield f"{method.spec(how)}: {doubt}"
+    for loss, its_taus in taus.items():
+        if grid.tau and not loss.uses_tau:
+            yield f"{METHODS.spec(loss)}: finds its temperature by itself, --tau is not for it"
+        for doubt in loss.doubts(its_taus, epochs):
+            yield f"{METHODS.spec(loss)}: {doubt}"
     smoothing = {student.control for student in specs if student.control.smooths}
-    partly = [method.spec(how) for how in taus if not getattr(how, "only_at_tau", True)]
+    partly = [METHODS.spec(loss) for loss in taus if not loss.only_at_tau]
     if smoothing and partly:
         yield (
             f"{', '.join(partly)}: also look at the targets at temperatures of their own, "
-            f"where {', '.join(map(controls.spec, smoothing))} have another entropy than the teacher"
+            f"where {', '.join(map(CONTROLS.spec, smoothing))} have another entropy than the teacher"
         )

@@ -12,15 +12,15 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kdcache.archive import layout, stored_bytes
-from kdcache.codecs import codec
-from kdcache.datasets import Counts, Source, dataset
+from kdcache.archive import LAYOUTS, stored_bytes
+from kdcache.codecs import CODECS
+from kdcache.datasets import DATASETS, Counts, Source
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import resolve
 from kdcache.options import Options, as_text
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
-from kdcache.students.grid import plan_ahead, views_per_step
+from kdcache.students.grid import plan_ahead
 from kdcache.study.schema import ArchiveSpec, StudentsSpec, Study
 from kdcache.teachers.config import DumpConfig, TeacherConfig
 from kdcache.teachers.recipes import teacher_recipe
@@ -165,7 +165,7 @@ class _Expansion:
                     config = DumpConfig.model_validate(options | sizes | of)
                     policy, views = config.recipe.shown.policy, config.recipe.views or source.recipe.student_epochs
                     ViewPolicy.load(policy or source.recipe.policy, size=spec.size, seed=config.recipe.view_seed)
-                    _ = codec.parse(config.recipe.codec), layout.parse(config.recipe.layout)
+                    _ = CODECS.parse(config.recipe.codec), LAYOUTS.parse(config.recipe.layout)
                     size = None
                     if counts is not None:
                         size = stored_bytes(config.recipe.rows(views, counts.train, list(map(str, range(counts.classes)))))
@@ -176,7 +176,7 @@ class _Expansion:
     def _train(self, model: str, name: str, options: Mapping[str, Any]) -> Job:
         source, _ = self._source(name)
         config = TeacherConfig.model_validate({**options, "teacher": model, "dataset": name})
-        teacher_recipe(config.recipe, resolve(model, "teacher"), dataset.name_of(source))
+        teacher_recipe(config.recipe, resolve(model, "teacher"), DATASETS.name_of(source))
         if "opt" in options:
             require_optimizer(config.training.opt)
         start = {True: " from scratch", False: " from pretrained weights", None: ""}[config.from_scratch]
@@ -239,7 +239,7 @@ class _Expansion:
             key = (archives, f"{init}/{spec.folder.name}")
             other = trained.setdefault(key, job.id)
             if other == job.id:
-                shown += spec.settings.epochs * views_per_step(spec.method)
+                shown += spec.settings.epochs * spec.method.views_per_step
             elif not job.alone or not self.jobs[other].alone:
                 for each in (job.id, other):
                     self.jobs[each] = replace(self.jobs[each], alone=archives)

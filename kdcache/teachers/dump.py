@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kdcache.archive import (
+    LAYOUTS,
     TEACHER_COST,
     Archive,
     ArchiveWriter,
@@ -23,14 +24,13 @@ from kdcache.archive import (
     Noise,
     TeacherCard,
     Verification,
-    layout,
     open_archive,
     recorded_plan,
     stored_bytes,
     sweep,
 )
-from kdcache.codecs import codec as codecs
-from kdcache.datasets import Source, dataset
+from kdcache.codecs import CODECS
+from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.creation import licence
@@ -123,7 +123,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
         trained = "whether there is one is known once the canvas is built"
         progress.say("canvas: none yet; it would be built first, and completes the archive's name")
     rows = recipe.rows(views, samples, classes)
-    logits = views * samples * len(classes) * codecs.parse(recipe.codec).dtype.itemsize
+    logits = views * samples * len(classes) * CODECS.parse(recipe.codec).dtype.itemsize
     total = stored_bytes(rows)
     progress.say(f"teacher: {trained}")
     progress.say(
@@ -156,7 +156,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     exact = resolve(config.subject.teacher, "teacher")
     device = resolve_device(config.runtime.device)
     require_writable(config.output or workspace.archives)
-    _ = codecs.parse(recipe.codec), layout.parse(recipe.layout)  # an unknown name is better told before anything is trained
+    _ = CODECS.parse(recipe.codec), LAYOUTS.parse(recipe.layout)  # an unknown name is better told before anything is trained
     if config.teacher_folder is not None and (config.teacher_epochs is not None or config.checkpoint is not None):
         raise UsageError(
             f"--teacher-folder {config.teacher_folder} with {'--checkpoint' if config.checkpoint else '--teacher-epochs'}",
@@ -288,7 +288,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
         ),
         provenance={
             "command": config.command,
-            "dataset": dataset.spec(plan.source),  # as it is found from any working directory
+            "dataset": DATASETS.spec(plan.source),  # as it is found from any working directory
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": versions(),
@@ -422,7 +422,7 @@ def replay_with_teacher(
     items = [(archive.views.start, batch) for batch in batches(range(rows), card.batch_size)]
     rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
     logits = np.concatenate([forward(item.images) for item in rendered])
-    coding, view = codecs.from_dict(archive.manifest.codec), archive.views.start
+    coding, view = CODECS.from_dict(archive.manifest.codec), archive.views.start
     stored = archive.stored(view, 0)
     noise = 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
     allowed = float(coding.max_error(stored).max()) + noise

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kdcache.datasets import Source, dataset
+from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import (
@@ -109,7 +109,7 @@ class _Job:
         self.exact = resolve(config.subject.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
-        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, dataset.name_of(self.source))
+        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
         self.start, scratch = self._start(recipe)
         self.durations = self._durations(recipe)
         drawn = ViewPolicy.load(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
@@ -345,7 +345,7 @@ class _Job:
         record = {
             "alias": public_name(config.subject.teacher),
             "name": self.name,
-            "dataset": dataset.spec(self.source),
+            "dataset": DATASETS.spec(self.source),
             "dataset_label": dataset_label(self.source),
             "class_names": list(self.train_canvas.card.class_names),
             "input_size": self.policy.size,

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from kdcache.archive import layout
-from kdcache.codecs import codec
-from kdcache.datasets import dataset
-from kdcache.methods import method
+from kdcache.archive import LAYOUTS
+from kdcache.codecs import CODECS
+from kdcache.datasets import DATASETS
+from kdcache.methods import METHODS
 from kdcache.registry import Registry
-from kdcache.targets import controls
+from kdcache.targets import CONTROLS
 
-REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (codec, layout, controls, method, dataset)}
+REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (CODECS, LAYOUTS, CONTROLS, METHODS, DATASETS)}
 
 FILES = "FILES"  # stands for a folder with all datasets in small: see tests/miniatures.py
 

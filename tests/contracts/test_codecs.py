@@ -5,11 +5,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import special
 
-from kdcache.codecs import codec, kl_bound
+from kdcache.codecs import CODECS, kl_bound
 from kdcache.errors import UsageError
 
 TAUS = (1, 4, 20, 40)
-NAMES = list(codec)
+NAMES = list(CODECS)
 
 
 def hostile(classes: int) -> NDArray[np.float32]:
@@ -27,7 +27,7 @@ def hostile(classes: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("classes", [2, 3, 10, 37, 100, 2000, 21_841])
 @pytest.mark.parametrize("name", NAMES)
 def test_error_and_divergence_stay_within_the_stated_bounds(name: str, classes: int) -> None:
-    coding, logits = codec.build(name), hostile(classes)
+    coding, logits = CODECS.build(name), hostile(classes)
     stored = coding.encode(logits)
     assert set(stored) == {"logits", *coding.parameters}
     assert stored["logits"].dtype == coding.dtype
@@ -45,7 +45,7 @@ def test_error_and_divergence_stay_within_the_stated_bounds(name: str, classes: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bounds_are_finite_and_shrink_with_the_temperature(name: str) -> None:
-    coding = codec.build(name)
+    coding = CODECS.build(name)
     allowed = coding.max_error(coding.encode(hostile(10)))
     bounds = np.array([kl_bound(allowed, tau) for tau in TAUS])
     assert np.isfinite(bounds).all()
@@ -59,7 +59,7 @@ def test_what_is_not_finite_is_refused_by_row_class_and_value(name: str, value: 
     logits = hostile(10)
     logits[4, 7] = value
     with pytest.raises(UsageError) as caught:
-        codec.build(name).encode(logits)
+        CODECS.build(name).encode(logits)
     for named in ("row 4", "class 7", str(np.float32(value))):
         assert named in caught.value.what
 
@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_refused_by_row_class_and_value(name: str, value: 
 @pytest.mark.parametrize("value", [64.0, -64.0, 63.9990234375, 65.0, 1e3, 1e4, -65519.0, -1e5, 1e30, 3e38])
 @pytest.mark.parametrize("name", NAMES)
 def test_large_values_are_stored_within_the_bound_or_refused_and_never_clipped(name: str, value: float) -> None:
-    coding, logits = codec.build(name), np.zeros((3, 10), np.float32)
+    coding, logits = CODECS.build(name), np.zeros((3, 10), np.float32)
     logits[2, 1] = value
     refused = ""
     try:
@@ -84,12 +84,12 @@ def test_large_values_are_stored_within_the_bound_or_refused_and_never_clipped(n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_least_the_range_of_trained_networks_is_accepted(name: str) -> None:
-    codec.build(name).encode(np.array([[-60.0, 60.0, 0.0]], np.float32))
+    CODECS.build(name).encode(np.array([[-60.0, 60.0, 0.0]], np.float32))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_other_software_decodes_with_the_recorded_attributes(name: str) -> None:
-    coding, logits = codec.build(name), hostile(37)
+    coding, logits = CODECS.build(name), hostile(37)
     stored, attributes = coding.encode(logits), coding.attributes
     if not coding.parameters:
         plain = stored["logits"] * attributes.get("scale_factor", 1.0) + attributes.get("add_offset", 0.0)
@@ -100,7 +100,7 @@ def test_other_software_decodes_with_the_recorded_attributes(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_input_is_left_alone_and_need_not_lie_contiguously(name: str) -> None:
-    coding, logits = codec.build(name), hostile(12)
+    coding, logits = CODECS.build(name), hostile(12)
     before = logits.copy()
     expected = coding.encode(logits)
     np.testing.assert_array_equal(logits, before)
@@ -112,5 +112,5 @@ def test_the_input_is_left_alone_and_need_not_lie_contiguously(name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_numbers_are_little_endian(name: str) -> None:
-    dtype = codec.build(name).dtype
+    dtype = CODECS.build(name).dtype
     assert dtype == dtype.newbyteorder("<")

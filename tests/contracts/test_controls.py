@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.targets import Control, Targets, controls, row_keys
+from kdcache.targets import CONTROLS, Control, Targets, row_keys
 from tests.contracts.examples import examples
 
 CLASSES, ROWS = 12, 40
@@ -22,7 +22,7 @@ def batch() -> torch.Tensor:
 
 
 def fitted(name: str, options: dict[str, Any], batch: torch.Tensor, tau: float) -> Control:
-    return controls.build(name, **options).fit([batch.numpy()[:15], batch.numpy()[15:]], tau)
+    return CONTROLS.build(name, **options).fit([batch.numpy()[:15], batch.numpy()[15:]], tau)
 
 
 def keys(view: int = 0, samples: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,10 +75,10 @@ def test_the_same_targets_come_out_every_time(name: str, options: dict[str, Any]
 @pytest.mark.parametrize(("name", "options"), examples("control"))
 def test_a_fitted_control_is_stored_and_made_again(name: str, options: dict[str, Any], batch: torch.Tensor) -> None:
     control = fitted(name, options, batch, 4.0)
-    assert controls.name_of(control) == name
-    again = controls.from_dict(controls.to_dict(control))
+    assert CONTROLS.name_of(control) == name
+    again = CONTROLS.from_dict(CONTROLS.to_dict(control))
     assert torch.equal(control(Targets(batch, 4.0), keys()).logits, again(Targets(batch, 4.0), keys()).logits)
 
 
 def test_none_changes_nothing(batch: torch.Tensor) -> None:
-    assert torch.equal(controls.build("none")(Targets(batch, 4.0), keys()).logits, batch)
+    assert torch.equal(CONTROLS.build("none")(Targets(batch, 4.0), keys()).logits, batch)

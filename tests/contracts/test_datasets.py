@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.datasets import Images, Source, Split, dataset, source_card
+from kdcache.datasets import DATASETS, Images, Source, Split, source_card
 from kdcache.datasets.canvas import load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, UsageError
@@ -23,7 +23,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 @pytest.fixture
 def source(request: pytest.FixtureRequest, datasets_in_small: Path) -> Source:
     name, options = request.param
-    made: Source = dataset.build(name, **with_files(options, datasets_in_small))
+    made: Source = DATASETS.build(name, **with_files(options, datasets_in_small))
     return made
 
 
@@ -273,7 +273,7 @@ def test_a_fraction_of_a_root_that_is_split_already_is_refused_with_the_right_co
     (root / "test").rename(root / name)
     with pytest.raises(UsageError, match=f"train/ and {name}/") as caught:
         Folder(str(root), split_fraction=0.2).samples("train")
-    advised = dataset.parse(caught.value.fix.partition("--dataset ")[2])
+    advised = DATASETS.parse(caught.value.fix.partition("--dataset ")[2])
     assert len(advised.samples("train")) == 23
 
 
@@ -284,20 +284,20 @@ def test_a_root_is_found_again_from_its_command_line_form_in_any_working_directo
     (root / "train").rename(root.parent / name)
     monkeypatch.chdir(root.parent)
     source = Folder(name, split_fraction=0.4)
-    spec = dataset.spec(source)
+    spec = DATASETS.spec(source)
     monkeypatch.chdir(root)
-    assert dataset.parse(spec) == source
-    assert len(dataset.parse(spec).samples("train")) == len(source.samples("train"))
+    assert DATASETS.parse(spec) == source
+    assert len(DATASETS.parse(spec).samples("train")) == len(source.samples("train"))
 
 
 @pytest.mark.parametrize("options", [{}, {"root": "x", "split_fraction": 0.0}, {"root": "x", "split_fraction": 1.5}])
 def test_impossible_options_of_a_folder_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        dataset.build("folder", **options)
+        DATASETS.build("folder", **options)
 
 
 def test_digits_are_scikit_learns_and_every_fifth_is_for_testing() -> None:
-    source = dataset.build("digits")
+    source = DATASETS.build("digits")
     train, test = source.samples("train"), source.samples("test")
     assert (len(train), len(test)) == (1438, 359)
     assert not {sample.key for sample in train} & {sample.key for sample in test}

@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, ArchiveWriter, layout, open_archive, write_archive
-from kdcache.codecs import codec
+from kdcache.archive import LAYOUTS, Archive, ArchiveWriter, open_archive, write_archive
+from kdcache.codecs import CODECS
 from kdcache.errors import KdcacheError
 from kdcache.stats import relative_entropy
 from tests.contracts.examples import examples
 
 VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 217, 700, 64  # four shards a view, the last one not full
-LAYOUTS = [layout.spec(layout.build(*example.values[:1], **example.values[1])) for example in examples("layout")]
+SPECS = [LAYOUTS.spec(LAYOUTS.build(*example.values[:1], **example.values[1])) for example in examples("layout")]
 # Every layout with a codec that has parameters and one that has none; every codec. (Single bytes are not for pcodec.)
-PAIRS = [pair for pair in itertools.product(LAYOUTS, codec) if pair[0] == "zarr" or pair[1] in {"i16", "u8"}]
+PAIRS = [pair for pair in itertools.product(SPECS, CODECS) if pair[0] == "zarr" or pair[1] in {"i16", "u8"}]
 PAIRS.remove(("zarr:pcodec", "u8"))
 NAMES = [f"class {i}" for i in range(CLASSES)]
 
@@ -93,13 +93,13 @@ def written(request: pytest.FixtureRequest, what: Content, tmp_path_factory: pyt
 
 def kept(archive: Archive, logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the archive's codec keeps of `logits [n, C]`."""
-    coding = codec.from_dict(archive.manifest.codec)
+    coding = CODECS.from_dict(archive.manifest.codec)
     return coding.decode(coding.encode(logits)) if len(logits) else logits
 
 
 def specifications(archive: Archive) -> tuple[str, str]:
     """Layout and codec of an archive as they are typed."""
-    return layout.spec(layout.from_dict(archive.manifest.layout)), codec.spec(codec.from_dict(archive.manifest.codec))
+    return LAYOUTS.spec(LAYOUTS.from_dict(archive.manifest.layout)), CODECS.spec(CODECS.from_dict(archive.manifest.codec))
 
 
 @given(data=st.data())
@@ -194,9 +194,9 @@ def test_equal_contents_have_equal_digests_and_equal_files(written: tuple[Archiv
             assert (again.path / path.relative_to(archive.path)).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("codec_name", list(codec))
+@pytest.mark.parametrize("codec_name", list(CODECS))
 def test_the_digest_is_the_same_in_every_layout(what: Content, tmp_path: Path, codec_name: str) -> None:
-    digests = {write(tmp_path / name, what, name, codec_name).manifest.digest for name in LAYOUTS if (name, codec_name) in PAIRS}
+    digests = {write(tmp_path / name, what, name, codec_name).manifest.digest for name in SPECS if (name, codec_name) in PAIRS}
     assert len(digests) == 1
 
 

@@ -16,7 +16,7 @@ from scipy import special
 
 from kdcache.bench.methods import ONE_VIEW, PLAIN
 from kdcache.errors import UsageError
-from kdcache.methods import build, method
+from kdcache.methods import METHODS, build
 from kdcache.methods.presets import PRESETS, preset
 from kdcache.targets import Targets
 from tests.contracts.examples import examples
@@ -177,7 +177,7 @@ def value_and_gradient(
 
 
 def test_every_method_is_compared_with_a_formula() -> None:
-    assert list(method) == sorted(FORMULAS)
+    assert list(METHODS) == sorted(FORMULAS)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -293,7 +293,7 @@ def test_what_the_benchmark_compares_with_is_the_same_loss(name: str) -> None:
 def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
     for found in PRESETS.values():
         built = found.build()
-        assert method.name_of(built) == found.name.split(":")[1]
+        assert METHODS.name_of(built) == found.name.split(":")[1]
         assert found.tau > 0
         assert preset(found.name) == found
         assert found.name.startswith("paper:")
@@ -395,7 +395,7 @@ def test_warm_up_counts_epochs_from_one() -> None:
     student, teacher, targets = problem()
     z, built = torch.from_numpy(student), build("dkd", warmup_epochs=4)
     whole = built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a))
-    state = built.new_state()  # type: ignore[attr-defined]
+    state = built.new_state()
     for epoch, share in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
         state.epoch = epoch
         torch.testing.assert_close(built(z, Targets(torch.from_numpy(teacher), 4.0, targets.label_a), state), share * whole)
@@ -404,7 +404,7 @@ def test_warm_up_counts_epochs_from_one() -> None:
 def test_ctkds_temperature_is_learned_against_the_student() -> None:
     student, teacher, _ = problem()
     z, targets, built = torch.from_numpy(student), Targets(torch.from_numpy(teacher), 1.0), build("ctkd")
-    state = built.new_state().double()  # type: ignore[attr-defined]
+    state = built.new_state().double()
     for epoch, strength in ((1, math.cos(math.pi / 10) / 2 - 0.5), (10, -1.0), (30, -1.0)):
         state.epoch = epoch
         [reversed_slope] = torch.autograd.grad(built(z, targets, state), state.theta)
@@ -486,7 +486,7 @@ def test_the_published_bound_of_entropies_can_be_had() -> None:
     student, teacher, _ = problem()
     plain, shipped = (rows_of("eakd", student, teacher, 4.0, entropy_bound=bound) for bound in ("logC", 100.0))
     assert shipped < plain
-    assert method.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
+    assert METHODS.parse("eakd:entropy_bound=100") == build("eakd", entropy_bound=100.0)
     for name in ("eakd", "eadkd"):
         with pytest.raises(UsageError, match=f"entropy_bound of method {name}") as raised:
             build(name, entropy_bound=-1.0)

@@ -1,10 +1,11 @@
 """Protects names and options: what a manifest, a run record or a command line says of a component makes it again."""
 
+import abc
 import dataclasses
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -158,6 +159,48 @@ def test_only_frozen_dataclasses_and_new_names_can_be_registered(shapes: Registr
         shapes.register("box")(dataclasses.dataclass(frozen=True)(Plain))
     with pytest.raises(KeyError, match="not a registered shape"):
         shapes.name_of(Plain())
+
+
+class Shape(abc.ABC):
+    corners: ClassVar[int] = 4
+
+    @abc.abstractmethod
+    def area(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        return "shape"
+
+
+def test_a_component_without_the_base_gets_what_the_base_says_and_keeps_what_it_says_itself() -> None:
+    registry: Registry[Any] = Registry("shape", base=Shape)
+
+    @registry.register("square")
+    @dataclasses.dataclass(frozen=True)
+    class Square:
+        side: int = 2
+        name: ClassVar[str] = "square"
+
+        def area(self) -> int:
+            return self.side**2
+
+    made = registry.parse("square:3")
+    assert (made.area(), made.corners, made.name) == (9, 4, "square")
+    assert isinstance(made, Shape)
+    assert made == Square(3)
+    assert registry.name_of(Square()) == "square"
+    assert (registry.spec(made), registry.to_dict(made)) == ("square:3", {"name": "square", "side": 3})
+
+
+def test_a_component_without_what_the_base_asks_for_is_a_type_error() -> None:
+    registry: Registry[Any] = Registry("shape", base=Shape)
+
+    @dataclasses.dataclass(frozen=True)
+    class Nothing:
+        side: int = 2
+
+    with pytest.raises(TypeError, match="Nothing cannot be registered as shape: it has no area"):
+        registry.register("nothing")(Nothing)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,10 +58,10 @@ def test_own_images_from_files_to_students(tmp_path, kdcache):
 
 
 def test_one_folder_splits_by_name(tmp_path):
-    from kdcache.datasets import dataset
+    from kdcache.datasets import DATASETS
 
     write_images(tmp_path, "", 30, 0)
-    source = dataset.build("folder", root=str(tmp_path), split_fraction=0.3)
+    source = DATASETS.build("folder", root=str(tmp_path), split_fraction=0.3)
     train, test = ({sample.key for sample in source.samples(split)} for split in ("train", "test"))
     assert not train & test
     assert len(train | test) == 90
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_other_classes_starts_a_new_head(tmp_path, kdcache, trai
 
 
 def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
-    from kdcache.datasets import dataset
+    from kdcache.datasets import DATASETS
     from kdcache.datasets.canvas import load_canvas
 
     folder = tmp_path / "images/train/einfärbig"
@@ -144,7 +144,7 @@ def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(colour).save(folder / "i-rotated.jpg", exif=exif, quality=100)
     (folder / "notes.txt").write_text("not an image, and not one by its name")
-    canvas = load_canvas(dataset.build("folder", root=str(tmp_path / "images")), "train", 16, tmp_path / "data")
+    canvas = load_canvas(DATASETS.build("folder", root=str(tmp_path / "images")), "train", 16, tmp_path / "data")
     assert [key.split("/")[1][0] for key in canvas.keys] == list("abcdefghij")
     for key, pixels in zip(canvas.keys, canvas.pixels, strict=True):
         assert np.abs(pixels.astype(int) - 100).max() <= 2, key
@@ -215,7 +215,7 @@ def test_a_folder_without_permission_is_three_lines(tmp_path, kdcache):
 
 
 def test_linked_class_folders_count_and_empty_ones_are_refused(tmp_path):
-    from kdcache.datasets import dataset
+    from kdcache.datasets import DATASETS
     from kdcache.errors import UsageError
 
     write_images(tmp_path / "real", "", 3, 0)
@@ -225,7 +225,7 @@ def test_linked_class_folders_count_and_empty_ones_are_refused(tmp_path):
     for name in CLASSES:
         (train / name).symlink_to(tmp_path / "real" / name)
     (tmp_path / "real/dark/loop").symlink_to(tmp_path / "real/dark")
-    source = dataset.build("folder", root=str(tmp_path / "images"))
+    source = DATASETS.build("folder", root=str(tmp_path / "images"))
     assert len(source.samples("train")) == 9
     (train / "empty").mkdir()
     with pytest.raises(UsageError, match="empty"):

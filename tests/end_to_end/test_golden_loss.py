@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdcache.bench.pipeline import open_writer
-from kdcache.datasets import dataset
+from kdcache.datasets import DATASETS
 from kdcache.models.creation import create_model
 from kdcache.students.distill import DistillConfig, distill
 from kdcache.teachers.forward import Forward, write_shards
@@ -39,7 +39,7 @@ class _Brightness(Forward):
 
 def test_five_steps_give_the_golden_losses(tmp_path):
     place = Workspace(tmp_path)
-    canvas = place.canvas(dataset.build("digits"), "train", 32)
+    canvas = place.canvas(DATASETS.build("digits"), "train", 32)
     writer = open_writer(tmp_path / "archive", canvas, ViewPolicy.load("digits"), views=1)
     teacher = _Brightness(*create_model("test_resnet", 10, input_size=32), torch.device("cpu"), "fp32")
     write_shards(writer, teacher, canvas, batch_size=64)

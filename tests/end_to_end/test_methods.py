@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from kdcache import CachedTargets, open_archive
-from kdcache.datasets import dataset
-from kdcache.methods import method
+from kdcache.datasets import DATASETS
+from kdcache.methods import METHODS
 from kdcache.methods.presets import PRESETS
 from kdcache.report import collect, summarise
 from kdcache.report.costs import costs
@@ -23,10 +23,10 @@ QUICK = ["--student", "test_vit", "--epochs", "1", "--batch-size", "719"]  # two
 
 @pytest.mark.slow
 def test_every_method_trains_beside_the_others(home, archive, kdcache):
-    result = kdcache("distill", "--method", ",".join(method), "--tau", 4, *QUICK, "--home", home)
+    result = kdcache("distill", "--method", ",".join(METHODS), "--tau", 4, *QUICK, "--home", home)
     assert result.status == 0, result.err
     summaries = [json.loads(path.read_text()) for path in home.glob("runs/*/*/summary.json")]
-    assert [summary["status"] for summary in summaries] == ["complete"] * len(list(method))
+    assert [summary["status"] for summary in summaries] == ["complete"] * len(list(METHODS))
     weights = {path.read_bytes() for path in home.glob("runs/*/*/last.safetensors")}
     assert len(weights) == len(summaries)  # each became something else
     rows = {path.parent.name.split("--")[1]: json.loads(path.read_text()) for path in home.glob("runs/*/*/metrics.jsonl")}
@@ -45,7 +45,7 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
     assert row["grad_norm"] > 0
     assert "logit_mean" in row
     assert "second_view" not in row
-    stream = CachedTargets(open_archive(archive), Workspace(home).canvas(dataset.build("digits"), "train", 32), 719, seed=0)
+    stream = CachedTargets(open_archive(archive), Workspace(home).canvas(DATASETS.build("digits"), "train", 32), 719, seed=0)
     assert row["batch_order"] == stream.order_digest(0) != stream.order_digest(1)
     assert yaml.safe_load((run / "args.yaml").read_text())["batch_order"].endswith("seed 0, batches of 719, the last one dropped")
 

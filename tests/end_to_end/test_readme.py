@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import kdcache as package
-from kdcache.datasets import dataset
+from kdcache.datasets import DATASETS
 from kdcache.models.creation import create_model
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until
@@ -81,7 +81,7 @@ def test_timms_tasks_keep_an_average_of_a_student_from_the_cache(home, archive):
     from timm.task import ClassificationTask
 
     opened = package.open_archive(archive)
-    canvas = Workspace(home).canvas(dataset.build("digits"), "train", opened.manifest.canvas.size)
+    canvas = Workspace(home).canvas(DATASETS.build("digits"), "train", opened.manifest.canvas.size)
     student, normalise = create_model("test_resnet", 10, input_size=32)
     task = ClassificationTask(student, criterion=package.methods.build("kd"), verbose=False)
     average = task.setup_ema(decay=0.5)

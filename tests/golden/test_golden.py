@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.archive import layout, open_archive
+from kdcache.archive import LAYOUTS, open_archive
 from kdcache.archive.layouts import rows_digest
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.stats import relative_entropy
 from kdcache.targets import row_keys
 from kdcache.views.rendering import Renderer
@@ -126,7 +126,7 @@ def test_an_old_archive_can_be_appended_to(path: Path, tmp_path: Path, monkeypat
     assert grown.num_views == 3
     assert grown.verify("full").ok
     assert list(grown.shards())[:6] == list(open_archive(path).shards())
-    coding = codec.from_dict(grown.manifest.codec)
+    coding = CODECS.from_dict(grown.manifest.codec)
     np.testing.assert_array_equal(grown.read(2, 0, 11).logits, coding.decode(coding.encode(make.logits(2))))
 
 
@@ -141,8 +141,8 @@ def layouts() -> Path:
 
 def test_there_is_a_golden_archive_of_every_layout_and_codec(layouts: Path) -> None:
     manifests = [open_archive(layouts / name).manifest for name in DIGESTS]
-    assert {manifest.layout["name"] for manifest in manifests} == set(layout)
-    assert {manifest.codec["name"] for manifest in manifests} == set(codec)
+    assert {manifest.layout["name"] for manifest in manifests} == set(LAYOUTS)
+    assert {manifest.codec["name"] for manifest in manifests} == set(CODECS)
     assert {folder.name for folder in layouts.iterdir()} == {*DIGESTS}
 
 
@@ -153,7 +153,7 @@ def test_golden_archives_of_every_layout_read_as_what_they_were_made_from(layout
     assert archive.manifest.digest.startswith(DIGESTS[name])
     np.testing.assert_array_equal(archive.labels(), np.arange(11) * 3 % 5)
     assert archive.keys() == [f"picture/{i:02d}" for i in range(11)]
-    coding = codec.from_dict(archive.manifest.codec)
+    coding = CODECS.from_dict(archive.manifest.codec)
     for view in (0, 1):
         rows = archive.read(view, 0, 11)
         np.testing.assert_array_equal(rows.logits, coding.decode(coding.encode(make.logits(view))))

@@ -10,10 +10,10 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy import special
 
-from kdcache.codecs import UnstorableError, codec, kl_bound
+from kdcache.codecs import CODECS, UnstorableError, kl_bound
 from kdcache.errors import UsageError
 
-NAMES = list(codec)
+NAMES = list(CODECS)
 LOGITS = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 5), st.integers(2, 60)),
@@ -39,7 +39,7 @@ def kl(p_logits: NDArray, q_logits: NDArray, tau: float) -> NDArray[np.float64]:
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=LOGITS)
 def test_what_comes_back_is_within_the_stated_error_of_what_went_in(name: str, logits: NDArray[np.float32]) -> None:
-    coding = codec.build(name)
+    coding = CODECS.build(name)
     stored = coding.encode(logits)
     back, allowed = coding.decode(stored), coding.max_error(stored)
     assert back.dtype == np.float32
@@ -51,7 +51,7 @@ def test_what_comes_back_is_within_the_stated_error_of_what_went_in(name: str, l
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=ANY)
 def test_logits_of_any_size_come_back_within_the_stated_error_or_are_refused(name: str, logits: NDArray[np.float32]) -> None:
-    coding = codec.build(name)
+    coding = CODECS.build(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused = None
@@ -70,7 +70,7 @@ def test_logits_of_any_size_come_back_within_the_stated_error_or_are_refused(nam
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=LOGITS)
 def test_a_second_round_changes_nothing_more(name: str, logits: NDArray[np.float32]) -> None:
-    coding = codec.build(name)
+    coding = CODECS.build(name)
     once = coding.decode(coding.encode(logits))
     if coding.parameters:  # a row's step may be rounded to another last digit, no more
         changes = np.abs(coding.decode(coding.encode(once)) - once).max(axis=1)
@@ -82,7 +82,7 @@ def test_a_second_round_changes_nothing_more(name: str, logits: NDArray[np.float
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=LOGITS)
 def test_rows_are_stored_independently_of_each_other(name: str, logits: NDArray[np.float32]) -> None:
-    coding = codec.build(name)
+    coding = CODECS.build(name)
     together = coding.encode(logits)
     for i in range(len(logits)):
         for field, alone in coding.encode(logits[i : i + 1]).items():
@@ -96,13 +96,13 @@ def test_i16_refuses_what_does_not_fit_by_row_class_and_value(value: float, sign
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UsageError) as caught:
-            codec.build("i16").encode(logits)
+            CODECS.build("i16").encode(logits)
     assert f"row {row}, class {column} is {logits[row, column]:.6g}" in caught.value.what
     assert "f32" in caught.value.fix
 
 
 def test_i16_accepts_everything_up_to_its_last_step_and_the_next_is_an_error() -> None:
-    coding = codec.build("i16")
+    coding = CODECS.build("i16")
     last = np.float32(32767 / 512)
     edge = np.array([[last, -last, np.nextafter(last + np.float32(1 / 1024), np.float32(0)), 0]], np.float32)
     back = coding.decode(coding.encode(edge))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError
 from kdcache.views.policy import ViewPolicy
@@ -288,7 +288,7 @@ class Manifest(ArchivePlan):
             raise ValueError(f"{self.num_views * self.num_blocks:,} shards in a table of {self.shards.bytes:,} bytes")
         if len({record.path for record in self.files}) < len(self.files):
             raise ValueError("a file is recorded twice")
-        codec.from_dict(self.codec)
+        CODECS.from_dict(self.codec)
         return self
 
 

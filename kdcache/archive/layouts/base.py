@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Buffers, Store
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.registry import Registry
 
-__all__ = ["Buffers", "Layout", "ShardReader", "layout", "unit_bytes_rows", "unit_rows"]
+__all__ = ["LAYOUTS", "Buffers", "Layout", "ShardReader", "unit_bytes_rows", "unit_rows"]
 
 UNIT_BYTES = 128 << 10
 
@@ -56,7 +56,7 @@ class Layout(Protocol):
     def open(self, plan: ArchivePlan, store: Store) -> ShardReader: ...
 
 
-layout: Registry[Layout] = Registry("layout")
+LAYOUTS: Registry[Layout] = Registry("layout", entry_points="kdcache.layouts")
 
 
 def unit_bytes_rows(row_bytes: int) -> int:
@@ -66,6 +66,6 @@ def unit_bytes_rows(row_bytes: int) -> int:
 
 def unit_rows(plan: ArchivePlan) -> int:
     """Rows of a unit in shards of `plan`: `unit_bytes_rows`, or the next smaller number that divides a shard's rows."""
-    row_bytes = codec.from_dict(plan.codec).dtype.itemsize * plan.num_classes
+    row_bytes = CODECS.from_dict(plan.codec).dtype.itemsize * plan.num_classes
     most = min(unit_bytes_rows(row_bytes), plan.shard_rows)
     return next(rows for rows in range(most, 0, -1) if plan.shard_rows % rows == 0)

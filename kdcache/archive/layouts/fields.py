@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import as_bytes
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 
 __all__ = ["PROBE_BYTES", "RowType", "row_fields", "rows_digest"]
 
@@ -39,7 +39,7 @@ def row_fields(plan: ArchivePlan) -> dict[str, RowType]:
     """dtype and row shape of every field, in stored order."""
     if plan.contents == "statistics":
         return dict(BESIDE)
-    coding = codec.from_dict(plan.codec)
+    coding = CODECS.from_dict(plan.codec)
     parameters: dict[str, RowType] = {name: (np.dtype("<f4"), ()) for name in coding.parameters}
     return {"logits": (coding.dtype, (plan.num_classes,)), **parameters, **BESIDE}
 
@@ -53,7 +53,7 @@ def rows_digest(plan: ArchivePlan, fields: Mapping[str, NDArray]) -> str:
     for name in row_fields(plan):
         column = fields[name]
         if name == "logits" and plan.rows_hash == "sha256":
-            column = codec.from_dict(plan.codec).decode(fields)
+            column = CODECS.from_dict(plan.codec).decode(fields)
         elif name not in {"logits", *BESIDE} and plan.rows_hash == "sha256":
             continue  # the decoded logits already contain the codec's parameters
         digest.update(as_bytes(column))

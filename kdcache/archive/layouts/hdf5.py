@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import Buffers, layout, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
 from kdcache.registry import FITTED
 
@@ -33,7 +33,7 @@ SAMPLES = "samples.h5"
 CRC32C = "crc32c"  # the dataset [fields, units] of checksums
 
 
-@layout.register("hdf5")
+@LAYOUTS.register("hdf5")
 @dataclass(frozen=True)
 class Hdf5Layout:
     """HDF5 files, one a shard, with contiguous unfiltered datasets; a checksum for every `unit_rows` rows."""
@@ -70,8 +70,8 @@ class Hdf5Layout:
         opening = f'import h5py; f = h5py.File("PATH/{_shard(plan.first_view, 0)}")'
         if plan.contents == "statistics":
             return f'{opening}\nentropy = f["entropy"][{rows}]  # of view {plan.first_view}'
-        names = ("logits", *codec.from_dict(plan.codec).parameters)
-        logits = codec.from_dict(plan.codec).formula.format_map({name: f'f["{name}"][{rows}]' for name in names})
+        names = ("logits", *CODECS.from_dict(plan.codec).parameters)
+        logits = CODECS.from_dict(plan.codec).formula.format_map({name: f'f["{name}"][{rows}]' for name in names})
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
     def open(self, plan: ArchivePlan, store: Store) -> "Hdf5Reader":

@@ -19,10 +19,10 @@ from pydantic_core import from_json
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import Buffers, layout, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError, UsageError
 
 __all__ = ["WebDatasetLayout"]
@@ -36,7 +36,7 @@ INDEX = "index.json"
 CRC32C: RowType = (np.dtype("<u4"), ())
 
 
-@layout.register("webdataset")
+@LAYOUTS.register("webdataset")
 @dataclass(frozen=True)
 class WebDatasetLayout:
     """Tar shards for webdataset pipelines; `record_rows` rows make a record (1: one record for every row)."""
@@ -95,8 +95,8 @@ class WebDatasetLayout:
         place = f"view {plan.first_view}, positions 0:{min(self._size, plan.block_rows(0))}"
         if plan.contents == "statistics":
             return f'{opening}\nentropy = r["entropy.npy"]  # {place}'
-        names = ("logits", *codec.from_dict(plan.codec).parameters)
-        logits = codec.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
+        names = ("logits", *CODECS.from_dict(plan.codec).parameters)
+        logits = CODECS.from_dict(plan.codec).formula.format_map({name: f'r["{name}.npy"]' for name in names})
         return f"{opening}\nlogits = {logits}  # {place}"
 
     def open(self, plan: ArchivePlan, store: Store) -> "WebDatasetReader":

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import Buffers, layout, unit_bytes_rows, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError, UsageError
 from kdcache.registry import FITTED
 
@@ -34,7 +34,7 @@ Compression = Literal["none", "bitshuffle", "pcodec"]
 COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle", "pcodec")
 
 
-@layout.register("zarr")
+@LAYOUTS.register("zarr")
 @dataclass(frozen=True)
 class ZarrLayout:
     """Zarr v3 with sharded logits, which xarray and tensorstore decode unaided; raw (`none`) for training.
@@ -61,7 +61,7 @@ class ZarrLayout:
             )
 
     def fit(self, plan: ArchivePlan) -> "ZarrLayout":
-        dtype = codec.from_dict(plan.codec).dtype
+        dtype = CODECS.from_dict(plan.codec).dtype
         if self.compression == "pcodec" and dtype.itemsize < 2:
             raise UsageError(
                 f"layout zarr:pcodec with codec {plan.codec['name']}",
@@ -145,7 +145,7 @@ class ZarrLayout:
                 chunks=(1, self.inner_rows, *shape) if sharded else block,
                 shards=block if sharded else None,
                 fill_value=0,
-                attributes={**codec.from_dict(plan.codec).attributes} if sharded else {},
+                attributes={**CODECS.from_dict(plan.codec).attributes} if sharded else {},
                 dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
                 config={"write_empty_chunks": True},
                 filters=None,
@@ -174,7 +174,7 @@ class ZarrLayout:
         opening = 'import zarr; g = zarr.open_group("PATH", mode="r")'
         if plan.contents == "statistics":
             return f'{opening}\nentropy = g["entropy"][0, {rows}]  # of view {plan.first_view}'
-        logits = codec.from_dict(plan.codec).formula.format_map(_Named(f'g["{{}}"][0, {rows}]'))
+        logits = CODECS.from_dict(plan.codec).formula.format_map(_Named(f'g["{{}}"][0, {rows}]'))
         return f"{opening}\nlogits = {logits}  # view {plan.first_view}, positions {rows}"
 
     def open(self, plan: ArchivePlan, store: Store) -> "ZarrReader":

@@ -14,7 +14,7 @@ from kdcache.archive.format.manifest import Manifest
 from kdcache.archive.format.rows import Rows
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.reading.statistics import PAPER_TAUS, spread
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.stats import log_softmax
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
@@ -227,7 +227,7 @@ def _of_samples(archive: Archive, view: int, positions: NDArray[np.int64], sampl
 
 def _rounding(archive: Archive, logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """The largest rounding error of the codec in each row, `[n]`. Encoding stored logits again gives the same codes."""
-    codes = codec.from_dict(archive.manifest.codec)
+    codes = CODECS.from_dict(archive.manifest.codec)
     return codes.max_error(codes.encode(logits))
 
 

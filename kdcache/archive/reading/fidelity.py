@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.archive.layouts import COMPRESSIONS, Compression, compressed_bytes
-from kdcache.codecs import UnstorableError, codec, kl_bound
+from kdcache.codecs import CODECS, UnstorableError, kl_bound
 from kdcache.stats import relative_entropy, softmax
 from kdcache.system.progress import Progress
 
@@ -163,7 +163,7 @@ class _Trial:
     """One codec under trial: its encoding of the current rows, and the summaries so far."""
 
     def __init__(self, name: str, taus: int) -> None:
-        self.name, self.codec = name, codec.build(name)
+        self.name, self.codec = name, CODECS.build(name)
         self.refused = ""
         self.logits, self.bytes = 0, 0
         self.compressed: dict[Compression, int] = dict.fromkeys(COMPRESSIONS, 0)

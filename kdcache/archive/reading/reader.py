@@ -29,11 +29,11 @@ from kdcache.archive.format.manifest import (
 )
 from kdcache.archive.format.rows import Rows, count_of
 from kdcache.archive.format.store import LocalStore, Store, sha256
-from kdcache.archive.layouts import layout, row_fields
+from kdcache.archive.layouts import LAYOUTS, row_fields
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.statistics import MAX_ROWS, spread_logits
 from kdcache.archive.reading.verification import Level, Verification, Verifier
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, is_url, open_remote
@@ -143,9 +143,9 @@ class Archive:
         self.views = manifest.views  # the policy's numbers; those of a part of an archive may begin above 0
         self.num_views, self.num_samples, self.num_classes = manifest.num_views, manifest.num_samples, manifest.num_classes
         self.class_names = manifest.class_names
-        self._codec = codec.from_dict(manifest.codec)
+        self._codec = CODECS.from_dict(manifest.codec)
         try:
-            arrangement = layout.from_dict(manifest.layout)
+            arrangement = LAYOUTS.from_dict(manifest.layout)
         except KdcacheError as error:
             raise IncompatibleError(
                 f"{store.name}: {error.what}",

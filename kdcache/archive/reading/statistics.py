@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan, LogitMoments, Statistics, StatisticsDetails, TauDetail, TauStatistics
 from kdcache.archive.layouts import ShardReader
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
 from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.system.progress import Progress
@@ -139,7 +139,7 @@ def spread_logits(plan: ArchivePlan, reader: ShardReader, most: int = MAX_ROWS) 
 
     A block has at most 4096 rows and about 16 MB. Raises IntegrityError for logits that are not finite.
     """
-    coding = codec.from_dict(plan.codec)
+    coding = CODECS.from_dict(plan.codec)
     step = max(1, min(BLOCK, BLOCK_LOGITS // plan.num_classes))
     for pairs in spread(plan.views, plan.num_samples, most, step):
         parts = [(view, *part) for view, positions in pairs for part in _by_block(positions, plan.shard_rows)]

@@ -20,7 +20,7 @@ from kdcache.archive.format.manifest import (
 )
 from kdcache.archive.format.store import LocalStore, open_local, sha256_of
 from kdcache.archive.layouts import rows_digest
-from kdcache.codecs import codec
+from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError, KdcacheError
 from kdcache.system.progress import Progress
 
@@ -214,7 +214,7 @@ class Verifier:
                 Failure(where, f"argmax from 0 to {self._manifest.num_classes - 1}", "others among them")
             )
         numbers = [values for values in stored.values() if values.dtype.kind == "f"]
-        coding = codec.from_dict(self._manifest.codec)
+        coding = CODECS.from_dict(self._manifest.codec)
         if coding.parameters and "logits" in stored:
             numbers.append(coding.decode(stored))
         if not all(np.isfinite(values).all() for values in numbers):

@@ -8,12 +8,11 @@ from typing import Literal
 
 from kdcache.archive.format.manifest import ArchivePlan, Statistics, SubsetOf
 from kdcache.archive.format.store import LocalStore
-from kdcache.archive.layouts import layout as layouts
-from kdcache.archive.layouts import row_fields, rows_digest
+from kdcache.archive.layouts import LAYOUTS, row_fields, rows_digest
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.reading.statistics import compute_statistics
 from kdcache.archive.writing.writer import ArchiveWriter
-from kdcache.codecs import codec as codecs
+from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, UsageError
 from kdcache.system.progress import Progress, Silent
 
@@ -47,7 +46,7 @@ def derive(
         raise UsageError(f"{path} is the archive itself", why="it cannot be written while it is read", fix="name another folder")
     _require_whole(source)
     plan = derived_plan(source, layout=layout, codec=codec, views=views, contents=contents)
-    encoder, decoder = codecs.from_dict(plan.codec), codecs.from_dict(source.manifest.codec)
+    encoder, decoder = CODECS.from_dict(plan.codec), CODECS.from_dict(source.manifest.codec)
     writer = ArchiveWriter.of_plan(path, plan, source.labels(), source.keys())
     if writer.plan.num_views != plan.num_views:
         raise UsageError(
@@ -120,21 +119,21 @@ def derived_plan(
     whole = views == manifest.views and contents == manifest.contents
     part = SubsetOf(digest=manifest.digest, first_view=manifest.first_view, num_views=manifest.num_views)
     provenance = dict(manifest.provenance)
-    coding = codecs.from_dict(manifest.codec) if codec is None else codecs.parse(codec)
-    if codecs.to_dict(coding) != codecs.to_dict(codecs.from_dict(manifest.codec)):
+    coding = CODECS.from_dict(manifest.codec) if codec is None else CODECS.parse(codec)
+    if CODECS.to_dict(coding) != CODECS.to_dict(CODECS.from_dict(manifest.codec)):
         provenance["converted_from"] = {"digest": manifest.digest, "codec": manifest.codec}
     plan = ArchivePlan.model_validate({name: getattr(manifest, name) for name in ArchivePlan.model_fields}).model_copy(
         update={
             "first_view": views.start,
             "num_views": len(views),
             "contents": contents,
-            "codec": codecs.to_dict(coding),
+            "codec": CODECS.to_dict(coding),
             "subset_of": manifest.subset_of if whole else part,
             "provenance": provenance,
         }
     )
-    arrangement = layouts.from_dict(manifest.layout) if layout is None else layouts.parse(layout)
-    return plan.model_copy(update={"layout": layouts.to_dict(arrangement.fit(plan))})
+    arrangement = LAYOUTS.from_dict(manifest.layout) if layout is None else LAYOUTS.parse(layout)
+    return plan.model_copy(update={"layout": LAYOUTS.to_dict(arrangement.fit(plan))})
 
 
 def stored_bytes(plan: ArchivePlan) -> int:

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan
 from kdcache.archive.format.store import LocalStore
-from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.reading.reader import dump_command, open_archive
-from kdcache.codecs import codec as codecs
+from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
 from kdcache.views.policy import PROBE_VERSION
 
@@ -62,19 +62,19 @@ def new_plan(
             why="classes are told apart by their names",
             fix="give every class a name of its own",
         )
-    coding = codecs.parse(codec)
+    coding = CODECS.parse(codec)
     plan = ArchivePlan(
         num_views=num_views,
         num_samples=num_samples,
         class_names=tuple(class_names),
-        codec=codecs.to_dict(coding),
+        codec=CODECS.to_dict(coding),
         layout={},
         shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
         probe_version=PROBE_VERSION,
         rows_hash="blake3",
         **described,
     )
-    return plan.model_copy(update={"layout": layouts.to_dict(layouts.parse(layout).fit(plan))})
+    return plan.model_copy(update={"layout": LAYOUTS.to_dict(LAYOUTS.parse(layout).fit(plan))})
 
 
 def recorded_plan(path: str | os.PathLike[str]) -> ArchivePlan | None:
@@ -96,7 +96,7 @@ def begun_plan(store: LocalStore) -> ArchivePlan | None:
 def load_plan(store: LocalStore) -> ArchivePlan:
     try:
         plan = ArchivePlan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
-        codecs.from_dict(plan.codec), layouts.from_dict(plan.layout)
+        CODECS.from_dict(plan.codec), LAYOUTS.from_dict(plan.layout)
     except (ValidationError, KdcacheError) as error:
         aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
         raise IntegrityError(
@@ -163,8 +163,8 @@ def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> 
 
 def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity with every option of codec and layout, including options newer than the record."""
-    layout, codec = layouts.from_dict(identity["layout"]), codecs.from_dict(identity["codec"])
-    return {**identity, "layout": layouts.to_dict(layout), "codec": codecs.to_dict(codec)}
+    layout, codec = LAYOUTS.from_dict(identity["layout"]), CODECS.from_dict(identity["codec"])
+    return {**identity, "layout": LAYOUTS.to_dict(layout), "codec": CODECS.to_dict(codec)}
 
 
 def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str, Any]) -> None:

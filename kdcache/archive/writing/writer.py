@@ -34,8 +34,7 @@ from kdcache.archive.format.manifest import (
     archive_digest,
 )
 from kdcache.archive.format.store import LocalStore, sha256
-from kdcache.archive.layouts import Buffers, ShardReader, row_fields, rows_digest
-from kdcache.archive.layouts import layout as layouts
+from kdcache.archive.layouts import LAYOUTS, Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.reading.reader import Archive, dump_command, open_archive
 from kdcache.archive.reading.statistics import compute_statistics
@@ -53,8 +52,7 @@ from kdcache.archive.writing.planning import (
     require_same_samples,
     samples_record,
 )
-from kdcache.codecs import UnstorableError
-from kdcache.codecs import codec as codecs
+from kdcache.codecs import CODECS, UnstorableError
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
 from kdcache.system.energy import Spent
@@ -179,8 +177,8 @@ class ArchiveWriter:
                 }
             )
         self.plan = plan
-        self._codec = codecs.from_dict(plan.codec)
-        self._layout = layouts.from_dict(plan.layout)
+        self._codec = CODECS.from_dict(plan.codec)
+        self._layout = LAYOUTS.from_dict(plan.layout)
         if self.missing() or not store.exists(MANIFEST_NAME):
             if samples is not None and not store.exists(SAMPLES):
                 store.write(SAMPLES, json.dumps(samples).encode())
