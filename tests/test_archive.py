@@ -156,6 +156,7 @@ def test_finalizing_twice_changes_nothing(tmp_path: Path, finished: Path) -> Non
     assert files(tmp_path / "a") == files(finished)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stage", ["unfinished", "finished"])
 @pytest.mark.parametrize("changed", CHANGES)
 def test_another_dump_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path, stage: str, changed: str) -> None:
@@ -610,7 +611,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", [*(pytest.param(end, marks=pytest.mark.exhaustive) for end in ("first", "last")), "middle"])
 def test_one_flipped_bit_in_any_file_is_reported_with_the_files_name(finished: Path, copy: Path, where: str) -> None:
     names = names_of(finished)
     assert len(names) > 40

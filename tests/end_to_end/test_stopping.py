@@ -14,6 +14,7 @@ from kdcache.training.learner import Learner
 from tests.end_to_end.conftest import STUDENT, start, until
 from tests.end_to_end.test_distill import only, same_run
 
+EXHAUSTIVE = pytest.mark.exhaustive
 TWO = ["distill", "--tau", "4,20", "--student", "test_vit", "--epochs", "2", "--batch-size", "115"]  # 12 steps an epoch
 
 
@@ -25,7 +26,8 @@ def uninterrupted(trained, tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("at", [1, 7, 23, 24, 25, 44])  # of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch
+# Of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch.
+@pytest.mark.parametrize("at", [24, 44, *(pytest.param(at, marks=EXHAUSTIVE) for at in (1, 7, 23, 25))])
 def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, uninterrupted, monkeypatch, at):
     arguments = [*TWO, "--archive", archive]
     step, steps = Learner.step, []
@@ -83,7 +85,12 @@ def five_epochs(trained, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "how"),
-    [("distill", "SIGINT"), ("train-teacher", "SIGTERM"), ("distill", "SIGTERM to all"), ("train-teacher", "SIGINT to all")],
+    [
+        pytest.param("distill", "SIGINT", marks=EXHAUSTIVE),
+        ("train-teacher", "SIGTERM"),
+        pytest.param("distill", "SIGTERM to all", marks=EXHAUSTIVE),
+        ("train-teacher", "SIGINT to all"),
+    ],
 )
 def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epochs, tmp_path, command, how):
     arguments, pattern, uninterrupted = five_epochs[command]
