@@ -5,6 +5,8 @@ import os
 # Tests run side by side, a process a core. The threads of two torch processes spin against each other, and everything that
 # is trained takes ten times as long; so each gets one, before torch is imported, and so do processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else each of the many processes that tests start compiles the whole package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import signal
 import subprocess

@@ -658,7 +658,7 @@ def test_damaged_labels_or_keys_are_never_handed_out(finished: Path, copy: Path)
     assert open_archive(copy).keys() == KEYS
 
 
-@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize("level", ["quick", pytest.param("full", marks=pytest.mark.exhaustive)])
 def test_truncated_grown_and_deleted_files_are_reported_by_name(finished: Path, copy: Path, level: Any) -> None:
     for name in names_of(finished):
         data = (finished / name).read_bytes()

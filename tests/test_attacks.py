@@ -956,7 +956,9 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.exhaustive if name in COMPRESSED else ()) for name in LAYOUTS]
+)
 def test_nothing_is_ever_unpickled(
     sound: Callable[[str], Path], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

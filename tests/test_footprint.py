@@ -64,6 +64,8 @@ print(json.dumps([peak[0] - before, own_memory() - before]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's own memory")
 def test_students_take_what_their_footprint_says(tmp_path, run_python) -> None:
     said = footprint(MODEL, CLASSES, SIZE, CONFIG)

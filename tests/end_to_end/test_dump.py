@@ -27,6 +27,7 @@ from kdcache.training.learner import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until
+from tests.end_to_end.forks import Started
 
 
 def test_workers_and_start_view_change_no_byte(home, archive, kdcache, tmp_path):
@@ -63,7 +64,7 @@ def test_batch_size_keeps_the_views_and_moves_logits_by_two_steps_at_most(home, 
 def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_path):
     arguments = [*DUMP, "--views", 12, "--home", home]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(*arguments, "--output", killed)
+    process = Started(*arguments, "--output", killed)
     until(lambda: len(list((killed / ".dump/shards").glob("*.json"))) >= 3, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -101,14 +102,14 @@ def test_a_full_disk_is_exit_75_and_the_rerun_finishes(home, archive, kdcache, t
 
 def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     target = tmp_path / "shared"
-    arguments = [*DUMP, "--views", 20, "--home", home, "--output", target]
+    arguments = [*DUMP, "--views", 8, "--home", home, "--output", target]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # else they spin on each other for minutes on two cores
-    processes = [start(*arguments, env=one_thread) for _ in range(2)]
+    processes = [Started(*arguments, env=one_thread) for _ in range(2)]
     outcomes = [process.communicate(timeout=180) for process in processes]
     # Whoever comes last finishes the archive; the other may leave while shards are still in the making.
     assert [process.returncode for process in processes] == [0, 0], outcomes
     assert [out.splitlines()[-1] for out, _ in outcomes] == [str(target)] * 2
-    assert open_archive(target).manifest.provenance["cost"]["passes"] == 20 * 1438, "no shard is counted twice or not at all"
+    assert open_archive(target).manifest.provenance["cost"]["passes"] == 8 * 1438, "no shard is counted twice or not at all"
     assert kdcache("verify", target).status == 0
 
 
@@ -160,6 +161,7 @@ def test_a_share_that_is_none_is_a_usage_error(kdcache, share, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive  # the next test has its processes one after the other
 def test_processes_of_a_torchrun_share_a_dump_and_the_first_speaks_for_all(home, archive, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdcache"]
     arguments = [*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a"]
@@ -300,7 +302,7 @@ def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
 
 
 def test_an_unfinished_dump_keeps_the_views_it_was_begun_with_and_says_so(home, kdcache, tmp_path):
-    process = start(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
+    process = Started(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
     while not list((tmp_path / "a/.dump/shards").glob("*.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
