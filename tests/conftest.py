@@ -5,6 +5,8 @@ import os
 # Tests run side by side, a process a core. The threads of two torch processes spin against each other, and everything that
 # is trained takes ten times as long; so each gets one, before torch is imported, and so do processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else each of the many processes that tests start compiles the whole package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import signal
 import subprocess
@@ -36,10 +38,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
+    for item in items:
+        if item.get_closest_marker("grid") and not on_the_diagonal(item):
+            item.add_marker(pytest.mark.exhaustive)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def on_the_diagonal(item: pytest.Item) -> bool:
+    """Whether a test is one of the few of its grid that contain each value of every parameter.
+
+    The longest axis is walked once, and along the others as often as it takes.
+    """
+    indices = item.callspec.indices  # type: ignore[attr-defined]
+    axes = []
+    for mark in item.iter_markers("parametrize"):
+        names, values = mark.args
+        name = names.partition(",")[0].strip() if isinstance(names, str) else names[0]
+        axes.append((len(list(values)), indices[name]))
+    _, along = max(axes, key=lambda axis: axis[0])
+    return all(index == along % length for length, index in axes)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,9 @@
 """Kills a writer at every step of what it does to the disk, and looks at what is left. A process of its own runs this:
 
-    python -m tests.kills FOLDER
+    python -m tests.kills FOLDER [EVERY]
 
-Each victim is a fork of that process, so a kill costs milliseconds. It prints the number of kills in each scenario.
+Each victim is a fork of that process, so a kill costs milliseconds. It prints the number of steps in each scenario. With
+EVERY, it kills before each so-many-th step only.
 """
 
 import io
@@ -139,7 +140,7 @@ def check_old(path: Path, old: str, new: str) -> None:
     np.testing.assert_array_equal(archive.read(0, 0, archive.num_samples).logits, logits(0))
 
 
-def run(scenario: Scenario, folder: Path) -> int:
+def run(scenario: Scenario, folder: Path, every: int = 1) -> int:
     start, whole, path = folder / "start", folder / "whole", folder / "a"
     start.mkdir()
     scenario.before(start / "a")
@@ -147,7 +148,7 @@ def run(scenario: Scenario, folder: Path) -> int:
     scenario.act(whole / "a")
     expected, new = files(whole / "a"), open_archive(whole / "a").manifest.digest
     old = open_archive(start / "a").manifest.digest if (start / "a/kdcache.json").exists() else None
-    for kills in range(10_000):
+    for kills in range(0, 10_000, every):
         place = folder / str(kills)
         shutil.copytree(start, place)
         path = place / "a"
@@ -175,4 +176,4 @@ if __name__ == "__main__":
     for name, scenario in SCENARIOS.items():
         place = Path(sys.argv[1]) / name
         place.mkdir()
-        print(name, run(scenario, place), flush=True)
+        print(name, run(scenario, place, *map(int, sys.argv[2:])), flush=True)

@@ -6,7 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,18 +205,9 @@ def test_an_error_is_three_lines_and_survives_the_way_out_of_a_worker_process(na
 # ---------------------------------------------------------------- the command line
 
 
-def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """A command, and those below it by name: `study run`."""
-    yield name, command
-    for below, one in sorted(getattr(command, "commands", {}).items()):
-        yield from commands(below if name == "kdcache" else f"{name} {below}", one)
-
-
 def command_line() -> dict[str, list[str]]:
     """Every command with its arguments and the spellings of its options."""
-    import typer
-
-    from kdcache.cli.app import app
+    from kdcache.cli.app import command as whole
 
     def described(command: Any) -> list[str]:
         return sorted(
@@ -224,7 +215,8 @@ def command_line() -> dict[str, list[str]]:
             for param in command.params
         )
 
-    return {name: described(command) for name, command in commands("kdcache", typer.main.get_command(app))}
+    group = whole()
+    return {"kdcache": described(group)} | {name: described(command) for name, command in group.every_command()}
 
 
 def test_commands_and_options_are_those_that_scripts_rely_on() -> None:
@@ -238,11 +230,9 @@ def test_commands_and_options_are_those_that_scripts_rely_on() -> None:
 
 
 def test_every_command_says_what_it_is_for() -> None:
-    import typer
+    from kdcache.cli.app import command as whole
 
-    from kdcache.cli.app import app
-
-    assert [name for name, command in commands("kdcache", typer.main.get_command(app)) if not command.help] == []
+    assert [name for name, command in whole().every_command() if not command.help] == []
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--freeze"]:

@@ -156,6 +156,7 @@ def test_finalizing_twice_changes_nothing(tmp_path: Path, finished: Path) -> Non
     assert files(tmp_path / "a") == files(finished)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stage", ["unfinished", "finished"])
 @pytest.mark.parametrize("changed", CHANGES)
 def test_another_dump_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path, stage: str, changed: str) -> None:
@@ -610,7 +611,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", [*(pytest.param(end, marks=pytest.mark.exhaustive) for end in ("first", "last")), "middle"])
 def test_one_flipped_bit_in_any_file_is_reported_with_the_files_name(finished: Path, copy: Path, where: str) -> None:
     names = names_of(finished)
     assert len(names) > 40
@@ -657,7 +658,7 @@ def test_damaged_labels_or_keys_are_never_handed_out(finished: Path, copy: Path)
     assert open_archive(copy).keys() == KEYS
 
 
-@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize("level", ["quick", pytest.param("full", marks=pytest.mark.exhaustive)])
 def test_truncated_grown_and_deleted_files_are_reported_by_name(finished: Path, copy: Path, level: Any) -> None:
     for name in names_of(finished):
         data = (finished / name).read_bytes()

@@ -156,6 +156,7 @@ NAMES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("place", ["manifest", "table", "the table itself"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_leads_out_of_the_folder(
@@ -224,6 +225,7 @@ IMPOSTORS: dict[str, Attack] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("impostor", IMPOSTORS)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_file_is_never_waited_for(
@@ -303,6 +305,7 @@ CLAIMS: dict[str, Json] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_what_a_manifest_claims_is_not_allocated(copy: Callable[[str], Path], claim: str, layout: str) -> None:
@@ -314,6 +317,7 @@ def test_what_a_manifest_claims_is_not_allocated(copy: Callable[[str], Path], cl
     refused(path, megabytes=32, copies=layout == "hdf5")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize(
     "option", ["x", None, 1.5, -1, 0, 2**31, 10**400, True, [], {}, "2", 4, 3, 44], ids=lambda value: str(value)[:9]
@@ -326,6 +330,7 @@ def test_options_of_a_layout_that_do_not_fit(copy: Callable[[str], Path], layout
     assert "open" in outcome or outcome["read 0"], "rows are read in units that are not there"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "component",
     [
@@ -389,6 +394,7 @@ TEXTS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("place", ["manifest", "table", "user block", "keys", "plan", "replaced"])
 def test_json_that_is_made_to_break_its_reader(copy: Callable[[str], Path], place: str, text: str) -> None:
@@ -486,6 +492,7 @@ TABLES: dict[str, tuple[Callable[[list[Json]], object], str]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", ["zarr", "hdf5"])
 @pytest.mark.parametrize("change", TABLES)
 def test_tables_that_do_not_fit_the_shards(copy: Callable[[str], Path], layout: str, change: str) -> None:
@@ -580,6 +587,7 @@ def test_rows_that_no_writer_writes_are_noticed(tmp_path: Path, change: str, mon
     refused(write_rows(tmp_path / "archive", alter, codec), act, copies=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
 @pytest.mark.parametrize("label", [-1, CLASSES, 2**63 - 1, -(2**63)])
 def test_labels_of_no_class_are_refused(copy: Callable[[str], Path], layout: str, label: int) -> None:
@@ -651,6 +659,7 @@ INDEXES: dict[str, Callable[[list[tuple[int, int]], int], list[tuple[int, int]]]
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", ["zarr", *COMPRESSED])
 @pytest.mark.parametrize("index", INDEXES)
 def test_indexes_that_point_elsewhere(copy: Callable[[str], Path], layout: str, index: str) -> None:
@@ -905,6 +914,7 @@ HEADERS: dict[str, Callable[[tarfile.TarInfo], object]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("change", HEADERS)
 @pytest.mark.parametrize("place", ["shard", "samples"])
 def test_tar_headers_that_are_not_those_of_plain_files(copy: Callable[[str], Path], place: str, change: str) -> None:
@@ -946,7 +956,9 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("layout", LAYOUT_OPTIONS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.exhaustive if name in COMPRESSED else ()) for name in LAYOUT_OPTIONS]
+)
 def test_nothing_is_ever_unpickled(
     sound: Callable[[str], Path], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1179,9 +1191,10 @@ def test_any_other_value_anywhere_in_json(sound: Callable[[str], Path], tmp_path
     exercise(path)
 
 
-def test_hundreds_of_random_changes_end_in_errors_of_ours() -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.exhaustive)])
+def test_hundreds_of_random_changes_end_in_errors_of_ours(count: int) -> None:
     """The same as `python -m tests.fuzz`, for a moment; in a process of its own, which nothing may kill."""
-    cases, slowest, findings = fuzz(first=0, count=100, seconds=100)
+    cases, slowest, findings = fuzz(first=0, count=count, seconds=100)
     assert findings == []
-    assert cases == 100
+    assert cases == count
     assert slowest < 10

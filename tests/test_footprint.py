@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 import kdcache.training.memory
-from kdcache.training.learner import TrainConfig
+from kdcache.training.config import TrainConfig
 from kdcache.training.memory import available_memory, fitting, footprint
 
 MODEL, CLASSES, SIZE, STUDENTS = "resnet18", 100, 64, 2
-CONFIG = TrainConfig(epochs=2, batch_size=16, opt="adamw", ema_decay=0.9)
+CONFIG = TrainConfig(epochs=2, batch_size=16, opt="adamw", model_ema_decay=0.9)
 
 # Trains students in lockstep, and prints by how much the process's own memory grew: at most, and in the end.
 TRAIN = """
@@ -22,7 +22,8 @@ import ctypes, gc, json, sys, threading, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from kdcache.models.creation import create_model
-from kdcache.training.learner import Learner, TrainConfig
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import Learner
 
 def own_memory():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -64,6 +65,8 @@ print(json.dumps([peak[0] - before, own_memory() - before]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's own memory")
 def test_students_take_what_their_footprint_says(tmp_path, run_python) -> None:
     said = footprint(MODEL, CLASSES, SIZE, CONFIG)
@@ -82,7 +85,7 @@ def test_settings_that_cost_memory_show() -> None:
     assert plain.optimizer == pytest.approx(plain.weights, rel=0.05)  # one momentum; buffers have none
     assert of(opt="adamw").optimizer == pytest.approx(2 * plain.weights, rel=0.05)
     assert of(opt="momentum", momentum=0.0).optimizer == 0
-    assert of(ema_decay=0.99).average == plain.weights
+    assert of(model_ema_decay=0.99).average == plain.weights
     assert of(batch_size=16).activations == pytest.approx(2 * plain.activations, rel=0.05)
     assert of(batch_size=16).kept == plain.kept
     assert of(views=2).activations > 1.5 * plain.activations

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.cli.options import specs
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.models.creation import Normalisation, create_model, described, licence, save_weights, timm_config, weights_digest
 from kdcache.models.names import folder_name, public_name, resolve
+from kdcache.options import names_in
 from kdcache.sharing.publishing import without_places
 from kdcache.teachers.forward import Forward
 from tests.hub import WritableHub
@@ -328,7 +328,7 @@ def test_places_of_local_models_are_left_out_wherever_they_stand() -> None:
 
 def test_several_students_are_listed_whatever_their_form() -> None:
     names = ["rn18", "hf-hub:team/net@v2", "local-dir:/runs/tau=4/a b", "pkg.nets:make", "local-dir:../x"]
-    assert specs(",".join(names)) == names
+    assert names_in(",".join(names)) == names
 
 
 def test_references_load_no_torch_until_they_are_used(run_python: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:

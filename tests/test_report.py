@@ -15,7 +15,7 @@ from PIL import Image
 
 import kdcache
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
-from kdcache.report import Experiment, Row, Table, collect, paired, summarise, write_report
+from kdcache.report import Experiment, Report, Row, Table, collect, paired, summarise, write_report
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from tests.reports import Page, RunFolders
 
@@ -27,8 +27,18 @@ def make_run(tmp_path: Path) -> RunFolders:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> kdcache.Archive:
+    return demo(tmp_path)
+
+
+def demo(folder: Path) -> kdcache.Archive:
     logits = np.random.default_rng(0).normal(scale=2.0, size=(2, 40, 5)).astype(np.float32)
-    return kdcache.write_archive(tmp_path / "archives/demo", logits, [f"class {c}" for c in range(5)])
+    return kdcache.write_archive(folder / "archives/demo", logits, [f"class {c}" for c in range(5)])
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports with empty figures, for tests that look at the words: to draw them takes nearly all of the time."""
+    monkeypatch.setattr("kdcache.report.html.render", lambda drawing, name: (b"<svg></svg>", b""))
 
 
 def table_of(tmp_path: Path) -> Table:
@@ -202,6 +212,7 @@ def test_controls_are_compared_at_the_best_tau(make_run: RunFolders, tmp_path: P
     assert contrast.difference.mean == -3.0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_methods_are_compared_with_kd_each_at_its_best_tau(make_run: RunFolders, tmp_path: Path) -> None:
     for seed, noise in enumerate([0.0, 0.1, 0.3]):
         for tau, method, top in ((1, "kd", 90.0), (4, "kd", 92.0), (1, "ttm", 91.0), (10, "ttm", 93.0 + noise), (2, "dkd", 90.0)):
@@ -218,6 +229,7 @@ def test_methods_are_compared_with_kd_each_at_its_best_tau(make_run: RunFolders,
     assert "minus kd" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_methods_of_z_scores_are_compared_with_the_same_method_without(make_run: RunFolders, tmp_path: Path) -> None:
     tops = {"kd:ce_weight=0.1": 70.0, "zkd:ce_weight=0.1": 72.0, "dkd:beta=8": 71.0, "zdkd:beta=72": 74.0, "zmlkd": 75.0}
     for method, top in tops.items():
@@ -255,19 +267,44 @@ def test_methods_of_different_archives_are_not_compared(make_run: RunFolders, tm
 
 
 @pytest.fixture
-def study(make_run: RunFolders, archive: kdcache.Archive, tmp_path: Path) -> Path:
+def study(tmp_path: Path) -> Path:
     """2 taus x 2 controls x 2 seeds of 3 epochs, an archive and a contact sheet."""
+    return fill(tmp_path)
+
+
+def fill(folder: Path) -> Path:
+    make_run, archive = RunFolders(folder / "runs" / "demo"), demo(folder)
     for tau in (1.0, 20.0):
         for control in ("none", "ls-global"):
             for seed in range(2):
                 top = 90.0 + tau / 8 - (control != "none") + seed / 4
                 make_run([50.0, 80.0, top], tau=tau, control_spec=control, seed=seed, archive_digest=archive.manifest.digest)
-    Image.new("RGB", (8, 8), "teal").save(tmp_path / "runs/demo/views.png")
-    return tmp_path
+    Image.new("RGB", (8, 8), "teal").save(folder / "runs/demo/views.png")
+    return folder
 
 
-def test_report_is_one_offline_page(study: Path) -> None:
-    report = write_report([study / "runs"], study / "out")
+class Watch:
+    """Remembers what progress is told."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[tuple[int, int]]] = {}
+
+    def update(self, task: str, done: int, total: int, note: str = "") -> None:
+        self.steps.setdefault(task, []).append((done, total))
+
+    def say(self, text: str) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, Watch]:
+    """The report of a `study`, written once, and what was told of its progress. Shared: do not change its files."""
+    folder, watch = fill(tmp_path_factory.mktemp("study")), Watch()
+    return folder, write_report([folder / "runs"], folder / "out", progress=watch), watch
+
+
+def test_report_is_one_offline_page(written: tuple[Path, Report, Watch]) -> None:
+    _, report, _ = written
     page = Page(report.html.read_text("utf-8"))
     assert page.text.startswith("<!DOCTYPE html>")
     assert all(value.startswith(("#", "data:")) for value in page.fetched)
@@ -283,8 +320,8 @@ def test_report_is_one_offline_page(study: Path) -> None:
     assert page.text.count('<img src="data:image/png;base64,') == 1
 
 
-def test_report_files(study: Path) -> None:
-    report = write_report([study / "runs"], study / "out")
+def test_report_files(written: tuple[Path, Report, Watch]) -> None:
+    _, report, _ = written
     assert {path.suffix for path in report.figures} == {".svg", ".png"}
     assert all(path.stat().st_size > 1000 for path in report.figures)
     with report.csv.open() as file:
@@ -294,12 +331,14 @@ def test_report_files(study: Path) -> None:
     assert all(row["run_folder"] and len(row["archive_digest"]) == 64 and row["last_student_entropy"] == "0.5" for row in rows)
 
 
-def test_figures_are_the_same_bytes_again(study: Path) -> None:
-    first, second = (write_report([study / "runs"], study / name) for name in ("one", "two"))
+def test_figures_are_the_same_bytes_again(written: tuple[Path, Report, Watch], tmp_path: Path) -> None:
+    folder, first, _ = written
+    second = write_report([folder / "runs"], tmp_path / "again")
     assert [path.read_bytes() for path in first.figures] == [path.read_bytes() for path in second.figures]
     assert first.html.read_bytes() == second.html.read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_archive_that_moved_with_its_workspace_is_found(study: Path) -> None:
     moved = study / "elsewhere"
     moved.mkdir()
@@ -308,6 +347,7 @@ def test_archive_that_moved_with_its_workspace_is_found(study: Path) -> None:
     assert "cannot be shown" not in write_report([moved / "runs"], study / "out").html.read_text("utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_missing_archive_and_contact_sheet_are_said(make_run: RunFolders, tmp_path: Path) -> None:
     make_run()
     report = write_report([tmp_path / "runs"], tmp_path / "out")
@@ -316,12 +356,14 @@ def test_missing_archive_and_contact_sheet_are_said(make_run: RunFolders, tmp_pa
     assert "No contact sheet of views: there is no" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_archive_in_its_place_is_not_shown(make_run: RunFolders, archive: kdcache.Archive, tmp_path: Path) -> None:
     make_run()
     text = write_report([tmp_path / "runs"], tmp_path / "out").html.read_text("utf-8")
     assert f"now has digest {archive.manifest.digest[:8]}" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("status", ["unfinished", "diverged"])
 def test_runs_without_a_result_are_listed_and_not_averaged(make_run: RunFolders, tmp_path: Path, status: str) -> None:
     make_run(90.0, seed=0)
@@ -370,6 +412,7 @@ def test_dollar_signs_in_names_are_drawn_as_they_are(make_run: RunFolders, tmp_p
     assert drawn.count(evil) >= 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_datasets_methods_and_archives(make_run: RunFolders, tmp_path: Path) -> None:
     for number, dataset in enumerate(("pets", "cifar100")):
         for method in ("kd", "zkd", "dkd", "ttm", "dist"):
@@ -390,18 +433,9 @@ def test_out_must_be_a_folder(make_run: RunFolders, tmp_path: Path) -> None:
         write_report([tmp_path / "runs"], tmp_path / "out")
 
 
-def test_progress_is_told(study: Path) -> None:
-    steps: dict[str, list[tuple[int, int]]] = {}
-
-    class Watch:
-        def update(self, task: str, done: int, total: int, note: str = "") -> None:
-            steps.setdefault(task, []).append((done, total))
-
-        def say(self, text: str) -> None:
-            return
-
-    write_report([study / "runs"], study / "out", progress=Watch())
-    assert {task: seen[-1] for task, seen in steps.items()} == {"reading runs": (8, 8), "drawing figures": (7, 7)}
+def test_progress_is_told(written: tuple[Path, Report, Watch]) -> None:
+    _, _, watch = written
+    assert {task: seen[-1] for task, seen in watch.steps.items()} == {"reading runs": (8, 8), "drawing figures": (7, 7)}
 
 
 def test_reports_need_no_torch(study: Path) -> None:
@@ -426,6 +460,7 @@ def test_an_optimiser_with_one_rate_says_enough(make_run: RunFolders, tmp_path: 
     assert settings == {"opt adamw", "opt sgd, lr 0.05", "opt sgd, lr 0.1"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: Path) -> None:
     for number in range(5):
         for seed in range(3):
@@ -461,6 +496,7 @@ def test_a_best_tau_that_is_behind_on_the_seeds_that_both_have_is_not_ahead(make
     assert overview([answer]).endswith("in 0 of 1.")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_opens_with_what_was_asked(make_run: RunFolders, tmp_path: Path) -> None:
     make_run(90.0)
     asked = Experiment("Tau & co", "a paper, Fig. 1", "Is <larger> better?", "tau", "It is.")

@@ -9,7 +9,8 @@ from kdcache.bench import rival
 from kdcache.bench.pipeline import digits_canvas
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Silent
-from kdcache.training.learner import TrainConfig, seeded
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import seeded
 
 SMALL = rival._Setting("test_vit", "test_resnet", 32, 32, batch=8, batches=2, cached=1.0, packed=1.0)
 CPU = torch.device("cpu")

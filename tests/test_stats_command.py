@@ -214,6 +214,7 @@ def test_fidelity_agrees_with_its_definitions(archive: Archive, stats: Callable[
                 assert (at[f"{kind}_mean"], at[f"{kind}_max"]) == (pytest.approx(change.mean()), pytest.approx(change.max()))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", list(CODECS))
 @pytest.mark.parametrize("classes", [2, 5, 1000])
 def test_nothing_measured_exceeds_a_codecs_bound(name: str, classes: int) -> None:

@@ -42,15 +42,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str,
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.slow
-def test_a_writer_killed_before_any_of_its_steps_ends_as_if_never_killed(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", tmp_path], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
-    )
+@pytest.mark.parametrize("every", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive]), 11])
+def test_a_writer_killed_before_any_of_its_steps_ends_as_if_never_killed(tmp_path: Path, every: int) -> None:
+    command = [sys.executable, "-m", "tests.kills", str(tmp_path), str(every)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    kills = {name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())}
-    assert set(kills) == {"fresh", "append-zarr", "append-webdataset", "append-after-another", "derive"}
-    assert min(kills.values()) > 25
+    steps = {name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())}
+    assert set(steps) == {"fresh", "append-zarr", "append-webdataset", "append-after-another", "derive"}
+    assert min(steps.values()) > 25
 
 
 PARENT_AND_CHILD = """
@@ -315,7 +314,8 @@ def full_disk_at(step: int) -> Iterator[Callable[[], bool]]:
         yield lambda: met
 
 
-def test_a_disk_that_is_full_at_any_step_is_a_retry_and_nothing_half_written_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.exhaustive), 7])
+def test_a_disk_that_is_full_at_any_step_is_a_retry_and_nothing_half_written_counts(tmp_path: Path, every: int) -> None:
     def dump(path: Path) -> None:
         session = writer(path, num_views=1, layout="hdf5")
         for view, block in session.missing():
@@ -326,7 +326,7 @@ def test_a_disk_that_is_full_at_any_step_is_a_retry_and_nothing_half_written_cou
 
     dump(tmp_path / "whole")
     expected = files(tmp_path / "whole")
-    for step in range(200):
+    for step in range(0, 200, every):
         path = tmp_path / str(step)
         with full_disk_at(step) as met:
             refused = at_once(partial(dump, path))[0]

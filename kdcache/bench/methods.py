@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.bench.turns import Result, taking_turns
-from kdcache.methods import build
+from kdcache.methods import METHODS, build
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets

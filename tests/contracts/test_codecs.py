@@ -24,6 +24,7 @@ def hostile(classes: int) -> NDArray[np.float32]:
     return np.array(rows, np.float32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("classes", [2, 3, 10, 37, 100, 2000, 21_841])
 @pytest.mark.parametrize("name", NAMES)
 def test_error_and_divergence_stay_within_the_stated_bounds(name: str, classes: int) -> None:
@@ -64,6 +65,7 @@ def test_what_is_not_finite_is_refused_by_row_class_and_value(name: str, value: 
         assert named in caught.value.what
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("value", [64.0, -64.0, 63.9990234375, 65.0, 1e3, 1e4, -65519.0, -1e5, 1e30, 3e38])
 @pytest.mark.parametrize("name", NAMES)
 def test_large_values_are_stored_within_the_bound_or_refused_and_never_clipped(name: str, value: float) -> None:

@@ -26,6 +26,13 @@ SPECS = [LAYOUTS.spec(LAYOUTS.build(*example.values[:1], **example.values[1])) f
 # Every layout with a codec that has parameters and one that has none; every codec. (Single bytes are not for pcodec.)
 PAIRS = [pair for pair in itertools.product(SPECS, CODECS) if pair[0] == "zarr" or pair[1] in {"i16", "u8"}]
 PAIRS.remove(("zarr:pcodec", "u8"))
+# Each layout and each codec; the other pairs are exhaustive.
+QUICK = {
+    *(("zarr", "f16"), ("zarr", "f32"), ("zarr", "i16"), ("zarr:bitshuffle", "u8"), ("zarr:pcodec", "i16")),
+    *(("hdf5", "i16"), ("webdataset", "u8"), ("webdataset:1", "i16"), ("webdataset:24", "u8")),
+}
+MARKS = {pair: () if pair in QUICK else pytest.mark.exhaustive for pair in PAIRS}
+CASES = [pytest.param(*pair, marks=MARKS[pair]) for pair in PAIRS]
 NAMES = [f"class {i}" for i in range(CLASSES)]
 
 
@@ -82,7 +89,7 @@ def what() -> Content:
     return content()
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=["-".join(pair) for pair in PAIRS])
+@pytest.fixture(scope="module", params=[pytest.param(pair, marks=MARKS[pair], id="-".join(pair)) for pair in PAIRS])
 def written(request: pytest.FixtureRequest, what: Content, tmp_path_factory: pytest.TempPathFactory) -> tuple[Archive, Content]:
     layout_name, codec_name = request.param
     archive = write(tmp_path_factory.mktemp("layout") / "a", what, layout_name, codec_name)
@@ -256,7 +263,7 @@ def test_the_cards_two_lines_read_the_logits_without_kdcache(
         np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, what.logits[0, :rows]), err_msg=str(names))
 
 
-@pytest.mark.parametrize(("layout_name", "codec_name"), PAIRS)
+@pytest.mark.parametrize(("layout_name", "codec_name"), CASES)
 def test_an_archive_of_nothing_but_zeros_is_written_in_full(layout_name: str, codec_name: str, tmp_path: Path) -> None:
     zeros = np.zeros((2, 5, 3), np.float32)
     written = write_archive(
@@ -278,7 +285,7 @@ def test_an_archive_of_nothing_but_zeros_is_written_in_full(layout_name: str, co
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize(("layout_name", "codec_name"), PAIRS)
+@pytest.mark.parametrize(("layout_name", "codec_name"), CASES)
 def test_lost_files_are_errors_where_their_values_are_asked_for(layout_name: str, codec_name: str, tmp_path: Path) -> None:
     logits = np.zeros((1, 6, 3), np.float32)
     keys = [str(i) for i in range(6)]
@@ -304,7 +311,8 @@ def test_lost_files_are_errors_where_their_values_are_asked_for(layout_name: str
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize(("layout_name", "codec_name"), PAIRS)
+@pytest.mark.grid
+@pytest.mark.parametrize(("layout_name", "codec_name"), CASES)
 @pytest.mark.parametrize(("samples", "classes"), [(1, 2), (2, 2), (3, 5)])
 def test_the_smallest_archives_work(layout_name: str, codec_name: str, samples: int, classes: int, tmp_path: Path) -> None:
     logits = np.arange(samples * classes, dtype=np.float32).reshape(1, samples, classes)
@@ -315,7 +323,8 @@ def test_the_smallest_archives_work(layout_name: str, codec_name: str, samples: 
     assert archive.verify("full").ok
 
 
-@pytest.mark.parametrize(("layout_name", "codec_name"), PAIRS)
+@pytest.mark.grid
+@pytest.mark.parametrize(("layout_name", "codec_name"), CASES)
 @pytest.mark.parametrize("shard_rows", [1, 7, 32, 50, 74, 75, 1000, None])
 def test_any_wish_for_the_size_of_shards_keeps_pairs_together(
     layout_name: str, codec_name: str, shard_rows: int | None, what: Content, tmp_path: Path

@@ -51,6 +51,7 @@ def at(targets: Targets, tau: float) -> Targets:
 # ---------------------------------------------------------------- all methods
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize(("name", "options"), examples("method"))
 def test_the_loss_is_a_finite_scalar_with_a_finite_gradient(name: str, options: dict[str, Any], tau: float) -> None:
@@ -114,6 +115,7 @@ def test_the_order_of_rows_and_the_order_of_classes_do_not_matter(name: str, opt
     np.testing.assert_allclose(turned_gradient, gradient[:, classes.numpy()], atol=1e-5 * np.abs(gradient).max())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("tau", [4.0, 40.0])
 @pytest.mark.parametrize(("name", "options"), examples("method"))
 def test_half_precision_students_lose_no_more_than_their_own_rounding(name: str, options: dict[str, Any], tau: float) -> None:
@@ -180,6 +182,7 @@ def test_every_method_is_compared_with_a_formula() -> None:
     assert list(METHODS) == sorted(FORMULAS)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("classes", [3, 37, 100])
 @pytest.mark.parametrize("name", FORMULAS)
@@ -210,6 +213,7 @@ CASES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("classes", [2, 3, 1000, 21841])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: int) -> None:

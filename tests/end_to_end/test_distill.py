@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from kdcache import open_archive
-from tests.end_to_end.conftest import STUDENT, start, until, without_costs
+from tests.end_to_end.conftest import STUDENT, until, without_costs
+from tests.end_to_end.forks import Started
 
 
 def only(folder, pattern):
@@ -56,7 +57,7 @@ def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, 
     arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "2", "--archive", archive, "--checkpoint-interval", "0"]
     whole = tmp_path / "whole"
     assert kdcache("distill", *arguments, "--home", whole).status == 0
-    process = start("distill", *arguments, "--home", home)
+    process = Started("distill", *arguments, "--home", home)
     until(lambda: list(home.glob("runs/*/*/checkpoint.pt")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -17,16 +18,20 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache import workspace as workspace_module
 from kdcache.archive import ArchiveWriter, Licences, open_archive
+from kdcache.datasets import canvas as canvas_module
 from kdcache.replay.prefetch import Rendered
 from kdcache.system.progress import Silent
-from kdcache.teachers import dump
+from kdcache.teachers import dump, train
 from kdcache.teachers import forward as inference
+from kdcache.teachers.config import DumpConfig
 from kdcache.teachers.forward import write_shards
 from kdcache.training.learner import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until
+from tests.end_to_end.forks import Started
 
 
 def test_workers_and_start_view_change_no_byte(home, archive, kdcache, tmp_path):
@@ -63,7 +68,7 @@ def test_batch_size_keeps_the_views_and_moves_logits_by_two_steps_at_most(home, 
 def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_path):
     arguments = [*DUMP, "--views", 12, "--home", home]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(*arguments, "--output", killed)
+    process = Started(*arguments, "--output", killed)
     until(lambda: len(list((killed / ".dump/shards").glob("*.json"))) >= 3, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -101,14 +106,14 @@ def test_a_full_disk_is_exit_75_and_the_rerun_finishes(home, archive, kdcache, t
 
 def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     target = tmp_path / "shared"
-    arguments = [*DUMP, "--views", 20, "--home", home, "--output", target]
+    arguments = [*DUMP, "--views", 8, "--home", home, "--output", target]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # else they spin on each other for minutes on two cores
-    processes = [start(*arguments, env=one_thread) for _ in range(2)]
+    processes = [Started(*arguments, env=one_thread) for _ in range(2)]
     outcomes = [process.communicate(timeout=180) for process in processes]
     # Whoever comes last finishes the archive; the other may leave while shards are still in the making.
     assert [process.returncode for process in processes] == [0, 0], outcomes
     assert [out.splitlines()[-1] for out, _ in outcomes] == [str(target)] * 2
-    assert open_archive(target).manifest.provenance["cost"]["passes"] == 20 * 1438, "no shard is counted twice or not at all"
+    assert open_archive(target).manifest.provenance["cost"]["passes"] == 8 * 1438, "no shard is counted twice or not at all"
     assert kdcache("verify", target).status == 0
 
 
@@ -160,6 +165,7 @@ def test_a_share_that_is_none_is_a_usage_error(kdcache, share, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive  # the next test has its processes one after the other
 def test_processes_of_a_torchrun_share_a_dump_and_the_first_speaks_for_all(home, archive, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdcache"]
     arguments = [*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a"]
@@ -200,18 +206,19 @@ def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
 def test_a_missing_teacher_is_trained_by_one_process_while_others_wait(trained, tmp_path, monkeypatch):
     calls = []
 
-    def train(config, workspace, progress):
-        calls.append(config.teacher)
+    def train(config, workspace, progress, *, source, canvas):
+        calls.append(config.subject.teacher)
         time.sleep(0.3)
         shutil.copytree(trained / "teachers", workspace.teachers, dirs_exist_ok=True)
+        return [dump.find_teacher("test_vit", canvas, 32, workspace, progress)]
 
-    monkeypatch.setattr(dump, "train_teacher", train)
+    monkeypatch.setattr(dump, "train_teachers", train)
     place = Workspace(tmp_path, trained / "data")
-    config = dump.DumpConfig(teacher="test_vit", dataset="digits")
+    plan = dump.plan_dump(DumpConfig(teacher="test_vit", dataset="digits"), place)
     with ThreadPoolExecutor(3) as pool:
-        plans = list(pool.map(lambda _: dump._prepared(config, place, Silent()), range(3)))
+        teachers = list(pool.map(lambda _: dump.ensured_teacher(plan, place, Silent()), range(3)))
     assert calls == ["test_vit"]
-    assert len({plan.teacher.folder for plan in plans}) == 1
+    assert len({teacher.folder for teacher in teachers}) == 1
     assert not list(tmp_path.glob("teachers/.*"))
 
 
@@ -300,7 +307,7 @@ def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
 
 
 def test_an_unfinished_dump_keeps_the_views_it_was_begun_with_and_says_so(home, kdcache, tmp_path):
-    process = start(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
+    process = Started(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
     while not list((tmp_path / "a/.dump/shards").glob("*.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -439,3 +446,27 @@ def test_an_archive_knows_the_licence_of_weights_that_were_finetuned_from_timm(h
     assert open_archive(tmp_path / "finetuned").manifest.known_licences == Licences(data="CC-BY-4.0", weights="apache-2.0")
     assert kdcache("push", tmp_path / "finetuned", tmp_path / "out").status == 0
     assert str(home) not in (tmp_path / "out" / "kdcache.json").read_text()
+
+
+def test_a_first_dump_does_everything_once(tmp_path, monkeypatch):
+    """The plan, each canvas, the dataset's name and the digest of the training images are made once and handed on."""
+    counted = Counter()
+
+    def counts(module, name):
+        real = getattr(module, name)
+
+        def counting(*arguments, **options):
+            counted[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    counts(dump, "plan_dump")
+    counts(dump, "parse_dataset")
+    counts(train, "parse_dataset")
+    counts(workspace_module, "load_canvas")
+    counts(canvas_module, "_digest")
+    config = DumpConfig(teacher="test_vit", dataset="digits", views=1, teacher_epochs=1, device="cpu")
+    dump.dump_teacher(config, Workspace(tmp_path))
+    # Each of the two canvases is hashed when it is built, and once more before it is used.
+    assert counted == {"plan_dump": 1, "parse_dataset": 1, "load_canvas": 2, "_digest": 4}

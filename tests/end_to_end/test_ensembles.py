@@ -15,7 +15,7 @@ from kdcache.replay.stream import CachedTargets
 from kdcache.targets import averaged
 from tests.conftest import Dump, made_up, redump
 
-STUDENT = ["--student", "test_resnet", "--epochs", 2, "--batch-size", 8, "--renderer", "reference"]
+STUDENT = ["--student", "test_vit", "--epochs", 2, "--batch-size", 8, "--renderer", "reference"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def distill(kdcache: Callable[..., Any], image_folder: Path, teachers: Path, tmp
 
 def runs(home: Path) -> dict[str, Path]:
     """Run folders by what was trained, less the hash at the end."""
-    return {folder.name.rpartition("--")[0]: folder for folder in sorted(home.glob("runs/*/test_resnet--*"))}
+    return {folder.name.rpartition("--")[0]: folder for folder in sorted(home.glob("runs/*/test_vit--*"))}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_runs_say_which_archives_were_averaged_and_the_report_shows_them(
 ) -> None:
     for how in ("logits", "probabilities"):
         assert distill("first", "second", options=("--tau", "4,20", "--average", how)).status == 0
-    folders = list(tmp_path.glob("home/runs/first+second/test_resnet--*"))
+    folders = list(tmp_path.glob("home/runs/first+second/test_vit--*"))
     assert len(folders) == 4
     assert (tmp_path / "home/runs/first+second/views.png").is_file()
     digests = {name: open_archive(teachers / name).manifest.digest for name in ("first", "second")}
@@ -102,7 +102,7 @@ def test_the_order_of_the_archives_has_no_effect_and_a_dry_run_knows_what_is_tra
 
 def test_one_archive_is_trained_from_as_it_always_was(distill: Callable[..., Any], teachers: Path, tmp_path: Path) -> None:
     assert distill("first", options=("--tau", "4", "--average", "probabilities")).status == 0
-    [folder] = tmp_path.glob("home/runs/first/test_resnet--*")
+    [folder] = tmp_path.glob("home/runs/first/test_vit--*")
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["archive_digest"] == open_archive(teachers / "first").manifest.digest
     assert not {"archives", "average"} & set(args)
@@ -113,7 +113,7 @@ def test_archives_come_from_flags_the_environment_or_a_configuration(
     kdcache: Callable[..., Any], teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_folder: Path
 ) -> None:
     shutil.copytree(teachers / "first", tmp_path / "a folder")
-    common = ["--dataset", f"folder:{image_folder}", "--dry-run", "--home", tmp_path, "--student", "test_resnet"]
+    common = ["--dataset", f"folder:{image_folder}", "--dry-run", "--home", tmp_path, "--student", "test_vit"]
     common += ["--batch-size", 8]
     config = tmp_path / "study.yaml"
     config.write_text(f"archive: [{teachers / 'first'}, {teachers / 'first'}]\n")

@@ -47,11 +47,11 @@ safetensors.torch.save_file(logits, sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def shop(trained, tmp_path_factory):
+def shop(few_trained, tmp_path_factory):
     """A workspace with finished runs of two students with averaged weights; only to be read."""
     home = tmp_path_factory.mktemp("shop")
-    archive = only(trained, "archives/*")
-    how = ["--model-ema-decay", "0.5", "--epochs", "2", "--batch-size", "512", "--lr", "0.01"]
+    archive = only(few_trained, "archives/*")
+    how = ["--model-ema-decay", "0.5", "--epochs", "2", "--batch-size", "40", "--lr", "0.01"]
     students = ["--student", "test_vit,cifar_resnet8"]
     assert run(["distill", *students, *how, "--archive", str(archive), "--home", str(home)]) == 0
     return home
@@ -123,7 +123,7 @@ def test_the_card_says_what_the_model_is_and_how_it_was_tested(shop, kdcache, tm
         "| control of the targets | `none` |",
         "| epochs | 2 |",
         "learning rate 0.01",
-        "batches of 512",
+        "batches of 40",
         "averaged with decay 0.5",
         "import kdcache.zoo",
     ):

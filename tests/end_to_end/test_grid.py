@@ -7,29 +7,32 @@ import pytest
 import torch
 import yaml
 
+from kdcache.replay.subject import Subject
 from kdcache.report import collect, summarise
-from kdcache.students.grid import DistillConfig, plan_students
+from kdcache.students.config import Grid
+from kdcache.students.grid import plan_students
 from kdcache.workspace import Workspace
+from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_training_options import rows
 
-SHORT = ["--student", "test_vit", "--batch-size", "719", "--epochs", "2"]  # two steps an epoch
+SHORT = [*FEW, "--epochs", "2"]
 
 
 def args_of(run):
     return yaml.safe_load((run / "args.yaml").read_text())
 
 
-def test_optimisers_and_learning_rates_are_a_dimension_of_the_grid(home, archive, kdcache, tmp_path):
-    result = kdcache("distill", *SHORT, "--opt", "adamw,sgd:lr=0.05,momentum=0.5", "--lr", "0.002,0.01", "--home", home)
+def test_optimisers_and_learning_rates_are_a_dimension_of_the_grid(few_home, few_archive, kdcache, tmp_path):
+    result = kdcache("distill", *SHORT, "--opt", "adamw,sgd:lr=0.05,momentum=0.5", "--lr", "0.002,0.01", "--home", few_home)
     assert result.status == 0, result.err
-    found = {(a["opt"], a["lr"], a["momentum"]) for a in map(args_of, home.glob("runs/*/test_*--*"))}
+    found = {(a["opt"], a["lr"], a["momentum"]) for a in map(args_of, few_home.glob("runs/*/test_*--*"))}
     assert found == {("adamw", 0.002, 0.9), ("adamw", 0.01, 0.9), ("sgd", 0.05, 0.5)}
     alone = tmp_path / "alone"
     sgd = ["--opt", "sgd", "--lr", "0.05", "--momentum", "0.5"]
-    assert kdcache("distill", *SHORT, *sgd, "--archive", archive, "--home", alone).status == 0
-    same_run(only(alone, "runs/*/*sgd-*"), only(home, "runs/*/*sgd-*"))
-    settings = {row.setting for row in summarise(collect([home / "runs"])).rows}
+    assert kdcache("distill", *SHORT, *sgd, "--archive", few_archive, "--home", alone).status == 0
+    same_run(only(alone, "runs/*/*sgd-*"), only(few_home, "runs/*/*sgd-*"))
+    settings = {row.setting for row in summarise(collect([few_home / "runs"])).rows}
     assert len(settings) == 3  # rows of their own, not seeds of one
 
 
@@ -45,17 +48,17 @@ def test_optimisers_and_learning_rates_are_a_dimension_of_the_grid(home, archive
         (["--val-interval", "0"], "val-interval"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(home, kdcache, arguments, words):
-    result = kdcache("distill", *SHORT, *arguments, "--home", home)
+def test_settings_that_cannot_be_are_refused(few_home, kdcache, arguments, words):
+    result = kdcache("distill", *SHORT, *arguments, "--home", few_home)
     assert result.status == 2
     assert words in result.err
     assert "Traceback" not in result.err
-    assert not list(home.glob("runs/*/*"))
+    assert not list(few_home.glob("runs/*/*"))
 
 
-def test_students_of_all_seeds_may_share_one_order(home, archive, kdcache, tmp_path):
+def test_students_of_all_seeds_may_share_one_order(few_home, few_archive, kdcache, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", archive, "--share-order"]
+    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--share-order"]
     assert kdcache(*common, "--seed", "0,1", "--home", together).status == 0
     assert kdcache(*common, "--seed", "1", "--home", alone).status == 0
     runs = {args_of(run)["seed"]: run for run in together.glob("runs/*/test_*--*")}
@@ -69,23 +72,23 @@ def test_students_of_all_seeds_may_share_one_order(home, archive, kdcache, tmp_p
     assert "2 students of 2 epochs, 1 of them trained already" in plain.err
 
 
-def test_students_that_do_not_fit_into_memory_are_trained_in_groups(home, archive, kdcache, tmp_path):
+def test_students_that_do_not_fit_into_memory_are_trained_in_groups(few_home, few_archive, kdcache, tmp_path):
     apart = tmp_path / "apart"
-    common = ["distill", *SHORT, "--archive", archive, "--tau", "1,4"]
-    assert kdcache(*common, "--home", home).status == 0
+    common = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4"]
+    assert kdcache(*common, "--home", few_home).status == 0
     result = kdcache(*common, "--memory", "1MB", "--home", apart)
     assert result.status == 0
     assert "they are trained in groups, one after another" in result.err
     assert "distill 2/2: 4/4 done" in result.err
-    runs = {run.name: run for run in home.glob("runs/*/test_*--*")}
+    runs = {run.name: run for run in few_home.glob("runs/*/test_*--*")}
     assert len(runs) == 2
     for name, run in runs.items():
         same_run(run, next(apart.glob(f"runs/*/{name}")))
 
 
-def test_testing_every_few_epochs_changes_no_weights(home, archive, kdcache, tmp_path):
+def test_testing_every_few_epochs_changes_no_weights(few_home, few_archive, kdcache, tmp_path):
     often, seldom = tmp_path / "often", tmp_path / "seldom"
-    common = ["distill", *SHORT[:-1], "3", "--archive", archive]
+    common = ["distill", *SHORT[:-1], "3", "--archive", few_archive]
     assert kdcache(*common, "--home", often).status == 0
     assert kdcache(*common, "--val-interval", "2", "--home", seldom).status == 0
     runs = [only(place, "runs/*/test_*--*") for place in (often, seldom)]
@@ -98,14 +101,14 @@ def test_testing_every_few_epochs_changes_no_weights(home, archive, kdcache, tmp
     assert summaries[1]["best_top1"] == max(top for top in tested[1] if top is not None)
 
 
-def test_channels_last_and_compiled_students_learn_the_same(home, archive, kdcache, tmp_path, monkeypatch):
+def test_channels_last_and_compiled_students_learn_the_same(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a minute of C++
-    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", archive, "--opt", "sgd", "--lr", "0.01"]
-    assert kdcache(*common, "--home", home).status == 0
+    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--opt", "sgd", "--lr", "0.01"]
+    assert kdcache(*common, "--home", few_home).status == 0
     fast = tmp_path / "fast"
     result = kdcache(*common, "--channels-last", "--compile", "--home", fast)
     assert result.status == 0, result.err
-    runs = [only(place, "runs/*/test_*--*") for place in (home, fast)]
+    runs = [only(place, "runs/*/test_*--*") for place in (few_home, fast)]
     assert runs[0].name == runs[1].name  # how fast a student is trained is not what it is
     ours, theirs = rows(runs[1]), rows(runs[0])
     for key in ("train_loss", "test_loss", "grad_norm"):
@@ -114,7 +117,7 @@ def test_channels_last_and_compiled_students_learn_the_same(home, archive, kdcac
     assert args_of(runs[1])["channels_last"]
 
 
-def test_a_model_that_cannot_be_compiled_is_three_lines(home, archive, kdcache, monkeypatch):
+def test_a_model_that_cannot_be_compiled_is_three_lines(few_home, few_archive, kdcache, monkeypatch):
     def broken(model):
         def forward(*inputs):
             raise RuntimeError("no compiler here")
@@ -122,14 +125,14 @@ def test_a_model_that_cannot_be_compiled_is_three_lines(home, archive, kdcache, 
         return forward
 
     monkeypatch.setattr(torch, "compile", broken)
-    result = kdcache("distill", *SHORT, "--archive", archive, "--compile", "--home", home)
+    result = kdcache("distill", *SHORT, "--archive", few_archive, "--compile", "--home", few_home)
     assert result.status == 5
     assert "why: no compiler here" in result.err
     assert "fix: leave --compile out" in result.err
 
 
-def test_a_grid_of_ten_thousand_students_is_planned_quickly(home, archive):
+def test_a_grid_of_ten_thousand_students_is_planned_quickly(few_home, few_archive):
     """Not timed: it ends at all, which one that read an archive for every student would not."""
-    config = DistillConfig(archives=[str(archive)], taus=range(1, 101), seeds=range(100), students=["test_resnet"])
-    found = plan_students(config, *[Workspace(home).open_ensemble([str(archive)], "logits", None)] * 2, Workspace(home))
+    grid = Grid(tau=range(1, 101), seed=range(100), student=["test_resnet"])
+    found = plan_students(grid, Subject.of(open_archive(few_archive)), Workspace(few_home))
     assert len({spec.folder for spec in found}) == 10_000

@@ -15,15 +15,17 @@ from kdcache.report import collect, summarise
 from kdcache.report.costs import costs
 from kdcache.training.learner import Learner
 from kdcache.workspace import Workspace
-from tests.end_to_end.conftest import DUMP
+from tests.end_to_end.conftest import DUMP, FEW
 from tests.end_to_end.test_distill import only, same_run
 
 QUICK = ["--student", "test_vit", "--epochs", "1", "--batch-size", "719"]  # two steps
+QUICKER = [*FEW, "--epochs", "1"]
 
 
 @pytest.mark.slow
-def test_every_method_trains_beside_the_others(home, archive, kdcache):
-    result = kdcache("distill", "--method", ",".join(METHODS), "--tau", 4, *QUICK, "--home", home)
+def test_every_method_trains_beside_the_others(few_home, kdcache):
+    home = few_home
+    result = kdcache("distill", "--method", ",".join(METHODS), "--tau", 4, *QUICKER, "--home", home)
     assert result.status == 0, result.err
     summaries = [json.loads(path.read_text()) for path in home.glob("runs/*/*/summary.json")]
     assert [summary["status"] for summary in summaries] == ["complete"] * len(list(METHODS))
@@ -50,9 +52,10 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
     assert yaml.safe_load((run / "args.yaml").read_text())["batch_order"].endswith("seed 0, batches of 719, the last one dropped")
 
 
-def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(home, archive, kdcache, tmp_path, monkeypatch):
+def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(few_home, few_archive, kdcache, tmp_path, monkeypatch):
+    home = few_home
     arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_vit", "--epochs", 2]
-    arguments += ["--batch-size", 719, "--archive", archive]
+    arguments += ["--batch-size", 80, "--archive", few_archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     assert kdcache(*arguments[:2], "paper:kd:cifar100", *arguments[3:], "--home", tmp_path / "alone").status == 0

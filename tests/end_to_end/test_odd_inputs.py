@@ -3,6 +3,7 @@
 import pytest
 
 from tests.end_to_end.conftest import DUMP, start
+from tests.end_to_end.forks import Started
 
 TEACHER = ["train-teacher", "--dataset", "digits", "--epochs", "1"]
 
@@ -88,7 +89,14 @@ def test_without_a_command_the_help_is_shown(kdcache):
     assert result.err == ""
 
 
-@pytest.mark.parametrize("command", [["info"], ["info", "--json"], ["models", "*"], ["--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["models", "*"],
+        *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (["info", "--json"], ["--help"])),
+    ],
+)
 def test_a_reader_that_has_seen_enough_is_no_error(trained, command):
     if command[0] == "info":
         command = [*command, str(next((trained / "archives").iterdir()))]
@@ -101,9 +109,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(trained, command):
 
 
 def test_work_goes_on_when_nobody_reads_its_notes(home, tmp_path):
-    process = start("verify", next((home / "archives").iterdir()), "--replay", 3, "--home", home)
-    assert process.stderr is not None
+    process = Started("verify", next((home / "archives").iterdir()), "--replay", 3, "--home", home)
     process.stderr.close()
-    assert process.stdout is not None
     assert "replay 3: ok" in process.stdout.read()
     assert process.wait(timeout=120) == 0

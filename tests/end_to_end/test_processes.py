@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
 from kdcache.training.learner import _with_synchronised_norms
-from tests.end_to_end.conftest import until, without_costs
+from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_training_options import rows
 
-SHORT = ["--epochs", "2", "--batch-size", "718", "--student", "test_vit"]  # two steps an epoch
+SHORT = ["--epochs", "2", *FEW]
 
 
 def torchrun(*arguments, **options):
@@ -60,29 +60,29 @@ def runs(home):
 
 
 @pytest.mark.slow
-def test_processes_divide_the_students_and_change_none_of_them(home, archive, kdcache, tmp_path):
-    grid = ["distill", *SHORT, "--archive", archive, "--tau", "1,4", "--seed", "0,1"]
+def test_processes_divide_the_students_and_change_none_of_them(few_home, few_archive, kdcache, tmp_path):
+    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4", "--seed", "0,1"]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
-    out, err = two_processes(tmp_path / "said", *grid, "--home", home)
+    out, err = two_processes(tmp_path / "said", *grid, "--home", few_home)
     assert "2 processes: each trains 2 of 4 students" in err
     assert out.count("test_vit--kd") == 4  # one table, of all students
-    assert runs(home).keys() == runs(alone).keys()
-    for name, folder in runs(home).items():
+    assert runs(few_home).keys() == runs(alone).keys()
+    for name, folder in runs(few_home).items():
         same_run(folder, runs(alone)[name])
 
 
 @pytest.mark.slow
-def test_processes_that_divide_every_batch_find_the_losses_of_one(home, archive, kdcache, tmp_path):
+def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_archive, kdcache, tmp_path):
     """Also of methods that relate samples or classes of a batch, learn something themselves, or see two views."""
-    grid = ["distill", *SHORT, "--archive", archive, "--method", "kd,dist,ctkd,mlkd", "--control", "bottom:2"]
+    grid = ["distill", *SHORT, "--archive", few_archive, "--method", "kd,dist,ctkd,mlkd", "--control", "bottom:2"]
     grid += ["--parallel", "batches", "--opt", "sgd", "--lr", "0.01", "--model-ema-decay", "0.9"]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
-    _, err = two_processes(tmp_path / "said", *grid, "--home", home)
-    assert "2 processes: each has 359 views of every batch" in err
-    assert len(runs(home)) == 4
-    for name, folder in runs(home).items():
+    _, err = two_processes(tmp_path / "said", *grid, "--home", few_home)
+    assert "2 processes: each has 40 views of every batch" in err
+    assert len(runs(few_home)) == 4
+    for name, folder in runs(few_home).items():
         other = runs(alone)[name]
         assert yaml.safe_load((folder / "args.yaml").read_text())["processes"] == 2
         for ours, theirs in zip(rows(folder), rows(other), strict=True):
@@ -97,8 +97,9 @@ def test_processes_that_divide_every_batch_find_the_losses_of_one(home, archive,
 
 
 @pytest.mark.slow
-def test_processes_stop_together_and_go_on_together(home, archive, tmp_path):
-    grid = ["distill", "--epochs", "3", "--batch-size", "100", "--student", "test_vit", "--archive", archive]
+def test_processes_stop_together_and_go_on_together(few_home, few_archive, tmp_path):
+    home = few_home
+    grid = ["distill", "--epochs", "4", "--batch-size", "8", "--student", "test_vit", "--archive", few_archive]
     grid += ["--parallel", "batches", "--checkpoint-interval", "0", "--home", home]
     process = torchrun(*grid, start_new_session=True)
     until(lambda: any(folder.joinpath("checkpoint.pt").is_file() for folder in runs(home).values()), process)
@@ -125,10 +126,10 @@ def test_norms_that_processes_share_keep_the_models_weights():
         assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_processes_that_do_not_know_where_to_meet_are_told_how(home, archive, kdcache, monkeypatch):
+def test_processes_that_do_not_know_where_to_meet_are_told_how(few_home, few_archive, kdcache, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    result = kdcache("distill", *SHORT, "--archive", archive, "--home", home)
+    result = kdcache("distill", *SHORT, "--archive", few_archive, "--home", few_home)
     assert result.status == 2
     assert "error: 3 processes without MASTER_ADDR and MASTER_PORT" in result.err
     assert "fix: start them with torchrun" in result.err

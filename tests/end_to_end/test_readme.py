@@ -13,7 +13,8 @@ import kdcache as package
 from kdcache.datasets import DATASETS
 from kdcache.models.creation import create_model
 from kdcache.workspace import Workspace
-from tests.end_to_end.conftest import DUMP, data_files, start, until
+from tests.end_to_end.conftest import DUMP, data_files, until
+from tests.end_to_end.forks import Started
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -101,7 +102,7 @@ def test_timms_tasks_keep_an_average_of_a_student_from_the_cache(home, archive):
 
 def test_ctrl_c_keeps_what_is_finished(home, tmp_path, kdcache):
     arguments = [*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "archive"]
-    process = start(*arguments)
+    process = Started(*arguments)
     until(lambda: list((tmp_path / "archive/.dump/shards").glob("*.json")), process)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -4,7 +4,7 @@ import yaml
 
 from tests.servers import Fault, FaultyServer
 
-STUDENT = ["--student", "test_resnet", "--epochs", "1", "--batch-size", "640", "--tau", "4"]
+STUDENT = ["--student", "test_vit", "--epochs", "1", "--batch-size", "640", "--tau", "4"]
 
 
 def test_distill_from_a_url_equals_distill_from_the_folder(home, archive, kdcache, tmp_path, monkeypatch):
@@ -17,7 +17,7 @@ def test_distill_from_a_url_equals_distill_from_the_folder(home, archive, kdcach
         assert result.status == 0, result.err
         shards = [request for request in server.asked() if "/c/" in request.path and not request.start]
         assert len(shards) == len({request.path for request in shards})
-    (here,), (there,) = ([*folder.glob(f"runs/{archive.name}/test_resnet--*")] for folder in (home, tmp_path))
+    (here,), (there,) = ([*folder.glob(f"runs/{archive.name}/test_vit--*")] for folder in (home, tmp_path))
     assert here.name == there.name
     assert (here / "last.safetensors").read_bytes() == (there / "last.safetensors").read_bytes()
     assert yaml.safe_load((there / "args.yaml").read_text())["archive"] == url

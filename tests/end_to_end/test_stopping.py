@@ -1,5 +1,6 @@
 """distill and train-teacher, interrupted at any moment by signals, and gone on with; and the system's limit of open files."""
 
+import functools
 import os
 import resource
 import signal
@@ -11,23 +12,25 @@ import yaml
 
 from kdcache.cli import run
 from kdcache.training.learner import Learner
-from tests.end_to_end.conftest import STUDENT, start, until
+from tests.end_to_end.conftest import FEW, start, until
 from tests.end_to_end.test_distill import only, same_run
 
-TWO = ["distill", "--tau", "4,20", "--student", "test_vit", "--epochs", "2", "--batch-size", "115"]  # 12 steps an epoch
+EXHAUSTIVE = pytest.mark.exhaustive
+TWO = ["distill", "--tau", "4,20", "--student", "test_vit", "--epochs", "2", "--batch-size", "13"]  # 12 steps an epoch
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(trained, tmp_path_factory):
+def uninterrupted(few_trained, tmp_path_factory):
     """A workspace in which the two students were trained at one go."""
     home = tmp_path_factory.mktemp("uninterrupted")
-    assert run([*TWO, "--archive", str(next((trained / "archives").iterdir())), "--home", str(home)]) == 0
+    assert run([*TWO, "--archive", str(next((few_trained / "archives").iterdir())), "--home", str(home)]) == 0
     return home
 
 
-@pytest.mark.parametrize("at", [1, 7, 23, 24, 25, 44])  # of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch
-def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, uninterrupted, monkeypatch, at):
-    arguments = [*TWO, "--archive", archive]
+# Of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch.
+@pytest.mark.parametrize("at", [1, 24, 44, *(pytest.param(at, marks=EXHAUSTIVE) for at in (7, 23, 25))])
+def test_ctrl_c_at_any_step_keeps_all_of_them(few_home, few_archive, kdcache, uninterrupted, monkeypatch, at):
+    arguments, home = [*TWO, "--archive", few_archive], few_home
     step, steps = Learner.step, []
 
     def interrupted(self, *args):
@@ -46,9 +49,9 @@ def test_ctrl_c_at_any_step_keeps_all_of_them(home, archive, kdcache, uninterrup
         same_run(home / one.relative_to(uninterrupted), one)
 
 
-def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache, monkeypatch):
-    step, steps = Learner.step, []
-    arguments = ["distill", "--tau", "4", *STUDENT, "--home", home]
+def test_a_run_that_goes_on_records_what_it_went_on_with(few_home, kdcache, monkeypatch):
+    step, steps, home = Learner.step, [], few_home
+    arguments = ["distill", "--tau", "4", *FEW, "--epochs", "5", "--home", home]
 
     def interrupted(self, *args):
         step(self, *args)
@@ -68,25 +71,34 @@ def test_a_run_that_goes_on_records_what_it_went_on_with(home, archive, kdcache,
 
 @pytest.fixture(scope="module")
 def five_epochs(trained, tmp_path_factory):
-    """Command lines that train for five epochs, and the folders that they leave in a workspace if nothing happens."""
+    """A command's line that trains for five epochs, and the folder that it leaves in a workspace if nothing happens."""
     archive = str(next((trained / "archives").iterdir()))
     distill = ["distill", "--tau", "4", "--student", "test_resnet", "--archive", archive, "--checkpoint-interval", "1000"]
     teacher = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--data-dir", str(trained / "data")]
-    found = {}
-    for command, pattern in ((distill, "runs/*/test_resnet--*"), (teacher, "teachers/*test_resnet--*")):
+    lines = {"distill": (distill, "runs/*/test_resnet--*"), "train-teacher": (teacher, "teachers/*test_resnet--*")}
+
+    @functools.cache
+    def of(name):
+        command, pattern = lines[name]
         home = tmp_path_factory.mktemp("five-epochs")
         assert run([*command, "--epochs", "5", "--home", str(home)]) == 0
-        found[command[0]] = [*command, "--epochs", "5"], pattern, only(home, pattern)
-    return found
+        return [*command, "--epochs", "5"], pattern, only(home, pattern)
+
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "how"),
-    [("distill", "SIGINT"), ("train-teacher", "SIGTERM"), ("distill", "SIGTERM to all"), ("train-teacher", "SIGINT to all")],
+    [
+        pytest.param("distill", "SIGINT", marks=EXHAUSTIVE),
+        pytest.param("train-teacher", "SIGTERM", marks=EXHAUSTIVE),
+        pytest.param("distill", "SIGTERM to all", marks=EXHAUSTIVE),
+        ("train-teacher", "SIGINT to all"),
+    ],
 )
 def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epochs, tmp_path, command, how):
-    arguments, pattern, uninterrupted = five_epochs[command]
+    arguments, pattern, uninterrupted = five_epochs(command)
     name, _, to_all = how.partition(" ")
     workers = ["--workers", 1] if to_all else []
     process = start(*arguments, *workers, "--home", tmp_path, start_new_session=True)
@@ -108,9 +120,10 @@ def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epoc
 
 
 @pytest.mark.slow
-def test_many_students_need_no_more_open_files_than_the_system_allows(home, archive, kdcache):
+def test_many_students_need_no_more_open_files_than_the_system_allows(few_home):
+    home = few_home
     arguments = ["distill", "--tau", ",".join(map(str, range(1, 37))), "--student", "test_vit", "--epochs", 1, "--home", home]
-    arguments += ["--batch-size", 1438]
+    arguments += ["--batch-size", 160]
 
     def few(hard):
         return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))

@@ -34,7 +34,7 @@ STUDY = {
     "expected": "It runs.",
     "cost": {"gpu-hours": 0, "archive-bytes": "0.2 MB"},
     "archives": {"digits": {"dataset": "digits", "teacher": "test_vit", "train": {"epochs": 1}, "dump": {"views": 2}}},
-    "students": [{"archive": "digits", "student": "test_resnet", "tau": 1, "epochs": 1}],
+    "students": [{"archive": "digits", "student": "test_vit", "tau": 1, "epochs": 1}],
 }
 
 

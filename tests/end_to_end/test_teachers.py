@@ -20,7 +20,9 @@ from kdcache.datasets.imagenet import ImageNet
 from kdcache.models.creation import Published, create_model, published, save_weights
 from kdcache.teachers.recipes import RECIPES
 from kdcache.teachers.train import _duration
-from kdcache.training.learner import Learner, TrainConfig, _optimizer
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import Learner
+from kdcache.training.optimizers import make_optimizer
 from tests.end_to_end.conftest import DUMP, without_costs
 from tests.end_to_end.test_distill import only
 from tests.end_to_end.test_methods import stop_after
@@ -310,7 +312,7 @@ def test_recipes_are_the_published_ones():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
     for decay_all, decayed in ((False, 1), (True, 4)):
         config = TrainConfig(epochs=1, opt="momentum", weight_decay=5e-4, decay_all=decay_all)
-        groups = _optimizer(model, config).param_groups
+        groups = make_optimizer(model, config).param_groups
         assert sum(len(group["params"]) for group in groups if group["weight_decay"]) == decayed
         assert not any(group["nesterov"] for group in groups)
 

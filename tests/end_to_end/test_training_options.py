@@ -8,7 +8,9 @@ import yaml
 
 from kdcache.models.creation import Normalisation, create_model, save_weights
 from kdcache.report import collect, summarise
-from kdcache.training.learner import Learner, TrainConfig
+from kdcache.training.config import TrainConfig
+from kdcache.training.learner import Learner
+from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
 
@@ -19,11 +21,11 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
-def test_a_step_schedule_falls_after_its_epochs(home, archive, kdcache):
+def test_a_step_schedule_falls_after_its_epochs(few_home, kdcache):
     how = ["--sched", "step", "--decay-epochs", "1,3", "--decay-rate", "0.5", "--opt", "sgd", "--lr", "0.04", "--epochs", "4"]
-    result = kdcache("distill", *SHORT, *how, "--home", home)
+    result = kdcache("distill", *FEW, *how, "--home", few_home)
     assert result.status == 0, result.err
-    run = only(home, "runs/*/test_*--*")
+    run = only(few_home, "runs/*/test_*--*")
     assert [row["lr"] for row in rows(run)] == pytest.approx([0.04, 0.02, 0.02, 0.01])
     args = yaml.safe_load((run / "args.yaml").read_text())
     assert (args["sched"], args["decay_epochs"], args["decay_rate"], args["momentum"]) == ("step", "1,3", 0.5, 0.9)
@@ -43,9 +45,10 @@ def test_settings_added_later_leave_the_identity_of_runs_as_it_was():
     assert TrainConfig(epochs=3, amp=True).identity() == {"epochs": 3, "amp": True}
 
 
-def test_an_interrupted_run_with_all_of_it_ends_as_if_it_had_not_been(home, archive, kdcache, tmp_path, monkeypatch):
+def test_an_interrupted_run_with_all_of_it_ends_as_if_it_had_not_been(few_home, few_archive, kdcache, tmp_path, monkeypatch):
+    home = few_home
     how = ["--model-ema-decay", "0.9", "--amp", "--sched", "step", "--decay-epochs", "1", "--opt", "sgd", "--epochs", "2"]
-    arguments = ["distill", *SHORT, "--student", "test_resnet", *how, "--archive", archive]
+    arguments = ["distill", *FEW, "--student", "test_resnet", *how, "--archive", few_archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     stop_after(monkeypatch, 3)
@@ -72,7 +75,7 @@ class _Tiny(torch.nn.Module):
 @pytest.mark.parametrize("amp", [False, True])
 def test_averaged_weights_are_the_moving_average_of_the_steps(tmp_path, amp):
     model = _Tiny()
-    config = TrainConfig(epochs=1, ema_decay=0.75, amp=amp, opt="sgd", lr=0.5)
+    config = TrainConfig(epochs=1, model_ema_decay=0.75, amp=amp, opt="sgd", lr=0.5)
     learner = Learner(
         tmp_path,
         model,

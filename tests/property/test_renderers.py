@@ -251,6 +251,7 @@ def test_both_renderers_give_the_same_bytes_for_every_preset_at_its_own_size(nam
     assert_renderers_agree(pictures(count, side), policy.parameters(2, count))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize(
     ("size", "bins", "step"), [(1, 31, 3), (2, 31, 3), (3, 31, 1), (16, 31, 1), (33, 31, 1), (40, 10, 1), (224, 31, 15)]
@@ -338,6 +339,7 @@ def colours(first: int, count: int) -> NDArray[np.uint8]:
     return np.stack([number >> 16, number >> 8, number]).astype(np.uint8)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("start", ["RGB", "HSV"])
 def test_hue_saturation_and_value_of_every_colour_are_pillows(start: str) -> None:
     """All 2^24 colours each way, since one level off in one of them is another view."""

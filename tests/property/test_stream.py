@@ -141,6 +141,7 @@ def test_second_views_may_come_from_another_archive_and_are_checked_too(
         CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=smaller)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("views", [(0, 1, 2), (1, 2), (2, 1), (0, 3), (2,)])
 @pytest.mark.parametrize("same", [True, False])
 def test_no_sample_is_ever_shown_the_same_view_twice_in_a_step(

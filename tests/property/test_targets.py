@@ -110,6 +110,7 @@ def test_ls_instance_has_each_samples_own_entropy_and_top_class(logits: NDArray[
         assert s[z.argmax()] > others[0] or np.ptp(z) < 1e-6
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("tau", PAPER_TAUS)
 @pytest.mark.parametrize("classes", [3, 37, 100, 1000])
 def test_smoothed_targets_have_the_entropy_they_are_matched_to_within_a_nanonat(classes: int, tau: float) -> None:
