@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from kdcache.archive import open_archive
 from kdcache.replay.subject import Subject
 from kdcache.report import collect, summarise
 from kdcache.students.config import Grid
