@@ -15,7 +15,8 @@ from kdcache.system import energy
 from kdcache.system.distributed import Rank, this_rank
 from kdcache.system.energy import NOTHING, UNKNOWN, Meter, Spent, total
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import Learner, metered, seeded
+from kdcache.training.devices import metered, seeded
+from kdcache.training.learner import Learner
 from kdcache.training.lockstep import charge
 
 RANGE = 65_532_610_987  # microjoules after which AMD's counters begin anew

@@ -10,7 +10,7 @@ from kdcache.bench.pipeline import digits_canvas
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Silent
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import seeded
+from kdcache.training.devices import seeded
 
 SMALL = rival._Setting("test_vit", "test_resnet", 32, 32, batch=8, batches=2, cached=1.0, packed=1.0)
 CPU = torch.device("cpu")

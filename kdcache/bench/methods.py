@@ -16,7 +16,7 @@ from kdcache.methods import METHODS, build
 from kdcache.models.creation import create_model
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets
-from kdcache.training.learner import seeded
+from kdcache.training.devices import seeded
 
 __all__ = ["ONE_VIEW", "PLAIN", "methods"]
 

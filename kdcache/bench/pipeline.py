@@ -25,7 +25,8 @@ from kdcache.system.progress import Progress
 from kdcache.targets import Targets
 from kdcache.teachers.forward import Forward, write_shards
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import Learner, seeded
+from kdcache.training.devices import seeded
+from kdcache.training.learner import Learner
 from kdcache.training.metrics import agreement, divergence
 from kdcache.views.policy import InceptionCrop, Mix, PadCrop, RandAugment, ViewPolicy, ViewTable
 from kdcache.views.probe import digest_sums, digests

@@ -26,7 +26,8 @@ from kdcache.replay.stream import Batch, CachedTargets
 from kdcache.system.progress import Progress
 from kdcache.teachers.forward import Forward, write_shards
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import Learner, seeded
+from kdcache.training.devices import seeded
+from kdcache.training.learner import Learner
 from kdcache.training.metrics import agreement, divergence
 from kdcache.views.policy import ViewPolicy
 

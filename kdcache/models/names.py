@@ -53,8 +53,8 @@ __all__ = [
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of timm's model folders
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
-# Models as timm registers them, and weights in its tables of configurations.
-_NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(", re.MULTILINE)
+# Models as timm registers them, weights in its tables of configurations, and the CIFAR networks in theirs.
+_NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(|^ +\"(cifar_\w+)\":", re.MULTILINE)
 _PINNED = re.compile(r"(.+)@([0-9a-f]{12})", re.DOTALL)
 
 

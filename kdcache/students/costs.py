@@ -33,7 +33,8 @@ from kdcache.teachers.config import DumpRecipe
 from kdcache.teachers.dump import free_bytes
 from kdcache.teachers.forward import Forward
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import Learner, resolve_device, seeded
+from kdcache.training.devices import resolve_device, seeded
+from kdcache.training.learner import Learner
 from kdcache.training.memory import Footprint, fitting, footprint, groups_that_fit, room
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import digests

@@ -43,8 +43,9 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
 from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
+from kdcache.training.devices import metered, resolve_device, seeded
 from kdcache.training.evaluation import EvalSet
-from kdcache.training.learner import Learner, metered, resolve_device, seeded
+from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence

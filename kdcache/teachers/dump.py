@@ -46,7 +46,7 @@ from kdcache.teachers.forward import Forward, batches, write_shards
 from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
-from kdcache.training.learner import metered, resolve_device
+from kdcache.training.devices import metered, resolve_device
 from kdcache.views.policy import RendererChoice, ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 

@@ -41,12 +41,8 @@ from kdcache.teachers.forward import Forward
 from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import (
-    Learner,
-    metered,
-    resolve_device,
-    seeded,
-)
+from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions

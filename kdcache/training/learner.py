@@ -1,76 +1,42 @@
 """What teachers and students in training share: optimiser, schedule, clipping, evaluation, log, checkpoint, exact resume."""
 
-import csv
-import hashlib
-import io
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.archive import MAX_ROWS, moment_histogram
-from kdcache.errors import IncompatibleError, IntegrityError, RetryError, UsageError
+from kdcache.errors import IncompatibleError
 from kdcache.models.creation import Normalisation
-from kdcache.system.distributed import ALONE, Team, this_rank
-from kdcache.system.energy import UNKNOWN, Meter, Spent
-from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.distributed import ALONE, Team
+from kdcache.system.energy import UNKNOWN, Spent
+from kdcache.system.files import write_atomically
+from kdcache.training.checkpoint import (
+    CHECKPOINT,
+    LOCK,
+    copied,
+    finite,
+    own_folder,
+    read_checkpoint,
+    unusable_checkpoint,
+    write_checkpoint,
+    write_log,
+)
 from kdcache.training.config import TrainConfig
+from kdcache.training.devices import rng_states, seed_of_process, seeded, set_rng_states
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import make_optimizer
 
-__all__ = [
-    "Learner",
-    "clip_per_layer",
-    "metered",
-    "resolve_device",
-    "seeded",
-]
+__all__ = ["Learner", "clip_per_layer"]
 
-LOCK = ".lock"
 LOGIT_MOMENTS = "logit_moments.json"
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one; of processes that torchrun started, each gets its own for `auto` and `cuda`.
-
-    Raises UsageError for a device that this machine lacks.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and (local := this_rank().local) is not None:
-        name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
-    except Exception as error:  # every backend has its own errors
-        raise UsageError(
-            f"device {name!r} cannot be used",
-            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-            fix="use --device cpu, or --device auto for whatever there is",
-        ) from None
-    return device
-
-
-def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
-    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them."""
-    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
-    return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Code that draws from torch's global generator (model initialisation) draws from `seed`, and disturbs nobody."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 @torch.no_grad()
@@ -135,11 +101,11 @@ class Learner:
         self._interval = checkpoint_interval
         self._saved_at = time.monotonic()
         self._whole = True  # not in the midst of a step
-        with seeded(seed if team.first else _seed_of_process(seed, team.number)):
-            self._rng = _rng_states(device)
+        with seeded(seed if team.first else seed_of_process(seed, team.number)):
+            self._rng = rng_states(device)
         self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
         self._start_epoch()
-        self._lock = _own(folder) if team.first else None
+        self._lock = own_folder(folder) if team.first else None
         self._restore()
         team.wait()  # before the first one writes what others still read
 
@@ -282,7 +248,7 @@ class Learner:
             return
         if row.get("test_top1", -1.0) > self._best_top1:
             self._best_top1 = row["test_top1"]
-            self._best = _copied(self.model)
+            self._best = copied(self.model)
         self._whole = True
         over = self.epoch == self.config.epochs
         if over or self._team.any(time.monotonic() - self._saved_at >= self._interval):
@@ -306,50 +272,33 @@ class Learner:
         rng = self._team.shared(self._rng)
         if not self._team.first:
             return
-        weights = _copied(self.model)
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "optimizer": self.optimizer.state_dict(),
-                "weights": weights,
-                "rng": rng,  # of every process
-                "epoch": self.epoch,
-                "steps": self.steps,
-                "best_top1": self._best_top1,
-                "rows": self.rows,
-                "sums": {name: value.cpu() for name, value in self._sums.items()},
-                "count": self._count,
-                "seconds": self._seconds,
-                "moments": [part.cpu() for part in self._moments],
-                "spent": None if self._spent is None else self._spent.known(),
-                "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
-                "average": None if self.average is None else self.average.state_dict(),
-            },
-            buffer,
-        )
-        if self._best is not None:
-            write_atomically(self.folder / "best.safetensors", save(self._best))
-        write_atomically(self.folder / "last.safetensors", save(weights))
+        weights = {} if self._best is None else {"best": self._best}
+        weights["last"] = copied(self.model)
         if self.average is not None:
-            write_atomically(self.folder / "ema.safetensors", save(_copied(self.average.module)))
-        self._write_log()
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())  # last: it says that the others are there
-
-    def _write_log(self) -> None:
-        lines = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in self.rows)
-        write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "summary.csv", table.getvalue().encode())
+            weights["ema"] = copied(self.average.module)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "weights": weights["last"],
+            "rng": rng,  # of every process
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "best_top1": self._best_top1,
+            "rows": self.rows,
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "count": self._count,
+            "seconds": self._seconds,
+            "moments": [part.cpu() for part in self._moments],
+            "spent": None if self._spent is None else self._spent.known(),
+            "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+        write_checkpoint(self.folder, state, weights, self.rows)
 
     def _restore(self) -> None:
-        file = self.folder / "checkpoint.pt"
-        if not file.is_file():
+        state = read_checkpoint(self.folder)
+        if state is None:
             return
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self._learned is not None:
@@ -360,12 +309,8 @@ class Learner:
                 self.average.load_state_dict(state["average"])
             best = self.folder / "best.safetensors"
             self._best = load_file(best) if best.is_file() else None
-        except Exception as error:  # a damaged file shows in many ways
-            raise IntegrityError(
-                f"checkpoint {file} cannot be used",
-                why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-                fix=f"train this run anew: rm -r {self.folder}",
-            ) from error
+        except Exception as error:  # what does not fit shows in many ways
+            raise unusable_checkpoint(self.folder, error) from error
         rng = state["rng"] if isinstance(state["rng"][0], list) else [state["rng"]]  # earlier versions knew of one process
         if self._team.number < len(rng):  # one that has joined since draws from its start
             self._rng = rng[self._team.number]
@@ -389,31 +334,31 @@ class Learner:
             "status": status,
             **extra,
             "epochs": self.epoch,
-            "final_top1": _finite(self.last.get("test_top1", math.nan)),
-            "final_loss": _finite(self.last.get("test_loss", math.nan)),
+            "final_top1": finite(self.last.get("test_top1", math.nan)),
+            "final_loss": finite(self.last.get("test_loss", math.nan)),
             "best_top1": best.get("test_top1"),
             "best_epoch": best.get("epoch"),
             "seconds": sum(row["seconds"] for row in self.rows),
         }
-        self._write_log()
+        write_log(self.folder, self.rows)
         if status == "complete" and self._moments:
             found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
             write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
         write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # twice the model's size, and of no further use
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)  # twice the model's size, and of no further use
         (self.folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's
         self._release()
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
         """Random numbers inside (dropout, stochastic depth) are this learner's, whoever else trains beside it."""
-        others = _rng_states(self.device)
-        _set_rng_states(self._rng, self.device)
+        others = rng_states(self.device)
+        set_rng_states(self._rng, self.device)
         try:
             yield
         finally:
-            self._rng = _rng_states(self.device)
-            _set_rng_states(others, self.device)
+            self._rng = rng_states(self.device)
+            set_rng_states(others, self.device)
 
 
 class _EachView(nn.Module):
@@ -427,16 +372,6 @@ class _EachView(nn.Module):
         return [self.model(each) for each in views]
 
 
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    """The weights on the host, as files want them."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-
-
-def _seed_of_process(seed: int, number: int) -> int:
-    """What dropout of a process other than the first draws from; seeds are never added to each other."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "little")
-
-
 def _with_synchronised_norms(model: nn.Module) -> nn.Module:
     import timm.layers  # whose function knows timm's own norms too
 
@@ -448,39 +383,3 @@ def _average(model: nn.Module, decay: float) -> Any:
     from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 
     return ModelEmaV3(model, decay=decay)
-
-
-def _own(folder: Path) -> ExitStack:
-    """Take the folder for this process, until the result is closed or the process ends.
-
-    Where there are no locks, a second process in the folder is not noticed: it would overwrite checkpoints, each whole.
-    """
-    held = ExitStack()
-    with translated_os_errors(folder), suppress(NoLocksError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not held.enter_context(locked(folder / LOCK, wait=False)):
-            raise RetryError(
-                f"{folder} is being trained by another process",
-                why="two processes in one folder would overwrite each other's checkpoints",
-                fix="repeat the command when the other one has ended; it goes on from there",
-            )
-        sweep_temporaries(folder)
-    return held
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _rng_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kdcache.models.creation import create_model
 from kdcache.training.config import TrainConfig
-from kdcache.training.learner import Learner, seeded
+from kdcache.training.devices import seeded
+from kdcache.training.learner import Learner
 
 __all__ = ["Footprint", "available_memory", "fitting", "footprint", "groups_that_fit", "room"]
 

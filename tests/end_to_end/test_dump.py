@@ -27,7 +27,7 @@ from kdcache.teachers import dump, train
 from kdcache.teachers import forward as inference
 from kdcache.teachers.config import DumpConfig
 from kdcache.teachers.forward import write_shards
-from kdcache.training.learner import resolve_device
+from kdcache.training.devices import resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until

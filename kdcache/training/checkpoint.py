@@ -1,0 +1,104 @@
+"""A learner's folder: who owns it, its checkpoint and its log. Each file is written whole or not at all."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from kdcache.errors import IntegrityError, RetryError
+from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
+from kdcache.system.locks import NoLocksError, locked
+
+__all__ = [
+    "CHECKPOINT",
+    "LOCK",
+    "copied",
+    "finite",
+    "own_folder",
+    "read_checkpoint",
+    "unusable_checkpoint",
+    "write_checkpoint",
+    "write_log",
+]
+
+LOCK = ".lock"
+CHECKPOINT = "checkpoint.pt"
+
+
+def own_folder(folder: Path) -> ExitStack:
+    """Take the folder for this process, until the result is closed or the process ends.
+
+    Where there are no locks, a second process in the folder is not noticed: it would overwrite checkpoints, each whole.
+    """
+    held = ExitStack()
+    with translated_os_errors(folder), suppress(NoLocksError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not held.enter_context(locked(folder / LOCK, wait=False)):
+            raise RetryError(
+                f"{folder} is being trained by another process",
+                why="two processes in one folder would overwrite each other's checkpoints",
+                fix="repeat the command when the other one has ended; it goes on from there",
+            )
+        sweep_temporaries(folder)
+    return held
+
+
+def write_checkpoint(
+    folder: Path, state: Mapping[str, Any], weights: Mapping[str, dict[str, Tensor]], rows: Sequence[Mapping[str, float]]
+) -> None:
+    """Write `weights` by the names of their files, the log, and at last the `state`, which says that the others are there."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    for name, tensors in weights.items():
+        write_atomically(folder / f"{name}.safetensors", save(tensors))
+    write_log(folder, rows)
+    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The state that was written last, of tensors and numbers only; None if there is none. IntegrityError if it is damaged."""
+    file = folder / CHECKPOINT
+    if not file.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file shows in many ways
+        raise unusable_checkpoint(folder, error) from error
+    return state
+
+
+def unusable_checkpoint(folder: Path, error: Exception) -> IntegrityError:
+    return IntegrityError(
+        f"checkpoint {folder / CHECKPOINT} cannot be used",
+        why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+        fix=f"train this run anew: rm -r {folder}",
+    )
+
+
+def write_log(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write the epochs' rows as `metrics.jsonl` and `summary.csv`."""
+    lines = (json.dumps({key: finite(value) for key, value in row.items()}) + "\n" for row in rows)
+    write_atomically(folder / "metrics.jsonl", "".join(lines).encode())
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "summary.csv", table.getvalue().encode())
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """The weights on the host, as files want them."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
