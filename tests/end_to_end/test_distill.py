@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kdcache import open_archive
-from tests.end_to_end.conftest import STUDENT, until, without_costs
+from tests.end_to_end.conftest import FEW, STUDENT, until, without_costs
 from tests.end_to_end.forks import Started
 
 
@@ -19,11 +19,12 @@ def only(folder, pattern):
     return found[0]
 
 
-def test_students_in_lockstep_equal_students_alone(home, archive, kdcache, tmp_path):
-    together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3", *STUDENT, "--home", home)
+def test_students_in_lockstep_equal_students_alone(few_home, few_archive, kdcache, tmp_path):
+    home, student = few_home, [*FEW, "--epochs", "2"]
+    together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3", *student, "--home", home)
     assert together.status == 0, together.err
     alone = tmp_path / "alone"
-    result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *STUDENT, "--archive", archive, "--home", alone)
+    result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *student, "--archive", few_archive, "--home", alone)
     assert result.status == 0, result.err
     pattern = "runs/*/test_vit--kd--tau20--bottom-3--seed0--*"
     for name in ("last.safetensors", "best.safetensors"):

@@ -90,6 +90,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_pa
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.exhaustive  # tests/test_archive.py fills the disk of a writer
 def test_a_full_disk_is_exit_75_and_the_rerun_finishes(home, archive, kdcache, tmp_path):
     target = tmp_path / "full"
 

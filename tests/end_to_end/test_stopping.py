@@ -87,15 +87,12 @@ def five_epochs(trained, tmp_path_factory):
     return of
 
 
+# Signals from outside meet a dump and a study in other tests, and students and teachers at chosen steps.
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "how"),
-    [
-        pytest.param("distill", "SIGINT", marks=EXHAUSTIVE),
-        pytest.param("train-teacher", "SIGTERM", marks=EXHAUSTIVE),
-        pytest.param("distill", "SIGTERM to all", marks=EXHAUSTIVE),
-        ("train-teacher", "SIGINT to all"),
-    ],
+    [("distill", "SIGINT"), ("train-teacher", "SIGTERM"), ("distill", "SIGTERM to all"), ("train-teacher", "SIGINT to all")],
 )
 def test_a_signal_loses_no_epoch_and_the_same_command_goes_on(kdcache, five_epochs, tmp_path, command, how):
     arguments, pattern, uninterrupted = five_epochs(command)
