@@ -19,7 +19,7 @@ from kdcache.archive.format.manifest import (
 )
 from kdcache.archive.format.rows import Rows
 from kdcache.archive.format.store import sha256, translated_os_errors
-from kdcache.archive.layouts import LAYOUTS
+from kdcache.archive.layouts import LAYOUTS, Layout
 from kdcache.archive.reading.comparison import Comparison, Distance, Fact, compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.reading.fidelity import CodecFidelity, TauFidelity, measure_fidelity
@@ -50,6 +50,7 @@ __all__ = [
     "Ensemble",
     "Fact",
     "Failure",
+    "Layout",
     "Licences",
     "LogitMoments",
     "Manifest",
