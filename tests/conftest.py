@@ -39,28 +39,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs 
 
 
 @pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected
+# Contract tests whose combinations with every component are a grid. kdcache.testing knows no marks of ours.
+GRIDS = {
+    "test_error_and_divergence_stay_within_the_stated_bounds",
+    "test_large_values_are_stored_within_the_bound_or_refused_and_never_clipped",
+    "test_the_loss_is_a_finite_scalar_with_a_finite_gradient",
+    "test_half_precision_students_lose_no_more_than_their_own_rounding",
+    "test_the_smallest_archives_work",
+    "test_any_wish_for_the_size_of_shards_keeps_pairs_together",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
+    """Grids are thinned. Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
+    grids: dict[str, list[Any]] = {}
     for item in items:
-        if item.get_closest_marker("grid") and not on_the_diagonal(item):
-            item.add_marker(pytest.mark.exhaustive)
+        if item.get_closest_marker("grid") or getattr(item, "originalname", None) in GRIDS:
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        lengths = {axis: 1 + max(item.callspec.indices[axis] for item in grid) for axis in grid[0].callspec.indices}
+        longest = max(lengths, key=lambda axis: lengths[axis])
+        for item in grid:
+            indices = item.callspec.indices
+            if not all(index == indices[longest] % lengths[axis] for axis, index in indices.items()):
+                item.add_marker(pytest.mark.exhaustive)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def on_the_diagonal(item: pytest.Item) -> bool:
-    """Whether a test is one of the few of its grid that contain each value of every parameter.
-
-    The longest axis is walked once, and along the others as often as it takes.
-    """
-    indices = item.callspec.indices  # type: ignore[attr-defined]
-    axes = []
-    for mark in item.iter_markers("parametrize"):
-        names, values = mark.args
-        name = names.partition(",")[0].strip() if isinstance(names, str) else names[0]
-        axes.append((len(list(values)), indices[name]))
-    _, along = max(axes, key=lambda axis: axis[0])
-    return all(index == along % length for length, index in axes)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from kdcache.archive.format.manifest import (
     TeacherCard,
 )
 from kdcache.archive.format.rows import Rows
-from kdcache.archive.layouts import LAYOUTS
+from kdcache.archive.layouts import LAYOUTS, Layout
 from kdcache.archive.reading.comparison import compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.reading.fidelity import CodecFidelity, measure_fidelity
@@ -42,6 +42,7 @@ __all__ = [
     "DumpCost",
     "Ensemble",
     "Failure",
+    "Layout",
     "Licences",
     "LogitMoments",
     "Noise",

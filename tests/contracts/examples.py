@@ -64,6 +64,11 @@ def examples(kind: str) -> list[Any]:
     ]
 
 
+def cases(kind: str) -> list[Any]:
+    """The same as parameters of a fixture, each of which is a pair."""
+    return [pytest.param(example.values, id=example.id) for example in examples(kind)]
+
+
 def with_files(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`options` with the place of the datasets filled in."""
     return {key: value.replace(FILES, str(folder)) if isinstance(value, str) else value for key, value in options.items()}

@@ -1,6 +1,5 @@
-"""Every source of images: the same samples, keys and labels every time, decoded once into a canvas that says when it is stale."""
+"""Every dataset keeps its contract; and folders of images, whatever is in them."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,105 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.datasets import DATASETS, Images, Source, Split, source_card
+from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.views import PRESETS
-from tests.contracts.examples import examples, with_files
+from kdcache.testing import DatasetContract
+from tests.contracts.examples import cases, with_files
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
-@pytest.fixture
-def source(request: pytest.FixtureRequest, datasets_in_small: Path) -> Source:
-    name, options = request.param
-    made: Source = DATASETS.build(name, **with_files(options, datasets_in_small))
-    return made
-
-
-@pytest.fixture
-def images(source: Source, tmp_path: Path) -> Images:
-    return source.open(tmp_path / "data", fetch=False)
-
-
-every_source = pytest.mark.parametrize(
-    "source", [pytest.param(example.values, id=example.id) for example in examples("dataset")], indirect=True
-)
-
-
-@every_source
-@pytest.mark.parametrize("split", SPLITS)
-def test_samples_have_unique_keys_and_labels_within_the_classes(images: Images, split: Split) -> None:
-    names, samples = list(images.class_names()), images.samples(split)
-    assert len(set(names)) == len(names) >= 2
-    keys = [sample.key for sample in samples]
-    assert len(set(keys)) == len(keys) > 0
-    assert {sample.label for sample in samples} <= set(range(len(names)))
-
-
-@every_source
-def test_listing_twice_gives_the_same_samples_in_the_same_order(source: Source, images: Images) -> None:
-    names = images.class_names()
-    for split in SPLITS:
-        first, again = images.samples(split), images.samples(split)
-        assert [(s.key, s.label) for s in first] == [(s.key, s.label) for s in again]
-        cards = [source_card(source, names, split, samples) for samples in (first, again, list(first)[::-1])]
-        assert cards[0] == cards[1]
-        assert cards[0].digest != cards[2].digest  # the order is part of what a sample number means
-        assert cards[0].num_samples == len(first)
-        assert cards[0].class_names == tuple(names)
-    assert source_card(source, names, "train", first).digest != source_card(source, names, "test", first).digest
-    assert images.fingerprint() == images.fingerprint()
-
-
-@every_source
-def test_a_card_tells_no_local_path(source: Source, images: Images, datasets_in_small: Path) -> None:
-    card = source_card(source, images.class_names(), "test", images.samples("test"))
-    assert str(datasets_in_small) not in card.model_dump_json()
-    assert json.loads(card.model_dump_json())["licence"] == source.licence
-
-
-@every_source
-def test_the_recipe_can_be_followed(source: Source) -> None:
-    recipe = source.recipe
-    assert recipe.policy in PRESETS
-    assert min(recipe.canvas, recipe.student_epochs) > 0
-    assert recipe.teacher_epochs > 0 or recipe.pretrained  # published weights as they are
-    assert recipe.student
-
-
-@every_source
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_canvas_holds_pillows_pixels_in_the_order_of_the_samples(
-    source: Source, images: Images, split: Split, tmp_path: Path
-) -> None:
-    canvas = load_canvas(source, split, 8, tmp_path)
-    samples = images.samples(split)
-    assert canvas.pixels.shape == (len(samples), 3, 8, 8)
-    assert canvas.size == 8
-    assert canvas.keys == tuple(sample.key for sample in samples)
-    assert canvas.labels.tolist() == [sample.label for sample in samples]
-    assert canvas.card == source_card(source, images.class_names(), split, samples)
-    assert canvas.intact
-    for i in {0, 1, len(samples) // 2, len(samples) - 1}:
-        with samples[i].load() as image:
-            expected = image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
-            assert tuple(canvas.sizes[i]) == image.size
-        np.testing.assert_array_equal(canvas.pixels[i], np.asarray(expected).transpose(2, 0, 1))
-
-
-@every_source
-def test_a_canvas_is_built_once_and_equal_wherever_it_is_built(source: Source, tmp_path: Path) -> None:
-    first = load_canvas(source, "test", 8, tmp_path / "a")
-    written = (first.path / "pixels.npy").stat().st_mtime_ns
-    again = load_canvas(source, "test", 8, tmp_path / "a")
-    assert again.path == first.path
-    assert (again.path / "pixels.npy").stat().st_mtime_ns == written
-    elsewhere = load_canvas(source, "test", 8, tmp_path / "b")
-    assert elsewhere.digest == first.digest
-    assert load_canvas(source, "test", 9, tmp_path / "a").digest != first.digest
-    assert not [path for path in (tmp_path / "a").iterdir() if path.name.endswith(".tmp")]
+class TestEveryDataset(DatasetContract):
+    @pytest.fixture(params=cases("dataset"))
+    def component(self, request: pytest.FixtureRequest, datasets_in_small: Path) -> Source:
+        name, options = request.param
+        made: Source = self.registry.build(name, **with_files(options, datasets_in_small))
+        return made
 
 
 # ---------------------------------------------------------------- folders

@@ -19,135 +19,49 @@ from kdcache.errors import UsageError
 from kdcache.methods import METHODS, build
 from kdcache.methods.presets import PRESETS, preset
 from kdcache.targets import Targets
-from tests.contracts.examples import examples
+from kdcache.testing import MethodContract
+from kdcache.testing.methods import at_tau, loss_and_gradient, problem
+from tests.contracts.examples import cases, examples
 from tests.contracts.formulas import FORMULAS
 
 TAUS = (1.0, 4.0, 20.0, 40.0)
-
-
-def problem(rows: int = 16, classes: int = 37, scale: float = 3.0) -> tuple[NDArray[np.float64], NDArray[np.float64], Targets]:
-    """Student and teacher logits in float64, and the targets (tau 4, mixed labels) as a batch would bring them."""
-    rng = np.random.default_rng(7)
-    student, teacher = rng.normal(0, scale, (2, rows, classes)).astype(np.float32).astype(np.float64)
-    labels = torch.from_numpy(rng.integers(0, classes, (2, rows)))
-    targets = Targets(
-        torch.from_numpy(teacher).float(), 4.0, labels[0], labels[1], torch.from_numpy(rng.random(rows).astype(np.float32))
-    )
-    return student, teacher, targets
-
-
-def loss_and_gradient(method: Any, student: NDArray[np.float64], targets: Targets) -> tuple[float, NDArray[np.float64]]:
-    z = torch.from_numpy(student).float().requires_grad_()
-    loss = method(z, targets)
-    loss.backward()
-    assert z.grad is not None
-    return loss.item(), z.grad.double().numpy()
-
-
-def at(targets: Targets, tau: float) -> Targets:
-    return Targets(targets.logits, tau, targets.label_a, targets.label_b, targets.lam)
+TWO_VIEWS = [pytest.param((name, {}), id=f"{name}-two-views") for name in ("mlkd", "zmlkd")]
 
 
 # ---------------------------------------------------------------- all methods
 
-
-@pytest.mark.grid
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_the_loss_is_a_finite_scalar_with_a_finite_gradient(name: str, options: dict[str, Any], tau: float) -> None:
-    student, _, targets = problem()
-    z = torch.from_numpy(student).float().requires_grad_()
-    loss = build(name, **options)(z, at(targets, tau))
-    assert loss.shape == ()
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert z.grad is not None
-    assert torch.isfinite(z.grad).all()
-    assert z.grad.abs().max() > 0
-    assert targets.logits.grad is None
-    torch.testing.assert_close(z.grad.sum(dim=1), torch.zeros(len(z)), atol=1e-3 * float(z.grad.abs().max()), rtol=0)
+# Their weights or temperatures are detached, so that the gradient is not the loss's slope; the formulas below detach them too.
+DETACHED = {"eadkd", "eakd", "maxlogit", "maxlogit-dkd", "wsld"}
 
 
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_a_step_against_the_gradient_lowers_the_loss(name: str, options: dict[str, Any]) -> None:
-    student, _, targets = problem()
-    method = build(name, **options)
-    loss, gradient = loss_and_gradient(method, student, targets)
-    lower, _ = loss_and_gradient(method, student - 0.01 * gradient / np.abs(gradient).max(), targets)
-    assert lower < loss
+class TestEveryMethod(MethodContract):
+    @pytest.fixture(params=[*cases("method"), *TWO_VIEWS])
+    def component(self, request: pytest.FixtureRequest) -> Any:
+        name, options = request.param
+        return self.registry.build(name, **options)
 
+    def test_gradients_are_those_of_the_loss(self, component: Any) -> None:
+        if METHODS.name_of(component) in DETACHED:
+            pytest.skip("its gradient is not meant to be the slope of its loss")
+        super().test_gradients_are_those_of_the_loss(component)
 
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_extreme_logits_and_a_batch_of_one_stay_finite(name: str, options: dict[str, Any]) -> None:
-    extreme = torch.zeros(1, 10)
-    extreme[0, 3] = 120.0
-    label = torch.tensor([3])
-    for student, teacher in ((extreme, extreme.roll(2)), (extreme.roll(2), extreme), (-extreme, extreme), (extreme, -extreme)):
-        for tau in TAUS:
-            z = student.clone().requires_grad_()
-            loss = build(name, **options)(z, Targets(teacher, tau, label, label, torch.ones(1)))
-            loss.backward()
-            assert torch.isfinite(loss)
-            assert z.grad is not None
-            assert torch.isfinite(z.grad).all()
+    def test_options_that_are_no_numbers_or_choices_are_refused(self, component: Any) -> None:
+        super().test_options_that_are_no_numbers_or_choices_are_refused(component)
+        name = METHODS.name_of(component)
+        for field in dataclasses.fields(component):
+            kind = type(getattr(component, field.name))
+            wrong = {float: (-1.0, None), int: (-1,), str: ("unheard-of",)}
+            for value in wrong.get(kind, ((), "x") if kind is not bool else ()):
+                if value is None and field.name == "confidence_tau":
+                    continue
+                with pytest.raises(UsageError, match=f"{field.name} of method {name}"):
+                    self.made_with(component, **{field.name: value})
+        with pytest.raises(UsageError, match="always be 0"):
+            self.made_with(component, kd_weight=0, ce_weight=0)
 
 
 @pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_the_order_of_rows_and_the_order_of_classes_do_not_matter(name: str, options: dict[str, Any]) -> None:
-    student, _, targets = problem()
-    method = build(name, **options)
-    loss, gradient = loss_and_gradient(method, student, targets)
-    rows = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    assert targets.label_a is not None
-    assert targets.label_b is not None
-    assert targets.lam is not None
-    other = Targets(targets.logits[rows], 4.0, targets.label_a[rows], targets.label_b[rows], targets.lam[rows])
-    turned, turned_gradient = loss_and_gradient(method, student[rows.numpy()], other)
-    assert turned == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(turned_gradient, gradient[rows.numpy()], atol=1e-5 * np.abs(gradient).max())
-
-    classes = torch.randperm(37, generator=torch.Generator().manual_seed(1))
-    rank = classes.argsort()
-    other = Targets(targets.logits[:, classes], 4.0, rank[targets.label_a], rank[targets.label_b], targets.lam)
-    turned, turned_gradient = loss_and_gradient(method, student[:, classes.numpy()], other)
-    assert turned == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(turned_gradient, gradient[:, classes.numpy()], atol=1e-5 * np.abs(gradient).max())
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("tau", [4.0, 40.0])
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_half_precision_students_lose_no_more_than_their_own_rounding(name: str, options: dict[str, Any], tau: float) -> None:
-    student, _, targets = problem()
-    half = torch.from_numpy(student).bfloat16()
-    method = build(name, **options)
-    z = half.clone().requires_grad_()
-    loss = method(z, at(targets, tau))
-    loss.backward()
-    assert z.grad is not None
-    exact, gradient = loss_and_gradient(method, half.double().numpy(), at(targets, tau))
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact, rel=1e-5)
-    np.testing.assert_allclose(z.grad.double().numpy(), gradient, atol=0.005 * np.abs(gradient).max())  # bf16 keeps 8 bits
-
-
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_options_that_are_no_numbers_or_choices_are_refused(name: str, options: dict[str, Any]) -> None:
-    for field in dataclasses.fields(build(name, **options)):  # type: ignore[arg-type]
-        kind = type(getattr(build(name, **options), field.name))
-        wrong = {float: (math.nan, math.inf, -1.0, "x", None), int: (-1, 1.5, "x"), bool: ("perhaps",), str: ("unheard-of",)}
-        for value in wrong.get(kind, ((), "x")):
-            if value is None and field.name == "confidence_tau":
-                continue
-            with pytest.raises(UsageError, match=f"{field.name} of method {name}"):
-                build(name, **options | {field.name: value})
-    with pytest.raises(UsageError, match="always be 0"):
-        build(name, **options | {"kd_weight": 0, "ce_weight": 0})
-
-
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_logits_of_another_shape_than_the_targets_are_refused(name: str, options: dict[str, Any]) -> None:
+def test_logits_of_another_shape_are_refused_with_both_shapes(name: str, options: dict[str, Any]) -> None:
     student, _, targets = problem()
     z = torch.from_numpy(student)
     for wrong in (z[:1], z[:, :5], torch.cat([z, z, z])):
@@ -245,41 +159,6 @@ def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: in
             assert abs(single - exact) <= 2e-3 * max(abs(exact), 0.01 * usual[0]) + noise, (case, single, exact)
             error = (gradient - slope).abs().max().item()
             assert error <= 1e-4 * max(size, 0.1 * usual[1]) + 3e-7 * max(tau, 16), (case, size, error)
-
-
-# Their weights or temperatures are detached, so that the gradient is not the loss's slope; the formulas above detach them too.
-DETACHED = {"eadkd", "eakd", "maxlogit", "maxlogit-dkd", "wsld"}
-
-
-@pytest.mark.parametrize(("name", "options"), [case for case in examples("method") if case.values[0] not in DETACHED])
-def test_gradients_are_those_of_the_loss(name: str, options: dict[str, Any]) -> None:
-    student, teacher, targets = problem(4, 6, scale=1.5)
-    built, v = build(name, **options), torch.from_numpy(teacher)
-    z = torch.from_numpy(student).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: built(z, Targets(v, 3.0, targets.label_a, targets.label_b, targets.lam)), z)
-
-
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_autocast_changes_nothing(name: str, options: dict[str, Any]) -> None:
-    student, _, targets = problem()
-    z, built = torch.from_numpy(student).float(), build(name, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = built(z, targets)
-    assert cast.dtype == torch.float32
-    assert torch.equal(cast, built(z, targets))
-
-
-@pytest.mark.parametrize(("name", "options"), examples("method"))
-def test_a_shift_of_a_row_changes_nothing(name: str, options: dict[str, Any]) -> None:
-    student, teacher, targets = problem()
-    built, shift = build(name, **options), np.linspace(-9, 9, len(student))[:, None]
-    assert targets.label_a is not None
-    loss, gradient = value_and_gradient(lambda z, v: built(z, Targets(v, 4.0, targets.label_a)), student, teacher, torch.float64)
-    moved, slope = value_and_gradient(
-        lambda z, v: built(z, Targets(v, 4.0, targets.label_a)), student + shift, teacher - shift, torch.float64
-    )
-    assert moved == pytest.approx(loss, rel=1e-9)
-    np.testing.assert_allclose(slope, gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
@@ -509,14 +388,14 @@ def plain_kd(student: NDArray[np.float64], teacher: NDArray[np.float64], tau: fl
 @pytest.mark.parametrize("tau", TAUS)
 def test_kd_is_tau_squared_times_the_mean_divergence(tau: float) -> None:
     student, teacher, targets = problem()
-    loss, _ = loss_and_gradient(build("kd"), student, at(targets, tau))
+    loss, _ = loss_and_gradient(build("kd"), student, at_tau(targets, tau))
     assert loss == pytest.approx(tau**2 * plain_kd(student, teacher, tau), rel=1e-3)
 
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_kds_gradient_is_tau_times_the_difference_of_the_softmaxes(tau: float) -> None:
     student, teacher, targets = problem()
-    _, gradient = loss_and_gradient(build("kd"), student, at(targets, tau))
+    _, gradient = loss_and_gradient(build("kd"), student, at_tau(targets, tau))
     q, p = (special.softmax(z / tau, axis=1) for z in (student, teacher))
     expected = tau * (q - p) / len(student)
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -525,7 +404,7 @@ def test_kds_gradient_is_tau_times_the_difference_of_the_softmaxes(tau: float) -
 @pytest.mark.parametrize("tau", TAUS)
 def test_kds_gradient_is_that_of_its_loss_by_finite_differences(tau: float) -> None:
     student, teacher, targets = problem(rows=3, classes=5)
-    _, gradient = loss_and_gradient(build("kd"), student, at(targets, tau))
+    _, gradient = loss_and_gradient(build("kd"), student, at_tau(targets, tau))
     step = 1e-4
     for i, j in np.ndindex(student.shape):
         ahead, behind = student.copy(), student.copy()
@@ -538,8 +417,8 @@ def test_kds_gradient_is_that_of_its_loss_by_finite_differences(tau: float) -> N
 @pytest.mark.parametrize("tau", TAUS)
 def test_without_tau_squared_loss_and_gradient_are_smaller_by_it(tau: float) -> None:
     student, _, targets = problem()
-    loss, gradient = loss_and_gradient(build("kd"), student, at(targets, tau))
-    bare, bare_gradient = loss_and_gradient(build("kd", tau_squared=False), student, at(targets, tau))
+    loss, gradient = loss_and_gradient(build("kd"), student, at_tau(targets, tau))
+    bare, bare_gradient = loss_and_gradient(build("kd", tau_squared=False), student, at_tau(targets, tau))
     assert bare * tau**2 == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(bare_gradient * tau**2, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
 
@@ -547,7 +426,7 @@ def test_without_tau_squared_loss_and_gradient_are_smaller_by_it(tau: float) -> 
 def test_kd_of_a_student_that_equals_its_teacher_is_zero() -> None:
     _, teacher, targets = problem()
     for tau in TAUS:
-        loss, gradient = loss_and_gradient(build("kd"), teacher + 5, at(targets, tau))  # a shift changes no softmax
+        loss, gradient = loss_and_gradient(build("kd"), teacher + 5, at_tau(targets, tau))  # a shift changes no softmax
         assert loss == pytest.approx(0, abs=1e-4)
         assert np.abs(gradient).max() < 1e-5
 

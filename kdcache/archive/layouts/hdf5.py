@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,7 @@ class Hdf5Layout:
     unit_rows: int = field(default=0, metadata=FITTED)
 
     def fit(self, plan: ArchivePlan) -> "Hdf5Layout":
-        return Hdf5Layout(unit_rows(plan))
+        return replace(self, unit_rows=unit_rows(plan))
 
     def shard_files(self, plan: ArchivePlan, view: int, block: int, fields: Mapping[str, NDArray]) -> dict[str, Buffers]:
         columns = {name: np.ascontiguousarray(fields[name], dtype) for name, (dtype, _) in row_fields(plan).items()}
