@@ -38,7 +38,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected
 # Contract tests whose combinations with every component are a grid. kdcache.testing knows no marks of ours.
 GRIDS = {
     "test_error_and_divergence_stay_within_the_stated_bounds",
@@ -50,6 +49,7 @@ GRIDS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Grids are thinned. Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
     grids: dict[str, list[Any]] = {}
