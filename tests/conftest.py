@@ -38,6 +38,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def thin(grid: list[Any]) -> None:
+    """Mark all tests of a grid as exhaustive, but for a diagonal that has each value of every parameter."""
+    values: dict[str, list[int]] = {}  # by axis, each value's identity in the order of the values
+    for item in grid:
+        for axis, value in item.callspec.params.items():
+            known = values.setdefault(axis, [])
+            if id(value) not in known:
+                known.append(id(value))
+    longest = max(values, key=lambda axis: len(values[axis]))
+    for item in grid:
+        place = {axis: values[axis].index(id(value)) for axis, value in item.callspec.params.items()}
+        if any(number != place[longest] % len(values[axis]) for axis, number in place.items()):
+            item.add_marker(pytest.mark.exhaustive)
+
+
 # Contract tests whose combinations with every component are a grid. kdcache.testing knows no marks of ours.
 GRIDS = {
     "test_error_and_divergence_stay_within_the_stated_bounds",
@@ -57,12 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("grid") or getattr(item, "originalname", None) in GRIDS:
             grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for grid in grids.values():
-        lengths = {axis: 1 + max(item.callspec.indices[axis] for item in grid) for axis in grid[0].callspec.indices}
-        longest = max(lengths, key=lambda axis: lengths[axis])
-        for item in grid:
-            indices = item.callspec.indices
-            if not all(index == indices[longest] % lengths[axis] for axis, index in indices.items()):
-                item.add_marker(pytest.mark.exhaustive)
+        thin(grid)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

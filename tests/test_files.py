@@ -24,7 +24,7 @@ from kdcache.errors import RetryError
 from kdcache.sharing.push_pull import pull
 from kdcache.system.files import create_atomically, sweep_temporaries, write_atomically
 from kdcache.system.locks import NoLocksError, locked, locked_by_family
-from kdcache.training.learner import LOCK, _own
+from kdcache.training.checkpoint import LOCK, own_folder
 from tests.archives import files, finish, writer
 from tests.test_writing import at_once
 
@@ -202,21 +202,21 @@ def test_a_run_belongs_to_one_process_until_it_is_given_back(tmp_path: Path) -> 
     run = tmp_path / "run"
     leave_marker(run / LOCK)
     (run / ".checkpoint.pt.1-ab.tmp").touch()
-    own = _own(run)
+    own = own_folder(run)
     assert names(run) == [LOCK], "what a killed process left is swept"
     with pytest.raises(RetryError, match="being trained by another process"):
-        _own(run)
+        own_folder(run)
     with pytest.raises(filelock.Timeout):
         filelock.FileLock(run / LOCK, timeout=0).acquire()
     own.close()
-    _own(run).close()
+    own_folder(run).close()
 
 
 def test_a_run_is_trained_where_there_are_no_locks(tmp_path: Path, no_locks: None) -> None:
     run = tmp_path / "run"
     leave_marker(run / LOCK)
     (run / ".checkpoint.pt.1-ab.tmp").touch()
-    _own(run).close()
+    own_folder(run).close()
     assert (run / ".checkpoint.pt.1-ab.tmp").exists(), "another process may be writing it"
 
 
