@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdcache.archive import Archive, ArchiveWriter, manifest_schema, open_archive, write_archive
+from kdcache.archive import Archive, ArchiveWriter, open_archive, write_archive
 from kdcache.archive.format import store as store_module
-from kdcache.archive.format.manifest import FOR_PEOPLE
+from kdcache.archive.format.manifest import FOR_PEOPLE, Manifest
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.writing import writer as writer_module
 from kdcache.errors import (
@@ -918,7 +918,7 @@ def test_what_is_no_archive_is_not_found(tmp_path: Path) -> None:
 
 
 def test_the_manifest_fits_its_published_schema(finished: Path) -> None:
-    schema = manifest_schema()
+    schema = Manifest.model_json_schema()
     stored = json.loads((finished / "kdcache.json").read_text())
     assert set(stored) <= set(schema["properties"])
     assert set(schema["required"]) <= set(stored)

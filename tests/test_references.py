@@ -19,7 +19,6 @@ from kdcache.models.creation import (
     described,
     licence,
     resolve,
-    save_weights,
     timm_config,
     weights_digest,
 )
@@ -28,6 +27,7 @@ from kdcache.sharing.publishing import without_places
 from kdcache.teachers.forward import Forward
 from tests.hub import WritableHub
 from tests.servers import Fault, FaultyServer
+from tests.weights import save_weights
 
 CARD = b"---\nlicense: other\nlicense_name: my-terms\n---\n# A model\n"
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models.cifar import TOP1, ZOO, CifarNet
-from kdcache.models.creation import ALIASES, create_model, list_models, load_weights, resolve, save_weights, weights_digest
+from kdcache.models.creation import ALIASES, create_model, list_models, load_weights, resolve, weights_digest
+from tests.weights import save_weights
 
 # Parameters for 100 classes, of CRD's networks; and the feature maps `[F, s, s]` of an image of 32 px.
 PUBLISHED = {

@@ -1,7 +1,5 @@
 """Archives of teacher logits. Everything that other modules may use of this package is here; nothing needs torch."""
 
-from typing import Any
-
 from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
 from kdcache.archive.format.manifest import (
     CanvasCard,
@@ -72,7 +70,6 @@ __all__ = [
     "escaped",
     "is_url",
     "licence_fields",
-    "manifest_schema",
     "measure_fidelity",
     "measure_logits",
     "moment_histogram",
@@ -85,8 +82,3 @@ __all__ = [
     "translated_os_errors",
     "write_archive",
 ]
-
-
-def manifest_schema() -> dict[str, Any]:
-    """JSON Schema of `kdcache.json`."""
-    return Manifest.model_json_schema()
