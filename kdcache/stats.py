@@ -15,7 +15,6 @@ __all__ = [
     "log_softmax",
     "logit_moments",
     "matched_smoothing",
-    "power_sum",
     "relative_entropy",
     "softmax",
     "sorted_mean_softmax",
@@ -131,17 +130,6 @@ def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
     w = np.exp(-gap)
     t = 1 + s * w
     return np.log(t) - (d - gap * s) * w / t, np.log(s) - d / s, 1 / t
-
-
-def power_sum(logits: ArrayLike, tau: float) -> Floats:
-    """U = sum_c p_c^(1/tau) with p the softmax at tau 1: float64 `[...]` in [1, C^(1 - 1/tau)].
-
-    It is the sample weight of WTTM (arXiv 2402.11148, section 3.3), computed as exp(lse(z / tau) - lse(z) / tau), which
-    never underflows.
-    """
-    z = _tempered(logits, 1.0)
-    u: Floats = np.exp(np.log(np.exp(z / tau).sum(axis=-1)) - np.log(np.exp(z).sum(axis=-1)) / tau)
-    return u
 
 
 def logit_moments(logits: ArrayLike) -> tuple[Floats, Floats]:

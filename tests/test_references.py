@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
-from kdcache.models.creation import Normalisation, create_model, described, licence, save_weights, timm_config, weights_digest
+from kdcache.models.creation import Normalisation, create_model, described, licence, timm_config, weights_digest
 from kdcache.models.names import folder_name, public_name, resolve
 from kdcache.options import names_in
 from kdcache.sharing.publishing import without_places
 from kdcache.teachers.forward import Forward
 from tests.hub import WritableHub
 from tests.servers import Fault, FaultyServer
+from tests.weights import save_weights
 
 CARD = b"---\nlicense: other\nlicense_name: my-terms\n---\n# A model\n"
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models.cifar import TOP1, ZOO, CifarNet
-from kdcache.models.creation import create_model, load_weights, save_weights, weights_digest
+from kdcache.models.creation import create_model, load_weights, weights_digest
 from kdcache.models.names import ALIASES, list_models, resolve
+from tests.weights import save_weights
 
 # Parameters for 100 classes, of CRD's networks; and the feature maps `[F, s, s]` of an image of 32 px.
 PUBLISHED = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
@@ -46,7 +46,6 @@ __all__ = [
     "load_weights",
     "note",
     "published",
-    "save_weights",
     "timm_config",
     "weights_digest",
 ]
@@ -301,12 +300,6 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix="give a .safetensors file, or a .pth file that holds only tensors",
         ) from error
-
-
-def save_weights(model: nn.Module, file: Path) -> None:
-    """Save weights as safetensors, with timm's tensor names."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, file, metadata={"format": "pt"})
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -54,15 +54,15 @@ def content() -> Content:
     )
 
 
-def write(path: Path, what: Content, layout: str, codec: str, shard_rows: int | None = SHARD_ROWS) -> Archive:
-    """An archive of `what` at `path`, written shard by shard, the last shard first."""
+def write(path: Path, written: Content, layout: str, codec: str, shard_rows: int | None = SHARD_ROWS) -> Archive:
+    """An archive of these contents at `path`, written shard by shard, the last shard first."""
     writer = ArchiveWriter(
         path,
         num_views=VIEWS,
         num_samples=SAMPLES,
         class_names=CLASS_NAMES,
-        labels=what.labels,
-        keys=what.keys,
+        labels=written.labels,
+        keys=written.keys,
         codec=codec,
         layout=layout,
         shard_rows=shard_rows,
@@ -70,7 +70,12 @@ def write(path: Path, what: Content, layout: str, codec: str, shard_rows: int | 
     for view, block in reversed(writer.missing()):
         rows = np.array(writer.positions(block))
         writer.write(
-            view, block, what.logits[view, rows], what.sample[view, rows], what.digest[view, rows], what.probe[view, rows]
+            view,
+            block,
+            written.logits[view, rows],
+            written.sample[view, rows],
+            written.digest[view, rows],
+            written.probe[view, rows],
         )
     return writer.finalize()
 
@@ -128,44 +133,44 @@ class LayoutContract(ComponentContract):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def what(cls) -> Content:
+    def written(cls) -> Content:
         """What `archive` holds. Shared, and not to be changed."""
         return content()
 
     @pytest.fixture(scope="class")
     @classmethod
-    def archive(cls, names: tuple[str, str], what: Content, tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    def archive(cls, names: tuple[str, str], written: Content, tmp_path_factory: pytest.TempPathFactory) -> Archive:
         """An archive in this layout. Shared, and not to be changed."""
-        archive = write(tmp_path_factory.mktemp("layout") / "a", what, *names)
+        archive = write(tmp_path_factory.mktemp("layout") / "a", written, *names)
         assert archive.manifest.layout["name"] == names[0].partition(":")[0]
         assert archive.manifest.num_blocks > 2
         return open_archive(archive.path)
 
-    def test_any_range_of_positions_reads_what_was_written(self, archive: Archive, what: Content) -> None:
+    def test_any_range_of_positions_reads_what_was_written(self, archive: Archive, written: Content) -> None:
         for view, start, stop in _ranges():
             rows = archive.read(view, start, stop)
             here = (view, slice(start, stop))
             assert rows.logits.dtype == np.float32
-            np.testing.assert_array_equal(rows.logits, kept(archive, what.logits[here]))
-            np.testing.assert_array_equal(rows.sample, what.sample[here])
-            np.testing.assert_array_equal(rows.argmax, what.logits[here].argmax(axis=1))
-            np.testing.assert_array_equal(rows.digest, what.digest[here])
-            np.testing.assert_array_equal(rows.probe, what.probe[here])
-            for stored, computed in zip((rows.entropy, rows.entropy_rest), relative_entropy(what.logits[here]), strict=True):
+            np.testing.assert_array_equal(rows.logits, kept(archive, written.logits[here]))
+            np.testing.assert_array_equal(rows.sample, written.sample[here])
+            np.testing.assert_array_equal(rows.argmax, written.logits[here].argmax(axis=1))
+            np.testing.assert_array_equal(rows.digest, written.digest[here])
+            np.testing.assert_array_equal(rows.probe, written.probe[here])
+            for stored, computed in zip((rows.entropy, rows.entropy_rest), relative_entropy(written.logits[here]), strict=True):
                 np.testing.assert_array_equal(stored, computed.astype(np.float32))  # of the logits before they were stored
 
-    def test_any_positions_and_any_samples_are_found_in_the_asked_order(self, archive: Archive, what: Content) -> None:
+    def test_any_positions_and_any_samples_are_found_in_the_asked_order(self, archive: Archive, written: Content) -> None:
         rng = np.random.default_rng(2)
         for size in (1, 2, 7, 40, SAMPLES, *rng.integers(1, 41, 15).tolist()):
             view, chosen = int(rng.integers(VIEWS)), rng.integers(0, SAMPLES, size)
             taken = archive.take(view, chosen)
-            np.testing.assert_array_equal(taken.logits, kept(archive, what.logits[view, chosen]))
-            np.testing.assert_array_equal(taken.sample, what.sample[view, chosen])
+            np.testing.assert_array_equal(taken.logits, kept(archive, written.logits[view, chosen]))
+            np.testing.assert_array_equal(taken.sample, written.sample[view, chosen])
             found = archive.find(view, chosen)
             np.testing.assert_array_equal(found.sample, chosen)
-            at = np.argsort(what.sample[view])[chosen]
-            np.testing.assert_array_equal(found.logits, kept(archive, what.logits[view, at]))
-            np.testing.assert_array_equal(found.digest, what.digest[view, at])
+            at = np.argsort(written.sample[view])[chosen]
+            np.testing.assert_array_equal(found.logits, kept(archive, written.logits[view, at]))
+            np.testing.assert_array_equal(found.digest, written.digest[view, at])
 
     def test_an_empty_range_is_no_rows(self, archive: Archive) -> None:
         for place in (0, 64, 100, SAMPLES):
@@ -173,12 +178,12 @@ class LayoutContract(ComponentContract):
             assert rows.logits.shape == (0, CLASSES)
             assert rows.sample.shape == (0,)
 
-    def test_whole_columns_labels_and_keys_come_back(self, archive: Archive, what: Content) -> None:
+    def test_whole_columns_labels_and_keys_come_back(self, archive: Archive, written: Content) -> None:
         for view in range(VIEWS):
-            np.testing.assert_array_equal(archive.column("sample", view), what.sample[view])
-            np.testing.assert_array_equal(archive.column("probe", view), what.probe[view])
-        np.testing.assert_array_equal(archive.labels(), what.labels)
-        assert archive.keys() == what.keys
+            np.testing.assert_array_equal(archive.column("sample", view), written.sample[view])
+            np.testing.assert_array_equal(archive.column("probe", view), written.probe[view])
+        np.testing.assert_array_equal(archive.labels(), written.labels)
+        assert archive.keys() == written.keys
         assert list(archive.class_names) == CLASS_NAMES
 
     @pytest.mark.parametrize(
@@ -209,21 +214,21 @@ class LayoutContract(ComponentContract):
         assert archive.nbytes == sum((archive.path / name).stat().st_size for name in recorded)
 
     def test_equal_contents_have_equal_digests_and_equal_files(
-        self, archive: Archive, names: tuple[str, str], what: Content, tmp_path: Path
+        self, archive: Archive, names: tuple[str, str], written: Content, tmp_path: Path
     ) -> None:
-        again = write(tmp_path / "again", what, *names)
+        again = write(tmp_path / "again", written, *names)
         assert again.manifest.digest == archive.manifest.digest
         for path in archive.path.rglob("*"):
             if path.is_file():
                 assert (again.path / path.relative_to(archive.path)).read_bytes() == path.read_bytes(), path.name
 
     def test_the_digest_is_the_same_as_in_zarr(
-        self, archive: Archive, names: tuple[str, str], what: Content, tmp_path: Path
+        self, archive: Archive, names: tuple[str, str], written: Content, tmp_path: Path
     ) -> None:
-        assert write(tmp_path / "zarr", what, "zarr", names[1]).manifest.digest == archive.manifest.digest
+        assert write(tmp_path / "zarr", written, "zarr", names[1]).manifest.digest == archive.manifest.digest
 
-    def test_any_other_content_has_another_digest(self, names: tuple[str, str], what: Content, tmp_path: Path) -> None:
-        unchanged = write(tmp_path / "same", what, *names, shard_rows=None).manifest.digest
+    def test_any_other_content_has_another_digest(self, names: tuple[str, str], written: Content, tmp_path: Path) -> None:
+        unchanged = write(tmp_path / "same", written, *names, shard_rows=None).manifest.digest
         changes: dict[str, Callable[[Content], None]] = {
             "a logit": lambda c: c.logits.__setitem__((1, 216, 699), 1.5),
             "a sample number": lambda c: c.sample.__setitem__((0, [4, 5]), c.sample[0, [5, 4]]),
@@ -235,7 +240,9 @@ class LayoutContract(ComponentContract):
             change(other)
             assert write(tmp_path / name, other, *names, shard_rows=None).manifest.digest != unchanged, name
 
-    def test_the_cards_two_lines_read_the_logits_without_kdcache(self, archive: Archive, what: Content, tmp_path: Path) -> None:
+    def test_the_cards_two_lines_read_the_logits_without_kdcache(
+        self, archive: Archive, written: Content, tmp_path: Path
+    ) -> None:
         moved = tmp_path / "an archive's copy"  # a plain copy, with nothing of the original left
         shutil.copytree(archive.path, moved)
         command = [sys.executable, "-c", READ, reading_lines(archive, moved), str(tmp_path / "logits.npy")]
@@ -243,7 +250,7 @@ class LayoutContract(ComponentContract):
         assert finished.returncode == 0, finished.stderr
         logits = np.load(tmp_path / "logits.npy")
         assert 1 <= len(logits) <= 256
-        np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, what.logits[0, : len(logits)]))
+        np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, written.logits[0, : len(logits)]))
 
     def test_an_archive_of_nothing_but_zeros_is_written_in_full(self, names: tuple[str, str], tmp_path: Path) -> None:
         layout, codec = names
@@ -299,7 +306,7 @@ class LayoutContract(ComponentContract):
 
     @pytest.mark.parametrize("shard_rows", [1, 7, 32, 50, 74, 75, 1000, None])
     def test_any_wish_for_the_size_of_shards_keeps_pairs_together(
-        self, names: tuple[str, str], shard_rows: int | None, what: Content, tmp_path: Path
+        self, names: tuple[str, str], shard_rows: int | None, written: Content, tmp_path: Path
     ) -> None:
         layout, codec = names
         count = 15 if shard_rows == 1 else 75
@@ -313,9 +320,9 @@ class LayoutContract(ComponentContract):
             shard_rows=shard_rows,
         )
         for view, block in writer.missing():
-            writer.write(view, block, what.logits[0, np.array(writer.positions(block))])
+            writer.write(view, block, written.logits[0, np.array(writer.positions(block))])
         archive, plan = writer.finalize(), writer.plan
         assert plan.shard_rows % 2 == 0 or plan.num_blocks == 1  # mixing partners lie in one shard
         assert sum(plan.block_rows(block) for block in range(plan.num_blocks)) == count
-        np.testing.assert_array_equal(archive.read(0, 0, count).logits, kept(archive, what.logits[0, :count]))
+        np.testing.assert_array_equal(archive.read(0, 0, count).logits, kept(archive, written.logits[0, :count]))
         assert archive.verify("full").ok

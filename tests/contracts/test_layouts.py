@@ -56,9 +56,9 @@ assert not [name for name in sys.modules if name.startswith('kdcache.')]
 def test_the_cards_two_lines_read_the_logits_without_kdcache(
     tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    archives, tasks, what = [], [], content()
+    archives, tasks, written = [], [], content()
     for number, names in enumerate(PAIRS):
-        archive = write(tmp_path / str(number), what, *names)
+        archive = write(tmp_path / str(number), written, *names)
         moved = tmp_path / f"an archive's copy {number}"  # a plain copy, with nothing of the original left
         shutil.copytree(archive.path, moved)
         archives.append(archive)
@@ -69,4 +69,4 @@ def test_the_cards_two_lines_read_the_logits_without_kdcache(
         logits = np.load(output)
         rows = len(logits)
         assert 1 <= rows <= 256, names
-        np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, what.logits[0, :rows]), err_msg=str(names))
+        np.testing.assert_array_equal(logits.astype(np.float32), kept(archive, written.logits[0, :rows]), err_msg=str(names))

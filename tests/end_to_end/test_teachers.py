@@ -17,7 +17,7 @@ from kdcache.datasets.cifar import CIFAR100
 from kdcache.datasets.fine import Pets
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.imagenet import ImageNet
-from kdcache.models.creation import Published, create_model, published, save_weights
+from kdcache.models.creation import Published, create_model, published
 from kdcache.teachers.recipes import RECIPES
 from kdcache.teachers.train import _duration
 from kdcache.training.config import TrainConfig
@@ -27,6 +27,7 @@ from tests.end_to_end.conftest import DUMP, without_costs
 from tests.end_to_end.test_distill import only
 from tests.end_to_end.test_methods import stop_after
 from tests.miniatures import CIFAR10_NAMES
+from tests.weights import save_weights
 
 SMALL = ["train-teacher", "--teacher", "test_resnet", "--from-scratch", "--batch-size", "10"]  # two steps an epoch
 AS_IS = ["train-teacher", *DUMP[1:], "--epochs", "0"]

@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 
-from kdcache.models.creation import Normalisation, create_model, save_weights
+from kdcache.models.creation import Normalisation, create_model
 from kdcache.report import collect, summarise
 from kdcache.training.config import TrainConfig
 from kdcache.training.learner import Learner
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
+from tests.weights import save_weights
 
 SHORT = ["--student", "test_vit", "--batch-size", "719"]  # two steps an epoch
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy import stats as statistics
 
+from kdcache.methods import METHODS
 from kdcache.stats import (
     entropies_and_argmax,
     entropy,
     label_smoothing,
     logit_moments,
     matched_smoothing,
-    power_sum,
     relative_entropy,
     softmax,
     sorted_mean_softmax,
@@ -25,6 +26,13 @@ from kdcache.stats import (
 )
 
 TAUS = st.sampled_from([0.5, 1.0, 3.0, 4.0, 20.0, 40.0])
+
+
+def power_sum(logits: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+    """U = sum_c p_c^(1/tau) of every row, as wttm weighs samples (arXiv 2402.11148, section 3.3)."""
+    weights = METHODS.build("wttm").weights(torch.from_numpy(logits), tau)  # type: ignore[attr-defined]
+    u: NDArray[np.float64] = weights.numpy()
+    return u
 
 
 def rows(largest: float = 60.0, min_classes: int = 3) -> st.SearchStrategy[NDArray[np.float64]]:
