@@ -118,18 +118,18 @@ class Options(BaseModel):
             if group := cls._groups().get(name):
                 stated = next((each.text for each in field.metadata if isinstance(each, Usual)), usual)
                 options = options | {key: each for key, each in group.declared(stated).items() if key not in options}
-            elif any(isinstance(part, Option) for part in field.metadata):
+            elif _is_option(field):
                 options[name] = Declared(name, _declaring(cls, name), field, usual)
         return options
 
     def given(self) -> dict[str, Any]:
         """The options that were given, flat, in the order of their declaration; the others have their defaults."""
         values: dict[str, Any] = {}
-        for name in type(self).model_fields:
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Options):
                 values |= value.given()
-            elif name in self.model_fields_set:
+            elif name in self.model_fields_set and _is_option(field):
                 values[name] = value
         return values
 
@@ -160,6 +160,10 @@ class Options(BaseModel):
 
 def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _is_option(field: FieldInfo) -> bool:
+    return any(isinstance(part, Option) for part in field.metadata)
 
 
 def _option(field: FieldInfo) -> Option:

@@ -85,8 +85,8 @@ def _unread() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _report(what: object, status: int) -> int:
-    print(what, file=sys.stderr)
+def _report(message: object, status: int) -> int:
+    print(message, file=sys.stderr)
     return status
 
 

@@ -39,18 +39,18 @@ def plan(
 
 def _as_dict(costs: Any) -> dict[str, Any]:
     """Fields, and what follows from them."""
-    found = dataclasses.asdict(costs)
-    found["storage"]["needed"] = costs.storage.needed
-    found["hours"]["saving"] = costs.hours.saving
-    found["further"] = costs.further
-    for one, student in zip(costs.students, found["students"], strict=True):
-        student["memory"] |= {"kept": one.memory.kept, "passing": one.memory.passing}
-    return found
+    shown = dataclasses.asdict(costs)
+    shown["storage"]["needed"] = costs.storage.needed
+    shown["hours"]["saving"] = costs.hours.saving
+    shown["further"] = costs.further
+    for cost, student in zip(costs.students, shown["students"], strict=True):
+        student["memory"] |= {"kept": cost.memory.kept, "passing": cost.memory.passing}
+    return shown
 
 
 def _print(costs: Any, teacher: str) -> None:
     storage, hours, first = costs.storage, costs.hours, costs.students[0]
-    number = sum(one.students for one in costs.students)
+    number = sum(cost.students for cost in costs.students)
     ways = ", ".join(f"{costs.groups.count(size)} x {size}" for size in sorted(set(costs.groups), reverse=True))
     print_table(
         ["what", "how much", ""],
@@ -66,18 +66,18 @@ def _print(costs: Any, teacher: str) -> None:
         ["render a view", _ms(costs.render), ""],
         ["teacher", _ms(costs.teacher), teacher],
     ]
-    for one in costs.students:
-        each = f"{one.name}, {one.students} of them" + (f", {one.views} views a step" if one.views > 1 else "")
-        rows.append(["student, step", _ms(one.step), each])
-        rows.append(["student, test", _ms(one.test), ""])
+    for cost in costs.students:
+        label = f"{cost.name}, {cost.students} of them" + (f", {cost.views} views a step" if cost.views > 1 else "")
+        rows.append(["student, step", _ms(cost.step), label])
+        rows.append(["student, test", _ms(cost.test), ""])
     rows.append(["a further student", f"{costs.further:.0%}", f"of the first {first.name} with its rendering"])
     print_table(["what", "an image", ""], rows, title=f"speed, measured on {costs.device}")
     print_table(
         ["what", "how much", ""],
         [
             *(
-                [f"{one.name}", f"{_size(one.memory.kept)} + {_size(one.memory.passing)}", "kept, during a step"]
-                for one in costs.students
+                [f"{cost.name}", f"{_size(cost.memory.kept)} + {_size(cost.memory.passing)}", "kept, during a step"]
+                for cost in costs.students
             ),
             ["room for students", _size(costs.memory_free), ""],
             ["trained at once", ways, "streams x students on each"],

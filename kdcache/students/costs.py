@@ -225,15 +225,15 @@ def _students(config: PlanConfig, counts: Counts, views: int, policy: ViewPolicy
 
 def _kind(spec: StudentSpec) -> tuple[Any, ...]:
     """What students have in common that are equally fast and large."""
-    how = spec.settings
+    training = spec.settings
     return (
         spec.name,
         spec.method.views_per_step,
-        how.batch_size,
-        how.opt,
-        how.momentum > 0,
-        how.amp,
-        how.model_ema_decay is not None,
+        training.batch_size,
+        training.opt,
+        training.momentum > 0,
+        training.amp,
+        training.model_ema_decay is not None,
     )
 
 
@@ -245,7 +245,7 @@ def _streams(specs: Sequence[StudentSpec]) -> Iterator[list[StudentSpec]]:
 
 def _packed(students: Sequence[StudentCost], free: int) -> Iterator[Sequence[StudentCost]]:
     """Of one stream, those that fit into memory at once."""
-    for part in groups_that_fit([one.memory for one in students], free):
+    for part in groups_that_fit([student.memory for student in students], free):
         yield students[part]
 
 
@@ -271,7 +271,7 @@ def _storage(
         except NotFoundError:
             there = False
         canvases += 0 if there else count * 3 * canvas**2
-    runs = sum(2 * one.weights + one.average for one in students)
+    runs = sum(2 * memory.weights + memory.average for memory in students)
     return Storage(stored_bytes(rows), canvases, runs, free_bytes(workspace.archives))
 
 

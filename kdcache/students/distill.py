@@ -189,8 +189,8 @@ class _Lockstep:
         self.students = [
             _Student(spec, config, archive, second, evaluation, len(self.stream), device, team, progress) for spec in specs
         ]
-        for said in dict.fromkeys(student.said for student in self.students):
-            progress.say(f"student {said}")
+        for description in dict.fromkeys(student.description for student in self.students):
+            progress.say(f"student {description}")
 
     def run(self) -> None:
         """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
@@ -318,7 +318,7 @@ class _Student:
         if redrawn:
             progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at random")
         start_digest = weights_digest(model)
-        self.said = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
+        self.description = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
         self.learner = Learner(
             spec.folder,
             model,
@@ -433,7 +433,7 @@ def _licences(archive: Ensemble, second: Ensemble) -> Licences:
     def all_of(terms: Sequence[str | None]) -> str | None:
         return None if None in terms else " and ".join(dict.fromkeys(filter(None, terms)))
 
-    return Licences(data=all_of([one.data for one in known]), weights=all_of([one.weights for one in known]))
+    return Licences(data=all_of([licences.data for licences in known]), weights=all_of([licences.weights for licences in known]))
 
 
 def _members(archive: Ensemble) -> dict[str, Any]:

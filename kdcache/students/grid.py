@@ -62,15 +62,15 @@ class StudentSpec:
     @property
     def title(self) -> str:
         start = "" if self.start.name == "random" else f" from {self.start.name}"
-        what = f"{METHODS.spec(self.method)} tau {self.tau_text} {CONTROLS.spec(self.control)}"
-        how = f" {self.optimizer_text}" if self.optimizer_text else ""
-        return f"{self.student}{start} {what}{how} seed {self.seed}"
+        targets = f"{METHODS.spec(self.method)} tau {self.tau_text} {CONTROLS.spec(self.control)}"
+        optimised = f" {self.optimizer_text}" if self.optimizer_text else ""
+        return f"{self.student}{start} {targets}{optimised} seed {self.seed}"
 
     @property
     def optimizer_text(self) -> str:
         """The optimiser with its learning rate; nothing for the one that is used unless another is asked for."""
-        how, usual = self.settings, TrainConfig(epochs=1)
-        return "" if (how.opt, how.lr) == (usual.opt, usual.lr) else f"{how.opt} lr {how.lr:g}"
+        settings, usual = self.settings, TrainConfig(epochs=1)
+        return "" if (settings.opt, settings.lr) == (usual.opt, usual.lr) else f"{settings.opt} lr {settings.lr:g}"
 
     @property
     def tau_text(self) -> str:
@@ -192,7 +192,7 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
         return Start(init, pretrained=init == "pretrained")
     if init in {"target", "finetuned"}:
         start, flag = ("random", "--from-scratch") if init == "target" else ("timm", "--pretrained")
-        how = "from scratch" if init == "target" else "from its pretrained weights"
+        origin = "from scratch" if init == "target" else "from its pretrained weights"
         for folder, record in workspace.teacher_records(Silent()):
             begun = "factory" if is_factory(exact) else start
             if (record["name"], record.get("dataset_label"), record["training"].get("start")) == (
@@ -202,20 +202,20 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
             ):
                 return _start_of(init, folder / "model.safetensors")
         raise NotFoundError(
-            f"--init {init}: no {public_name(exact)} trained on {label} {how}",
+            f"--init {init}: no {public_name(exact)} trained on {label} {origin}",
             why=f"there is none in {workspace.teachers}",
             fix=f"train it first: kdcache train-teacher --teacher {exact} --dataset {label.partition('-')[0]} {flag}",
         )
     path = Path(init)
     files = [path] if path.is_file() else [path / name for name in ("model.safetensors", "last.safetensors")]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    weights = next((file for file in files if file.is_file()), None)
+    if weights is None:
         raise NotFoundError(
             f"--init {init!r} is not there",
             why=f"it is {', '.join(STARTS)}, a file of weights, or the folder of a teacher or run",
             fix="write one of these names, or a path that is there",
         )
-    return _start_of(init, found)
+    return _start_of(init, weights)
 
 
 def _start_of(init: str, file: Path) -> Start:

@@ -120,19 +120,19 @@ class _Expansion:
         trained: dict[tuple[str, str], str] = {}  # student of an archive -> the job that has it
         images, total = 0, True
         for block in self.study.students:
-            chosen = list({one.dump.id: one for name in block.archive for one in archives[name]}.values())
-            for group in [chosen] if "average" in block.model_fields_set else [[one] for one in chosen]:
+            chosen = list({archive.dump.id: archive for name in block.archive for archive in archives[name]}.values())
+            for group in [chosen] if "average" in block.model_fields_set else [[archive] for archive in chosen]:
                 second = _second(block, group, archives[block.second_archive]) if block.second_archive else None
                 for options in _combinations(block, "epochs", "batch_size"):
                     shown = self._distill(options, group, second, trained)
                     images += shown or 0
                     total = total and shown is not None
         if self.study.stats is not None:
-            for found in {each.dump.id: each for each in itertools.chain(*archives.values())}.values():
-                self._stats(found)
+            for archive in {each.dump.id: each for each in itertools.chain(*archives.values())}.values():
+                self._stats(archive)
         if runs := [job for job in self.jobs.values() if job.kind == "distill"]:
             self._report(runs)
-        sizes = {one.dump.id: one.bytes for one in itertools.chain(*archives.values())}
+        sizes = {archive.dump.id: archive.bytes for archive in itertools.chain(*archives.values())}
         return StudyPlan(
             self.name,
             tuple(self.jobs.values()),
@@ -145,7 +145,7 @@ class _Expansion:
     def _add(
         self, kind: Kind, title: str, arguments: Sequence[str], after: Sequence[Job] = (), quoted: Any = (), **more: Any
     ) -> Job:
-        arguments, needed = (COMMANDS[kind], *arguments), tuple(dict.fromkeys(one.id for one in after))
+        arguments, needed = (COMMANDS[kind], *arguments), tuple(dict.fromkeys(job.id for job in after))
         digest = hashlib.sha256(json.dumps([arguments, needed, *quoted]).encode()).hexdigest()[:8]
         job = Job(f"{kind}-{digest}", kind, title, arguments, needed, **more)
         return self.jobs.setdefault(job.id, job)
@@ -245,11 +245,11 @@ class _Expansion:
                     self.jobs[each] = replace(self.jobs[each], alone=archives)
         return shown * first.counts.train if first.counts else None
 
-    def _stats(self, found: _Archive) -> None:
+    def _stats(self, archive: _Archive) -> None:
         assert self.study.stats is not None
-        place = self.workspace.reports.absolute() / self.name / found.dump.id
-        arguments = [f"{{{found.dump.id}}}", *self.study.stats.arguments(), "--plot", str(place)]
-        self._add("stats", f"figures of {found.dump.title}", arguments, [found.dump])
+        place = self.workspace.reports.absolute() / self.name / archive.dump.id
+        arguments = [f"{{{archive.dump.id}}}", *self.study.stats.arguments(), "--plot", str(place)]
+        self._add("stats", f"figures of {archive.dump.title}", arguments, [archive.dump])
 
     def _report(self, runs: Sequence[Job]) -> None:
         place = self.workspace.reports.absolute() / self.name
@@ -258,18 +258,18 @@ class _Expansion:
         self._add("report", "report", arguments + ["--smoke"] * self.smoke, runs, quoted)
 
 
-def _second(block: StudentsSpec, group: Sequence[_Archive], found: Sequence[_Archive]) -> _Archive:
+def _second(block: StudentsSpec, group: Sequence[_Archive], candidates: Sequence[_Archive]) -> _Archive:
     """Of the archives for second views, that of a group's dataset; of several, that of its teacher, and trained as it was."""
-    first, found = group[0], list(found)
+    first, candidates = group[0], list(candidates)
     tests: list[Callable[[_Archive], object]] = [lambda archive: archive.config.subject.dataset]
     if len(group) == 1:
         tests += [lambda archive: archive.config.subject.teacher, lambda archive: archive.dump.after]
     for same in tests:
-        if len(chosen := [one for one in found if same(one) == same(first)]) == 1:
+        if len(chosen := [archive for archive in candidates if same(archive) == same(first)]) == 1:
             return chosen[0]
-        found = chosen
+        candidates = chosen
     raise UsageError(
-        f"second-archive {block.second_archive} is {len(found)} archives for students of {first.dump.title}",
+        f"second-archive {block.second_archive} is {len(candidates)} archives for students of {first.dump.title}",
         why="second views come from one archive, of the same dataset and, where there are several, of the same teacher",
         fix="name one that has such an archive, and a single policy: a block of students for each, if need be",
     )

@@ -63,8 +63,8 @@ class Place:
         """What a finished job has made; None if it is not finished, or if any of that is not there any more."""
         if not self.record(job).is_file():
             return None
-        found = [str(path) for path in read_record(self.record(job)).get("outputs", [])]
-        return found if all(Path(path).exists() for path in found) else None
+        paths = [str(path) for path in read_record(self.record(job)).get("outputs", [])]
+        return paths if all(Path(path).exists() for path in paths) else None
 
     def done(self, job: str) -> bool:
         return self.outputs(job) is not None
@@ -80,14 +80,14 @@ def command_of(job: Job, place: Place, workspace: Workspace) -> str:
 
 
 def _arguments(job: Job, place: Place, workspace: Workspace, missing: Callable[[str], list[str]]) -> list[str]:
-    found: list[str] = []
+    arguments: list[str] = []
     for argument in job.arguments:
-        named = re.fullmatch(r"\{(\w+-[0-9a-f]{8})\}", argument)
-        found += (place.outputs(named[1]) or missing(named[1])) if named else [argument]
+        placeholder = re.fullmatch(r"\{(\w+-[0-9a-f]{8})\}", argument)
+        arguments += (place.outputs(placeholder[1]) or missing(placeholder[1])) if placeholder else [argument]
     if job.needs_gpu:  # what works on images
-        found += ["--home", str(workspace.home.absolute())]
-        found += ["--data-dir", str(workspace.data_dir.absolute())] if workspace.data_dir else []
-    return found
+        arguments += ["--home", str(workspace.home.absolute())]
+        arguments += ["--data-dir", str(workspace.data_dir.absolute())] if workspace.data_dir else []
+    return arguments
 
 
 def _plain(text: str) -> str:
@@ -145,17 +145,17 @@ def run_study(
 
 
 def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -> None:
-    found = gpus()
+    devices = gpus()
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     environment = os.environ | threads_for(1)
     if profile is None:
-        at_once = jobs or max(1, len(found))
+        at_once = jobs or max(1, len(devices))
         environment |= threads_for(at_once)
         call += ["--cores", str(at_once), "--retries", "1", "--quiet", "all"]
-        call += ["--resources", f"gpu={len(found)}"] if found else []
+        call += ["--resources", f"gpu={len(devices)}"] if devices else []
     else:
         ours = shipped_folder() / "profiles" / profile
         call += ["--profile", str(ours) if ours.is_dir() and not Path(profile).is_dir() else profile]
@@ -264,8 +264,8 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
             locks.append(held.enter_context(_waited_for(shared, students)))
         environment = _own_environment()
-        if job.needs_gpu and (found := gpus()):
-            environment["CUDA_VISIBLE_DEVICES"], slot = held.enter_context(gpu_slot(found))
+        if job.needs_gpu and (devices := gpus()):
+            environment["CUDA_VISIBLE_DEVICES"], slot = held.enter_context(gpu_slot(devices))
             locks.append(slot)
         progress.say(f"started: {job.title} (log: {place.log(name)})")
         begun = time.monotonic()
@@ -332,7 +332,7 @@ def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [one.strip() for one in named.split(",") if one.strip() not in {"", "-1"}]
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in {"", "-1"}]
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         return []  # and torch, which takes seconds to import, would say no more
     import torch
@@ -341,13 +341,13 @@ def gpus() -> list[str]:
 
 
 @contextmanager
-def gpu_slot(found: Sequence[str]) -> Iterator[tuple[str, int]]:
+def gpu_slot(devices: Sequence[str]) -> Iterator[tuple[str, int]]:
     """One of these GPUs, which is not given to another job of this user on this machine until it is given back; and its lock."""
     # Within two jobs of SLURM, GPU 0 is not the same one.
     folder = Path(tempfile.gettempdir()) / "-".join(["kdcache-gpus", str(os.getuid()), os.environ.get("SLURM_JOB_ID", "")])
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
-        for gpu in found:
+        for gpu in devices:
             with locked_by_family(folder / f"{_plain(gpu)}.lock", wait=False) as held:
                 if held is not None:
                     yield gpu, held

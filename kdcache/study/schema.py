@@ -273,25 +273,25 @@ def _in_small(data: Mapping[str, Any], smoke: Smoke) -> dict[str, Any]:
         archives[name] = _replaced(archive, smoke.archives)
         for part, replacements in (("train", smoke.train), ("dump", smoke.dump)):
             archives[name][part] = _replaced(archive.get(part) or {}, replacements)
-    found = {**data, "archives": archives}
-    found["starts"] = {name: _replaced(start or {}, smoke.starts) for name, start in (data.get("starts") or {}).items()}
-    found["students"] = [_replaced(block, smoke.students) for block in data.get("students") or ()]
+    small = {**data, "archives": archives}
+    small["starts"] = {name: _replaced(start or {}, smoke.starts) for name, start in (data.get("starts") or {}).items()}
+    small["students"] = [_replaced(block, smoke.students) for block in data.get("students") or ()]
     if data.get("stats") is not None:
-        found["stats"] = _replaced(data["stats"], smoke.stats)
-    return found
+        small["stats"] = _replaced(data["stats"], smoke.stats)
+    return small
 
 
 def _replaced(options: Mapping[str, Any], replacements: Mapping[str, Any]) -> dict[str, Any]:
-    found = {str(key).replace("_", "-"): value for key, value in options.items()}
+    replaced = {str(key).replace("_", "-"): value for key, value in options.items()}
     for option, new in ((key.replace("_", "-"), new) for key, new in replacements.items()):
         if isinstance(new, dict):
-            if option in found:
-                old = found[option]
-                found[option] = (
-                    list(dict.fromkeys(new.get(one, one) for one in old)) if isinstance(old, list) else new.get(old, old)
+            if option in replaced:
+                old = replaced[option]
+                replaced[option] = (
+                    list(dict.fromkeys(new.get(value, value) for value in old)) if isinstance(old, list) else new.get(old, old)
                 )
         elif new is None:
-            found.pop(option, None)
+            replaced.pop(option, None)
         else:
-            found[option] = new
-    return found
+            replaced[option] = new
+    return replaced

@@ -418,15 +418,15 @@ def _fit(
                             progress.say(f"training takes about {left} more, without the tests after epochs")
                         progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
                     testing = [learner for learner in active if learner.tests_next]
-                    found = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
-                    for learner, row in found.items():
+                    tested = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
+                    for learner, row in tested.items():
                         of = learner.config.epochs
                         if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
                             row |= tests.on_views(learner.predict)
                             check()
                     charge(active, meter.lap())
                     for learner in active:
-                        learner.end_epoch(found.get(learner, {}), view=epoch)
+                        learner.end_epoch(tested.get(learner, {}), view=epoch)
                     keep_finished()
         except Stopped:
             charge([learner for learner in learners if learner.status == "training"], meter.lap())
