@@ -22,7 +22,7 @@ import ctypes, gc, json, sys, threading, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from kdcache.models.creation import create_model
-from kdcache.training.config import TrainConfig
+from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.learner import Learner
 
 def own_memory():
@@ -33,7 +33,7 @@ def train(folder, model, size, count):
     labels = torch.arange(config.batch_size) % classes
     learners = [
         Learner(Path(folder) / f"{model}{i}", *create_model(model, classes, input_size=size), config,
-                steps_per_epoch=1, seed=i, device=torch.device("cpu"), checkpoint_interval=1e9)
+                steps_per_epoch=1, seed=i, device=torch.device("cpu"), runtime=StudentRuntime(checkpoint_interval=1e9))
         for i in range(count)
     ]
     for epoch in range(3):  # the last one is not ended: everything that they keep is there

@@ -236,6 +236,7 @@ print([name for name in ("torch", "timm", "torchvision") if name in sys.modules]
 
 def test_names_that_are_read_from_timms_source_are_names_of_timm() -> None:
     import timm
+    import timm.optim
 
     known = names._names_in_source()
     models = set(list_models())

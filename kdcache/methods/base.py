@@ -215,7 +215,7 @@ class Squared(LogitMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class ZScored:
-    """To be named before a method: it then compares z-scores of logits (logit standardization, CVPR 2024, algorithm 1).
+    """A base named before a method, which then compares z-scores of logits (logit standardization, CVPR 2024, algorithm 1).
 
     Algorithm 1 divides by the population's deviation, the published code by the sample's (C - 1): so does the default.
     """
@@ -231,7 +231,7 @@ class ZScored:
 
 @dataclass(frozen=True, kw_only=True)
 class MaxLogitTau(ZScored):
-    """To be named before a method: z-scores are compared at a temperature of each row, (1 + sqrt 3)/2 of its largest.
+    """A base named before a method, which then compares z-scores at a temperature of each row, (1 + sqrt 3)/2 of its largest.
 
     `which`: the teacher's largest score (abstract and section 4.2; it can be cached) or the larger of both (algorithm 1).
     It is detached, and tau is not used.

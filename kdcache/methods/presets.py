@@ -61,7 +61,7 @@ DIST_CODE = "DIST (NeurIPS 2022) and its configurations"
 CTKD_CODE = "scripts of CTKD (AAAI 2023)"
 MLKD_CODE = "configurations of MLKD's code (CVPR 2023)"
 WSLD_CODE = "weighted soft labels (ICLR 2021)"
-# Of the entropies' bound, EA-KD's code has 100 for CIFAR-100, where log C is meant: a preset is what was run.
+# EA-KD's code bounds entropies by 100 for CIFAR-100, where log C is meant. A preset has the values that were run.
 EA_CIFAR = "entropy_tau=3,entropy_bound=100"
 
 # name, method, tau, source
@@ -98,7 +98,7 @@ _FOR_A_DATASET: list[tuple[str, str, float, str]] = [
 
 
 class _Ttm(NamedTuple):
-    """Of a pair in the TTM paper's tables 8 and 9: gamma = 1 / tau, and the weight beta of the loss."""
+    """A pair in the TTM paper's tables 8 and 9: gamma = 1 / tau, and the weight beta of the loss."""
 
     ttm_gamma: float
     ttm_beta: float

@@ -244,7 +244,7 @@ def _streams(specs: Sequence[StudentSpec]) -> Iterator[list[StudentSpec]]:
 
 
 def _packed(students: Sequence[StudentCost], free: int) -> Iterator[Sequence[StudentCost]]:
-    """Of one stream, those that fit into memory at once."""
+    """Students of one stream, in groups that fit into memory at once."""
     for part in groups_that_fit([student.memory for student in students], free):
         yield students[part]
 

@@ -327,11 +327,9 @@ class _Student:
             steps_per_epoch=steps_per_epoch,
             seed=spec.seed,
             device=device,
-            checkpoint_interval=config.runtime.checkpoint_interval,
+            runtime=config.runtime,
             learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
             team=team,
-            channels_last=config.runtime.channels_last,
-            compiled=config.runtime.compile,
         )
         if team.first:
             made_as = timm_config(spec.name, model, normalise, input_size=evaluation.size, class_names=archive.class_names)

@@ -259,7 +259,7 @@ class _Expansion:
 
 
 def _second(block: StudentsSpec, group: Sequence[_Archive], candidates: Sequence[_Archive]) -> _Archive:
-    """Of the archives for second views, that of a group's dataset; of several, that of its teacher, and trained as it was."""
+    """The archive for second views that has a group's dataset. If several have, the one of its teacher, trained as it was."""
     first, candidates = group[0], list(candidates)
     tests: list[Callable[[_Archive], object]] = [lambda archive: archive.config.subject.dataset]
     if len(group) == 1:

@@ -39,7 +39,7 @@ class Rank:
 
     @property
     def share(self) -> float | None:
-        """Of what the processes on this machine use together, such as its CPUs; None if nobody has told how many there are."""
+        """This process's part of the resources that this machine's processes share; None if their number is unknown."""
         return None if self.here is None else 1 / self.here
 
 

@@ -137,7 +137,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that `path`, which need not exist, is or would be on."""
+    """Free bytes of the disk that `path`, which need not exist, is or would be on."""
     return shutil.disk_usage(next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())).free
 
 
@@ -355,14 +355,14 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
 
 
 def _after_the_first(has_begun: Callable[[], bool]) -> None:
-    """Of processes that torchrun started, let the first begin what all of them need: it is the one that tells how far it is."""
+    """Let the first of torchrun's processes begin work that all of them need, since it alone shows progress."""
     deadline = time.monotonic() + HEAD_START
     while not (this_rank().first or has_begun()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _own_share(share: tuple[int, int] | None) -> tuple[int, int] | None:
-    """This process's: processes that torchrun started divide a share among them."""
+    """The share of this process: processes that torchrun started divide a share among them."""
     if share is None:
         return None
     rank = this_rank()

@@ -29,7 +29,7 @@ from kdcache.training.checkpoint import (
     write_checkpoint,
     write_log,
 )
-from kdcache.training.config import TrainConfig
+from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.devices import rng_states, seed_of_process, seeded, set_rng_states
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import make_optimizer
@@ -37,6 +37,7 @@ from kdcache.training.optimizers import make_optimizer
 __all__ = ["Learner", "clip_per_layer"]
 
 LOGIT_MOMENTS = "logit_moments.json"
+USUAL = StudentRuntime()
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ class Learner:
     itself learns, by an optimiser of its own whose rate follows the same schedule.
 
     In a `team`, every process has the same model, steps on its part of each batch, and learns what one process would learn from
-    the whole; the first one writes. `channels_last` and `compiled` (by torch.compile) are about speed.
+    the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster.
     """
 
     def __init__(
@@ -72,19 +73,17 @@ class Learner:
         steps_per_epoch: int,
         seed: int,
         device: torch.device,
-        checkpoint_interval: float = 30.0,
+        runtime: StudentRuntime = USUAL,
         learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         team: Team = ALONE,
-        channels_last: bool = False,
-        compiled: bool = False,
     ) -> None:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
-        self._team, self._compiled = team, compiled
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._team, self._compiled = team, runtime.compile
+        self._format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         if team.size > 1 and device.type == "cuda":
             model = _with_synchronised_norms(model)
         self.model = model.to(device, memory_format=self._format)  # type: ignore[call-overload]
-        forward: Any = torch.compile(self.model) if compiled else self.model
+        forward: Any = torch.compile(self.model) if runtime.compile else self.model
         self._trained = team.wrap(_EachView(forward), device)
         self.optimizer = make_optimizer(self.model, config)
         self.average = _average(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
@@ -98,7 +97,7 @@ class Learner:
         self.status: Literal["training", "complete", "diverged"] = "training"
         self._best: dict[str, Tensor] | None = None
         self._best_top1 = -1.0
-        self._interval = checkpoint_interval
+        self._interval = runtime.checkpoint_interval
         self._saved_at = time.monotonic()
         self._whole = True  # not in the midst of a step
         with seeded(seed if team.first else seed_of_process(seed, team.number)):

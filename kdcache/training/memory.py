@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.models.creation import create_model
-from kdcache.training.config import TrainConfig
+from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner
 
@@ -29,6 +29,8 @@ SPARE = 1.25  # allocated over used temporary memory, since freed blocks do not 
 GROWN = 1.125  # size over contents of a buffer that grows while it is written
 SHARE = 0.8  # share of the free memory for models: these are estimates, and other programs need some
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+NEVER_WRITTEN = StudentRuntime(checkpoint_interval=1e9)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig,
         model, normalise = create_model(name, num_classes, input_size=input_size)
     with tempfile.TemporaryDirectory(prefix="kdcache-footprint-") as folder:
         learner = Learner(
-            Path(folder), model, normalise, config, steps_per_epoch=len(TRIED) + 1, seed=0, device=device, checkpoint_interval=1e9
+            Path(folder), model, normalise, config, steps_per_epoch=len(TRIED) + 1, seed=0, device=device, runtime=NEVER_WRITTEN
         )
         sizes = [_step(learner, count, num_classes, input_size) for count in TRIED]
         gradients = [p.grad for p in learner.parameters if p.grad is not None]

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,16 @@ LOCK = ".lock"  # not in WORK, which is deleted under it
 HASHERS = 2  # threads
 
 
+class Origin(TypedDict, total=False):
+    """What the logits of an archive come from."""
+
+    policy: ViewPolicy | None
+    source: SourceCard | None
+    canvas: CanvasCard | None
+    teacher: TeacherCard | None
+    provenance: dict[str, Any] | None
+
+
 class ArchiveWriter:
     """Writes logits computed anywhere. Opening the same path again resumes; more `num_views` than before appends.
 
@@ -80,7 +90,7 @@ class ArchiveWriter:
     codec, layout: specifications such as `"u8"`, `"hdf5"` or `"zarr:bitshuffle"`.
     shard_rows: rows of a shard; by default 64 MiB of logits, or all samples if that is less.
     first_view: number of the first view, where the archive holds only some of a policy's views.
-    policy, source, canvas, teacher: what the logits come from. Without a policy the archive cannot be replayed.
+    policy, source, canvas, teacher, provenance: what the logits come from. Without a policy the archive cannot be replayed.
 
     Raises IncompatibleError if the folder holds a dump of something else.
     """
@@ -98,12 +108,9 @@ class ArchiveWriter:
         layout: str = "zarr",
         shard_rows: int | None = None,
         first_view: int = 0,
-        policy: ViewPolicy | None = None,
-        source: SourceCard | None = None,
-        canvas: CanvasCard | None = None,
-        teacher: TeacherCard | None = None,
-        provenance: dict[str, Any] | None = None,
+        **origin: Unpack[Origin],
     ) -> None:
+        origin["provenance"] = origin.get("provenance") or {}
         plan = new_plan(
             num_views=num_views,
             num_samples=num_samples,
@@ -112,11 +119,7 @@ class ArchiveWriter:
             layout=layout,
             shard_rows=shard_rows,
             first_view=first_view,
-            policy=policy,
-            source=source,
-            canvas=canvas,
-            teacher=teacher,
-            provenance=provenance or {},
+            **origin,
         )
         self._start(LocalStore(path), plan, samples_record(plan, labels, keys))
 
@@ -166,7 +169,7 @@ class ArchiveWriter:
             growing = begun is not None and begun.num_views > earlier.num_views
             if store.exists(MANIFEST_NAME) and views > earlier.num_views and not growing:
                 shutil.rmtree(store.path(COSTS), ignore_errors=True)  # the manifest has them; left by who was killed after it
-            # Who began a dump is who made it: a resumed dump's bytes are an uninterrupted one's, all but its costs.
+            # The process that began a dump is its maker, so a resumed dump has an uninterrupted one's bytes, all but its costs.
             plan = plan.model_copy(
                 update={
                     "num_views": views,
