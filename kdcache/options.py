@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from kdcache.errors import UsageError, how_to_write
 
 __all__ = [
+    "LARGEST_INTEGER",
     "Bytes",
     "Declared",
     "Floats",

@@ -87,6 +87,13 @@ def test_a_job_of_a_study_is_typed_as_it_is_read(received: Callable[..., Distill
     assert again.given() == {name: value for name, value in config.given().items() if name != "amp"}
 
 
+def test_a_study_sorts_lists_of_numbers_and_nothing_else() -> None:
+    form = TrainSpec.model_validate({"mean": "0.5,0.4,0.5", "decay-epochs": [9, 5, 9], "epochs": "20,5", "seed": "1,0"})
+    assert (form.mean, form.decay_epochs, form.epochs, form.seed) == ((0.5, 0.4, 0.5), (5, 9), (5, 20), (0, 1))
+    named = StudentsSpec.model_validate({"archive": "a", "method": ["wttm", "kd"], "tau": [20, 1]})
+    assert (named.method, named.tau) == (("wttm", "kd"), (1.0, 20.0))
+
+
 def test_flags_win_over_the_environment_and_that_over_a_configuration(
     received: Callable[..., DistillConfig], tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -37,13 +37,14 @@ OF_A_MACHINE = {"allow_drift", "checkpoint_interval", "device", "memory", "paral
 
 
 class _Form(Options):
-    """The order of numbers, and how often one is written, mean nothing."""
+    """In a list of numbers, their order and how often one is written mean nothing."""
 
     @model_validator(mode="after")
     def _sorted(self) -> Self:
-        for name, value in self:
-            if isinstance(value, tuple) and value and not any(isinstance(part, str) for part in value):
-                object.__setattr__(self, name, tuple(sorted(set(value))))
+        for name, field in type(self).model_fields.items():
+            kinds = get_args(field.annotation)
+            if get_origin(field.annotation) is tuple and kinds[-1] is ... and kinds[0] is not str:
+                object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         return self
 
 

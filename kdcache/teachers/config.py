@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from kdcache.archive import ArchivePlan, new_plan
-from kdcache.options import Option, Options, Share, Triple, Usual, integers
+from kdcache.options import LARGEST_INTEGER, Option, Options, Share, Triple, Usual, integers
 from kdcache.training.config import MODEL_FORMS, Runtime, Training, ViewOptions
 
 __all__ = ["DumpConfig", "DumpRecipe", "TeacherAndData", "TeacherConfig"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
-Seed = Annotated[int, Field(ge=0, le=(1 << 64) - 1)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 Durations = Annotated[
     tuple[int, ...] | Literal["paper"], BeforeValidator(lambda value: value if value == "paper" else integers(value))
 ]
