@@ -117,6 +117,7 @@ _WRITTEN = {
     "too_short": "give at least {min_length}",
     "list_type": "give a list, such as [a, b]",
     "tuple_type": "give a list, such as [a, b]",
+    "option": "write for example {example}",
 }
 
 

@@ -218,7 +218,7 @@ def test_ten_thousand_students_are_planned(planned) -> None:
     [
         ({"students": [students(taus=[1])]}, "unknown field students.0.taus"),
         ({"students": [students(archive="two")]}, "'two'"),
-        ({"students": [students(tau=["warm"])]}, "students.0.tau.0 = warm"),
+        ({"students": [students(tau=["warm"])]}, "students.0.tau = ['warm']"),
         ({"students": [students(tau=[1e9])]}, "tau 1e+09"),
         ({"students": [students(seed="3-1")]}, "students.0.seed"),
         ({"students": [students(method="kdd")]}, "unknown method 'kdd'"),
@@ -263,7 +263,7 @@ def test_a_close_match_is_offered_for_a_field(planned) -> None:
     [
         ({"students": [students(sched="cosin")]}, "use 'cosine' or 'step'"),
         ({"students": [students(epochs=0)]}, "give a number that is at least 1"),
-        ({"students": [students(epochs="x")]}, "give a whole number, such as 3"),
+        ({"students": [students(epochs="x")]}, "write for example 0-2"),
         ({"students": [students(amp="perhaps")]}, "give true or false"),
         ({"students": [students(student=[])]}, "give at least 1"),
         ({"students": "x"}, "give a list, such as [a, b]"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, unknown_name
 from kdcache.options import Option, Options, Temperatures, integers
@@ -37,15 +38,23 @@ OF_A_MACHINE = {"allow_drift", "checkpoint_interval", "device", "memory", "paral
 
 
 class _Form(Options):
-    """In a list of numbers, their order and how often one is written mean nothing."""
+    """An option that is null is not given. In a list of numbers, their order and how often one is written mean nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _sorted(self) -> Self:
         for name, field in type(self).model_fields.items():
-            kinds = get_args(field.annotation)
-            if get_origin(field.annotation) is tuple and kinds[-1] is ... and kinds[0] is not str:
+            if _is_list(field) and get_args(field.annotation)[0] is not str:
                 object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         return self
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple and get_args(field.annotation)[-1] is ...
 
 
 def form(config: type[Options], *, without: Sequence[str] = (), several: Mapping[str, Any]) -> Any:
@@ -55,7 +64,8 @@ def form(config: type[Options], *, without: Sequence[str] = (), several: Mapping
         if option in several:
             fields[option] = (Annotated[several[option], declared.option], ())
         elif option not in {*OF_A_JOB, *OF_A_MACHINE, *without}:
-            fields[option] = (declared.field.annotation, declared.field)
+            kind = declared.field.annotation
+            fields[option] = (Annotated[kind, Field(min_length=1)] if _is_list(declared.field) else kind, declared.field)
     return create_model(f"_{config.__name__}Form", __base__=_Form, __module__=__name__, **fields)
 
 
