@@ -307,6 +307,20 @@ OF_THE_MACHINE = {"--device", "--workers", "--renderer", "--home", "--data-dir",
 OF_THE_MACHINE |= {"--dry-run", "--json", "--help"}
 
 
+# Commands that no job of a study runs.
+BY_HAND = {"kdcache", "quickstart", "finalize", "convert", "plan", "ls", "info", "view", "verify", "diff", "push", "pull", "sign"}
+BY_HAND |= {"export", "study", "study run", "study plan", "study job", "models", "datasets", "methods", "policy", "bench"}
+
+
+def test_every_command_is_run_by_studies_or_by_hand() -> None:
+    from tests.test_architecture import command_line
+
+    lines = command_line()
+    assert set(lines) == BY_HAND | {*OF_A_STUDY, "report"}
+    flags = {option.split()[0] for option in lines["report"]} - OF_THE_MACHINE
+    assert flags == {"runs", "--output", "--study", "--smoke"}, "a study says all of this itself"
+
+
 @pytest.mark.parametrize(
     ("spec", "command"),
     [(TrainSpec, "train-teacher"), (DumpSpec, "dump-teacher"), (StudentsSpec, "distill"), (StatsSpec, "stats")],

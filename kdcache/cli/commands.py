@@ -22,7 +22,7 @@ __all__ = ["Commands", "Of"]
 
 DECLARED = {
     "DistillConfig": "kdcache.students.config",
-    "Drawing": "kdcache.training.config",
+    "RenderOptions": "kdcache.training.config",
     "DumpConfig": "kdcache.teachers.config",
     "PlanConfig": "kdcache.students.config",
     "Runtime": "kdcache.training.config",

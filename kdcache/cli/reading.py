@@ -167,7 +167,7 @@ def verify(
         Path | None, typer.Option("--signed-by", help="Also check the signature, by this public key in PEM.")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
-    renderer: Annotated[Any, Of("Drawing", "renderer")] = "auto",
+    renderer: Annotated[Any, Of("RenderOptions", "renderer")] = "auto",
     skip_corrupt: SkipCorruptOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),

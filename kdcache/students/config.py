@@ -7,7 +7,7 @@ from pydantic import Field
 from kdcache.archive import Average
 from kdcache.options import Integers, Names, Option, Options, Several, Temperatures, Words
 from kdcache.teachers.config import DumpRecipe, TeacherAndData
-from kdcache.training.config import MODEL_FORMS, Drawing, Memory, StudentRuntime, StudentTraining
+from kdcache.training.config import MODEL_FORMS, Memory, RenderOptions, StudentRuntime, StudentTraining
 
 __all__ = ["DistillConfig", "Grid", "PlanConfig"]
 
@@ -60,5 +60,5 @@ class PlanConfig(Options):
     grid: Grid = Grid()
     samples: Annotated[Annotated[int, Field(ge=2)] | None, Option("Training images, of a dataset that is not here.")] = None
     classes: Annotated[Annotated[int, Field(ge=2)] | None, Option("Classes, of a dataset that is not here.")] = None
-    drawing: Drawing = Drawing()
+    drawing: RenderOptions = RenderOptions()
     room: Memory = Memory()

@@ -37,7 +37,7 @@ OF_A_JOB |= {"teacher", "teacher_epochs", "teacher_folder"}
 OF_A_MACHINE = {"allow_drift", "checkpoint_interval", "device", "memory", "parallel", "renderer", "workers"}
 
 
-class _Form(Options):
+class _StudyForm(Options):
     """An option that is null is not given. In a list of numbers, their order and how often one is written mean nothing."""
 
     @model_validator(mode="before")
@@ -66,7 +66,7 @@ def form(config: type[Options], *, without: Sequence[str] = (), several: Mapping
         elif option not in {*OF_A_JOB, *OF_A_MACHINE, *without}:
             kind = declared.field.annotation
             fields[option] = (Annotated[kind, Field(min_length=1)] if _is_list(declared.field) else kind, declared.field)
-    return create_model(f"_{config.__name__}Form", __base__=_Form, __module__=__name__, **fields)
+    return create_model(f"_{config.__name__}Form", __base__=_StudyForm, __module__=__name__, **fields)
 
 
 class _Data(BaseModel):

@@ -14,8 +14,8 @@ from kdcache.options import Bytes, Floats, Integers, Names, Option, Options
 from kdcache.views.policy import RendererChoice
 
 __all__ = [
-    "Drawing",
     "Memory",
+    "RenderOptions",
     "Runtime",
     "StudentRuntime",
     "StudentTraining",
@@ -109,7 +109,7 @@ class ViewOptions(Options):
     canvas: Annotated[Annotated[int, Field(ge=8)] | None, Option("Side of the decoded images in pixels [the dataset's].")] = None
 
 
-class Drawing(Options):
+class RenderOptions(Options):
     """Which device does the work, and how it draws views."""
 
     panel: ClassVar[str] = "Where and how fast"
@@ -118,7 +118,7 @@ class Drawing(Options):
     renderer: Annotated[RendererChoice, Option("How views are drawn, all to the same bytes; auto: the faster one here.")] = "auto"
 
 
-class Runtime(Drawing):
+class Runtime(RenderOptions):
     """Where a command works and how fast, which changes no result on a CPU."""
 
     workers: Annotated[int, Field(ge=0), Option("Processes that render views ahead; 0 renders inline.", short="-j")] = 0
