@@ -236,8 +236,8 @@ def integers(value: Any) -> tuple[int, ...]:
     """`0-2,5` as 0, 1, 2, 5."""
     numbers: list[int] = []
     try:
-        for part in listed(value):
-            first, dash, last = part.partition("-") if isinstance(part, str) else (part, "", "")
+        for part in value.split(",") if isinstance(value, str) else listed(value):
+            first, dash, last = part.strip().partition("-") if isinstance(part, str) else (part, "", "")
             if isinstance(part, bool | float):
                 raise ValueError(part)
             span = range(int(first), int(last if dash else first) + 1)

@@ -307,7 +307,7 @@ def test_a_killed_download_is_taken_up_by_the_next_command(site: FaultyServer, t
     download = DATASETS["cifar10"].download  # type: ignore[attr-defined]
     code = (
         "import sys, pathlib; from kdcache.datasets import DATASETS, fetching; "
-        f"dataset['cifar10'].download = fetching.Download({download.url!r}, {download.md5!r}, 1); "
+        f"DATASETS['cifar10'].download = fetching.Download({download.url!r}, {download.md5!r}, 1); "
         f"DATASETS.build('cifar10').open(pathlib.Path({str(tmp_path / 'data')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

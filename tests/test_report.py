@@ -38,7 +38,7 @@ def demo(folder: Path) -> kdcache.Archive:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports with empty figures, for tests that look at the words: to draw them takes nearly all of the time."""
-    monkeypatch.setattr("kdcache.report.html.render", lambda drawing, name: (b"<svg></svg>", b""))
+    monkeypatch.setattr("kdcache.report.html.render_figure", lambda drawing, name: (b"<svg></svg>", b""))
 
 
 def table_of(tmp_path: Path) -> Table:

@@ -28,6 +28,7 @@ def outcomes() -> set[tuple[str, str, str]]:
     return set(re.findall(r"^(PASSED|FAILED|ERROR) \S+::(\w+)::(\w+)", finished.stdout, flags=re.MULTILINE))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", FOUND_BY)
 def test_a_sound_component_keeps_its_contract(outcomes: set[tuple[str, str, str]], kind: str) -> None:
     mine = {(outcome, test) for outcome, name, test in outcomes if name == f"TestSound{kind}"}

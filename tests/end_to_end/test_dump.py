@@ -245,7 +245,7 @@ def test_the_rows_of_a_shard_are_held_once():
     logits = np.zeros((batch, classes), np.float32)
     tracemalloc.start()
     try:
-        collected = inference._Rows()
+        collected = inference._ShardRows()
         for _ in range(rows // batch):
             collected.add(item, logits.copy(), rows)
         _, peak = tracemalloc.get_traced_memory()

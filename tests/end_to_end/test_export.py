@@ -225,7 +225,7 @@ def test_a_pushed_model_is_loaded_from_the_hub(shop, hub, kdcache, tmp_path):
     run, out = only(shop, "runs/*/test_vit--*"), tmp_path / "out"
     unknown = kdcache("export", run, "--push", "team/student", "--output", out)
     assert unknown.status == 2
-    assert "--license weights=NAME" in unknown.err
+    assert "--license data=NAME,weights=NAME" in unknown.err
     assert not out.exists()
     assert not content.repos
     tried = kdcache("export", run, "--push", "team/student", *TERMS, "--output", out, "--dry-run")

@@ -114,7 +114,7 @@ def test_channels_last_and_compiled_students_learn_the_same(few_home, few_archiv
     ours, theirs = rows(runs[1]), rows(runs[0])
     for key in ("train_loss", "test_loss", "grad_norm"):
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-2)
-    assert args_of(runs[1])["compiled"]
+    assert args_of(runs[1])["compile"]
     assert args_of(runs[1])["channels_last"]
 
 

@@ -70,6 +70,7 @@ def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(few_home, fe
         same_run(only(home, pattern), only(whole, pattern))
 
 
+@pytest.mark.exhaustive
 def test_second_views_from_an_archive_of_a_stronger_policy(home, archive, kdcache):
     strong = home / "archives" / "strong"
     policy = "digits:randaugment.n=3"

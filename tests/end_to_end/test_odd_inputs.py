@@ -26,8 +26,12 @@ def three_lines(result, words=""):
         (["--teacher", "test_vit", "--device", "cuda:77"], 2, "'cuda:77'"),
         (["--teacher", "test_vit", "--seed", str(1 << 64)], 2, "--seed"),
         (["--teacher", "test_vit", "--seed", "-1"], 2, "--seed"),
-        (["--teacher", "test_vit", "--lr", "0"], 2, "lr = 0"),
-        (["--teacher", "test_resnet", "--batch-size", "1"], 2, "batch_size = 1"),
+        (["--teacher", "test_vit", "--lr", "0"], 2, "--lr '0'"),
+        (
+            ["--teacher", "test_resnet", "--batch-size", "1"],
+            2,
+            "'--batch-size' / '-b': Input should be greater than or equal to 2",
+        ),
     ],
 )
 def test_a_teacher_that_cannot_be_trained_leaves_nothing_behind(trained, tmp_path, kdcache, arguments, status, words):
@@ -93,8 +97,7 @@ def test_without_a_command_the_help_is_shown(kdcache):
     "command",
     [
         ["info"],
-        ["models", "*"],
-        *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (["info", "--json"], ["--help"])),
+        *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (["models", "*"], ["info", "--json"], ["--help"])),
     ],
 )
 def test_a_reader_that_has_seen_enough_is_no_error(trained, command):

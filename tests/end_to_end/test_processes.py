@@ -96,6 +96,7 @@ def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_
             assert max(np.abs(weights[key] - expected[key]).max() for key in expected) < 1e-4, (name, file)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_stop_together_and_go_on_together(few_home, few_archive, tmp_path):
     home = few_home

@@ -50,6 +50,7 @@ def records(home: Path) -> dict[str, dict[str, object]]:
     return {file.name.partition("-")[0]: json.loads(file.read_text()) | {"file": file} for file in files}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_study_runs_tells_what_failed_and_goes_on_with_what_is_missing(tmp_path, kdcache, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -99,6 +100,7 @@ def test_a_study_runs_tells_what_failed_and_goes_on_with_what_is_missing(tmp_pat
     assert [job["done"] for job in json.loads(planned.out)["jobs"]] == [True, True, False, True], "what was deleted is missing"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_study_that_is_interrupted_ends_its_jobs_and_goes_on_later(tmp_path):
     file = written(tmp_path, archives={"digits": STUDY["archives"]["digits"] | {"train": {"epochs": 500}}})

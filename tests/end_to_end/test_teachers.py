@@ -306,7 +306,8 @@ def test_cifars_own_models_are_trained_as_they_were_published(datasets_in_small,
 
 
 def test_recipes_are_the_published_ones():
-    assert (RECIPES["crd"].epochs, RECIPES["crd"].batch_size, RECIPES["crd"].weight_decay) == (240, 64, 5e-4)
+    crd = TrainConfig(**RECIPES["crd"].training, epochs=RECIPES["crd"].epochs)
+    assert (crd.epochs, crd.batch_size, crd.weight_decay, crd.decay_all) == (240, 64, 5e-4, True)
     assert Pets.recipe.durations == (20, 50, 200, 400)
     assert CIFAR100.recipe.durations == (40, 100, 200, 400)
     assert (ImageNet.recipe.teacher_epochs, Folder.recipe.durations) == (0, ())

@@ -46,6 +46,7 @@ def test_settings_added_later_leave_the_identity_of_runs_as_it_was():
     assert TrainConfig(epochs=3, amp=True).identity() == {"epochs": 3, "amp": True}
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_with_all_of_it_ends_as_if_it_had_not_been(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     home = few_home
     how = ["--model-ema-decay", "0.9", "--amp", "--sched", "step", "--decay-epochs", "1", "--opt", "sgd", "--epochs", "2"]
@@ -61,7 +62,7 @@ def test_an_interrupted_run_with_all_of_it_ends_as_if_it_had_not_been(few_home, 
     assert (runs[0] / "ema.safetensors").read_bytes() != (runs[0] / "last.safetensors").read_bytes()
     assert all(0 <= row["ema_top1"] <= 100 for row in rows(runs[0]))
     args = yaml.safe_load((runs[0] / "args.yaml").read_text())
-    assert (args["amp"], args["ema_decay"]) == (True, 0.9)
+    assert (args["amp"], args["model_ema_decay"]) == (True, 0.9)
 
 
 class _Tiny(torch.nn.Module):
