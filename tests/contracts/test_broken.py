@@ -36,6 +36,7 @@ def test_a_sound_component_keeps_its_contract(outcomes: set[tuple[str, str, str]
     assert {outcome for outcome, _ in mine} == {"PASSED"}, mine
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", FOUND_BY)
 def test_a_broken_component_is_found_by_the_test_of_what_it_does_wrong(outcomes: set[tuple[str, str, str]], kind: str) -> None:
     mine = {(outcome, test) for outcome, name, test in outcomes if name == f"TestBroken{kind}"}
