@@ -105,13 +105,9 @@ def build(name: str, function: Callable[..., None]) -> Any:
 # ---------------------------------------------------------------- flags
 
 
-class _Names(dict[str, Any]):
-    """The classes of options by name, imported when one is looked up."""
-
-    def __missing__(self, name: str) -> Any:
-        if name not in DECLARED:
-            raise KeyError(name)
-        return getattr(importlib.import_module(DECLARED[name]), name)
+def _declared(name: str) -> Any:
+    """A class of options."""
+    return getattr(importlib.import_module(DECLARED[name]), name)
 
 
 def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -120,15 +116,12 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
     flags: list[inspect.Parameter] = [inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in inspect.signature(function).parameters.items():
         kind = parameter.annotation
-        if isinstance(kind, str):
-            kind = eval(kind, function.__globals__, _Names())
         single = next((part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Of)), None)
         if single is not None:
-            declared = _Names()[single.options].declared()[single.name]
-            flags.append(_flag(declared).replace(name=name))
-        elif hasattr(kind, "declared"):
-            classes[name] = kind
-            flags += [_flag(declared) for declared in kind.declared().values()]
+            flags.append(_flag(_declared(single.options).declared()[single.name]).replace(name=name))
+        elif isinstance(kind, str):
+            classes[name] = _declared(kind)
+            flags += [_flag(declared) for declared in classes[name].declared().values()]
         else:
             flags.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
 
@@ -172,7 +165,7 @@ def _flag(declared: Any) -> inspect.Parameter:
     spellings = [f"{flag}/{option.off}" if option.off else flag, *filter(None, [option.short])]
     default = field.get_default(call_default_factory=True)
     required, text = field.is_required(), option.help
-    if declared.usual and kind is not bool:
+    if declared.usual and (kind is not bool or option.off):
         default, text = None, text if default is None else f"{text.removesuffix('.')} [{declared.usual}]."
     elif kind is str and not isinstance(default, str):
         default = as_text(default) or None if isinstance(default, tuple) else default
