@@ -394,6 +394,7 @@ class Killed(BaseException):
     """Instead of `kill -9`: nothing in kdcache catches it."""
 
 
+@pytest.mark.exhaustive
 def test_while_views_are_appended_the_old_archive_stays_whole_whenever_that_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +509,7 @@ def start(path: Path, command: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", DUMP, str(path), command], text=True, cwd=root, **options)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("limit", [40, 1500])  # too small for any array of a shard, or for the metadata at the end
 def test_a_full_disk_is_a_retry_and_what_was_finished_is_kept(tmp_path: Path, finished: Path, limit: int) -> None:
     path = tmp_path / "a"

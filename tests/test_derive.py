@@ -58,6 +58,7 @@ def same_rows(one: Archive, other: Archive, views: range) -> None:
             np.testing.assert_array_equal(getattr(other.read(view, 0, SAMPLES), field), values)
 
 
+@pytest.mark.exhaustive
 def test_an_archive_goes_through_every_layout_and_comes_back_byte_for_byte(source: Archive, tmp_path: Path) -> None:
     latest = source
     for number, layout in enumerate([*SPECS, *reversed(SPECS), "zarr"]):

@@ -331,6 +331,7 @@ def test_report_files(written: tuple[Path, Report, Watch]) -> None:
     assert all(row["run_folder"] and len(row["archive_digest"]) == 64 and row["last_student_entropy"] == "0.5" for row in rows)
 
 
+@pytest.mark.exhaustive
 def test_figures_are_the_same_bytes_again(written: tuple[Path, Report, Watch], tmp_path: Path) -> None:
     folder, first, _ = written
     second = write_report([folder / "runs"], tmp_path / "again")
@@ -397,6 +398,7 @@ def test_strings_from_the_runs_are_text(make_run: RunFolders, tmp_path: Path) ->
     assert all(path.parent == tmp_path / "out/figures" for path in report.figures)
 
 
+@pytest.mark.exhaustive
 def test_dollar_signs_in_names_are_drawn_as_they_are(make_run: RunFolders, tmp_path: Path) -> None:
     """Between two of them matplotlib sees a formula, and this one is broken."""
     evil, made = "$\\frac{$", {"teacher": "a$_$b$", "dataset": "$^^$"}

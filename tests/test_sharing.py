@@ -744,6 +744,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_stopped(server: FaultyServer, p
     assert not finished & shards & {path.removeprefix("/a/") for path in server.sent}
 
 
+@pytest.mark.exhaustive
 def test_a_push_that_was_killed_goes_on_where_it_stopped(s3: FaultyServer, public: Archive, tmp_path: Path) -> None:
     url = "s3://bucket/killed/a"
     content, blocked = s3.content, "/bucket/killed/a/logits/c/3/1/0"

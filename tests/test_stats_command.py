@@ -126,6 +126,7 @@ def test_archives_without_logits_show_what_is_recorded(archive: Archive, tmp_pat
         assert (refused.status, "holds no logits" in refused.err) == (5, True)
 
 
+@pytest.mark.exhaustive
 def test_figures_go_into_a_folder_or_onto_one_page(archive: Archive, tmp_path: Path, stats: Callable[..., Outcome]) -> None:
     names = ["entropy-histograms", "entropy-over-tau", "logit-moments", "sorted-softmax"]
     out = stats(archive.path, "--tau", "1,10", "--plot", tmp_path / "figures").out

@@ -205,6 +205,7 @@ def test_the_smoke_version_replaces_options_and_single_values(planned) -> None:
     assert len(plan.jobs) == len(planned(SMALL).jobs)
 
 
+@pytest.mark.exhaustive
 def test_ten_thousand_students_are_planned(planned) -> None:
     block = students(tau=[1 + n / 10 for n in range(50)], seed="0-24", control=["none", "ls-global", "bottom:2", "bottom:3"])
     assert planned(changed(students=[block])).students == 10_000

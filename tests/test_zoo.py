@@ -89,6 +89,7 @@ def test_parameters_and_maps_are_those_of_the_papers(named: tuple[str, CifarNet]
             assert model.forward_head(maps).shape == (2, 100)
 
 
+@pytest.mark.exhaustive
 def test_gradients_reach_every_parameter(named: tuple[str, CifarNet]) -> None:
     name, model = named
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -53,6 +53,7 @@ def test_run_folders_say_everything(distilled):
     assert moments["std"] == pytest.approx(rows[-1]["logit_std"], abs=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, kdcache, tmp_path):
     arguments = ["--tau", "4", "--student", "test_resnet", "--epochs", "2", "--archive", archive, "--checkpoint-interval", "0"]
@@ -88,6 +89,7 @@ def test_a_damaged_configuration_of_a_run_is_not_written_over(distilled, kdcache
     assert args.read_bytes() == content.encode(errors="surrogateescape")
 
 
+@pytest.mark.exhaustive
 def test_an_archive_may_be_named_by_a_dot(home, archive, kdcache, monkeypatch):
     monkeypatch.chdir(archive)
     assert kdcache("distill", "--archive", ".", "--tau", 4, *STUDENT, "--home", home).status == 0

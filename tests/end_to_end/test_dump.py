@@ -34,6 +34,7 @@ from tests.end_to_end.conftest import DUMP, data_files, start, until
 from tests.end_to_end.forks import Started
 
 
+@pytest.mark.exhaustive
 def test_workers_and_start_view_change_no_byte(home, archive, kdcache, tmp_path):
     other = tmp_path / "other"
     result = kdcache(*DUMP, "--views", 3, "--workers", 2, "--start-view", 1, "--home", home, "--output", other)
@@ -43,6 +44,7 @@ def test_workers_and_start_view_change_no_byte(home, archive, kdcache, tmp_path)
     assert open_archive(other).manifest.digest == open_archive(archive).manifest.digest
 
 
+@pytest.mark.exhaustive
 def test_both_renderers_give_the_same_archive(home, kdcache, tmp_path):
     policy = "cifar:jitter.hue=0.1,jitter.brightness=0.4,erase.probability=0.3,filter=bicubic,crop.kind=inception"
     contents = []
@@ -53,6 +55,7 @@ def test_both_renderers_give_the_same_archive(home, kdcache, tmp_path):
     assert contents[0] == contents[1]
 
 
+@pytest.mark.exhaustive
 def test_batch_size_keeps_the_views_and_moves_logits_by_two_steps_at_most(home, kdcache, tmp_path):
     archives = []
     for size in (32, 100):
@@ -307,6 +310,7 @@ def test_shards_are_claimed_when_their_turn_comes(tmp_path, canvas):
     assert writer.finalize().verify().ok
 
 
+@pytest.mark.exhaustive
 def test_an_unfinished_dump_keeps_the_views_it_was_begun_with_and_says_so(home, kdcache, tmp_path):
     process = Started(*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "a")
     while not list((tmp_path / "a/.dump/shards").glob("*.json")):
@@ -322,6 +326,7 @@ def test_an_unfinished_dump_keeps_the_views_it_was_begun_with_and_says_so(home, 
     assert open_archive(tmp_path / "a").num_views == 12
 
 
+@pytest.mark.exhaustive
 def test_the_teachers_noise_is_measured_once_and_never_where_there_is_none(home, archive, kdcache, tmp_path, monkeypatch):
     noise = open_archive(archive).manifest.teacher.noise
     assert (noise.views, noise.kl_max, noise.max_logit_difference) == (256, 0, 0)

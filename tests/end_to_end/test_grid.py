@@ -87,6 +87,7 @@ def test_students_that_do_not_fit_into_memory_are_trained_in_groups(few_home, fe
         same_run(run, next(apart.glob(f"runs/*/{name}")))
 
 
+@pytest.mark.exhaustive
 def test_testing_every_few_epochs_changes_no_weights(few_home, few_archive, kdcache, tmp_path):
     often, seldom = tmp_path / "often", tmp_path / "seldom"
     common = ["distill", *SHORT[:-1], "3", "--archive", few_archive]
@@ -102,6 +103,7 @@ def test_testing_every_few_epochs_changes_no_weights(few_home, few_archive, kdca
     assert summaries[1]["best_top1"] == max(top for top in tested[1] if top is not None)
 
 
+@pytest.mark.exhaustive
 def test_channels_last_and_compiled_students_learn_the_same(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a minute of C++
     common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--opt", "sgd", "--lr", "0.01"]
@@ -132,6 +134,7 @@ def test_a_model_that_cannot_be_compiled_is_three_lines(few_home, few_archive, k
     assert "fix: leave --compile out" in result.err
 
 
+@pytest.mark.exhaustive
 def test_a_grid_of_ten_thousand_students_is_planned_quickly(few_home, few_archive):
     """Not timed: it ends at all, which one that read an archive for every student would not."""
     grid = Grid(tau=range(1, 101), seed=range(100), student=["test_resnet"])

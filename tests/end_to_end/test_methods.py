@@ -52,6 +52,7 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
     assert yaml.safe_load((run / "args.yaml").read_text())["batch_order"].endswith("seed 0, batches of 719, the last one dropped")
 
 
+@pytest.mark.exhaustive
 def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     home = few_home
     arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_vit", "--epochs", 2]

@@ -59,6 +59,7 @@ def runs(home):
     return {folder.name: folder for folder in sorted(home.glob("runs/*/*--seed*"))}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_divide_the_students_and_change_none_of_them(few_home, few_archive, kdcache, tmp_path):
     grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4", "--seed", "0,1"]

@@ -100,6 +100,7 @@ def test_timms_tasks_keep_an_average_of_a_student_from_the_cache(home, archive):
     assert not all(torch.equal(a, b) for a, b in zip(average.module.parameters(), student.parameters(), strict=True))
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_keeps_what_is_finished(home, tmp_path, kdcache):
     arguments = [*DUMP, "--views", 12, "--home", home, "--output", tmp_path / "archive"]
     process = Started(*arguments)

@@ -7,6 +7,7 @@ from tests.servers import Fault, FaultyServer
 STUDENT = ["--student", "test_vit", "--epochs", "1", "--batch-size", "640", "--tau", "4"]
 
 
+@pytest.mark.exhaustive
 def test_distill_from_a_url_equals_distill_from_the_folder(home, archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
     assert kdcache("distill", *STUDENT, "--home", home).status == 0

@@ -49,6 +49,7 @@ def test_ctrl_c_at_any_step_keeps_all_of_them(few_home, few_archive, kdcache, un
         same_run(home / one.relative_to(uninterrupted), one)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_goes_on_records_what_it_went_on_with(few_home, kdcache, monkeypatch):
     step, steps, home = Learner.step, [], few_home
     arguments = ["distill", "--tau", "4", *FEW, "--epochs", "5", "--home", home]

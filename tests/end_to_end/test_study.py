@@ -148,6 +148,7 @@ def test_what_a_killed_study_has_started_is_not_started_twice(tmp_path, monkeypa
     assert (folder / "logs/report-00000000.log").read_text().count("$ kdcache --version") == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_jobs_at_once_have_gpus_of_their_own_and_no_job_runs_twice(tmp_path):
     three = {"dataset": "digits", "teacher": ["test_vit", "test_resnet", "test_convnext"], "train": {"epochs": 500}}

@@ -130,6 +130,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(tmp_path):
     assert torch.equal(step(again), expected)
 
 
+@pytest.mark.exhaustive
 def test_students_start_from_trained_models_and_files(home, archive, kdcache):
     teacher = ["train-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--epochs", "2", "--home", home]
     common = ["distill", *SHORT, "--student", "test_resnet", "--epochs", "1", "--lr", "1e-5", "--home", home]

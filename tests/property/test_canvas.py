@@ -224,6 +224,7 @@ def test_who_waited_for_a_process_that_was_killed_goes_on_in_its_place(
     assert load_canvas(Folder(str(root)), "train", SIZE, home).intact
 
 
+@pytest.mark.exhaustive
 @given(data=st.data())
 def test_files_cut_short_by_a_crash_never_end_in_wrong_pixels(
     image_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -314,6 +314,7 @@ def test_brightness_contrast_and_saturation_are_torchvisions_at_any_factor(
         np.testing.assert_array_equal(view, from_pil(ADJUST[operation](to_pil(image), factor / UNIT)))
 
 
+@pytest.mark.exhaustive
 def test_hue_is_torchvisions_at_every_level(renderer: Renderer) -> None:
     images = pictures(8, 13)
     for levels in range(-127, 128):

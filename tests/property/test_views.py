@@ -364,6 +364,7 @@ def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8], 
         np.testing.assert_array_equal(view, padded[:, 4 + dy : 44 + dy, 4 + dx : 44 + dx])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("bins", "interpolation", "fill", "size", "step"),
     [
