@@ -1,5 +1,6 @@
 """Students of an archive that lies behind a server are those of the folder."""
 
+import pytest
 import yaml
 
 from tests.servers import Fault, FaultyServer
