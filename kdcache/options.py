@@ -183,9 +183,9 @@ def _spellings(kind: type[Options]) -> set[str]:
 
 
 def as_text(value: Any) -> str:
-    """A value as it is typed on the command line; of several, each once."""
+    """A value as it is typed on the command line."""
     if isinstance(value, tuple):
-        return ",".join(map(as_text, dict.fromkeys(value)))
+        return ",".join(map(as_text, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -90,7 +90,9 @@ def test_a_job_of_a_study_is_typed_as_it_is_read(received: Callable[..., Distill
 def test_a_study_sorts_lists_of_numbers_and_nothing_else() -> None:
     form = TrainSpec.model_validate({"mean": "0.5,0.4,0.5", "decay-epochs": [9, 5, 9], "epochs": "20,5", "seed": "1,0"})
     assert (form.mean, form.decay_epochs, form.epochs, form.seed) == ((0.5, 0.4, 0.5), (5, 9), (5, 20), (0, 1))
-    named = StudentsSpec.model_validate({"archive": "a", "method": ["wttm", "kd"], "tau": [20, 1]})
+    config = TeacherConfig(teacher="t", dataset="d", **form.given() | {"epochs": (5,), "seed": 1})
+    assert config.arguments()[-2:] == ["--mean", "0.5,0.4,0.5"]
+    named = StudentsSpec.model_validate({"archive": "a", "method": ["wttm", "kd", "kd"], "tau": [20, 1]})
     assert (named.method, named.tau) == (("wttm", "kd"), (1.0, 20.0))
 
 

@@ -38,7 +38,7 @@ OF_A_MACHINE = {"allow_drift", "checkpoint_interval", "device", "memory", "paral
 
 
 class _StudyForm(Options):
-    """An option that is null is not given. In a list of numbers, their order and how often one is written mean nothing."""
+    """An option that is null is not given. Repetitions in lists mean nothing, nor does the order of numbers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,10 +46,11 @@ class _StudyForm(Options):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
-    def _sorted(self) -> Self:
+    def _tidied(self) -> Self:
         for name, field in type(self).model_fields.items():
-            if _is_list(field) and get_args(field.annotation)[0] is not str:
-                object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+            if _is_list(field):
+                values = dict.fromkeys(getattr(self, name))
+                object.__setattr__(self, name, tuple(values if get_args(field.annotation)[0] is str else sorted(values)))
         return self
 
 

@@ -105,12 +105,8 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
         teacher = existing_teacher(plan, workspace, progress)
-        path, samples, classes, views = (
-            _folder(plan, teacher, workspace),
-            len(plan.canvas),
-            plan.canvas.card.class_names,
-            plan.views,
-        )
+        path, views = _folder(plan, teacher, workspace), plan.views
+        samples, classes = len(plan.canvas), plan.canvas.card.class_names
         missing = "weights as they are would be tested first" if _epochs(config, source) == 0 else "it would be trained first"
         trained = teacher.folder if teacher else f"none yet: {missing}"
     else:
