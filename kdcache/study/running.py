@@ -76,14 +76,14 @@ def study_place(name: str, workspace: Workspace) -> Place:
 
 def command_of(job: Job, place: Place, workspace: Workspace) -> str:
     """A job's command line to paste, where the outputs that it works on are there; else with the names of their jobs."""
-    return shlex.join(["kdcache", *_arguments(job, place, workspace, missing=lambda one: [f"{{{one}}}"])])
+    return shlex.join(["kdcache", *_arguments(job, place, workspace, missing=lambda needed: [f"{{{needed}}}"])])
 
 
 def _arguments(job: Job, place: Place, workspace: Workspace, missing: Callable[[str], list[str]]) -> list[str]:
     arguments: list[str] = []
     for argument in job.arguments:
-        placeholder = re.fullmatch(r"\{(\w+-[0-9a-f]{8})\}", argument)
-        arguments += (place.outputs(placeholder[1]) or missing(placeholder[1])) if placeholder else [argument]
+        of_job = re.fullmatch(r"\{(\w+-[0-9a-f]{8})\}", argument)
+        arguments += (place.outputs(of_job[1]) or missing(of_job[1])) if of_job else [argument]
     if job.needs_gpu:  # what works on images
         arguments += ["--home", str(workspace.home.absolute())]
         arguments += ["--data-dir", str(workspace.data_dir.absolute())] if workspace.data_dir else []
