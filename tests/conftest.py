@@ -64,11 +64,17 @@ GRIDS = {
 }
 
 
+# Contract tests that take long for each component.
+LONG = {"test_any_other_content_has_another_digest"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Grids are thinned. Files with slow tests come first, so that workers, which get whole files, end at about the same time."""
     grids: dict[str, list[Any]] = {}
     for item in items:
+        if getattr(item, "originalname", None) in LONG:
+            item.add_marker(pytest.mark.exhaustive)
         if item.get_closest_marker("grid") or getattr(item, "originalname", None) in GRIDS:
             grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for grid in grids.values():

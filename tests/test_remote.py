@@ -491,6 +491,7 @@ def test_a_damaged_file_in_the_cache_is_noticed_and_replaced(server, archives):
     assert len(server.asked(SHARD)) == 2
 
 
+@pytest.mark.exhaustive
 def test_processes_share_one_download(server):
     server.faults = {"": Fault(drip=(4096, 0.02))}
     code = "import sys; from kdcache.archive import open_archive; print(open_archive(sys.argv[1]).read(1, 0, 600).logits.sum())"

@@ -594,6 +594,7 @@ def test_other_terms_are_sent_to_a_bucket_without_the_shards(s3: FaultyServer, m
     assert ".push.json" not in open_remote(url).names()
 
 
+@pytest.mark.exhaustive
 def test_a_push_to_a_bucket_that_failed_goes_on_where_it_stopped(s3: FaultyServer, made: Archive, tmp_path: Path) -> None:
     url = "s3://bucket/failed/a"
     s3.faults = {"logits/c/2/1/0": Fault(status=403)}

@@ -242,6 +242,7 @@ def test_an_archive_is_converted_where_there_are_no_locks(tmp_path: Path, no_loc
 # ---------------------------------------------------------------- readers
 
 
+@pytest.mark.exhaustive
 def test_readers_do_not_notice_that_views_are_appended(tmp_path: Path) -> None:
     path = finish(writer(tmp_path / "a", num_views=1)).path
     old, stop, seen = open_archive(path), threading.Event(), set()

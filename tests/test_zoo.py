@@ -77,6 +77,7 @@ def test_the_zoo_is_what_is_tested_here() -> None:
     assert set(TOP1) < set(ZOO)
 
 
+@pytest.mark.exhaustive
 def test_parameters_and_maps_are_those_of_the_papers(named: tuple[str, CifarNet]) -> None:
     name, model = named
     count, (features, side, _) = PUBLISHED[name]

@@ -108,6 +108,7 @@ def test_a_full_disk_is_exit_75_and_the_rerun_finishes(home, archive, kdcache, t
     assert data_files(target) == data_files(archive)
 
 
+@pytest.mark.exhaustive
 def test_two_dumps_into_one_folder_do_no_harm(home, tmp_path, kdcache):
     target = tmp_path / "shared"
     arguments = [*DUMP, "--views", 8, "--home", home, "--output", target]

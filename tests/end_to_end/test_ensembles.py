@@ -67,6 +67,7 @@ def test_students_of_several_archives_are_those_of_an_archive_that_holds_the_ave
     assert len({(folder / "last.safetensors").read_bytes() for folder in one.values()}) == len(one)
 
 
+@pytest.mark.exhaustive
 def test_runs_say_which_archives_were_averaged_and_the_report_shows_them(
     distill: Callable[..., Any], kdcache: Callable[..., Any], teachers: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_settings_that_cannot_be_are_refused(few_home, kdcache, arguments, words
     assert not list(few_home.glob("runs/*/*"))
 
 
+@pytest.mark.exhaustive
 def test_students_of_all_seeds_may_share_one_order(few_home, few_archive, kdcache, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--share-order"]

@@ -205,6 +205,7 @@ def imagenet(tmp_path_factory):
     return root
 
 
+@pytest.mark.exhaustive
 def test_published_weights_are_dumped_as_they_are(imagenet, kdcache, tmp_path, monkeypatch, untrainable):
     """The network is not there: what timm would fetch is made here."""
     with torch.random.fork_rng():

@@ -135,6 +135,7 @@ def assert_crops_are_pillows(
         np.testing.assert_array_equal(view, expected, err_msg=f"{name} {box[i]} of {images.shape[-1]} at {size}, {shift[i]}")
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(RADIUS)),
