@@ -65,7 +65,7 @@ GRIDS = {
 
 
 # Contract tests that take long for each component.
-LONG = {"test_any_other_content_has_another_digest"}
+LONG = {"test_any_other_content_has_another_digest", "test_an_archive_of_nothing_but_zeros_is_written_in_full"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the exhaustive tests are deselected

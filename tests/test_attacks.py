@@ -580,6 +580,7 @@ ROWS: dict[str, tuple[str, Callable[[dict[str, NDArray]], object], str]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", ROWS)
 def test_rows_that_no_writer_writes_are_noticed(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "_require_every_sample_once", lambda *_: None)
@@ -735,6 +736,7 @@ BLOSC: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", BLOSC)
 def test_blosc_streams_that_are_made_to_overrun(copy: Callable[[str], Path], change: str) -> None:
     path = copy("zarr:bitshuffle")
@@ -835,6 +837,7 @@ BLOCKS: dict[str, Attack] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", BLOCKS)
 def test_user_blocks_that_lie(copy: Callable[[str], Path], change: str) -> None:
     path = copy("hdf5")
@@ -1169,6 +1172,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("place", ["manifest", "table", "user block"])
 @settings(max_examples=20)
 @given(data=st.data())

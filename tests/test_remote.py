@@ -175,6 +175,7 @@ def test_the_hub_is_read_at_one_commit_and_its_token_goes_nowhere_else(hub):
         open_archive(f"hf://datasets/team/logits@{OLDER}/zarr")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_what_was_not_fetched_before_they_started(server, archives, run_python, method):
     code = """

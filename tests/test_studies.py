@@ -345,7 +345,10 @@ def test_there_is_a_study_for_every_experiment() -> None:
     }
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in {"controls", "ttm", "quickstart"} else pytest.mark.exhaustive) for name in shipped()],
+)
 def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
     file = find_study(name)
     study, small = load_study(file), load_study(file, smoke=True)

@@ -115,6 +115,7 @@ def pattern(shape: tuple[int, ...], start: int) -> Tensor:
     return (((37 * n * n + 101 * start) % 1009).double() / 504 - 1).reshape(shape)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits_are_those_of_the_published_code(name: str) -> None:
     model = timm.create_model(name).double().eval()

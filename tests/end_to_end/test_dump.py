@@ -67,6 +67,7 @@ def test_batch_size_keeps_the_views_and_moves_logits_by_two_steps_at_most(home, 
     assert np.abs(first.logits - second.logits).max() <= 2 * 2.0**-9
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_path):
     arguments = [*DUMP, "--views", 12, "--home", home]

@@ -49,6 +49,7 @@ def runs(home: Path) -> dict[str, Path]:
     return {folder.name.rpartition("--")[0]: folder for folder in sorted(home.glob("runs/*/test_vit--*"))}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("average", "stored", "tau", "controls"),
     [("logits", "mean", "1,20", "none,ls-global"), ("probabilities", "mean-at-4", "4", "none,ls-global")],

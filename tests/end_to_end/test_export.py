@@ -82,6 +82,7 @@ def logits_of(model):
         return model(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.exhaustive
 def test_timm_loads_what_was_exported_with_the_same_logits(shop, kdcache, tmp_path, run_python):
     kept = {("test_vit", "ema"): "last", ("cifar_resnet8", "best"): "ema", ("test_vit", "last"): "ema"}
     folders = {key: tmp_path / "-".join(key) for key in kept}

@@ -151,6 +151,7 @@ def test_every_kind_of_image_becomes_the_same_three_channels(tmp_path):
     assert canvas.sizes[8].tolist() == [30, 40]  # width and height after the rotation
 
 
+@pytest.mark.exhaustive
 def test_corrupt_images_are_left_out_by_every_command_and_relative_odd_paths_are_found_again(tmp_path, kdcache, monkeypatch):
     name, home = "eigene, bilder=2", tmp_path / "home"
     images = tmp_path / name

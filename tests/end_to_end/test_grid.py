@@ -74,6 +74,7 @@ def test_students_of_all_seeds_may_share_one_order(few_home, few_archive, kdcach
     assert "2 students of 2 epochs, 1 of them trained already" in plain.err
 
 
+@pytest.mark.exhaustive
 def test_students_that_do_not_fit_into_memory_are_trained_in_groups(few_home, few_archive, kdcache, tmp_path):
     apart = tmp_path / "apart"
     common = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4"]

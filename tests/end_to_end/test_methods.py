@@ -148,6 +148,7 @@ def stop_after(monkeypatch, count: int) -> None:
     monkeypatch.setattr(Learner, "step", interrupted)
 
 
+@pytest.mark.exhaustive
 def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_path, monkeypatch):
     arguments = ["distill", "--method", "ctkd:lambda_epochs=2", "--student", "test_vit", "--epochs", 2]
     arguments += ["--batch-size", 359, "--archive", archive]

@@ -147,6 +147,7 @@ def test_the_early_report_is_what_the_archive_says_of_these_views(home, archive,
     assert f"teacher's top-1: {top1} on these views" in told.err
 
 
+@pytest.mark.exhaustive
 def test_a_trained_checkpoint_is_dumped_as_it_is(trained, kdcache, tmp_path, untrainable):
     home, source = tmp_path / "home", only(trained, "teachers/*")
     weights = tmp_path / "mine.safetensors"

@@ -185,6 +185,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_views_drawn_otherwise_are_caught_at_the_first_batch_that_shows_it_and_named(
     name: str, tmp_path: Path, canvas: Canvas, make_dump: Callable[..., Dump]

@@ -87,6 +87,7 @@ def test_batches_hold_the_archives_logits_of_their_samples_and_the_views_of_the_
         assert torch.equal(batch.images, render_positions(dump.canvas.pixels, table, batch.positions))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_second_view_is_another_one_of_the_same_samples(dump: Dump, workers: int) -> None:
     policy = dump.archive.manifest.policy
@@ -141,6 +142,7 @@ def test_second_views_may_come_from_another_archive_and_are_checked_too(
         CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=1, second=smaller)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.grid
 @pytest.mark.parametrize("views", [(0, 1, 2), (1, 2), (2, 1), (0, 3), (2,)])
 @pytest.mark.parametrize("same", [True, False])
