@@ -148,6 +148,7 @@ def test_start_values_are_those_of_the_published_code() -> None:
 # ---------------------------------------------------------------- as models of timm
 
 
+@pytest.mark.exhaustive
 def test_the_zoo_waits_until_it_is_asked_for(run_python: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     done = run_python("""
 import sys, kdcache, kdcache.archive, kdcache.models.creation

@@ -53,6 +53,7 @@ assert not [name for name in sys.modules if name.startswith('kdcache.')]
 """
 
 
+@pytest.mark.exhaustive
 def test_the_cards_two_lines_read_the_logits_without_kdcache(
     tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

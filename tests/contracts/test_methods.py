@@ -127,6 +127,7 @@ CASES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.grid
 @pytest.mark.parametrize("classes", [2, 3, 1000, 21841])
 @pytest.mark.parametrize("name", FORMULAS)

@@ -33,6 +33,7 @@ def test_students_in_lockstep_equal_students_alone(few_home, few_archive, kdcach
     assert len({run.read_bytes() for run in runs}) == len(runs) == 4  # every combination became something else
 
 
+@pytest.mark.exhaustive
 def test_run_folders_say_everything(distilled):
     folder = only(distilled, "runs/*/test_vit--*")
     archive = open_archive(only(distilled, "archives/*"))

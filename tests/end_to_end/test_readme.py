@@ -60,6 +60,7 @@ def loops() -> list[str]:
     return blocks
 
 
+@pytest.mark.exhaustive
 def test_the_loops_of_the_readme_run_as_they_stand_and_learn(home, archive, monkeypatch, capsys):
     monkeypatch.chdir(home)
     torch.manual_seed(0)
