@@ -1,9 +1,11 @@
 """Protects what other code and other people rely on: light imports, public names, exit codes, and the command line."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import pickle
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +136,13 @@ def test_dir_shows_the_public_names_before_any_was_used(run_python: Run) -> None
     shown = run_python("import kdcache, sys; print(*dir(kdcache)); assert 'torch' not in sys.modules").stdout.split()
     assert {"open_archive", "CachedTargets", "Workspace", "methods", "targets", "stats", "views", "datasets"} <= set(shown)
     assert "importlib" not in shown
+
+
+def test_every_module_has_the_names_that_it_exports() -> None:
+    for found in pkgutil.walk_packages(kdcache.__path__, "kdcache."):
+        if not found.name.endswith("__main__"):
+            module = importlib.import_module(found.name)
+            assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == [], found.name
 
 
 def parameters(function: Any) -> list[str]:

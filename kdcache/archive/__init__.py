@@ -56,7 +56,6 @@ __all__ = [
     "compare",
     "derive",
     "derived_plan",
-    "layout",
     "licence_fields",
     "markdown_escaped",
     "measure_fidelity",
