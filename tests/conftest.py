@@ -185,10 +185,10 @@ def make_dump() -> Callable[..., Dump]:
             shard_rows=8,
             policy=policy,
             source=canvas.card,
-            canvas=CanvasCard(size=canvas.size, digest=canvas.digest),
+            canvas=CanvasCard(size=canvas.size, digest=canvas.digest, sizes_digest=canvas.sizes_digest),
         )
         for view in range(views):
-            table = (drawn_by if isinstance(drawn_by, ViewPolicy) else policy).parameters(view, count)
+            table = (drawn_by if isinstance(drawn_by, ViewPolicy) else policy).parameters(view, count, canvas.sizes)
             if callable(drawn_by):
                 images = drawn_by(canvas.pixels, table)
             else:

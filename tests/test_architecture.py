@@ -87,7 +87,7 @@ kdcache.write_archive(sys.argv[1], logits, ["a", "b", "c"], labels=np.zeros(8, i
 archive = kdcache.open_archive(sys.argv[1])
 assert (archive.find(0, np.arange(8)).logits == logits[0]).all()
 assert archive.verify("full").ok and archive.keys() == list("abcdefgh")
-kdcache.stats.relative_entropy(logits), kdcache.ViewPolicy.load("pets").parameters(0, 10)
+kdcache.stats.relative_entropy(logits), kdcache.ViewPolicy.load("pets").parameters(0, 10, np.ones((10, 2), int))
 """,
         tmp_path / "a",
     )
@@ -156,7 +156,7 @@ def test_public_signatures_keep_the_parameters_of_the_design(dump: Dump) -> None
     assert parameters(kdcache.write_archive)[:3] == ["path", "logits", "class_names"]
     assert {"sample", "labels", "codec", "layout"} <= set(parameters(kdcache.write_archive))
     assert parameters(kdcache.CachedTargets)[:5] == ["archive", "canvas", "batch_size", "seed", "device"]
-    assert parameters(kdcache.ViewPolicy.parameters) == ["view", "num_samples"]
+    assert parameters(kdcache.ViewPolicy.parameters) == ["view", "num_samples", "sizes"]
     assert parameters(views.render)[:2] == ["images", "rows"]
     assert parameters(targets.Targets)[:5] == ["logits", "tau", "label_a", "label_b", "lam"]
     assert parameters(targets.control)[0] == "name"

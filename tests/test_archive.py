@@ -483,6 +483,7 @@ import sys
 from pathlib import Path
 from tests.archives import finish, write_shard, writer
 from kdcache.errors import KdcacheError
+from tests.squares import squares
 path, command = Path(sys.argv[1]), sys.argv[2]
 try:
     if command.startswith("limit="):
@@ -955,7 +956,7 @@ def test_the_top1_over_views_counts_the_label_with_the_larger_share(tmp_path: Pa
     hits = []
     for view, block in session.missing():
         rows = np.array(session.positions(block))
-        table = policy.parameters(view, SAMPLES)[rows]
+        table = policy.parameters(view, SAMPLES, np.ones((SAMPLES, 2), int))[rows]
         session.write(view, block, logits(view)[rows], sample=table.sample)
         dominant = np.where(table.lam >= 0.5, table.sample, table.partner)
         hits += list(LABELS[dominant] == logits(view)[rows].argmax(axis=1))

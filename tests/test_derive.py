@@ -15,6 +15,7 @@ from kdcache.codecs import CODECS, kl_bound
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
 from kdcache.views.policy import ViewPolicy
 from tests.contracts.test_layouts import SPECS
+from tests.squares import squares
 
 VIEWS, SAMPLES, CLASSES = 4, 50, 30
 ALL = range(VIEWS)
@@ -46,7 +47,7 @@ def source(logits: NDArray[np.float32], tmp_path_factory: pytest.TempPathFactory
     )
     for view, block in writer.missing():
         rows = np.array(writer.positions(block))
-        order = writer.plan.policy.parameters(view, SAMPLES).sample if writer.plan.policy else rows
+        order = writer.plan.policy.parameters(view, SAMPLES, squares(SAMPLES)).sample if writer.plan.policy else rows
         marks = rng.integers(0, 2**32, len(rows), dtype=np.uint32), rng.integers(0, 256, (len(rows), 16), dtype=np.uint8)
         writer.write(view, block, logits[view, rows], order[rows], *marks)
     return writer.finalize()

@@ -118,7 +118,14 @@ def test_help_has_options_in_groups_with_their_defaults(capsys: pytest.CaptureFi
     assert run_command(["distill", "--help"]) == 0
     shown = capsys.readouterr().out
     headings = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["From which archive:", "Which students:", "How to train:", "Where and how fast:", "Common:"]
+    assert headings == [
+        "From which archive:",
+        "Which students:",
+        "How to train:",
+        "How to test:",
+        "Where and how fast:",
+        "Common:",
+    ]
     assert "[default: 0.002]" in " ".join(shown.split())
     assert run_command(["train-teacher", "--help"]) == 0
     assert "Learning rate [the recipe's]." in " ".join(capsys.readouterr().out.split())

@@ -34,6 +34,7 @@ from tests.archives import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer, Request, faulty_s3
+from tests.squares import squares
 
 VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 4, 300, 40, 150  # two shards a view, of some 12 kB
 NAMES = tuple(f"class {i}" for i in range(CLASSES))
@@ -74,7 +75,7 @@ def write(path: Path, layout: str = "zarr", seed: int = 1, licence: str | None =
     )
     for view, block in writer.missing():
         rows = len(writer.positions(block))
-        sample = writer.plan.policy.parameters(view, SAMPLES).sample[writer.positions(block)]  # type: ignore[union-attr]
+        sample = writer.plan.policy.parameters(view, SAMPLES, squares(SAMPLES)).sample[writer.positions(block)]  # type: ignore[union-attr]
         writer.write(view, block, rng.normal(0, 3, (rows, CLASSES)).astype(np.float32), sample)
     return writer.finalize()
 

@@ -153,9 +153,10 @@ def distill(
         if not dry_run:
             results = run(options, place, progress)
         else:
-            specs = planned(options, *open_archives(options, place, progress), place)
+            archive, second = open_archives(options, place, progress)
+            specs = planned(options, archive, second, place)
             epochs = specs[0].settings.epochs
-            for doubt in doubts(specs, options.grid):
+            for doubt in doubts(specs, options.grid, archive.manifest.policy.size if archive.manifest.policy else 0):
                 progress.say(doubt)
             trained = [(spec.folder / "summary.json").is_file() for spec in specs]
             number = f"{len(specs)} student{'s' * (len(specs) != 1)} of {epochs} epoch{'s' * (epochs != 1)}"

@@ -50,6 +50,7 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         rows.append(
             ["teacher's top-1", f"{_percent(teacher.top1_clean)} clean, {_percent(statistics.top1_views)} on these views"]
         )
+        rows.append(["teacher's test images", teacher.test_title])
         if teacher.noise:
             rows.append(
                 ["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"]
@@ -61,7 +62,9 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         mine = f"views {opened.views.start} to {opened.views.stop - 1}" + ("" if manifest.contents == "all" else ", no logits")
         rows.append(["part of", f"{part.digest[:12]}... with {whole}: here are {mine}"])
     if policy:
-        rows.append(["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}..."])
+        rows.append(
+            ["views", f"{policy.size} px, crop {policy.crop.kind}, policy {policy.digest[:12]}... (version {policy.version})"]
+        )
     if made_by := manifest.provenance.get("command"):
         rows.append(["made by", made_by])
     print_table(["", ""], rows)
@@ -253,7 +256,7 @@ def policy(
     from kdcache.views import PRESETS, ViewPolicy
 
     if spec:
-        fields = ViewPolicy.load(spec).model_dump(mode="json")
+        fields = ViewPolicy.draft(spec).model_dump(mode="json")
         if as_json:
             print_json(fields)
         else:

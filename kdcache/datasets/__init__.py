@@ -57,6 +57,7 @@ class Recipe:
     student: str
     student_epochs: int
     pretrained: bool  # whether ImageNet weights are a sensible start for a teacher
+    test_policy: str = "model"  # how test images are shown; none, the whole image, suits small square ones
     durations: tuple[int, ...] = ()  # teacher epochs that the temperature study compares (its Table 1)
 
 

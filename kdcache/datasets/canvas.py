@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +72,16 @@ class Canvas:
     def size(self) -> int:
         """Side of the canvas in pixels."""
         return int(self.pixels.shape[-1])
+
+    @cached_property
+    def all_square(self) -> bool:
+        """Whether no photograph lost its proportions on the canvas."""
+        return bool((self.sizes[:, 0] == self.sizes[:, 1]).all())
+
+    @cached_property
+    def sizes_digest(self) -> str:
+        """sha256 of the original sizes, on which crops depend."""
+        return hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest()
 
     @property
     def intact(self) -> bool:
@@ -151,14 +162,18 @@ def _open(path: Path) -> Canvas:
             raise ValueError("its parts have different lengths")
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
             raise ValueError(f"its pixels are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, 3, R, R]")
+        if sizes.shape != (len(keys), 2) or sizes.dtype.kind not in "iu" or sizes.min() < 1:
+            raise ValueError(f"sizes.npy is {sizes.dtype} {list(sizes.shape)}, not the width and height of every image")
         digest = str(meta["digest"])
+        canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
+        if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
+            raise ValueError("sizes.npy is not the one that was written with it")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"canvas {path} cannot be read",
             why=str(error).splitlines()[0],
             fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
         ) from None
-    canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
     object.__setattr__(canvas, "_as_stored", True)
     return canvas
 
@@ -263,11 +278,14 @@ def _build(
         file.write(_npy_header(len(kept), size))
         _sync(file)
     pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-    for name, array in (("labels.npy", labels), ("sizes.npy", np.array([outcome for _, outcome in kept], np.int32))):
+    sizes = np.array([outcome for _, outcome in kept], np.int32)
+    for name, array in (("labels.npy", labels), ("sizes.npy", sizes)):
         with (folder / name).open("wb") as file:
             np.save(file, array)
             _sync(file)
-    meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": _digest(pixels, labels, keys)}
+    digest = _digest(pixels, labels, keys)
+    meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
+    meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
     with (folder / "canvas.json").open("wb") as file:
         file.write(json.dumps(meta).encode())
         _sync(file)

@@ -83,7 +83,15 @@ class _Cifar(Rooted):
 class CIFAR10(_Cifar):
     """CIFAR-10: 50,000 and 10,000 images of 32 x 32 pixels, 10 classes."""
 
-    recipe = Recipe(policy="cifar", canvas=32, teacher_epochs=40, student="test_resnet", student_epochs=512, pretrained=True)
+    recipe = Recipe(
+        policy="cifar",
+        canvas=32,
+        teacher_epochs=40,
+        student="test_resnet",
+        student_epochs=512,
+        pretrained=True,
+        test_policy="none",
+    )
     counts = Counts(50_000, 10_000, 10)
     name = "cifar10"
     hub = "uoft-cs/cifar10"
@@ -120,6 +128,7 @@ class CIFAR100(_Cifar):
         student="rn18",
         student_epochs=512,
         pretrained=True,
+        test_policy="none",
         durations=(40, 100, 200, 400),
     )
     counts = Counts(50_000, 10_000, 100)

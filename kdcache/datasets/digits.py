@@ -19,7 +19,15 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits (UCI Optdigits test set, 8 x 8 grey); every fifth one is for testing."""
 
     licence = "CC-BY-4.0"
-    recipe = Recipe(policy="digits", canvas=32, teacher_epochs=40, student="test_resnet", student_epochs=20, pretrained=False)
+    recipe = Recipe(
+        policy="digits",
+        canvas=32,
+        teacher_epochs=40,
+        student="test_resnet",
+        student_epochs=20,
+        pretrained=False,
+        test_policy="none",
+    )
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> "Digits":
         return self

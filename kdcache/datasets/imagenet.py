@@ -93,7 +93,15 @@ class TinyImageNet(Rooted):
     """Tiny ImageNet (CS231n): 100,000 and 10,000 (validation) images of 64 x 64 pixels, 200 classes."""
 
     licence = None
-    recipe = Recipe(policy="imagenet", canvas=64, teacher_epochs=40, student="rn18", student_epochs=512, pretrained=True)
+    recipe = Recipe(
+        policy="imagenet",
+        canvas=64,
+        teacher_epochs=40,
+        student="rn18",
+        student_epochs=512,
+        pretrained=True,
+        test_policy="none",
+    )
     counts = Counts(100_000, 10_000, 200)
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:

@@ -36,6 +36,7 @@ from kdcache.models.names import (
     timm_with_zoo,
     unusable,
 )
+from kdcache.models.preprocessing import configuration
 
 __all__ = [
     "Normalisation",
@@ -190,12 +191,10 @@ def _stated(model: nn.Module) -> Normalisation:
     """The mean and std in a model's timm configuration, or ImageNet's."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    for attribute in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, attribute, None)
-        stated = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
-        mean, std = stated.get("mean"), stated.get("std")
-        if mean is not None and std is not None:
-            return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
+    stated = configuration(model)
+    mean, std = stated.get("mean"), stated.get("std")
+    if mean is not None and std is not None:
+        return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
     return Normalisation(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, assumed=True)
 
 
@@ -213,11 +212,16 @@ def described(name: str, model: nn.Module, normalise: Normalisation, digest: str
 
 
 def timm_config(
-    name: str, model: nn.Module, normalise: Normalisation, *, input_size: int, class_names: Sequence[str]
+    name: str,
+    model: nn.Module,
+    normalise: Normalisation,
+    tested: Mapping[str, Any],
+    input_size: int,
+    class_names: Sequence[str],
 ) -> bytes | None:
     """timm's `config.json`, from which timm makes this model again; None for a model of a factory.
 
-    It states the evaluation used here: the whole image, resized to a square.
+    It states how test images were shown: `tested` has timm's fields `crop_pct`, `crop_mode` and `interpolation`.
     """
     from timm.models._hub import save_config_for_hf
 
@@ -230,7 +234,7 @@ def timm_config(
     of_others = re.compile("test_.*|label_.*|license|tag|notes|description|origin_url|paper_.*")
     stated = {key: value for key, value in config["pretrained_cfg"].items() if not of_others.fullmatch(key)}
     stated |= {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
-    stated |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    stated |= tested
     config |= {"label_names": list(class_names), "pretrained_cfg": stated}
     return (json.dumps(config, indent=1) + "\n").encode()
 

@@ -41,6 +41,7 @@ __all__ = [
     "licence",
     "list_models",
     "load_factory",
+    "own_size",
     "place",
     "public_name",
     "read_config",
@@ -156,6 +157,17 @@ def exact_name(name: str) -> str:
         return _in_folder(name)
     load_factory(name)
     return name
+
+
+def own_size(name: str) -> int:
+    """Side of the inputs that the configuration of a model (exact name, not a factory's) states, in pixels; 224 without one."""
+    if is_reference(name):
+        config = read_config(config_file(name), name)
+        size = config.get("pretrained_cfg", config).get("input_size")
+    else:
+        published = timm_with_zoo().models.get_pretrained_cfg(name)
+        size = published.input_size if published is not None else None
+    return int(size[-1]) if isinstance(size, (list, tuple)) and size else 224
 
 
 def is_reference(name: str) -> bool:

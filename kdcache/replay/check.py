@@ -40,6 +40,12 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
             why="views are cut from the canvas, so its size is part of them",
             fix=f"use --canvas {recorded.size}",
         )
+    if recorded is not None and recorded.sizes_digest not in (None, canvas.sizes_digest):
+        raise IncompatibleError(
+            f"the photographs' sizes in canvas {canvas.path} are not those of the dump",
+            why="crops are drawn in the proportions of the photographs, so their sizes are part of the views",
+            fix="restore the dataset as it was at the dump, or dump again",
+        )
     labels = archive.labels()
     if labels is not None and (labels != canvas.labels).any():
         changed = np.flatnonzero(labels != canvas.labels)
@@ -153,7 +159,7 @@ def _diagnose(item: Rendered, archive: AnyArchive, canvas: Canvas, differs: NDAr
 
     return diagnose(
         canvas.pixels,
-        item.rows.policy.parameters(item.rows.view, len(canvas)),
+        item.rows.policy.parameters(item.rows.view, len(canvas), canvas.sizes),
         item.positions[differs],
         item.stored.digest[differs],
         canvas_changed,

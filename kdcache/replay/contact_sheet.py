@@ -50,7 +50,7 @@ def contact_sheet(
         label = archive.class_names[canvas.labels[sample]]
         _show(axes[row, 0], canvas.pixels[sample], f"{canvas.keys[sample][-18:]}\n{label}")
     for column, view in enumerate(views):
-        table = policy.parameters(view, len(canvas))
+        table = policy.parameters(view, len(canvas), canvas.sizes)
         where = np.argsort(table.sample)[samples]
         [item] = render_batches(canvas, policy, [(view, where)], archive=archive, renderer="reference")
         check_views(item, archive, canvas, allow_drift)

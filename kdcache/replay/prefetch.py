@@ -91,13 +91,13 @@ def _outlive_signals(worker: int) -> None:
 class _DrawTables:
     """Tables of draws by view. The last one is kept, since consecutive batches are of one view."""
 
-    def __init__(self, policy: ViewPolicy, num_samples: int) -> None:
-        self._policy, self._num_samples = policy, num_samples
+    def __init__(self, policy: ViewPolicy, canvas: Canvas) -> None:
+        self._policy, self._canvas = policy, canvas
         self._last: ViewTable | None = None
 
     def __getitem__(self, view: int) -> ViewTable:
         if self._last is None or self._last.view != view:
-            self._last = self._policy.parameters(view, self._num_samples)
+            self._last = self._policy.parameters(view, len(self._canvas), self._canvas.sizes)
         return self._last
 
 
@@ -108,7 +108,7 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         self, canvas: Canvas, policy: ViewPolicy, archive: AnyArchive | None, renderer: Renderer, probe_version: int
     ) -> None:
         self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
-        self._tables = _DrawTables(policy, len(canvas))
+        self._tables = _DrawTables(policy, canvas)
 
     def __getitem__(self, item: Item) -> Rendered | KdcacheError:
         view, positions = item
@@ -147,7 +147,7 @@ def _on_gpu(
     resident: Resident,
 ) -> Iterator[Rendered]:
     """Render on a side stream, some batches ahead of the model's stream, which waits for each batch."""
-    tables, pixels = _DrawTables(policy, len(canvas)), resident.pixels(canvas, device)
+    tables, pixels = _DrawTables(policy, canvas), resident.pixels(canvas, device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()
@@ -206,7 +206,7 @@ def choose_renderer(
 @lru_cache(maxsize=64)
 def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, threads: int) -> Renderer:
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, canvas_size, canvas_size), dtype=np.uint8)
-    table, positions = policy.parameters(0, batch_size), np.arange(batch_size)
+    table, positions = policy.parameters(0, batch_size, np.ones((batch_size, 2), int)), np.arange(batch_size)
 
     def draw(renderer: Renderer) -> tuple[float, Tensor]:
         seconds = []

@@ -275,7 +275,7 @@ class CachedTargets(ViewStream):
 
     def _samples(self, view: int) -> NDArray[np.int64]:
         """The sample at each position of a view, int64 `[N]`."""
-        return self.policy.parameters(view, len(self.canvas)).sample
+        return self.policy.parameters(view, len(self.canvas), self.canvas.sizes).sample
 
     def _batch(self, item: Rendered) -> Batch:
         self._drifted += check_views(item, self.archive, self.canvas, self.allow_drift)

@@ -101,7 +101,7 @@ def _teacher(archive: Archive, name: str) -> dict[str, Any]:
     if manifest.teacher:
         facts.append(f"teacher {manifest.teacher.name}, {manifest.teacher.precision}")
         if manifest.teacher.top1_clean is not None:
-            facts.append(f"its top-1 on clean test images {manifest.teacher.top1_clean:.2f} %")
+            facts.append(f"its top-1 on clean test images {manifest.teacher.top1_clean:.2f} % ({manifest.teacher.test_title})")
     if manifest.statistics.top1_views is not None:
         facts.append(f"its top-1 on these views {manifest.statistics.top1_views:.2f} %")
     facts.append(f"histograms over {len(values['entropy']):,} views")

@@ -19,6 +19,7 @@ from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.progress import Progress, Silent
 from kdcache.training.config import under_present_names
+from kdcache.views.tested import WHOLE
 
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
@@ -84,6 +85,11 @@ class RunArgs(ArchiveArgs):
     command: str = ""
     kdcache_version: _Text = ""
     created: _Text = ""
+
+    @property
+    def test_title(self) -> str:
+        """How test images were shown, in words."""
+        return str((self.model_extra or {}).get("test", WHOLE.title))
 
     @model_validator(mode="before")
     @classmethod

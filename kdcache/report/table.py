@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.report.records import RunRecord
+from kdcache.views.tested import WHOLE
 
 __all__ = [
     "ONE_SEED",
@@ -37,6 +38,7 @@ _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_ord
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
 _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this order
+BEFORE = {"test": WHOLE.title, "student_size": "the teacher's"}  # for args.yaml of before, and of students as large as theirs
 CONFIDENCE = 0.95
 UNPAIRED = "the two share no seed, so they cannot be paired"
 ONE_SEED = "one seed: no spread can be given"
@@ -230,7 +232,7 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
 
 def _facts(record: RunRecord) -> dict[str, str]:
     """Recipe keys, then the keys that kdcache.report does not know, as text."""
-    facts = {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
+    facts = BEFORE | {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
     facts |= {name: str(value)[:8] for name, value in facts.items() if name.endswith(("_digest", "_sha256"))}
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)

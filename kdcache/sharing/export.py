@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 from safetensors.torch import save
 from torch import nn
 
@@ -21,6 +22,7 @@ from kdcache.sharing.publishing import require_licences
 from kdcache.sharing.push_pull import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress, Silent
+from kdcache.views.tested import WHOLE, TestViews
 from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
 
 __all__ = ["Export", "Which", "export", "hub_repository", "push_export", "require_known", "write_export"]
@@ -61,6 +63,7 @@ class _Trained:
     title: str
     facts: Mapping[str, str]  # Markdown text by topic
     scores: Mapping[str, float]
+    tested: TestViews
     normalise: Normalisation | None = None  # None: the model's own
 
 
@@ -94,7 +97,7 @@ def export(
     model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
     load_weights(model, trained.weights)
     config = timm_config(
-        trained.name, model, trained.normalise or own, input_size=trained.input_size, class_names=trained.class_names
+        trained.name, model, trained.normalise or own, trained.tested.timm_fields(), trained.input_size, trained.class_names
     )
     assert config is not None
     declared, known = licences or Licences(), trained.licences
@@ -180,6 +183,7 @@ def _run(folder: Path, which: Which) -> _Trained:
         title=f"{args.student} distilled from {teacher} on {_dataset(args.dataset)}",
         facts=facts,
         scores=_scores(run.curves, which),
+        tested=_tested(more, run.folder / "args.yaml"),
     )
 
 
@@ -244,8 +248,19 @@ def _teacher(folder: Path, which: Which) -> _Trained:
         title=f"{record['name']} trained on {label}",
         facts=facts,
         scores=_scores(columns, which) or {"top-1": record["top1_clean"]},
+        tested=_tested(record, folder / "teacher.json"),
         normalise=Normalisation(tuple(record["mean"]), tuple(record["std"])),
     )
+
+
+def _tested(record: Mapping[str, Any], file: Path) -> TestViews:
+    """How test images were shown; records of before, which say nothing of it, mean the whole images."""
+    try:
+        return TestViews.model_validate(record.get("test_views", WHOLE))
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{file} is damaged", why=f"test_views: {error.errors()[0]['msg']}", fix="restore it from a copy, or train it again"
+        ) from None
 
 
 def _scores(curves: Mapping[str, Any], which: Which) -> dict[str, float]:
@@ -329,9 +344,9 @@ def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences,
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items()),
         "",
-        f"How it was tested: once over the dataset's test images, whole, resized to a square and then to {size} px (bilinear, "
-        "antialiased), without any other change. `config.json` has timm resize them so; where images are decoded or resized "
-        "by another library, figures may differ a little."
+        f"How it was tested: once over the dataset's test images ({trained.tested.title}, antialiased, at {size} px), cut from "
+        f"copies that had been made square. `config.json` has timm show them so; where images are decoded or resized by "
+        "another library, figures may differ a little."
         + (
             " The calibration error is the expected one, in 15 bins of equal width."
             if "calibration error" in trained.scores

@@ -7,7 +7,7 @@ from pydantic import Field
 from kdcache.archive import Average
 from kdcache.options import Integers, Names, Option, Options, Several, Temperatures, Words
 from kdcache.teachers.config import DumpRecipe, TeacherAndData
-from kdcache.training.config import MODEL_FORMS, Memory, RenderOptions, StudentRuntime, StudentTraining
+from kdcache.training.config import MODEL_FORMS, HowTested, Memory, RenderOptions, StudentRuntime, StudentTraining
 
 __all__ = ["DistillConfig", "Grid", "PlanConfig"]
 
@@ -22,6 +22,13 @@ class Grid(Options):
     preset: Annotated[Names, Option("Published settings, paper:METHOD:DATASET; see kdcache methods --presets.")] = ()
     control: Annotated[Names, Option("none, ls-global, ls-instance, bottom:K, topk:K.")] = ("none",)
     student: Annotated[Names, Option(f"Aliases, timm names, {MODEL_FORMS} [the dataset's].")] = ()
+    student_size: Annotated[
+        Words,
+        Option(
+            "Side of the views that students see, in pixels, made from the teacher's; own: of the student's pretrained "
+            "configuration [the teacher's]."
+        ),
+    ] = ()
     init: Annotated[
         Words,
         Option("What students start from: random, pretrained, target, finetuned, or weights (a path)."),
@@ -29,6 +36,7 @@ class Grid(Options):
     seed: Annotated[Integers, Option("Seeds, such as 0-2.")] = (0,)
     epochs: Annotated[Annotated[int, Field(ge=1)] | None, Option("[the dataset's recipe].")] = None
     training: StudentTraining = StudentTraining()
+    tested: HowTested = HowTested()
     share_order: Annotated[bool, Option("Show all seeds the batches of seed 0, on one stream.")] = False
     force: Annotated[bool, Option("Allow ttm and wttm beyond tau 10.")] = False
 

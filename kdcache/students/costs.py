@@ -129,7 +129,7 @@ def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | No
     counts = _counts(source, config, workspace)
     specs = _students(config, counts, views, policy, workspace)
     epochs = specs[0].settings.epochs
-    for doubt in doubts(specs, config.grid):
+    for doubt in doubts(specs, config.grid, policy.size):
         progress.say(doubt)
 
     kinds = list(dict.fromkeys(map(_kind, specs)))
@@ -146,10 +146,11 @@ def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | No
     costs: dict[tuple[Any, ...], StudentCost] = {}
     for kind in kinds:
         same = [spec.settings for spec in specs if _kind(spec) == kind]
-        name, seen, *_ = kind
-        memory = footprint(name, counts.classes, policy.size, same[0], views=seen, device=device)
+        name, seen, size, *_ = kind
+        size = size or policy.size
+        memory = footprint(name, counts.classes, size, same[0], views=seen, device=device)
         done += 1
-        step, test = _learning(name, counts.classes, policy.size, same[0], seen, device)
+        step, test = _learning(name, counts.classes, size, same[0], seen, device)
         costs[kind] = StudentCost(name, len(same), seen, measured(step), test, memory)
 
     free = room(device, config.room.memory)
@@ -229,6 +230,7 @@ def _kind(spec: StudentSpec) -> tuple[Any, ...]:
     return (
         spec.name,
         spec.method.views_per_step,
+        spec.size,
         training.batch_size,
         training.opt,
         training.momentum > 0,
@@ -306,7 +308,7 @@ def _rendering(policy: ViewPolicy, canvas: int, config: PlanConfig, device: torc
     batch = max(2, config.recipe.batch_size)
     renderer = choose_renderer(config.drawing.renderer, policy, canvas, batch, where)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, canvas, canvas), dtype=np.uint8)
-    table = policy.parameters(0, batch)
+    table = policy.parameters(0, batch, np.ones((batch, 2), int))
     return _per_image(lambda count: digests(render_positions(pixels, table, np.arange(count), renderer, where)), batch, where)
 
 

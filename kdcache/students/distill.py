@@ -44,11 +44,15 @@ from kdcache.system.remote import is_url
 from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
 from kdcache.training.devices import metered, resolve_device, seeded
-from kdcache.training.evaluation import EvalSet
+from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence
+from kdcache.training.tested import doubts as test_doubts
+from kdcache.training.tested import views_of_tests
+from kdcache.views.policy import ViewPolicy
+from kdcache.views.resample import resized
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["StudentResult", "StudentSpec", "distill"]
@@ -83,11 +87,12 @@ def _distill(
     archive, second = open_archives(config, workspace, progress)
     specs = planned(config, archive, second, workspace)
     epochs = specs[0].settings.epochs
-    for doubt in doubts(specs, config.grid):
-        progress.say(doubt)
     require_writable(workspace.runs)
     with team.first_alone():
         train, test = _canvases(config, archive, workspace, progress)
+    size = archive.manifest.policy.size if archive.manifest.policy else train.size
+    for doubt in doubts(specs, config.grid, size):
+        progress.say(doubt)
     if epochs > archive.num_views:
         progress.say(f"{epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
     fresh = team.shared([not (spec.folder / "summary.json").is_file() for spec in specs])[0]  # one opinion for all
@@ -103,16 +108,15 @@ def _distill(
             todo, together = todo[slice(*share)], ALONE
         elif team.size > 1:
             progress.say(f"{team.size} processes: each has {specs[0].settings.batch_size // team.size} views of every batch")
-        size = archive.manifest.policy.size if archive.manifest.policy else train.size
         runtime = config.runtime
-        evaluation = EvalSet(test, size, workers=runtime.workers, renderer=runtime.renderer, team=together)
+        evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
         available = room(device, runtime.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
         for number, group in enumerate(groups, 1):
             task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
-            _Lockstep(task, group, config, archive, second, train, evaluation, device, together, progress).run()
+            _Lockstep(task, group, config, archive, second, train, evaluations, device, together, progress).run()
     team.wait()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
@@ -139,7 +143,7 @@ def _groups(
             groups.append(together)
             continue
         needed = [
-            footprint(spec.name, num_classes, size, spec.settings, views=spec.method.views_per_step, device=device)
+            footprint(spec.name, num_classes, spec.size or size, spec.settings, views=spec.method.views_per_step, device=device)
             for spec in together
         ]
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
@@ -163,13 +167,13 @@ class _Lockstep:
         archive: Ensemble,
         second: Ensemble,
         train: Canvas,
-        evaluation: EvalSet,
+        evaluations: EvalSets,
         device: torch.device,
         team: Team,
         progress: Progress,
     ) -> None:
         self.archive, self.second, self.device, self.team = archive, second, device, team
-        self.evaluation, self.progress = evaluation, progress
+        self.progress = progress
         self._told = False
         self.task, self.epochs = task, specs[0].settings.epochs
         self.stream = CachedTargets(
@@ -187,8 +191,10 @@ class _Lockstep:
         )
         _allow_open_files(len(specs))
         self.students = [
-            _Student(spec, config, archive, second, evaluation, len(self.stream), device, team, progress) for spec in specs
+            _Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
         ]
+        for note in dict.fromkeys(note for student in self.students for note in student.notes):
+            progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
 
@@ -216,7 +222,7 @@ class _Lockstep:
         for epoch, active, batches in in_lockstep(self.students, lambda student: student.learner, self.stream):
             begun = time.monotonic()
             for batch, due in batches:
-                shown = [_Shown(each, self.team) for each in (batch, batch.second) if each is not None]
+                shown = [_Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
                 for student in due:
                     student.step(shown)
                     check()
@@ -224,7 +230,8 @@ class _Lockstep:
                 self.progress.update(self.task, pace.done, pace.total, note)
             learners = [student.learner for student in active]
             trained = time.monotonic()
-            tests = self.evaluation.tested(learners, check) if learners[0].tests_next else [{} for _ in learners]
+            evaluations = [student.evaluation for student in active]
+            tests = evaluated(evaluations, learners, check) if learners[0].tests_next else [{} for _ in learners]
             self._say_what_tests_take(time.monotonic() - trained, time.monotonic() - begun, learners[0])
             self._charge(learners, meter)
             figures: dict[str, float] = {"view": self.stream.view(epoch), "batch_order": self.stream.order_digest(epoch)}
@@ -276,14 +283,15 @@ def _allow_open_files(students: int) -> None:
 
 
 class _Shown:
-    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control.
+    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control,
+    images once for each size.
 
     Images are this process's, targets of the whole batch.
     """
 
-    def __init__(self, batch: Batch, team: Team) -> None:
-        self.images = batch.images
+    def __init__(self, batch: Batch, team: Team, policy: ViewPolicy) -> None:
         self.targets = cache(replace(batch, second=None).of_all(team).targets)
+        self.images = cache(lambda size: resized(batch.images, size, policy.filter))
 
 
 class _Student:
@@ -295,13 +303,13 @@ class _Student:
         config: DistillConfig,
         archive: Ensemble,
         second: Ensemble,
-        evaluation: EvalSet,
-        steps_per_epoch: int,
+        evaluations: EvalSets,
+        stream: CachedTargets,
         device: torch.device,
         team: Team,
         progress: Progress,
     ) -> None:
-        self.spec = spec
+        self.spec, self.size = spec, spec.size or stream.policy.size
         views = spec.method.views_per_step
         second = second if views == 2 else archive
         fitted = fit_control(spec.control, archive, spec.tau)
@@ -311,12 +319,15 @@ class _Student:
         optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
             start, classes = spec.start, archive.num_classes
-            model, normalise = create_model(spec.name, classes, input_size=evaluation.size, pretrained=start.pretrained)
+            model, normalise = create_model(spec.name, classes, input_size=self.size, pretrained=start.pretrained)
             redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
         if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
             progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")
         if redrawn:
             progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at random")
+        tested = views_of_tests(spec.tested, spec.name, self.size, model)
+        self.evaluation = evaluations[tested.policy]
+        self.notes = [f"tests: {tested.title}", *test_doubts(spec.tested, tested, spec.name, evaluations.canvas, model)]
         start_digest = weights_digest(model)
         self.description = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
         self.learner = Learner(
@@ -324,7 +335,7 @@ class _Student:
             model,
             normalise,
             spec.settings,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=len(stream),
             seed=spec.seed,
             device=device,
             runtime=config.runtime,
@@ -332,10 +343,16 @@ class _Student:
             team=team,
         )
         if team.first:
-            made_as = timm_config(spec.name, model, normalise, input_size=evaluation.size, class_names=archive.class_names)
+            made_as = timm_config(spec.name, model, normalise, tested.timm_fields(), self.size, archive.class_names)
             if made_as is not None and not (spec.folder / CONFIG).is_file():
                 write_atomically(spec.folder / CONFIG, made_as)
-            _write_args(spec, config, archive, second, team.size, start_digest)
+            about = {
+                "student_weights_sha256": start_digest,
+                **({"student_size": spec.size} if spec.size else {}),
+                "test": tested.title,
+                "test_views": tested.model_dump(mode="json"),
+            }
+            _write_args(spec, config, archive, second, team.size, about)
 
     def step(self, shown: Sequence[_Shown]) -> None:
         """One step on the views of a batch's samples, as many of them as the method wants."""
@@ -349,7 +366,7 @@ class _Student:
             figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
             return figures | self.spec.method.figures(self.state)
 
-        self.learner.step([each.images for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
+        self.learner.step([each.images(self.size) for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
 
 
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
@@ -371,7 +388,7 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
 
 
 def _write_args(
-    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, start_digest: str
+    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, about: dict[str, Any]
 ) -> None:
     """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
     file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
@@ -403,7 +420,7 @@ def _write_args(
             member.manifest.teacher.name if member.manifest.teacher else "unknown" for member in archive.members
         ),
         "student": public_name(spec.name),
-        "student_weights_sha256": start_digest,
+        **about,
         **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
         "licences": _licences(archive, second).model_dump(),
         "method": METHODS.to_dict(spec.method),

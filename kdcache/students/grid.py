@@ -12,12 +12,12 @@ from kdcache.archive import Ensemble
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
-from kdcache.models.names import folder_name, is_factory, public_name, resolve
+from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import CONTROLS, Control
-from kdcache.training.config import StudentTraining, TrainConfig
+from kdcache.training.config import HowTested, StudentTraining, TrainConfig
 from kdcache.training.optimizers import require_optimizer
 from kdcache.workspace import Workspace, dataset_label, parse_dataset
 
@@ -26,6 +26,8 @@ __all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_student
 STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "momentum")
+WHOLE_IMAGES = HowTested(test_policy="none")
+SMALLEST_SIZE, LARGEST_SIZE = 8, 4096  # of a view, pixels
 LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
 
@@ -58,13 +60,16 @@ class StudentSpec:
     settings: TrainConfig
     folder: Path
     start: Start = Start()
+    tested: HowTested = WHOLE_IMAGES
+    size: int | None = None  # of the views that it sees; None: the teacher's
 
     @property
     def title(self) -> str:
         start = "" if self.start.name == "random" else f" from {self.start.name}"
         targets = f"{METHODS.spec(self.method)} tau {self.tau_text} {CONTROLS.spec(self.control)}"
+        size = f" {self.size} px" if self.size else ""
         optimised = f" {self.optimizer_text}" if self.optimizer_text else ""
-        return f"{self.student}{start} {targets}{optimised} seed {self.seed}"
+        return f"{self.student}{size}{start} {targets}{optimised} seed {self.seed}"
 
     @property
     def optimizer_text(self) -> str:
@@ -127,26 +132,55 @@ def plan_students(
             why="second views are shown to mlkd and zmlkd only",
             fix="leave it out, or use --method mlkd",
         )
-    label = dataset_label(source)
+    label, tested = dataset_label(source), grid.tested.otherwise(recipe.test_policy)
+    teachers_size = first.policy.size if first.policy else None
+    sizes = {name: _sizes(grid.student_size, student, name, teachers_size) for student, name in exact_names.items()}
     starts = {(init, name): find_start(init, name, label, workspace) for init in grid.init for name in exact_names.values()}
     specs = []
-    for seed, (student, name), init, settings, (loss, control, tau) in itertools.product(
-        grid.seed, exact_names.items(), grid.init, trainings, losses
+    for seed, (student, name, size), init, settings, (loss, control, tau) in itertools.product(
+        grid.seed,
+        [(student, exact, size) for student, exact in exact_names.items() for size in sizes[exact]],
+        grid.init,
+        trainings,
+        losses,
     ):
         start, order_seed = starts[init, name], 0 if grid.share_order else seed
         other = second if loss.views_per_step == 2 and second is not None and second.digest != first.digest else None
         archives = [each.digest for each in (first, other) if each is not None]
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
         order = [] if order_seed == seed else [f"order {order_seed}"]
-        trained = [public_name(name), *begun, METHODS.to_dict(loss), CONTROLS.to_dict(control), tau, seed, *order]
+        seen = [*([f"{size} px"] if size else []), *([shown] if (shown := tested.identity()) else [])]
+        trained = [public_name(name), *begun, METHODS.to_dict(loss), CONTROLS.to_dict(control), tau, seed, *order, *seen]
         identity = json.dumps([*archives, *trained, settings.identity()], sort_keys=True)
-        spec = StudentSpec(student, name, loss, control, tau, seed, order_seed, settings, workspace.runs / first.name, start)
-        begins = folder_name(student) if init == "random" else f"{folder_name(student)}-{start.label}"
+        runs = workspace.runs / first.name
+        spec = StudentSpec(student, name, loss, control, tau, seed, order_seed, settings, runs, start, tested, size)
+        begins = folder_name(student) + (f"-{size}px" if size else "") + ("" if init == "random" else f"-{start.label}")
         optimised = [spec.optimizer_text.replace(" lr ", "-lr")] if spec.optimizer_text else []
         parts = (begins, METHODS.spec(loss), f"tau{spec.tau_text}", CONTROLS.spec(control), *optimised, f"seed{seed}")
         title = re.sub(r"[^\w.+-]", "-", "--".join(parts))[:LONGEST_LABEL]
         specs.append(replace(spec, folder=spec.folder / f"{title}--{hashlib.sha256(identity.encode()).hexdigest()[:6]}"))
     return list({spec.folder: spec for spec in specs}.values())
+
+
+def _sizes(wanted: Sequence[str], student: str, name: str, teachers: int | None) -> list[int | None]:
+    """The sizes of views that the model `name` is to see; None for those of the teacher."""
+    sizes: list[int | None] = []
+    for text in wanted:
+        if text == "own" and is_factory(name):
+            raise UsageError(
+                f"--student-size own with --student {student}",
+                why="a function's model states no size of its own",
+                fix="give it in pixels, for example: --student-size 160",
+            )
+        if text != "own" and not (text.isascii() and text.isdigit() and SMALLEST_SIZE <= int(text) <= LARGEST_SIZE):
+            raise UsageError(
+                f"--student-size {text}",
+                why=f"it is own, or a side of {SMALLEST_SIZE} to {LARGEST_SIZE} pixels",
+                fix="use for example --student-size 160",
+            )
+        size = own_size(name) if text == "own" else int(text)
+        sizes.append(None if size == teachers else size)
+    return list(dict.fromkeys(sizes)) or [None]
 
 
 def plan_ahead(grid: Grid, first: Subject, workspace: Workspace, second: Subject | None = None) -> list[tuple[StudentSpec, str]]:
@@ -258,8 +292,13 @@ def _require_sense(loss: Method, control: Control, tau: float, *, force: bool) -
         )
 
 
-def doubts(specs: Sequence[StudentSpec], grid: Grid) -> Iterator[str]:
-    """Notes on a grid that can be trained, but may not show what it is meant to show."""
+def doubts(specs: Sequence[StudentSpec], grid: Grid, views_size: int) -> Iterator[str]:
+    """Notes on a grid that can be trained, but may not show what it is meant to show; the teacher's views have `views_size`."""
+    if larger := sorted({student.size for student in specs if student.size and student.size > views_size}):
+        yield (
+            f"students see views of {', '.join(map(str, larger))} px, made from the teacher's of {views_size} px: they are "
+            "enlarged, and hold no more than the teacher saw"
+        )
     epochs, taus = specs[0].settings.epochs, dict[Method, set[float]]()
     for student in specs:
         taus.setdefault(student.method, set()).add(student.tau)

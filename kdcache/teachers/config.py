@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from kdcache.archive import ArchivePlan, new_plan
 from kdcache.options import LARGEST_INTEGER, Option, Options, Share, Triple, Usual, integers
-from kdcache.training.config import MODEL_FORMS, Runtime, Training, ViewOptions
+from kdcache.training.config import MODEL_FORMS, HowTested, Runtime, Training, ViewOptions
 
 __all__ = ["DumpConfig", "DumpRecipe", "TeacherAndData", "TeacherConfig"]
 
@@ -43,6 +43,7 @@ class TeacherConfig(Options):
     ] = None
     views: ViewOptions = ViewOptions()
     training: Annotated[Training, Usual("the recipe's")] = Training()
+    tested: HowTested = HowTested()
     smoothing: Annotated[Annotated[float, Field(ge=0, le=1)] | None, Option("Label smoothing [0.1].")] = None
     seed: Annotated[Seed, Option("Seed of the initial weights and of the order.")] = 0
     from_scratch: Annotated[

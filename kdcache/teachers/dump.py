@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
 from kdcache.training.devices import metered, resolve_device
+from kdcache.training.tested import model_filter
 from kdcache.views.policy import RendererChoice, ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
@@ -78,13 +79,18 @@ class DumpPlan:
     views: int
     precision: Precision
 
+    def of(self, teacher: Teacher) -> "DumpPlan":
+        """This plan with views as the teacher's configuration wants them, where the policy leaves that open."""
+        filter = teacher.record.get("interpolation") or model_filter(self.exact, self.policy.size)  # older records have none
+        return replace(self, policy=self.policy.settled(filter))
+
     def archive_name(self, teacher: Teacher | None) -> str:
         """The archive's name, by all that decides on its logits; without a teacher it is not the final one."""
         recipe = self.config.recipe
         decisive = [
             self.canvas.card.digest,
             self.canvas.digest,
-            self.policy.digest,
+            self.policy.settled().digest,
             teacher.record["weights_sha256"] if teacher else None,
             self.precision,
             recipe.batch_size,
@@ -105,13 +111,14 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
         teacher = existing_teacher(plan, workspace, progress)
+        plan = _continuing(plan.of(teacher), teacher, workspace, progress) if teacher else plan
         path, views = _folder(plan, teacher, workspace), plan.views
         samples, classes = len(plan.canvas), plan.canvas.card.class_names
         missing = "weights as they are would be tested first" if _epochs(config, source) == 0 else "it would be trained first"
         trained = teacher.folder if teacher else f"none yet: {missing}"
     else:
         resolve(config.subject.teacher, "teacher")
-        ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
+        ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
         images = source.open(workspace.data, progress, fetch=False)
         samples, classes = len(images.samples("train")), tuple(images.class_names())
         name = f"{dataset_label(source)}--{folder_name(config.subject.teacher)}--????????"
@@ -160,7 +167,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
             fix="leave one of them out",
         )
     source = parse_dataset(config.subject.dataset)
-    policy = ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
+    policy = ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
@@ -188,6 +195,34 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
     return teacher
 
 
+def _continuing(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress: Progress) -> DumpPlan:
+    """The plan with view policy version 1, where the archive that it names was begun so and goes on; and a note where not.
+
+    An archive in the folder --output goes on as it was begun. One that has the same recipe but for the version goes on if all
+    photographs are square, as its views are the same then.
+    """
+    if plan.policy.version == 1:
+        return plan
+    before = replace(plan, policy=plan.policy.as_version_1())
+    # Version 1 knew no filter of the model: its presets are bilinear.
+    candidates = [before, replace(before, policy=before.policy.model_copy(update={"filter": "bilinear"}))]
+    spec = plan.config.recipe.shown.policy or plan.source.recipe.policy
+    for candidate in candidates:
+        path = _folder(candidate, teacher, workspace)
+        recorded = recorded_plan(path) if path.is_dir() else None
+        if recorded is None or recorded.policy != candidate.policy:
+            continue
+        if plan.config.output is not None or (plan.canvas.all_square and candidate.policy.filter == plan.policy.filter):
+            progress.say(f"{path} has view policy version 1, and goes on with it")
+            return candidate
+        again = f"--policy {spec}{',' if ':' in spec else ':'}version=1"
+        progress.say(
+            f"{path} has these views in version 1, which squashes photographs: a new archive gets views in their own "
+            f"proportions; {again} goes on with the old one"
+        )
+    return plan
+
+
 def _folder(plan: DumpPlan, teacher: Teacher | None, workspace: Workspace) -> Path:
     return plan.config.output or workspace.archives / plan.archive_name(teacher)
 
@@ -207,6 +242,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     progress = progress or Silent()
     plan = plan_dump(config, workspace, progress)
     teacher = ensured_teacher(plan, workspace, progress)
+    plan = _continuing(plan.of(teacher), teacher, workspace, progress)
     path = _folder(plan, teacher, workspace)
     if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
         archive = open_archive(path)
@@ -267,7 +303,11 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
         shard_rows=recipe.shard_rows,
         policy=plan.policy,
         source=plan.canvas.card,
-        canvas=CanvasCard(size=plan.canvas.size, digest=plan.canvas.digest),
+        canvas=CanvasCard(
+            size=plan.canvas.size,
+            digest=plan.canvas.digest,
+            sizes_digest=plan.canvas.sizes_digest if plan.policy.needs_sizes else None,
+        ),
         teacher=TeacherCard(
             alias=public_name(config.subject.teacher),
             name=record["name"],
@@ -281,6 +321,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
             top1_clean=record["top1_clean"],
             noise=begun.noise if begun and begun.noise else _noise(forward, plan, recipe.batch_size),
             weights_licence=terms,
+            test_views=record.get("test_views"),
         ),
         provenance={
             "command": config.command,

@@ -47,8 +47,8 @@ class Exam(EvalSet):
     contain such views too, so their own figures are close to these.
     """
 
-    def __init__(self, test: Canvas, train: Canvas, shown: ViewPolicy, ahead: Any) -> None:
-        super().__init__(test, shown.size, **ahead)
+    def __init__(self, test: Canvas, tested: ViewPolicy, train: Canvas, shown: ViewPolicy, ahead: Any) -> None:
+        super().__init__(test, tested, **ahead)
         items = [(0, rows) for rows in batches(range(min(REPORT_VIEWS, len(train))), 256)]
         self._views = [item.images for item in render_batches(train, shown, items, **ahead)]
 

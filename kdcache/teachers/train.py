@@ -44,6 +44,7 @@ from kdcache.training.config import TrainConfig
 from kdcache.training.devices import metered, resolve_device, seeded
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
 
@@ -108,9 +109,10 @@ class _Job:
         self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
         self.start, scratch = self._start(recipe)
         self.durations = self._durations(recipe)
-        drawn = ViewPolicy.load(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
+        drawn = ViewPolicy.draft(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
         self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
-        self.shown = ViewPolicy.load(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
+        self.shown = ViewPolicy.draft(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
+        self.how_tested = config.tested.otherwise(suggested.test_policy)
         self.smoothing = _given(config.smoothing, recipe.smoothing)
         self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
@@ -128,7 +130,17 @@ class _Job:
         self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress)
         for canvas in (self.train_canvas, self.test_canvas):
             require_intact(canvas)
+        self._settle_views()
         self._ahead: Any = {"workers": config.runtime.workers, "renderer": config.runtime.renderer}
+
+    def _settle_views(self) -> None:
+        """Give views with the filter "auto" that of the model's configuration, which a factory's model carries with it."""
+        if "auto" in {self.policy.filter, self.shown.filter}:
+            made = self._as_is
+            if is_factory(self.exact) and made is None:
+                made, _ = create_model(self.exact, len(self.train_canvas.card.class_names), input_size=self.policy.size)
+            own = model_filter(self.exact, self.policy.size, made)
+            self.policy, self.shown = self.policy.settled(own), self.shown.settled(own)
 
     def _start(self, recipe: TeacherRecipe) -> tuple[Literal["checkpoint", "factory", "random", "timm"], bool]:
         """Where weights come from, and whether rates are those of training from scratch."""
@@ -182,8 +194,10 @@ class _Job:
         return begun | {key: value for key, value in (("mean", config.mean), ("std", config.std)) if value is not None}
 
     def folder(self, epochs: int) -> Path:
-        settings = self.settings[epochs].identity() if epochs else {"epochs": 0}
-        identity = json.dumps([self.name, settings, self._begun(epochs)], sort_keys=True)
+        settings, begun = self.settings[epochs].identity() if epochs else {"epochs": 0}, self._begun(epochs)
+        if epochs and self.train_canvas.all_square:  # whose views have not changed since version 1 of policies
+            begun["policy"] = self.policy.as_version_1().model_dump(mode="json")
+        identity = json.dumps([self.name, settings, begun | self.how_tested.identity()], sort_keys=True)
         label = f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}"
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -191,6 +205,7 @@ class _Job:
         model, own = create_model(self.exact, classes, input_size=self.policy.size, pretrained=pretrained)
         assumed = own.assumed and not (self.config.mean and self.config.std)
         self.normalise = Normalisation(self.config.mean or own.mean, self.config.std or own.std, assumed)
+        self.tested = views_of_tests(self.how_tested, self.exact, self.policy.size, model)
         return model, self.normalise
 
     def finished_model(self, folder: Path) -> nn.Module:
@@ -237,7 +252,7 @@ class _Job:
         self.progress.say(f"teacher: {self._titled}, weights as they are: they are tested, not trained")
         self._describe(model)
         forward = Forward(model, self.normalise, self.device, "fp32")
-        row = self._tests().of(lambda views: torch.from_numpy(forward(views)))
+        row = self._tests(model).of(lambda views: torch.from_numpy(forward(views)))
         if not all(map(math.isfinite, row.values())):
             raise IncompatibleError(
                 f"teacher {self.config.subject.teacher} gives logits that are not finite",
@@ -252,8 +267,11 @@ class _Job:
     def _titled(self) -> str:
         return f"{self.config.subject.teacher} = {self.name}, {self.policy.size} px, start {self.start}"
 
-    def _tests(self) -> Exam:
-        return Exam(self.test_canvas, self.train_canvas, self.shown, self._ahead)
+    def _tests(self, model: nn.Module) -> Exam:
+        self.progress.say(f"tests: {self.tested.title}")
+        for note in doubts(self.how_tested, self.tested, self.exact, self.test_canvas, model):
+            self.progress.say(note)
+        return Exam(self.test_canvas, self.tested.policy, self.train_canvas, self.shown, self._ahead)
 
     def train(self, durations: Sequence[int]) -> dict[int, Teacher]:
         """Train teachers of these durations in lockstep, each of which is recorded at its end."""
@@ -298,7 +316,14 @@ class _Job:
                     made[epochs] = self.record(epochs, learner.model, learner.last)
 
         keep_finished()  # whose process ended just after their last checkpoint
-        _fit(list(learners.values()), stream, self._tests(), self.smoothing, keep_finished, self.progress)
+        _fit(
+            list(learners.values()),
+            stream,
+            self._tests(learners[durations[0]].model),
+            self.smoothing,
+            keep_finished,
+            self.progress,
+        )
         for learner in learners.values():
             if learner.status == "diverged":
                 raise IncompatibleError(
@@ -350,6 +375,8 @@ class _Job:
             "weights_sha256": weights_digest(model),
             # Weights finetuned from published ones are under their licence; of others only their owner knows.
             "weights_licence": licence(self.exact) if self.start == "timm" else None,
+            "test_views": self.tested.model_dump(mode="json"),
+            "interpolation": model_filter(self.exact, self.policy.size, model),  # for what "auto" stands in views of a dump
             "top1_clean": row["test_top1"],
             "entropies": entropies,
             "training": {**settings, **self._begun(epochs)},
@@ -360,7 +387,7 @@ class _Job:
         if (folder / "last.safetensors").is_file():
             (folder / "last.safetensors").rename(folder / "model.safetensors")
         made_as = timm_config(
-            self.exact, model, self.normalise, input_size=self.policy.size, class_names=self.train_canvas.card.class_names
+            self.exact, model, self.normalise, self.tested.timm_fields(), self.policy.size, self.train_canvas.card.class_names
         )
         if made_as is not None:
             write_atomically(folder / CONFIG, made_as)

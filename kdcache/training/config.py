@@ -11,9 +11,11 @@ from pydantic import AfterValidator, Field
 
 from kdcache.errors import UsageError
 from kdcache.options import Bytes, Floats, Integers, Names, Option, Options
-from kdcache.views.policy import RendererChoice
+from kdcache.views.crops import CenterCrop
+from kdcache.views.policy import Filter, RendererChoice, ViewPolicy
 
 __all__ = [
+    "HowTested",
     "Memory",
     "RenderOptions",
     "Runtime",
@@ -107,6 +109,50 @@ class ViewOptions(Options):
     ] = None
     size: Annotated[Annotated[int, Field(ge=8)] | None, Option("Side of a view in pixels [the policy's].")] = None
     canvas: Annotated[Annotated[int, Field(ge=8)] | None, Option("Side of the decoded images in pixels [the dataset's].")] = None
+
+
+class HowTested(Options):
+    """How test images are shown: by default as the model's pretrained configuration says, where a dataset has photographs."""
+
+    panel: ClassVar[str] = "How to test"
+
+    test_policy: Annotated[
+        str | None,
+        Option(
+            "model: as the model's pretrained configuration says; or a view policy without randomness, such as eval, "
+            "eval:crop.mode=squash, none [the dataset's: model, or none where images are small]."
+        ),
+    ] = None
+    crop_pct: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        Option("Share of the resized short side that a test view shows, as in timm [the test policy's]."),
+    ] = None
+    interpolation: Annotated[Filter | None, Option("How test images are resized [the test policy's].")] = None
+
+    def drawn(self, size: int) -> ViewPolicy:
+        """The test policy (other than "model"), a draft at `size` pixels. UsageError if its views would be random."""
+        spec = self.test_policy or "none"
+        draft = ViewPolicy.draft(spec, size=size, filter=self.interpolation)
+        if not isinstance(draft.crop, CenterCrop) or draft.hflip or draft.randaugment or draft.jitter or draft.erase or draft.mix:
+            raise UsageError(
+                f"test policy {spec!r} is random",
+                why="every test has to show the same views, or its figures mean nothing",
+                fix="use model, eval or none, or a centre crop with hflip=0 and without the random pieces",
+            )
+        if self.crop_pct is None:
+            return draft
+        return draft.model_copy(update={"crop": draft.crop.model_copy(update={"fraction": self.crop_pct})})
+
+    def otherwise(self, suggested: str) -> "HowTested":
+        """These options, with the test policy `suggested` if none is asked for."""
+        return self.but(test_policy=self.test_policy or suggested)
+
+    def identity(self) -> dict[str, Any]:
+        """Tells two ways of testing apart; empty for the whole image made square, which earlier versions always showed."""
+        assert self.test_policy is not None
+        drawn = "model" if self.test_policy == "model" else self.drawn(8).model_dump(mode="json")
+        whole = ViewPolicy.draft("none", size=8).model_dump(mode="json")
+        return {} if drawn == whole else {"test": drawn, **self.model_dump(mode="json", include={"crop_pct", "interpolation"})}
 
 
 class RenderOptions(Options):

@@ -15,13 +15,30 @@ from kdcache.training.learner import Learner
 from kdcache.training.metrics import calibration_error, top_k
 from kdcache.views.policy import RendererChoice, ViewPolicy
 
-__all__ = ["EvalSet"]
+__all__ = ["EvalSet", "EvalSets", "evaluated"]
 
 KEPT_BYTES = 2 << 30
 
 
+class EvalSets:
+    """The test split under the test policies of several models: `evaluations[policy]`, each made at its first use.
+
+    All of them together keep no more rendered views than one alone would.
+    """
+
+    def __init__(self, canvas: Canvas, *, workers: int = 0, renderer: RendererChoice = "auto", team: Team = ALONE) -> None:
+        self.canvas, self._options = canvas, {"workers": workers, "renderer": renderer, "team": team}
+        self._made: dict[str, EvalSet] = {}
+
+    def __getitem__(self, policy: ViewPolicy) -> "EvalSet":
+        if policy.digest not in self._made:
+            keep = KEPT_BYTES - sum(each.kept_bytes for each in self._made.values())
+            self._made[policy.digest] = EvalSet(self.canvas, policy, keep=keep, **self._options)  # type: ignore[arg-type]
+        return self._made[policy.digest]
+
+
 class EvalSet:
-    """The test split as clean views of `size` pixels: rendered once and kept, or each time again above 2 GiB.
+    """The test split as the views of a test policy: rendered once and kept, or each time again above `keep` bytes.
 
     Each process of a `team` tests a part of it, and all get the figures of the whole.
     """
@@ -29,18 +46,17 @@ class EvalSet:
     def __init__(
         self,
         canvas: Canvas,
-        size: int,
+        policy: ViewPolicy,
         *,
         batch_size: int = 256,
         workers: int = 0,
         renderer: RendererChoice = "auto",
         team: Team = ALONE,
+        keep: int = KEPT_BYTES,
     ) -> None:
-        self.size = size
         self._team = team
         self.labels = torch.from_numpy(canvas.labels)
-        policy = ViewPolicy.load("none", size=size)
-        order = np.argsort(policy.parameters(0, len(canvas)).sample)
+        order = np.argsort(policy.parameters(0, len(canvas), canvas.sizes).sample)
         starts = range(0, len(canvas), batch_size)
         self._batches = len(starts)
         items = [(0, order[start : start + batch_size]) for start in starts[team.number :: team.size]]
@@ -49,7 +65,9 @@ class EvalSet:
             return (item.images for item in render_batches(canvas, policy, items, workers=workers, renderer=renderer))
 
         self._render = render
-        self._kept = list(render()) if len(canvas) * 3 * size**2 <= KEPT_BYTES else None
+        nbytes = len(canvas) * 3 * policy.size**2
+        self.kept_bytes = nbytes if nbytes <= keep else 0
+        self._kept = list(render()) if self.kept_bytes else None
 
     def tested(self, learners: Sequence[Learner], check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
         """`metrics` of each learner's model. `ema_top1` is the top-1 of its averaged weights, if it keeps any.
@@ -89,3 +107,15 @@ class EvalSet:
             "test_loss": F.cross_entropy(logits, self.labels).item(),
             "test_ece": calibration_error(logits, self.labels),
         }
+
+
+def evaluated(
+    evaluations: Sequence[EvalSet], learners: Sequence[Learner], check: Callable[[], None] = lambda: None
+) -> list[dict[str, float]]:
+    """Test each learner on its own of `evaluations`; those of one evaluation share its rendered views."""
+    rows: dict[int, dict[str, float]] = {}
+    for evaluation in dict.fromkeys(evaluations):
+        chosen = [number for number, own in enumerate(evaluations) if own is evaluation]
+        tested = evaluation.tested([learners[number] for number in chosen], check)
+        rows |= dict(zip(chosen, tested, strict=True))
+    return [rows[number] for number in range(len(learners))]

@@ -1,9 +1,12 @@
 """View policies: a declarative description of augmentation, and the table of its random draws. NumPy only.
 
-The parameters of view `v` are a function of (policy, v, sample number) and of nothing else. Row `i` of
+The parameters of view `v` are a function of (policy, v, sample number, the sample's size) and of nothing else. Row `i` of
 `Philox(key=[seed, v])`'s raw 64-bit stream, reshaped `[N, COLUMNS]`, belongs to sample `i`; NumPy promises that this raw
 stream never changes. All results are integers, so that a last-bit difference of `exp` between processors cannot change
 a pixel.
+
+Version 2 draws crops in the geometry of the photograph, whose size the canvas records. Version 1 took every canvas for a
+square photograph; its archives keep that meaning. The draws are the same, and so are the views of square photographs.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, unknown_name
+from kdcache.views.crops import UNIT, CenterCrop, Crop, InceptionCrop, PadCrop, Piece, check_ranges, crop_boxes
 
 __all__ = [
     "COLUMNS",
@@ -32,6 +36,7 @@ __all__ = [
     "UNIT",
     "CenterCrop",
     "ColorJitter",
+    "Filter",
     "InceptionCrop",
     "Mix",
     "PadCrop",
@@ -45,14 +50,13 @@ __all__ = [
 RendererChoice = Literal["auto", "reference", "device"]  # how views are drawn, all to the same bytes
 
 PROBE_VERSION = 2  # of the digests of views that new archives hold; see probe.py
-COLUMNS = 64  # draws per sample, fixed by policy version 1
-UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side, lambda and factors in 1/UNIT
+COLUMNS = 64  # draws per sample, fixed by the policy version
 MIX_NONE, MIX_MIXUP, MIX_CUTMIX = 0, 1, 2
 JITTER_NONE = 4  # no operation; the others are brightness 0, contrast 1, saturation 2, hue 3
 RANDAUGMENT_OPERATIONS = 14
 MAX_OPERATIONS = 4
 
-# Column numbers of policy version 1. The last column is spare: a later piece takes its draws there, and no present draw
+# Column numbers of policy versions 1 and 2. The last column is spare: a later piece takes its draws there, and no present draw
 # moves.
 _ORDER = 0
 _AREA = slice(1, 11)  # ten attempts at a crop, as torchvision's RandomResizedCrop
@@ -75,38 +79,7 @@ def _absent(value: object) -> bool:
     return value is None
 
 
-class _Piece(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CenterCrop(_Piece):
-    """The middle `fraction` (of the side) of the canvas; 1 is the whole canvas."""
-
-    kind: Literal["center"] = "center"
-    fraction: float = Field(1.0, gt=0, le=1)
-
-
-class InceptionCrop(_Piece):
-    """A box of random area and aspect ratio (both relative to the canvas), as torchvision's RandomResizedCrop draws it."""
-
-    kind: Literal["inception"] = "inception"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "InceptionCrop":
-        _check_ranges(self.scale, self.ratio)
-        return self
-
-
-class PadCrop(_Piece):
-    """The whole canvas, shifted by up to `padding` view pixels each way, with black borders (CIFAR recipes)."""
-
-    kind: Literal["pad"] = "pad"
-    padding: int = Field(4, ge=0, le=4096)
-
-
-class RandAugment(_Piece):
+class RandAugment(Piece):
     """`n` operations at magnitude bin `m`, with torchvision's operation space (Cubuk et al. 2020)."""
 
     n: int = Field(2, ge=1, le=MAX_OPERATIONS)
@@ -122,7 +95,7 @@ class RandAugment(_Piece):
         return self
 
 
-class ColorJitter(_Piece):
+class ColorJitter(Piece):
     """Brightness, contrast, saturation (factors 1 +- the strength) and hue (turned by up to that share of the circle).
 
     The order is random, as in torchvision's ColorJitter. A strength of 0 leaves its operation out.
@@ -135,7 +108,7 @@ class ColorJitter(_Piece):
     probability: float = Field(1.0, ge=0, le=1)
 
 
-class RandomErasing(_Piece):
+class RandomErasing(Piece):
     """A filled box of random area and aspect ratio, relative to the view (Zhong et al. 2020). It is drawn before mixing."""
 
     probability: float = Field(0.5, ge=0, le=1)
@@ -145,16 +118,11 @@ class RandomErasing(_Piece):
 
     @model_validator(mode="after")
     def _ordered(self) -> "RandomErasing":
-        _check_ranges(self.scale, self.ratio)
+        check_ranges(self.scale, self.ratio)
         return self
 
 
-def _check_ranges(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
-    if not (1e-4 <= scale[0] <= scale[1] <= 1 and 1e-3 <= ratio[0] <= ratio[1] <= 1e3):
-        raise ValueError("scale must lie between 0.0001 and 1 and ratio between 0.001 and 1000, each in ascending order")
-
-
-class Mix(_Piece):
+class Mix(Piece):
     """MixUp or CutMix with the neighbouring position. Lambda is uniform on (0, 1), or from Beta(`beta`, `beta`)."""
 
     probability: float = Field(1.0, ge=0, le=1)
@@ -162,34 +130,66 @@ class Mix(_Piece):
     beta: float | None = Field(None, gt=0, le=1000, exclude_if=_absent)
 
 
-Crop = Annotated[CenterCrop | InceptionCrop | PadCrop, Field(discriminator="kind")]
-
-
 class ViewPolicy(BaseModel):
-    """The augmentation that makes a view of a sample, applied in field order. Frozen, JSON-able, identified by `digest`."""
+    """The augmentation that makes a view of a sample, applied in field order. Frozen, JSON-able, identified by `digest`.
+
+    With `filter` "auto" it is a draft: `settled` makes it a policy for a model, as `load` does.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     seed: int = Field(0, ge=0, lt=1 << 64)
     size: int = Field(224, ge=1, le=4096)  # side of a view in pixels
     crop: Crop = CenterCrop()
     # Newer pieces are left out of the JSON while they are absent, so that older policies keep their digests.
-    filter: Filter = Field("bilinear", exclude_if=lambda value: value == "bilinear")  # interpolation of the antialiased resize
+    # Interpolation of the antialiased resize; "auto": the one that the model's configuration states.
+    filter: Literal["bilinear", "bicubic", "auto"] = Field("bilinear", exclude_if=lambda value: value == "bilinear")
     hflip: float = Field(0.5, ge=0, le=1)
     randaugment: RandAugment | None = None
     jitter: ColorJitter | None = Field(None, exclude_if=_absent)
     erase: RandomErasing | None = Field(None, exclude_if=_absent)
     mix: Mix | None = None
 
+    @model_validator(mode="after")
+    def _as_version_1_had_it(self) -> "ViewPolicy":
+        if self.version == 1 and isinstance(self.crop, CenterCrop):  # there were no modes, and every crop was squashed
+            object.__setattr__(self, "crop", CenterCrop(fraction=self.crop.fraction))
+        return self
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether views depend on the sizes of the photographs."""
+        return self.version > 1 and not (isinstance(self.crop, CenterCrop) and self.crop.mode == "squash")
+
+    def as_version_1(self) -> "ViewPolicy":
+        """The same policy of version 1, which squashes photographs; square ones have the same views in both."""
+        return ViewPolicy.model_validate(self.model_dump() | {"version": 1})
+
+    def settled(self, model_filter: Filter | None = None) -> "ViewPolicy":
+        """This policy with `model_filter` in place of the filter "auto"; bilinear without a model, and always in version 1."""
+        if self.filter != "auto":
+            return self
+        return self.model_copy(update={"filter": "bilinear" if self.version == 1 else model_filter or "bilinear"})
+
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON. Equal digests mean equal views of equal canvases."""
+        """sha256 of the canonical JSON. Equal digests mean equal views of equal canvases. ValueError for a draft."""
+        self._require_settled()
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def _require_settled(self) -> None:
+        if self.filter == "auto":
+            raise ValueError("filter auto stands for the filter of a model: use policy.settled(), or ViewPolicy.load()")
+
     @classmethod
-    def load(cls, spec: str, **overrides: Any) -> "ViewPolicy":
+    def load(cls, spec: str, model_filter: Filter | None = None, **overrides: Any) -> "ViewPolicy":
+        """The policy `draft(spec, ...)`, settled for a model whose configuration states `model_filter`."""
+        return cls.draft(spec, **overrides).settled(model_filter)
+
+    @classmethod
+    def draft(cls, spec: str, **overrides: Any) -> "ViewPolicy":
         """A preset or a YAML policy file, with single fields replaced: `pets:hflip=0,randaugment.m=9,mix=none`.
 
         Then `overrides` that are not None replace whole fields. Raises UsageError, which names the wrong field.
@@ -219,10 +219,16 @@ class ViewPolicy(BaseModel):
                 fix=f"{how_to_write([first])}; kdcache policy pets shows all fields",
             ) from None
 
-    def parameters(self, view: int, num_samples: int) -> "ViewTable":
-        """All draws of one view: NumPy arrays of `num_samples` rows; row `j` is position `j`."""
+    def parameters(self, view: int, num_samples: int, sizes: NDArray[np.integer[Any]] | None = None) -> "ViewTable":
+        """All draws of one view: NumPy arrays of `num_samples` rows; row `j` is position `j`.
+
+        `sizes [num_samples, 2]` are the (width, height) of the photographs in sample order, such as `canvas.sizes`. ValueError
+        without them where views depend on them (`needs_sizes`).
+        """
         if view < 0 or num_samples < 1:
             raise ValueError(f"need view >= 0 and at least one sample, got view {view} of {num_samples} samples")
+        self._require_settled()
+        aspect = self._aspects(num_samples, sizes)
         order_key = np.empty(num_samples, np.uint64)
         parts = []
         stream = np.random.Philox(key=np.array([self.seed, view], dtype=np.uint64))
@@ -230,7 +236,7 @@ class ViewPolicy(BaseModel):
             count = min(1 << 16, num_samples - start)
             raw = stream.random_raw(count * COLUMNS).reshape(count, COLUMNS)
             order_key[start : start + count] = raw[:, _ORDER]
-            parts.append(self._draw(raw))
+            parts.append(self._draw(raw, aspect[start : start + count]))
         by_sample = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
         order = np.argsort(order_key, kind="stable").astype(np.int64)
@@ -245,12 +251,23 @@ class ViewPolicy(BaseModel):
         table.cut[table.mix != MIX_CUTMIX] = 0
         return table
 
-    def _draw(self, raw: NDArray[np.uint64]) -> dict[str, NDArray]:
+    def _aspects(self, num_samples: int, sizes: NDArray[np.integer[Any]] | None) -> NDArray[np.float64]:
+        """Width / height of every photograph, as far as views depend on it: float `[N]`."""
+        if not self.needs_sizes:
+            return np.ones(num_samples)
+        if sizes is None:
+            raise ValueError("crops are drawn in the photographs' own proportions: give their sizes, such as canvas.sizes")
+        if sizes.shape != (num_samples, 2) or sizes.min() < 1:
+            raise ValueError(f"sizes must be [{num_samples}, 2], width and height in pixels, got {list(sizes.shape)}")
+        aspects: NDArray[np.float64] = sizes[:, 0] / sizes[:, 1]
+        return aspects
+
+    def _draw(self, raw: NDArray[np.uint64], aspect: NDArray[np.float64]) -> dict[str, NDArray]:
         """Turn raw columns `[n, COLUMNS]` into the columns of a `ViewTable`, still in sample order."""
         u: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
         n = len(u)
         columns: dict[str, NDArray] = {
-            "box": _crop_boxes(self.crop, u),
+            "box": crop_boxes(self.crop, u[:, _AREA], u[:, _RATIO], u[:, [_LEFT, _TOP]], aspect),
             "shift": np.zeros((n, 2), np.int32),
             "flip": u[:, _FLIP] < self.hflip,
             "operations": np.zeros((n, 0), np.uint8),
@@ -321,32 +338,6 @@ def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
     if path[-1] == "kind" and fields.get("kind") != value:
         fields.clear()
     fields[path[-1]] = None if value == "none" else value
-
-
-def _crop_boxes(crop: CenterCrop | InceptionCrop | PadCrop, u: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Crop boxes `[n, 4]` (left, top, right, bottom) in 1/UNIT of the canvas side."""
-    n = len(u)
-    if isinstance(crop, CenterCrop):
-        side = max(1, round(crop.fraction * UNIT))
-        edge = (UNIT - side) // 2
-        return np.tile(np.array([edge, edge, edge + side, edge + side], np.int32), (n, 1))
-    if isinstance(crop, PadCrop):
-        return np.tile(np.array([0, 0, UNIT, UNIT], np.int32), (n, 1))
-    area = crop.scale[0] + u[:, _AREA] * (crop.scale[1] - crop.scale[0])
-    log_ratio = np.log(crop.ratio)
-    ratio = np.exp(log_ratio[0] + u[:, _RATIO] * (log_ratio[1] - log_ratio[0]))
-    width = np.rint(np.sqrt(area * ratio) * UNIT).astype(np.int64)
-    height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
-    fits = (width <= UNIT) & (height <= UNIT)
-    first = np.arange(n), fits.argmax(axis=1)
-    # If no attempt fits: the largest central box with an allowed ratio, as in torchvision.
-    nearest = min(max(1.0, crop.ratio[0]), crop.ratio[1])
-    fitted = fits.any(axis=1)
-    w: NDArray[np.int64] = np.where(fitted, width[first], round(min(1.0, nearest) * UNIT))
-    h: NDArray[np.int64] = np.where(fitted, height[first], round(min(1.0, 1 / nearest) * UNIT))
-    left = np.where(fitted, np.floor(u[:, _LEFT] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
-    top = np.where(fitted, np.floor(u[:, _TOP] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
-    return np.stack([left, top, left + w, top + h], axis=1).astype(np.int32)
 
 
 def _lambda_units(u: NDArray[np.float64], beta: float | None) -> NDArray[np.int32]:
@@ -436,13 +427,13 @@ class ViewTable:
 _PAPER_MIX = Mix()
 _PAPER_RANDAUGMENT = RandAugment()
 PRESETS: dict[str, ViewPolicy] = {
-    # No randomness: the whole canvas; and the usual evaluation crop of ImageNet models.
-    "none": ViewPolicy(hflip=0.0),
-    "eval": ViewPolicy(crop=CenterCrop(fraction=0.875), hflip=0.0),
+    # No randomness: the whole image, made square; and the usual test crop of ImageNet models.
+    "none": ViewPolicy(crop=CenterCrop(mode="squash"), hflip=0.0),
+    "eval": ViewPolicy(crop=CenterCrop(fraction=0.875), filter="auto", hflip=0.0),
     # Temperature study, section 3.1: inception crop (Pets only), RandAugment(2, 14), flip, MixUp or CutMix.
-    "pets": ViewPolicy(crop=InceptionCrop(), randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
+    "pets": ViewPolicy(crop=InceptionCrop(), filter="auto", randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     "cifar": ViewPolicy(size=32, randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
-    "imagenet": ViewPolicy(crop=InceptionCrop(), randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
+    "imagenet": ViewPolicy(crop=InceptionCrop(), filter="auto", randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     # The 240-epoch CIFAR recipe of the CRD model zoo.
     "crd": ViewPolicy(size=32, crop=PadCrop()),
     # Handwritten digits: no flip, as it makes another sign; and only crops that keep most of the digit.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kdcache.views.policy import UNIT
 
-__all__ = ["can_resize", "crop_and_resize"]
+__all__ = ["can_resize", "crop_and_resize", "resized"]
 
 _BITS = 22  # bits of Pillow's weights
 _LOW_BITS = 8  # bits of a weight's lower half; they leave room for 128 taps
@@ -74,6 +74,15 @@ def crop_and_resize(
         lines = tables.sums(lines, x_taps).permute(0, 3, 2, 1)  # [B, R (y), 3, size (x)]
         out[chunk] = tables.sums(lines, y_taps).permute(0, 2, 1, 3)
     return out
+
+
+def resized(images: Tensor, size: int, filter: str) -> Tensor:
+    """Whole square `images`, uint8 `[B, 3, S, S]`, at `size` pixels, antialiased: the same bytes on every device."""
+    if images.shape[-1] == size:
+        return images
+    count = len(images)
+    whole = np.tile(np.array([0, 0, UNIT, UNIT], np.int32), (count, 1))
+    return crop_and_resize(images, whole, np.zeros(count, bool), np.zeros((count, 2), np.int32), size, filter)
 
 
 def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) -> Tensor:

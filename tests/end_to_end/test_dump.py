@@ -32,6 +32,7 @@ from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import DUMP, data_files, start, until
 from tests.end_to_end.forks import Started
+from tests.squares import squares
 
 
 @pytest.mark.exhaustive
@@ -243,7 +244,7 @@ def test_a_dump_that_will_not_fit_is_told_before_and_fills_the_disk_all_the_same
 
 def test_the_rows_of_a_shard_are_held_once():
     rows, classes, batch = 4096, 500, 128
-    views = ViewPolicy.load("none", size=8).parameters(0, rows)
+    views = ViewPolicy.load("none", size=8).parameters(0, rows, squares(rows))
     item = Rendered(
         torch.zeros(batch, 3, 8, 8, dtype=torch.uint8), np.zeros(batch, np.uint32), views[:batch], None, np.arange(batch)
     )

@@ -1,9 +1,10 @@
-"""Makes the golden files from fixed numbers. They say what version 1 of format and policy means: never replace them lightly.
+"""Makes the golden files from fixed numbers, which say what format 1 and each version of policies mean: do not replace them.
 
     python -m tests.golden.make archive     data/golden/v1, a tiny archive of format version 1 as the first kdcache wrote it
     python -m tests.golden.make layouts     data/golden/layouts, one for every layout, between them in all codecs, and a part
     python -m tests.golden.make views       tests/golden/views.json, digests of rendered views and written-out draws
     python -m tests.golden.make pieces      tests/golden/pieces.json, the same for what policies gained after that
+    python -m tests.golden.make photographs tests/golden/photographs.json, views and boxes of version 2 of policies
 
 Nothing is overwritten: to replace a golden file on purpose, delete it first, and say in the changelog why old archives or
 old seeds no longer mean what they meant.
@@ -33,6 +34,7 @@ from kdcache.views.policy import (
     ViewPolicy,
     ViewTable,
 )
+from tests.squares import squares
 
 ARCHIVE = Path(__file__).parents[2] / "data" / "golden" / "v1"
 LAYOUTS = Path(__file__).parents[2] / "data" / "golden" / "layouts"
@@ -46,12 +48,16 @@ WRITTEN = {  # folder: layout and codec
 PART = "hdf5-part"  # the statistics of view 1 of `hdf5`
 VIEWS = Path(__file__).parent / "views.json"
 PIECES = Path(__file__).parent / "pieces.json"
+PHOTOGRAPHS = Path(__file__).parent / "photographs.json"
+# Upright, wide, square, a panorama each way; and the first again in other pixels, which change nothing.
+SHAPES = np.array([(300, 400), (640, 360), (100, 100), (5000, 100), (70, 1400), (3, 4)])
 NUM_VIEWS, NUM_SAMPLES, NUM_CLASSES = 2, 11, 5
 SIZES = {"digits": 16, "pets": 24, "cifar": 32, "crd": 32, "none": 20}
 DRAWN_VIEWS = (0, 3)
 PIECE_POLICIES = {
-    "eval": ViewPolicy.load("eval", size=24),
+    "eval": ViewPolicy.load("eval:version=1", size=24),
     "all": ViewPolicy(
+        version=1,
         size=24,
         seed=2,
         crop=InceptionCrop(scale=(0.2, 1.0)),
@@ -61,7 +67,9 @@ PIECE_POLICIES = {
         erase=RandomErasing(),
         mix=Mix(probability=0.8, beta=0.2),
     ),
-    "pad": ViewPolicy(size=32, crop=PadCrop(), randaugment=RandAugment(n=4, m=20), jitter=ColorJitter(hue=0.5), mix=Mix(beta=1)),
+    "pad": ViewPolicy(
+        version=1, size=32, crop=PadCrop(), randaugment=RandAugment(n=4, m=20), jitter=ColorJitter(hue=0.5), mix=Mix(beta=1)
+    ),
 }
 
 
@@ -79,7 +87,7 @@ def fingerprints(view: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
 
 
 def write_golden_archive(path: Path, layout: str = "zarr", codec: str = "i16") -> Archive:
-    policy = ViewPolicy.load("digits", size=16, seed=1)
+    policy = ViewPolicy.load("digits:version=1", size=16, seed=1)
     names = tuple(f"class {i}" for i in range(NUM_CLASSES))
     writer = ArchiveWriter(
         path,
@@ -112,7 +120,14 @@ def write_golden_archive(path: Path, layout: str = "zarr", codec: str = "i16") -
     for view, block in writer.missing():
         rows = np.array(writer.positions(block))
         digest, probe = (column[rows] for column in fingerprints(view))
-        writer.write(view, block, logits(view)[rows], policy.parameters(view, NUM_SAMPLES).sample[rows], digest, probe)
+        writer.write(
+            view,
+            block,
+            logits(view)[rows],
+            policy.parameters(view, NUM_SAMPLES, squares(NUM_SAMPLES)).sample[rows],
+            digest,
+            probe,
+        )
     return writer.finalize()
 
 
@@ -138,13 +153,16 @@ def gradient_images() -> NDArray[np.uint8]:
     return (np.array(planes) % 256).astype(np.uint8)
 
 
-def rendered(images: NDArray[np.uint8], policy: ViewPolicy, renderer: Any, version: int) -> dict[str, Any]:
-    """Digests of the views of `images` under `policy`, with fingerprints of `version`."""
+def rendered(
+    images: NDArray[np.uint8], policy: ViewPolicy, renderer: Any, version: int, sizes: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """Digests of the views of `images` under `policy`, with fingerprints of `version`; square ones without `sizes`."""
     from kdcache.views import fingerprint, render_positions
 
     found: dict[str, Any] = {}
+    sizes = squares(len(images)) if sizes is None else sizes
     for view in DRAWN_VIEWS:
-        pixels = render_positions(images, policy.parameters(view, len(images)), np.arange(len(images)), renderer)
+        pixels = render_positions(images, policy.parameters(view, len(images), sizes), np.arange(len(images)), renderer)
         digest, grid = fingerprint(pixels, version)
         found[f"view {view}"] = {
             "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
@@ -156,10 +174,10 @@ def rendered(images: NDArray[np.uint8], policy: ViewPolicy, renderer: Any, versi
 
 def drawn_parameters() -> dict[str, Any]:
     """The table of draws of five samples, as whole numbers."""
-    policy = ViewPolicy.load("pets", size=32)
+    policy = ViewPolicy.load("pets:version=1", size=32)
     found: dict[str, Any] = {}
     for view in DRAWN_VIEWS:
-        table = policy.parameters(view, 5)
+        table = policy.parameters(view, 5, squares(5))
         columns = ("sample", "partner", "box", "flip", "operations", "signs", "mix", "lam_units", "cut")
         found[f"view {view}"] = {name: getattr(table, name).astype(int).tolist() for name in columns}
     return found
@@ -186,7 +204,7 @@ def later_parameters() -> dict[str, Any]:
     """The table of draws of seven samples under the policy with all pieces, as whole numbers."""
     found: dict[str, Any] = {}
     for view in DRAWN_VIEWS:
-        columns = by_name(PIECE_POLICIES["all"].parameters(view, 7))
+        columns = by_name(PIECE_POLICIES["all"].parameters(view, 7, squares(7)))
         found[f"view {view}"] = {name: column.astype(int).tolist() for name, column in columns.items()}
     return found
 
@@ -201,7 +219,7 @@ def pieces(renderer: Any = "reference") -> dict[str, Any]:
     pictures = {"digits": digit_images(), "gradient": gradient_images()}
     return {
         "policies": {
-            "eval at its own size": PRESETS["eval"].digest,
+            "eval at its own size": ViewPolicy.load("eval:version=1").digest,
             **{name: policy.digest for name, policy in PIECE_POLICIES.items()},
         },
         "views": {
@@ -216,10 +234,13 @@ def views(renderer: Any = "reference") -> dict[str, Any]:
     """Everything that views.json holds, as this installation computes it."""
     pictures = {"digits": digit_images(), "gradient": gradient_images()}
     return {
-        "policies": {name: policy.digest for name, policy in PRESETS.items()},
+        "policies": {name: ViewPolicy.load(f"{name}:version=1").digest for name in PRESETS},
         "images": {name: hashlib.sha256(images.tobytes()).hexdigest() for name, images in pictures.items()},
         "views": {
-            preset: {name: rendered(images, ViewPolicy.load(preset, size=size), renderer, 1) for name, images in pictures.items()}
+            preset: {
+                name: rendered(images, ViewPolicy.load(f"{preset}:version=1", size=size), renderer, 1)
+                for name, images in pictures.items()
+            }
             for preset, size in SIZES.items()
         },
         "parameters": drawn_parameters(),
@@ -227,8 +248,24 @@ def views(renderer: Any = "reference") -> dict[str, Any]:
     }
 
 
+def photographs(renderer: Any = "reference") -> dict[str, Any]:
+    """Everything that photographs.json holds, as this installation computes it: version 2, on photographs of many shapes."""
+    images = gradient_images()
+    policies = {name: ViewPolicy.load(name, "bicubic", size=24) for name in PRESETS}
+    return {
+        "policies": {name: policy.digest for name, policy in policies.items()},
+        "boxes": {
+            name: policy.parameters(3, len(SHAPES), SHAPES)
+            .box[np.argsort(policy.parameters(3, len(SHAPES), SHAPES).sample)]
+            .tolist()
+            for name, policy in policies.items()
+        },
+        "views": {name: rendered(images, policy, renderer, 2, SHAPES[: len(images)]) for name, policy in policies.items()},
+    }
+
+
 def main(arguments: list[str]) -> None:
-    targets = {"archive": ARCHIVE, "layouts": LAYOUTS, "views": VIEWS, "pieces": PIECES}
+    targets = {"archive": ARCHIVE, "layouts": LAYOUTS, "views": VIEWS, "pieces": PIECES, "photographs": PHOTOGRAPHS}
     if len(arguments) != 1 or arguments[0] not in targets:
         sys.exit(__doc__)
     target = targets[arguments[0]]
@@ -239,7 +276,8 @@ def main(arguments: list[str]) -> None:
     elif target is LAYOUTS:
         write_golden_layouts(target)
     else:
-        text = json.dumps(views() if target is VIEWS else pieces(), indent=1)
+        made = {VIEWS: views, PIECES: pieces, PHOTOGRAPHS: photographs}[target]
+        text = json.dumps(made(), indent=1)
         target.write_text(text + "\n")
     print(f"wrote {target}")
 

@@ -18,6 +18,7 @@ from kdcache.stats import relative_entropy
 from kdcache.targets import row_keys
 from kdcache.views.rendering import Renderer
 from tests.golden import make
+from tests.squares import squares
 
 DIGEST = "2d4ccd29"  # of data/golden/v1, its beginning; the whole of it is checked by verify
 DIGESTS = {  # of data/golden/layouts/*, their beginnings
@@ -94,7 +95,7 @@ def test_the_golden_archive_reads_as_the_numbers_it_was_made_from(path: Path) ->
         rows = archive.read(view, 0, 11)
         np.testing.assert_array_equal(rows.logits, make.logits(view))
         np.testing.assert_array_equal(rows.argmax, make.logits(view).argmax(axis=1))
-        np.testing.assert_array_equal(rows.sample, policy.parameters(view, 11).sample)
+        np.testing.assert_array_equal(rows.sample, policy.parameters(view, 11, squares(11)).sample)
         for stored, computed in zip((rows.entropy, rows.entropy_rest), relative_entropy(make.logits(view)), strict=True):
             np.testing.assert_allclose(stored, computed, rtol=1e-6, atol=1e-9)
         for stored, made in zip((rows.digest, rows.probe), make.fingerprints(view), strict=True):
@@ -228,6 +229,12 @@ def test_policies_with_the_later_pieces_still_have_the_same_digests_and_draws(
     assert pieces_now["parameters"] == golden_pieces["parameters"], "other draws need another policy version"
 
 
+@pytest.mark.parametrize("renderer", get_args(Renderer))
+def test_photographs_still_have_the_same_boxes_and_pixels(renderer: Renderer) -> None:
+    golden = json.loads(make.PHOTOGRAPHS.read_text())
+    assert make.photographs(renderer) == golden, CHANGED
+
+
 def test_seeds_still_mean_the_same_orders_and_shuffles(golden: dict[str, Any], now: dict[str, Any]) -> None:
     assert now["orders"] == golden["orders"], "runs of an earlier version can no longer be repeated"
     of_samples = [1730665916399432775, -5700082632300381997, -3822483288148661232]
@@ -242,9 +249,10 @@ def test_golden_files_hold_nothing_that_is_no_longer_checked(
         assert file["views"].keys() == found["views"].keys()
 
 
-@pytest.mark.parametrize("what", ["archive", "views", "pieces"])
+@pytest.mark.parametrize("what", ["archive", "views", "pieces", "photographs"])
 def test_making_golden_files_never_overwrites_them(what: str) -> None:
-    target = {"archive": make.ARCHIVE / "kdcache.json", "views": make.VIEWS, "pieces": make.PIECES}[what]
+    files = {"views": make.VIEWS, "pieces": make.PIECES, "photographs": make.PHOTOGRAPHS}
+    target = files.get(what, make.ARCHIVE / "kdcache.json")
     before = target.read_bytes()
     with pytest.raises(SystemExit, match="not overwritten"):
         make.main([what])

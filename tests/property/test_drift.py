@@ -43,7 +43,7 @@ def test_a_changed_pixel_is_noticed_at_the_first_batch_that_shows_it(dump: Dump,
     stale = dataclasses.replace(dump.canvas, pixels=pixels)
     good = list(CachedTargets(dump.archive, dump.canvas, 4, seed=3).epoch(0))
     view = good[0].view
-    table = dump.archive.manifest.policy.parameters(view, 23)
+    table = dump.archive.manifest.policy.parameters(view, 23, dump.canvas.sizes)
     shows = [
         any(5 in (table.sample[j], table.partner[j]) for j in batch.positions) for batch in good
     ]  # in its own view, and mixed into its partner's
@@ -56,7 +56,7 @@ def test_a_changed_pixel_is_noticed_at_the_first_batch_that_shows_it(dump: Dump,
 
 
 def test_one_changed_byte_of_one_channel_is_enough(dump: Dump) -> None:
-    table = dump.archive.manifest.policy.parameters(0, 23)
+    table = dump.archive.manifest.policy.parameters(0, 23, dump.canvas.sizes)
     at = int(np.flatnonzero(table.partner < 0)[0])  # the odd one out: nothing hides it
     left, top, right, bottom = (table.box[at] * 20 // 65536).tolist()
     pixels = dump.canvas.pixels.copy()
@@ -192,10 +192,10 @@ def test_views_drawn_otherwise_are_caught_at_the_first_batch_that_shows_it_and_n
 ) -> None:
     drawn_by = OTHERWISE[name]
     made = make_dump(tmp_path / "a", canvas, policy=POLICY, drawn_by=drawn_by, views=1)
-    table = POLICY.parameters(0, len(canvas))
+    table = POLICY.parameters(0, len(canvas), canvas.sizes)
     expected = render_positions(canvas.pixels, table, np.arange(len(canvas)))
     if isinstance(drawn_by, ViewPolicy):
-        other = render_positions(canvas.pixels, drawn_by.parameters(0, len(canvas)), np.arange(len(canvas)))
+        other = render_positions(canvas.pixels, drawn_by.parameters(0, len(canvas), canvas.sizes), np.arange(len(canvas)))
     else:
         other = drawn_by(canvas.pixels, table)
     differs = (expected != other).flatten(1).any(dim=1).numpy()
@@ -247,7 +247,7 @@ def test_archives_with_digests_of_version_1_are_still_replayed_and_appended_to(
     tmp_path: Path, canvas: Canvas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcache.archive.writing.planning.PROBE_VERSION", 1)
-    table, rows = POLICY.parameters(0, len(canvas)), np.arange(len(canvas))
+    table, rows = POLICY.parameters(0, len(canvas), canvas.sizes), np.arange(len(canvas))
     options = {
         "num_samples": len(canvas),
         "class_names": canvas.card.class_names,

@@ -17,6 +17,7 @@ from kdcache.views.device import _to_hsv, _to_rgb
 from kdcache.views.policy import RANDAUGMENT_OPERATIONS, UNIT, ColorJitter, Mix, RandAugment, RandomErasing
 from kdcache.views.resample import crop_and_resize
 from tests.property.test_renderers import ALL_PIECES, BATCHES, assert_same_batches, colours, pictures
+from tests.squares import squares
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -24,7 +25,7 @@ GPU = torch.device("cuda")
 
 
 def assert_gpu_draws_the_same(policy: ViewPolicy, side: int, count: int, view: int = 0) -> None:
-    pixels, table, positions = pictures(count, side, view), policy.parameters(view, count), np.arange(count)
+    pixels, table, positions = pictures(count, side, view), policy.parameters(view, count, squares(count)), np.arange(count)
     expected = render_positions(pixels, table, positions, "device")
     for source in (pixels, torch.from_numpy(pixels).to(GPU)):
         views = render_positions(source, table, positions, "device", GPU)
@@ -60,7 +61,9 @@ def test_a_gpu_does_every_operation_at_every_magnitude_and_sign_as_a_cpu_does(si
     for m in range(0, 31, step):
         policy = ViewPolicy(size=size, hflip=0.0, randaugment=RandAugment(n=1, m=m, interpolation=interpolation, fill=77))
         rows = dataclasses.replace(
-            policy.parameters(0, len(cases)), operations=cases[:, :1].astype(np.uint8), signs=cases[:, 1:2].astype(np.int8)
+            policy.parameters(0, len(cases), squares(len(cases))),
+            operations=cases[:, :1].astype(np.uint8),
+            signs=cases[:, 1:2].astype(np.int8),
         )
         different = (render(images.to(GPU), rows).cpu() != render(images, rows)).flatten(1).any(dim=1).numpy()
         assert not different.any(), f"m={m}, (operation, sign, picture) {cases[different].tolist()}"
@@ -94,7 +97,7 @@ def test_a_gpu_turns_every_colour_into_hue_and_back_as_a_cpu_does() -> None:
 def test_a_gpu_does_every_jitter_operation_at_many_factors_as_a_cpu_does(operation: int) -> None:
     rng = np.random.default_rng(operation)
     count = 256
-    rows = ViewPolicy(size=40, hflip=0.0, jitter=ColorJitter(brightness=1)).parameters(0, count)
+    rows = ViewPolicy(size=40, hflip=0.0, jitter=ColorJitter(brightness=1)).parameters(0, count, squares(count))
     factors = rng.integers(0, 3 * UNIT, (count, 4))
     factors[:, 3] = np.arange(count) - 128
     rows = dataclasses.replace(rows, jitter=np.full((count, 1), operation, np.uint8), factors=factors.astype(np.int32))
@@ -104,7 +107,7 @@ def test_a_gpu_does_every_jitter_operation_at_many_factors_as_a_cpu_does(operati
 
 def test_a_gpu_erases_and_mixes_the_same_pixels_in_any_batch() -> None:
     policy = ViewPolicy(size=32, erase=RandomErasing(probability=0.5), mix=Mix(probability=0.8, beta=0.4))
-    pixels, table = pictures(51, 32), policy.parameters(0, 51)
+    pixels, table = pictures(51, 32), policy.parameters(0, 51, squares(51))
     whole = render_positions(pixels, table, np.arange(51), "reference")
     for positions in (np.arange(50, -1, -1), np.array([3]), np.array([50, 0, 7, 7, 21])):
         views = render_positions(pixels, table, positions, "device", GPU).cpu()

@@ -39,6 +39,7 @@ from kdcache.views.policy import (
 )
 from kdcache.views.rendering import Renderer
 from kdcache.views.resample import crop_and_resize
+from tests.squares import squares
 
 RENDERERS = get_args(Renderer)
 RADIUS = {"bilinear": 1, "bicubic": 2}
@@ -186,7 +187,7 @@ def test_crop_and_resize_is_pillows_up_to_128_taps_and_refuses_more(name: str, s
 @pytest.mark.parametrize("name", sorted(RADIUS))
 @pytest.mark.parametrize(("side", "size"), [(336, 224), (256, 224), (64, 64), (100, 300)])
 def test_crop_and_resize_is_pillows_at_the_sizes_that_people_train_with(name: str, side: int, size: int) -> None:
-    table = ViewPolicy(size=size, crop=InceptionCrop()).parameters(1, 6)
+    table = ViewPolicy(size=size, crop=InceptionCrop()).parameters(1, 6, squares(6))
     assert_crops_are_pillows(pictures(6, side), table.box, table.flip, table.shift, size, name)
 
 
@@ -242,14 +243,14 @@ def test_both_renderers_give_the_same_bytes_for_any_policy(policy: ViewPolicy, v
     side = data.draw(
         st.one_of(st.just(policy.size), st.integers(1, 60)).map(lambda side: min(side, 31 * policy.size)), label="side"
     )
-    assert_renderers_agree(pictures(count, side, view % 1000), policy.parameters(view, count))
+    assert_renderers_agree(pictures(count, side, view % 1000), policy.parameters(view, count, squares(count)))
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_both_renderers_give_the_same_bytes_for_every_preset_at_its_own_size(name: str) -> None:
-    policy = PRESETS[name]
+    policy = PRESETS[name].settled("bicubic")
     count, side = (200, 40) if policy.size < 100 else (10, 336)
-    assert_renderers_agree(pictures(count, side), policy.parameters(2, count))
+    assert_renderers_agree(pictures(count, side), policy.parameters(2, count, squares(count)))
 
 
 @pytest.mark.grid
@@ -264,7 +265,7 @@ def test_both_renderers_give_the_same_bytes_for_every_operation_at_every_magnitu
     images = pictures(4, size)[cases[:, 2]]
     for m in range(0, bins, step):
         options = RandAugment(n=1, m=m, bins=bins, interpolation=interpolation, fill=(m * 37) % 256)
-        table = ViewPolicy(size=size, hflip=0.0, randaugment=options).parameters(0, len(cases))
+        table = ViewPolicy(size=size, hflip=0.0, randaugment=options).parameters(0, len(cases), squares(len(cases)))
         rows = dataclasses.replace(
             table, sample=np.arange(len(cases)), operations=cases[:, :1].astype(np.uint8), signs=cases[:, 1:2].astype(np.int8)
         )
@@ -278,7 +279,7 @@ def jittered(images: NDArray[np.uint8], operations: list[int], factors: list[int
     """`images` after the jitter `operations`, with the factors of brightness, contrast, saturation, hue."""
     policy = ViewPolicy(size=images.shape[-1], hflip=0.0, jitter=ColorJitter(brightness=1))
     rows = dataclasses.replace(
-        policy.parameters(0, len(images)),
+        policy.parameters(0, len(images), squares(len(images))),
         jitter=np.tile(np.array(operations, np.uint8), (len(images), 1)),
         factors=np.tile(np.array(factors, np.int32), (len(images), 1)),
     )
@@ -365,7 +366,7 @@ def test_hue_saturation_and_value_of_every_colour_are_pillows(start: str) -> Non
 def test_erasing_is_torchvisions_erase_of_the_drawn_box(size: int, renderer: Renderer) -> None:
     plain = ViewPolicy(size=size, hflip=0.0)
     policy = plain.model_copy(update={"erase": RandomErasing(probability=0.7, scale=(0.02, 0.6), fill=(1, 200, 30))})
-    images, table = pictures(60, size), policy.parameters(1, 60)
+    images, table = pictures(60, size), policy.parameters(1, 60, squares(60))
     before = torch.from_numpy(images[table.sample])
     views = render(before, table, renderer)
     colour = torch.tensor([1, 200, 30], dtype=torch.uint8).view(3, 1, 1)
@@ -378,7 +379,7 @@ def test_erasing_is_torchvisions_erase_of_the_drawn_box(size: int, renderer: Ren
 def only(table: ViewTable, **pieces: Any) -> ViewTable:
     """`table` with nothing but `pieces`: whole canvas at the size of a view, no flip, shift or mixing."""
     policy, count = ViewPolicy(size=table.policy.size, hflip=0.0, **pieces), len(table)
-    plain = dataclasses.replace(policy.parameters(0, count), sample=table.sample)
+    plain = dataclasses.replace(policy.parameters(0, count, squares(count)), sample=table.sample)
     kept = {
         "randaugment": ("operations", "signs"),
         "jitter": ("jitter", "factors"),
@@ -393,7 +394,7 @@ def only(table: ViewTable, **pieces: Any) -> ViewTable:
 @pytest.mark.parametrize("view", [0, 1, 2])
 def test_a_view_is_crop_flip_randaugment_jitter_erasing_and_mixing_one_after_the_other(view: int, renderer: Renderer) -> None:
     count = 24
-    table = ALL_PIECES.parameters(view, count)
+    table = ALL_PIECES.parameters(view, count, squares(count))
     assert {MIX_NONE, MIX_MIXUP, MIX_CUTMIX} == set(table.mix.tolist())
     images = pictures(count, 40, view)[table.sample]
     steps = np.stack([pillow(images[i], table.box[i].tolist(), bool(table.flip[i]), (0, 0), 24, "bicubic") for i in range(count)])
@@ -409,7 +410,7 @@ def test_a_view_is_crop_flip_randaugment_jitter_erasing_and_mixing_one_after_the
 def test_mixup_of_any_two_bytes_is_rounded_half_up(share: int) -> None:
     own = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 256, 256))
     other = own.transpose(0, 2, 1)
-    table = ViewPolicy(size=256, hflip=0.0, mix=Mix(cutmix=0)).parameters(0, 2)
+    table = ViewPolicy(size=256, hflip=0.0, mix=Mix(cutmix=0)).parameters(0, 2, squares(2))
     rows = dataclasses.replace(table, lam_units=np.array([share, share], np.int32))
     view = render(torch.from_numpy(np.stack([own, other])), rows)[0].numpy()
     expected = (own.astype(np.int64) * share + other.astype(np.int64) * (UNIT - share) + UNIT // 2) // UNIT
@@ -424,7 +425,7 @@ def test_mixup_of_any_two_bytes_is_rounded_half_up(share: int) -> None:
 def test_views_of_any_policy_do_not_depend_on_batching_order_and_company(
     policy: ViewPolicy, view: int, count: int, data: Any, renderer: Renderer
 ) -> None:
-    pixels, table = pictures(count, 21), policy.parameters(view, count)
+    pixels, table = pictures(count, 21), policy.parameters(view, count, squares(count))
     whole = render_positions(pixels, table, np.arange(count), renderer)
     positions = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=2 * count), label="positions"))
     assert torch.equal(render_positions(pixels, table, positions, renderer), whole[torch.from_numpy(positions)])
@@ -433,12 +434,14 @@ def test_views_of_any_policy_do_not_depend_on_batching_order_and_company(
 
 
 def test_rendering_leaves_canvas_and_draws_as_they_are(renderer: Renderer) -> None:
-    table = ALL_PIECES.parameters(0, 12)
+    table = ALL_PIECES.parameters(0, 12, squares(12))
     images = torch.from_numpy(pictures(12, 24)[table.sample])
     pixels, columns = images.clone(), [column.copy() for column in vars(table).values() if isinstance(column, np.ndarray)]
     render(images, table, renderer)
     whole = ALL_PIECES.model_copy(update={"crop": CenterCrop()})  # nothing to resize: views begin as copies of the canvas
-    render(images, dataclasses.replace(whole.parameters(0, 12), sample=table.sample, partner=table.partner), renderer)
+    render(
+        images, dataclasses.replace(whole.parameters(0, 12, squares(12)), sample=table.sample, partner=table.partner), renderer
+    )
     assert torch.equal(images, pixels)
     for before, after in zip(columns, [c for c in vars(table).values() if isinstance(c, np.ndarray)], strict=True):
         np.testing.assert_array_equal(before, after)
@@ -465,7 +468,7 @@ def assert_same_batches(some: Iterator[Rendered], others: Iterator[Rendered]) ->
 def test_batches_do_not_depend_on_workers_renderer_order_and_first_view(canvas: Canvas, workers: int, renderer: Renderer) -> None:
     expected = list(render_batches(canvas, ALL_PIECES, BATCHES, renderer="reference"))
     for (view, positions), batch in zip(BATCHES, expected, strict=True):
-        table = ALL_PIECES.parameters(view, len(canvas))
+        table = ALL_PIECES.parameters(view, len(canvas), canvas.sizes)
         assert torch.equal(batch.images, render_positions(canvas.pixels, table, positions, "reference"))
     found = render_batches(canvas, ALL_PIECES, BATCHES[::-1], workers=workers, renderer=renderer)
     assert_same_batches(found, reversed(expected))

@@ -78,7 +78,7 @@ def test_batches_hold_the_archives_logits_of_their_samples_and_the_views_of_the_
         rows = dump.archive.find(batch.view, batch.sample.numpy())
         np.testing.assert_array_equal(batch.logits.numpy(), rows.logits)
         np.testing.assert_array_equal(rows.logits, dump.logits[batch.view, batch.positions])
-        table = policy.parameters(batch.view, len(dump.canvas))
+        table = policy.parameters(batch.view, len(dump.canvas), dump.canvas.sizes)
         np.testing.assert_array_equal(table.sample[batch.positions], batch.sample)
         np.testing.assert_allclose(batch.lam.numpy(), table.lam[batch.positions], rtol=1e-6)
         np.testing.assert_array_equal(batch.label_a.numpy(), dump.canvas.labels[batch.sample])
@@ -103,7 +103,7 @@ def test_a_second_view_is_another_one_of_the_same_samples(dump: Dump, workers: i
             assert batch.view != other.view == stream.second_view(epoch)
             assert torch.equal(batch.sample, other.sample)
             np.testing.assert_array_equal(other.logits, dump.archive.find(other.view, other.sample.numpy()).logits)
-            table = policy.parameters(other.view, len(dump.canvas))
+            table = policy.parameters(other.view, len(dump.canvas), dump.canvas.sizes)
             assert torch.equal(other.images, render_positions(dump.canvas.pixels, table, other.positions))
             assert torch.equal(other.label_a, batch.label_a)
         if epoch == 1:  # from the middle of an epoch on, both go on where they were
@@ -205,7 +205,7 @@ def test_batches_of_several_views_can_be_rendered_in_any_order(dump: Dump, worke
     for item, (view, positions) in zip(
         render_batches(dump.canvas, policy, items, workers=workers, archive=dump.archive), items, strict=True
     ):
-        table = policy.parameters(view, len(dump.canvas))
+        table = policy.parameters(view, len(dump.canvas), dump.canvas.sizes)
         assert item.rows.view == view
         np.testing.assert_array_equal(item.rows.sample, table.sample[positions])
         assert torch.equal(item.images, render_positions(dump.canvas.pixels, table, positions))
@@ -240,7 +240,7 @@ def test_a_stream_without_targets_shows_the_views_of_its_epochs(dump: Dump) -> N
         batches = list(ViewStream(dump.canvas, policy, batch_size=6, seed=0).epoch(epoch))
         assert [batch.view for batch in batches] == [epoch] * 3
         assert all(batch.logits is None for batch in batches)
-        table = policy.parameters(epoch, len(dump.canvas))
+        table = policy.parameters(epoch, len(dump.canvas), dump.canvas.sizes)
         assert torch.equal(batches[1].images, render_positions(dump.canvas.pixels, table, batches[1].positions))
 
 

@@ -33,6 +33,7 @@ from kdcache.views.policy import (
     RandAugment,
 )
 from kdcache.views.rendering import Renderer
+from tests.squares import squares
 
 PAPER = ViewPolicy.load("pets", size=16, seed=7)
 RANDOM = sorted(set(PRESETS) - {"none"})
@@ -62,8 +63,8 @@ def plain_row(policy: ViewPolicy, view: int, sample: int) -> list[float]:
 @pytest.mark.parametrize("name", RANDOM)
 @given(view=st.integers(0, 2**40), few=st.integers(1, 40), more=st.integers(0, 40))
 def test_a_samples_draws_do_not_depend_on_how_many_samples_there_are(name: str, view: int, few: int, more: int) -> None:
-    policy = PRESETS[name]
-    small, large = (by_sample(policy.parameters(view, count)) for count in (few, few + more))
+    policy = PRESETS[name].settled()
+    small, large = (by_sample(policy.parameters(view, count, squares(count))) for count in (few, few + more))
     for column in DRAWS:
         np.testing.assert_array_equal(small[column], large[column][:few], err_msg=column)
     # Only the odd one out, which has no partner, is unmixed in one of the two and mixed in the other.
@@ -75,14 +76,14 @@ def test_a_samples_draws_do_not_depend_on_how_many_samples_there_are(name: str, 
 
 @given(view=st.integers(0, 1000), few=st.integers(1, 60), more=st.integers(0, 60))
 def test_more_samples_only_insert_themselves_into_the_order(view: int, few: int, more: int) -> None:
-    small, large = (PAPER.parameters(view, count).sample for count in (few, few + more))
+    small, large = (PAPER.parameters(view, count, squares(count)).sample for count in (few, few + more))
     np.testing.assert_array_equal(small, large[large < few])
 
 
 @pytest.mark.parametrize("sample", [0, 1, 65535, 65536, 65541])  # draws are made in slices of 65,536 samples
 def test_draws_are_the_samples_own_row_of_the_raw_philox_stream(sample: int) -> None:
     policy = ViewPolicy(seed=3, size=100, crop=PadCrop(padding=4), hflip=0.5, randaugment=RandAugment(n=3, m=9), mix=Mix())
-    table = policy.parameters(2, 65_544)
+    table = policy.parameters(2, 65_544, squares(65_544))
     [at] = np.flatnonzero(table.sample == sample)
     row, u = table[at : at + 1], plain_row(policy, 2, sample)
     assert row.shift[0].tolist() == [int(u[21] * 9) - 4, int(u[22] * 9) - 4]
@@ -99,7 +100,7 @@ def test_draws_are_the_samples_own_row_of_the_raw_philox_stream(sample: int) -> 
 
 @given(view=st.integers(0, 2**63), count=st.integers(1, 200))
 def test_the_order_is_a_permutation_and_neighbours_are_each_others_partners(view: int, count: int) -> None:
-    table = PAPER.parameters(view, count)
+    table = PAPER.parameters(view, count, squares(count))
     np.testing.assert_array_equal(np.sort(table.sample), np.arange(count))
     paired = count - count % 2
     np.testing.assert_array_equal(table.partner[:paired], table.sample[np.arange(paired) ^ 1])
@@ -115,7 +116,7 @@ def test_the_order_is_a_permutation_and_neighbours_are_each_others_partners(view
     size=st.integers(1, 64),
 )
 def test_mixing_draws_are_consistent_with_their_kind(view: int, probability: float, cutmix: float, size: int) -> None:
-    table = ViewPolicy(size=size, mix=Mix(probability=probability, cutmix=cutmix)).parameters(view, 64)
+    table = ViewPolicy(size=size, mix=Mix(probability=probability, cutmix=cutmix)).parameters(view, 64, squares(64))
     unmixed, mixup, is_cutmix = (table.mix == kind for kind in (MIX_NONE, MIX_MIXUP, MIX_CUTMIX))
     assert (table.partner[unmixed] == -1).all()
     assert (table.lam[unmixed] == 1).all()
@@ -136,17 +137,17 @@ def test_mixing_draws_are_consistent_with_their_kind(view: int, probability: flo
 
 @given(seed=st.integers(0, 2**64 - 2), view=st.integers(0, 2**62))
 def test_another_seed_or_another_view_draws_other_parameters(seed: int, view: int) -> None:
-    first = PAPER.model_copy(update={"seed": seed}).parameters(view, 16)
+    first = PAPER.model_copy(update={"seed": seed}).parameters(view, 16, squares(16))
     for other in (
-        PAPER.model_copy(update={"seed": seed + 1}).parameters(view, 16),
-        PAPER.model_copy(update={"seed": seed}).parameters(view + 1, 16),
+        PAPER.model_copy(update={"seed": seed + 1}).parameters(view, 16, squares(16)),
+        PAPER.model_copy(update={"seed": seed}).parameters(view + 1, 16, squares(16)),
     ):
         assert (by_sample(first)["box"] != by_sample(other)["box"]).any(axis=1).all()
         assert (first.sample != other.sample).any()
 
 
 def test_seed_and_view_are_not_added_to_each_other() -> None:
-    one, other = (PAPER.model_copy(update={"seed": s}).parameters(v, 16) for s, v in ((1, 2), (2, 1)))
+    one, other = (PAPER.model_copy(update={"seed": s}).parameters(v, 16, squares(16)) for s, v in ((1, 2), (2, 1)))
     assert (by_sample(one)["box"] != by_sample(other)["box"]).any(axis=1).all()
 
 
@@ -159,7 +160,7 @@ def test_inception_boxes_lie_inside_the_canvas_with_allowed_area_and_ratio(
     view: int, scale: list[float], ratio: list[float]
 ) -> None:
     policy = ViewPolicy(crop=InceptionCrop(scale=tuple(scale), ratio=tuple(ratio)))
-    box = policy.parameters(view, 200).box.astype(np.int64)
+    box = policy.parameters(view, 200, squares(200)).box.astype(np.int64)
     assert ((box >= 0) & (box <= UNIT)).all()
     width, height = ((box[:, 2:] - box[:, :2]) / UNIT).T
     assert (width > 0).all()
@@ -179,11 +180,16 @@ def test_inception_boxes_lie_inside_the_canvas_with_allowed_area_and_ratio(
 def test_a_crop_that_never_fits_falls_back_to_the_largest_central_box(ratio: float, width: float, height: float) -> None:
     policy = ViewPolicy(crop=InceptionCrop(scale=(1.0, 1.0), ratio=(ratio, ratio)))
     expected = np.array([1 - width, 1 - height, 1 + width, 1 + height]) * (UNIT // 2)
-    np.testing.assert_array_equal(policy.parameters(0, 5).box, np.tile(expected, (5, 1)))
+    np.testing.assert_array_equal(policy.parameters(0, 5, squares(5)).box, np.tile(expected, (5, 1)))
 
 
 def test_the_digest_tells_policies_apart_and_survives_json() -> None:
-    policies = [*PRESETS.values(), PAPER, PAPER.model_copy(update={"seed": 8}), ViewPolicy.load("pets", size=17, seed=7)]
+    policies = [
+        *map(ViewPolicy.load, PRESETS),
+        PAPER,
+        PAPER.model_copy(update={"seed": 8}),
+        ViewPolicy.load("pets", size=17, seed=7),
+    ]
     digests = [policy.digest for policy in policies]
     assert len(set(digests)) == len(set(policies)) == len(policies) - 1  # pets and imagenet are the same policy
     assert [ViewPolicy.model_validate_json(policy.model_dump_json()).digest for policy in policies] == digests
@@ -201,7 +207,7 @@ def test_the_digest_tells_policies_apart_and_survives_json() -> None:
         {"randaugment": {"n": 5}},
         {"mix": {"probability": 2}},
         {"colour": 1},
-        {"version": 2},
+        {"version": 3},
     ],
 )
 def test_a_policy_with_an_impossible_field_is_refused_by_name(wrong: dict[str, object]) -> None:
@@ -216,7 +222,7 @@ def test_a_policy_with_an_impossible_field_is_refused_by_name(wrong: dict[str, o
 
 @pytest.fixture(scope="module")
 def many() -> dict[str, NDArray]:
-    return by_sample(ViewPolicy.load("pets").parameters(0, 20_000))
+    return by_sample(ViewPolicy.load("pets").parameters(0, 20_000, squares(20_000)))
 
 
 def is_uniform(values: NDArray, below: float, bins: int) -> bool:
@@ -235,7 +241,7 @@ def test_crop_positions_are_uniform_over_the_room_that_is_left(many: dict[str, N
 
 def test_crop_areas_and_log_ratios_are_uniform_where_no_attempt_is_rejected() -> None:
     policy = ViewPolicy(crop=InceptionCrop(scale=(0.1, 0.6), ratio=(0.7, 1 / 0.7)))
-    left, top, right, bottom = policy.parameters(1, 20_000).box.astype(float).T / UNIT
+    left, top, right, bottom = policy.parameters(1, 20_000, squares(20_000)).box.astype(float).T / UNIT
     area, ratio = (right - left) * (bottom - top), (right - left) / (bottom - top)
     assert is_uniform(np.clip((area - 0.1) / 0.5, 0, 1), 1, 20)
     assert is_uniform(np.clip(np.log(ratio / 0.7) / np.log(1 / 0.49), 0, 1), 1, 20)
@@ -266,13 +272,13 @@ def test_cutmix_boxes_are_centred_anywhere(many: dict[str, NDArray]) -> None:
 
 
 def test_the_order_is_spread_evenly() -> None:
-    table = PAPER.parameters(0, 20_000)
+    table = PAPER.parameters(0, 20_000, squares(20_000))
     assert abs(np.corrcoef(table.sample, np.arange(20_000))[0, 1]) < 4 / math.sqrt(20_000)
     assert abs(np.corrcoef(table.sample[:-1], table.sample[1:])[0, 1]) < 4 / math.sqrt(20_000)
 
 
 def test_neighbouring_samples_and_views_are_uncorrelated() -> None:
-    here, there = (by_sample(PAPER.parameters(view, 20_000)) for view in (4, 5))
+    here, there = (by_sample(PAPER.parameters(view, 20_000, squares(20_000))) for view in (4, 5))
     columns = [
         (
             table["box"][:, 0],
@@ -316,7 +322,7 @@ def still(table: ViewTable, **columns: NDArray) -> ViewTable:
 
 
 def test_the_first_preset_draws_nothing_and_shows_the_whole_canvas(photos: NDArray[np.uint8], renderer: Renderer) -> None:
-    table = ViewPolicy.load("none", size=40).parameters(5, len(photos))
+    table = ViewPolicy.load("none", size=40).parameters(5, len(photos), squares(len(photos)))
     views = render(torch.from_numpy(photos[table.sample]), table, renderer)
     np.testing.assert_array_equal(views.numpy(), photos[table.sample])
 
@@ -324,7 +330,7 @@ def test_the_first_preset_draws_nothing_and_shows_the_whole_canvas(photos: NDArr
 @pytest.mark.parametrize("size", [16, 40, 57])
 def test_crop_is_pillows_resize_of_the_drawn_box(photos: NDArray[np.uint8], size: int, renderer: Renderer) -> None:
     policy = ViewPolicy(size=size, crop=InceptionCrop(), hflip=0.0)
-    table = policy.parameters(0, len(photos))
+    table = policy.parameters(0, len(photos), squares(len(photos)))
     views = render(torch.from_numpy(photos[table.sample]), table, renderer).numpy()
     for view, sample, box in zip(views, table.sample, table.box, strict=True):
         edges = tuple(float(np.float32(edge * 40 / 65536)) for edge in box.tolist())
@@ -335,7 +341,7 @@ def test_crop_is_pillows_resize_of_the_drawn_box(photos: NDArray[np.uint8], size
 def test_a_crop_on_whole_pixels_is_torchvisions_resized_crop_away_from_its_border(
     photos: NDArray[np.uint8], renderer: Renderer
 ) -> None:
-    table = ViewPolicy(size=24, crop=InceptionCrop(), hflip=0.0).parameters(0, 1)
+    table = ViewPolicy(size=24, crop=InceptionCrop(), hflip=0.0).parameters(0, 1, squares(1))
     for left, top, side in ((5, 10, 15), (0, 0, 40), (15, 5, 25)):  # multiples of 5 of 40 pixels are exact in 1/65536
         box = np.array([[left, top, left + side, top + side]], np.int32) * UNIT // 40
         view = render(torch.from_numpy(photos[:1]), still(table, box=box), renderer)[0].numpy()
@@ -346,7 +352,7 @@ def test_a_crop_on_whole_pixels_is_torchvisions_resized_crop_away_from_its_borde
 
 def test_flip_mirrors_the_crop_from_left_to_right(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     images = torch.from_numpy(photos)
-    table = ViewPolicy(size=32, crop=InceptionCrop(), hflip=0.5).parameters(0, len(photos))
+    table = ViewPolicy(size=32, crop=InceptionCrop(), hflip=0.5).parameters(0, len(photos), squares(len(photos)))
     table = still(table, sample=np.arange(len(photos)))
     straight, mirrored = (render(images, still(table, flip=np.full(len(photos), flip)), renderer) for flip in (False, True))
     assert torch.equal(mirrored, straight.flip(3))
@@ -356,7 +362,7 @@ def test_flip_mirrors_the_crop_from_left_to_right(photos: NDArray[np.uint8], ren
 
 
 def test_pad_crop_is_padding_with_black_and_cropping(photos: NDArray[np.uint8], renderer: Renderer) -> None:
-    table = ViewPolicy(size=40, crop=PadCrop(padding=4), hflip=0.0).parameters(0, len(photos))
+    table = ViewPolicy(size=40, crop=PadCrop(padding=4), hflip=0.0).parameters(0, len(photos), squares(len(photos)))
     assert len(np.unique(table.shift)) > 4
     views = render(torch.from_numpy(photos[table.sample]), table, renderer).numpy()
     for view, sample, (dx, dy) in zip(views, table.sample, table.shift, strict=True):
@@ -389,7 +395,7 @@ def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
         options = RandAugment(n=1, m=m, bins=bins, interpolation=interpolation, fill=fill)
         policy = ViewPolicy(size=size, hflip=0.0, randaugment=options)
         table = still(
-            policy.parameters(0, len(cases)),
+            policy.parameters(0, len(cases), squares(len(cases))),
             operations=np.array([[operation] for operation, _ in cases], np.uint8),
             signs=np.array([[sign] for _, sign in cases], np.int8),
         )
@@ -409,13 +415,17 @@ def test_every_operation_at_every_magnitude_and_sign_is_torchvisions(
 
 def test_operations_are_applied_one_after_the_other_in_the_drawn_order(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     policy = ViewPolicy(size=40, crop=InceptionCrop(), randaugment=RandAugment(n=4, m=14))
-    table = policy.parameters(3, len(photos))
+    table = policy.parameters(3, len(photos), squares(len(photos)))
     both = render(torch.from_numpy(photos[table.sample]), table, renderer)
     before = policy.model_copy(update={"randaugment": None})
     expected = render(torch.from_numpy(photos[table.sample]), still(table, policy=before), renderer)
     for step in range(4):
         one = ViewPolicy(size=40, hflip=0.0, randaugment=RandAugment(n=1, m=14))
-        rows = still(one.parameters(0, len(photos)), operations=table.operations[:, [step]], signs=table.signs[:, [step]])
+        rows = still(
+            one.parameters(0, len(photos), squares(len(photos))),
+            operations=table.operations[:, [step]],
+            signs=table.signs[:, [step]],
+        )
         expected = render(expected, rows, renderer)
     assert torch.equal(both, expected)
 
@@ -423,7 +433,7 @@ def test_operations_are_applied_one_after_the_other_in_the_drawn_order(photos: N
 def test_mixup_is_the_documented_integer_formula_and_cutmix_copies_a_box(photos: NDArray[np.uint8], renderer: Renderer) -> None:
     plain = ViewPolicy(size=20, crop=InceptionCrop(), seed=1)
     policy = plain.model_copy(update={"mix": Mix()})
-    table = policy.parameters(0, len(photos))
+    table = policy.parameters(0, len(photos), squares(len(photos)))
     canvas = torch.from_numpy(photos[table.sample])
     alone, mixed = (
         render(canvas, still(table, policy=plain, partner=np.full(len(photos), -1)), renderer).tolist(),
@@ -445,7 +455,7 @@ def test_mixup_is_the_documented_integer_formula_and_cutmix_copies_a_box(photos:
 
 
 def test_lam_is_the_share_of_the_samples_own_pixels(renderer: Renderer) -> None:
-    table = ViewPolicy(size=32, hflip=0.0, mix=Mix()).parameters(0, 64)
+    table = ViewPolicy(size=32, hflip=0.0, mix=Mix()).parameters(0, 64, squares(64))
     white = np.where(np.arange(64) % 2 == 0, 255, 0).astype(np.uint8)  # by position: each pair is one white, one black
     views = render(torch.from_numpy(np.broadcast_to(white[:, None, None, None], (64, 3, 8, 8)).copy()), table, renderer)
     own = np.where(white > 0, views.double().mean(dim=(1, 2, 3)) / 255, 1 - views.double().mean(dim=(1, 2, 3)) / 255)
@@ -459,7 +469,7 @@ def test_lam_is_the_share_of_the_samples_own_pixels(renderer: Renderer) -> None:
 def test_any_subset_order_and_batching_of_positions_gives_the_same_views(
     photos: NDArray[np.uint8], count: int, data: st.DataObject, renderer: Renderer
 ) -> None:
-    pixels, table = photos[:count], PAPER.model_copy(update={"mix": Mix(probability=0.8)}).parameters(1, count)
+    pixels, table = photos[:count], PAPER.model_copy(update={"mix": Mix(probability=0.8)}).parameters(1, count, squares(count))
     whole = render_positions(pixels, table, np.arange(count), renderer)
     positions = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=2 * count)))
     assert torch.equal(render_positions(pixels, table, positions, renderer), whole[torch.from_numpy(positions)])
@@ -469,7 +479,7 @@ def test_any_subset_order_and_batching_of_positions_gives_the_same_views(
 
 
 def test_render_of_an_even_aligned_range_needs_no_others(photos: NDArray[np.uint8], renderer: Renderer) -> None:
-    table = PAPER.parameters(1, len(photos))
+    table = PAPER.parameters(1, len(photos), squares(len(photos)))
     rows = table[4:10]
     expected = render_positions(photos, table, np.arange(4, 10), renderer)
     assert torch.equal(render(torch.from_numpy(photos[rows.sample]), rows, renderer), expected)
@@ -477,13 +487,13 @@ def test_render_of_an_even_aligned_range_needs_no_others(photos: NDArray[np.uint
 
 @pytest.mark.parametrize("positions", [slice(1, 2), slice(0, 3), slice(1, 5), np.array([0, 2, 1, 3])])
 def test_render_without_the_mixing_partner_is_refused(photos: NDArray[np.uint8], positions: slice | NDArray[np.int64]) -> None:
-    rows = PAPER.parameters(1, len(photos))[positions]
+    rows = PAPER.parameters(1, len(photos), squares(len(photos)))[positions]
     with pytest.raises(ValueError, match="partner"):
         render(torch.from_numpy(photos[rows.sample]), rows)
 
 
 def test_render_refuses_other_shapes_and_types(photos: NDArray[np.uint8]) -> None:
-    rows = PAPER.parameters(0, 4)
+    rows = PAPER.parameters(0, 4, squares(4))
     images = torch.from_numpy(photos[:4])
     for wrong in (images.float(), images[:3], images[:, :1], images[..., :20], images[0]):
         with pytest.raises(ValueError, match="images"):
@@ -548,7 +558,7 @@ def test_a_fingerprint_does_not_depend_on_how_the_tensor_lies_in_memory(photos: 
 
 
 def test_the_centre_crop_takes_the_middle(photos: NDArray[np.uint8], renderer: Renderer) -> None:
-    table = ViewPolicy(size=20, crop=CenterCrop(fraction=0.5), hflip=0.0).parameters(0, 1)
+    table = ViewPolicy(size=20, crop=CenterCrop(fraction=0.5), hflip=0.0).parameters(0, 1, squares(1))
     assert table.box.tolist() == [[UNIT // 4, UNIT // 4, 3 * UNIT // 4, 3 * UNIT // 4]]
     view = render(torch.from_numpy(photos[:1]), table, renderer)[0].numpy()
     np.testing.assert_array_equal(view, photos[0, :, 10:30, 10:30])  # half of 40 pixels at 20 pixels: a plain copy

@@ -47,7 +47,7 @@ def read(path: str) -> NDArray[np.float64]:
     logits: NDArray[np.float32] = archive.read(0, 0, archive.num_samples).logits
     whole, rest = kdcache.stats.relative_entropy(logits, 4.0)
     policy: kdcache.ViewPolicy = kdcache.ViewPolicy.load("pets")
-    rows = policy.parameters(0, archive.num_samples)
+    rows = policy.parameters(0, archive.num_samples, np.full((archive.num_samples, 2), 224))
     pixels: Tensor = kdcache.views.render(torch.zeros(archive.num_samples, 3, 8, 8, dtype=torch.uint8), rows)
     return np.asarray(whole + rest + pixels.shape[0])
 

@@ -14,6 +14,7 @@ from kdcache.codecs import CODECS
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError
 from kdcache.views.policy import ViewPolicy
+from kdcache.views.tested import WHOLE, TestViews
 
 __all__ = [
     "FORMAT_VERSION",
@@ -82,6 +83,7 @@ class ShardRecord(_Record):
 class CanvasCard(_Record):
     size: int = Field(ge=1)  # side in pixels
     digest: str
+    sizes_digest: str | None = Field(None, exclude_if=_left_out(None))  # of the photographs' sizes, where views depend on them
 
 
 class Noise(_Record):
@@ -106,6 +108,12 @@ class TeacherCard(_Record):
     top1_clean: float | None = None  # percent, on the clean test images
     noise: Noise | None = None
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
+    test_views: TestViews | None = Field(None, exclude_if=_left_out(None))  # None: the whole images, made square
+
+    @property
+    def test_title(self) -> str:
+        """How its test images were shown, in words."""
+        return (self.test_views or WHOLE).title
 
 
 # Types of the numbers that figures are drawn from. They bound size and value by what kdcache itself computes.

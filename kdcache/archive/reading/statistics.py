@@ -24,7 +24,7 @@ BINS = 32
 MOMENT_BINS = 24
 RANKS = 64
 FIRST_RANKS = 20  # the ranks in Fig. 4 of the temperature study
-MIXING_ONLY = {"crop": CenterCrop(), "randaugment": None, "jitter": None, "erase": None}
+MIXING_ONLY = {"crop": CenterCrop(mode="squash"), "randaugment": None, "jitter": None, "erase": None}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

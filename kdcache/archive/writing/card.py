@@ -97,11 +97,13 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
         )
     rows["licence of the teacher's weights"] = markdown_escaped(licences.weights or "unknown")
     if teacher and teacher.top1_clean is not None:
-        rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} %"
+        rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} % ({teacher.test_title})"
     if statistics.top1_views is not None:
         rows["teacher's top-1, these views (dominant label)"] = f"{statistics.top1_views:.2f} %"
     if policy:
-        rows["view policy"] = f"digest `{policy.digest[:16]}...`, {policy.size} px, in full in `kdcache.json`"
+        rows["view policy"] = (
+            f"version {policy.version}, digest `{policy.digest[:16]}...`, {policy.size} px, in full in `kdcache.json`"
+        )
     rows["codec, layout"] = f"{code_span(str(manifest.codec['name']))}, {code_span(str(manifest.layout['name']))}"
 
     in_zarr = manifest.layout["name"] == "zarr"

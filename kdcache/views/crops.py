@@ -1,0 +1,117 @@
+"""Crops: which box of a photograph a view shows. NumPy only.
+
+A canvas holds every photograph as a square. Boxes are drawn in the geometry of the photograph, as torchvision draws them,
+and then expressed in the square: a box that is square in the photograph is narrow in the canvas of a wide one, and becomes a
+view with the photograph's own proportions.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["UNIT", "CenterCrop", "Crop", "InceptionCrop", "PadCrop", "Piece", "check_ranges", "crop_boxes"]
+
+UNIT = 1 << 16  # boxes are in 1/UNIT of the canvas side
+
+
+class Piece(BaseModel):
+    """A part of a view policy. Newer fields are left out of the JSON at their defaults, so that older digests stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CenterCrop(Piece):
+    """The central square of `fraction` of the photograph's short side; or of mode `squash`, which forgets the proportions:
+    that fraction of each side, made square. `squash` with fraction 1 is the whole photograph.
+    """
+
+    kind: Literal["center"] = "center"
+    fraction: float = Field(1.0, gt=0, le=1)
+    mode: Literal["center", "squash"] = Field("center", exclude_if=lambda mode: mode == "center")
+
+
+class InceptionCrop(Piece):
+    """A box of random area (relative to the photograph) and aspect ratio, as torchvision's RandomResizedCrop draws it."""
+
+    kind: Literal["inception"] = "inception"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "InceptionCrop":
+        check_ranges(self.scale, self.ratio)
+        return self
+
+
+class PadCrop(Piece):
+    """The central square, shifted by up to `padding` view pixels each way, with black borders (CIFAR recipes)."""
+
+    kind: Literal["pad"] = "pad"
+    padding: int = Field(4, ge=0, le=4096)
+
+
+Crop = Annotated[CenterCrop | InceptionCrop | PadCrop, Field(discriminator="kind")]
+
+
+def check_ranges(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """ValueError for ranges of areas and aspect ratios that no box can have."""
+    if not (1e-4 <= scale[0] <= scale[1] <= 1 and 1e-3 <= ratio[0] <= ratio[1] <= 1e3):
+        raise ValueError("scale must lie between 0.0001 and 1 and ratio between 0.001 and 1000, each in ascending order")
+
+
+def crop_boxes(
+    crop: CenterCrop | InceptionCrop | PadCrop,
+    areas: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    places: NDArray[np.float64],
+    aspect: NDArray[np.float64],
+) -> NDArray[np.int32]:
+    """Crop boxes `[n, 4]` (left, top, right, bottom) in 1/UNIT of the canvas side, for photographs of width / height `aspect`.
+
+    `areas` and `ratios [n, 10]` and `places [n, 2]` (left, top) are draws in [0, 1). An aspect of 1 gives the boxes of
+    policy version 1, which took every canvas for a square photograph.
+    """
+    if isinstance(crop, InceptionCrop):
+        return _inception_boxes(crop, areas, ratios, places, aspect)
+    fraction = crop.fraction if isinstance(crop, CenterCrop) else 1.0
+    width = _units(fraction * np.minimum(1.0, 1 / aspect))
+    height = _units(fraction * np.minimum(1.0, aspect))
+    return _placed(width, height, (UNIT - width) // 2, (UNIT - height) // 2)
+
+
+def _inception_boxes(
+    crop: InceptionCrop,
+    areas: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    places: NDArray[np.float64],
+    aspect: NDArray[np.float64],
+) -> NDArray[np.int32]:
+    """torchvision's RandomResizedCrop.get_params: the first of ten boxes that fits, or the largest central one allowed."""
+    area = crop.scale[0] + areas * (crop.scale[1] - crop.scale[0])
+    log_ratio = np.log(crop.ratio)
+    ratio = np.exp(log_ratio[0] + ratios * (log_ratio[1] - log_ratio[0]))
+    ratio /= aspect[:, None]  # of a box in the photograph, now of the same box in the canvas
+    width = np.rint(np.sqrt(area * ratio) * UNIT).astype(np.int64)
+    height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
+    fits = (width <= UNIT) & (height <= UNIT)
+    first = np.arange(len(area)), fits.argmax(axis=1)
+    fitted = fits.any(axis=1)
+    nearest = np.clip(aspect, *crop.ratio)  # allowed ratio next to the photograph's own
+    w = np.where(fitted, width[first], _units(np.minimum(1.0, nearest / aspect)))
+    h = np.where(fitted, height[first], _units(np.minimum(1.0, aspect / nearest)))
+    w, h = np.maximum(w, 1), np.maximum(h, 1)
+    left = np.where(fitted, np.floor(places[:, 0] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
+    top = np.where(fitted, np.floor(places[:, 1] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
+    return _placed(w, h, left, top)
+
+
+def _units(share: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.maximum(1, np.rint(share * UNIT)).astype(np.int64)
+
+
+def _placed(
+    width: NDArray[np.int64], height: NDArray[np.int64], left: NDArray[np.int64], top: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    return np.stack([left, top, left + width, top + height], axis=1).astype(np.int32)
