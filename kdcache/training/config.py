@@ -141,7 +141,7 @@ class HowTested(Options):
             )
         if self.crop_pct is None:
             return draft
-        return draft.model_copy(update={"crop": draft.crop.model_copy(update={"fraction": self.crop_pct})})
+        return draft.model_copy(update={"crop": draft.crop.model_copy(update={"fraction": self.crop_pct, "resize": None})})
 
     def otherwise(self, suggested: str) -> "HowTested":
         """These options, with the test policy `suggested` if none is asked for."""

@@ -33,7 +33,7 @@ def views_of_tests(options: HowTested, name: str, size: int, model: nn.Module | 
         crop_pct = options.crop_pct or stated.crop_pct
         interpolation = options.interpolation or stated.interpolation
         _require_drawable(name, stated, crop_pct, interpolation)
-        crop = CenterCrop(fraction=_fraction(size, crop_pct), mode=stated.crop_mode)
+        crop = CenterCrop(mode=stated.crop_mode, resize=math.floor(size / crop_pct))  # as timm.data.create_transform has it
         policy = ViewPolicy(size=size, crop=crop, filter=interpolation, hflip=0.0)
         return TestViews(origin="model", policy=policy, crop_pct=crop_pct)
     policy = options.drawn(size)
@@ -46,11 +46,6 @@ def model_filter(name: str, size: int, model: nn.Module | None = None) -> Any:
     """The filter that the policy filter "auto" stands for: the interpolation of the model's configuration."""
     stated = preprocessing(name, size, model)
     return stated.interpolation if stated.interpolation in {"bilinear", "bicubic"} else "bicubic"
-
-
-def _fraction(size: int, crop_pct: float) -> float:
-    """Share of the side that timm's test transform shows: it resizes to a whole number of pixels, and crops from that."""
-    return size / math.floor(size / crop_pct)
 
 
 def _require_drawable(name: str, stated: Preprocessing, crop_pct: Any, interpolation: Any) -> None:
@@ -78,7 +73,8 @@ def wanted_canvas(sizes: NDArray[np.int32], policy: ViewPolicy) -> NDArray[np.fl
     assert isinstance(crop, CenterCrop)
     longest = sizes.max(axis=1).astype(np.float64)
     aspect = np.ones(len(sizes)) if crop.mode == "squash" else longest / sizes.min(axis=1)
-    wanted: NDArray[np.float64] = np.minimum(aspect * policy.size / crop.fraction, longest)
+    resized = crop.resize or policy.size / crop.fraction
+    wanted: NDArray[np.float64] = np.minimum(aspect * resized, longest)
     return wanted
 
 

@@ -25,11 +25,15 @@ class Piece(BaseModel):
 class CenterCrop(Piece):
     """The central square of `fraction` of the photograph's short side; or of mode `squash`, which forgets the proportions:
     that fraction of each side, made square. `squash` with fraction 1 is the whole photograph.
+
+    With `resize`, the box is the one of torchvision's Resize(resize) and CenterCrop of the view's size instead, whose whole
+    pixels it keeps to; the fraction is then size / resize.
     """
 
     kind: Literal["center"] = "center"
     fraction: float = Field(1.0, gt=0, le=1)
     mode: Literal["center", "squash"] = Field("center", exclude_if=lambda mode: mode == "center")
+    resize: int | None = Field(None, ge=1, le=1 << 16, exclude_if=lambda resize: resize is None)
 
 
 class InceptionCrop(Piece):
@@ -67,18 +71,30 @@ def crop_boxes(
     ratios: NDArray[np.float64],
     places: NDArray[np.float64],
     aspect: NDArray[np.float64],
+    size: int,
 ) -> NDArray[np.int32]:
     """Crop boxes `[n, 4]` (left, top, right, bottom) in 1/UNIT of the canvas side, for photographs of width / height `aspect`.
 
-    `areas` and `ratios [n, 10]` and `places [n, 2]` (left, top) are draws in [0, 1). An aspect of 1 gives the boxes of
-    policy version 1, which took every canvas for a square photograph.
+    `areas` and `ratios [n, 10]` and `places [n, 2]` (left, top) are draws in [0, 1); `size` is the view's side in pixels. An
+    aspect of 1 gives the boxes of policy version 1, which took every canvas for a square photograph.
     """
     if isinstance(crop, InceptionCrop):
         return _inception_boxes(crop, areas, ratios, places, aspect)
+    if isinstance(crop, CenterCrop) and crop.resize is not None:
+        return _resized_boxes(crop.resize, size, aspect)
     fraction = crop.fraction if isinstance(crop, CenterCrop) else 1.0
     width = _units(fraction * np.minimum(1.0, 1 / aspect))
     height = _units(fraction * np.minimum(1.0, aspect))
     return _placed(width, height, (UNIT - width) // 2, (UNIT - height) // 2)
+
+
+def _resized_boxes(resize: int, size: int, aspect: NDArray[np.float64]) -> NDArray[np.int32]:
+    """torchvision's Resize(resize), which cuts the long side's pixels down to a whole number, and CenterCrop(size)."""
+    longest = np.floor(resize * np.maximum(aspect, 1 / aspect) + 1e-9)  # which must not fall below a whole number by rounding
+    width, height = np.where(aspect > 1, longest, resize), np.where(aspect < 1, longest, resize)
+    left, top = np.rint((width - size) / 2), np.rint((height - size) / 2)
+    box = np.stack([left / width, top / height, (left + size) / width, (top + size) / height], axis=1)
+    return np.rint(box * UNIT).astype(np.int32)
 
 
 def _inception_boxes(

@@ -153,6 +153,13 @@ class ViewPolicy(BaseModel):
 
     @model_validator(mode="after")
     def _as_version_1_had_it(self) -> "ViewPolicy":
+        resize = self.crop.resize if isinstance(self.crop, CenterCrop) else None
+        if resize is not None and (self.version == 1 or resize < self.size):
+            raise ValueError(
+                "version 1 knows no crop.resize"
+                if self.version == 1
+                else f"crop.resize of {resize} pixels has no room for a view of {self.size}"
+            )
         if self.version == 1 and isinstance(self.crop, CenterCrop):  # there were no modes, and every crop was squashed
             object.__setattr__(self, "crop", CenterCrop(fraction=self.crop.fraction))
         return self
@@ -267,7 +274,7 @@ class ViewPolicy(BaseModel):
         u: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
         n = len(u)
         columns: dict[str, NDArray] = {
-            "box": crop_boxes(self.crop, u[:, _AREA], u[:, _RATIO], u[:, [_LEFT, _TOP]], aspect),
+            "box": crop_boxes(self.crop, u[:, _AREA], u[:, _RATIO], u[:, [_LEFT, _TOP]], aspect, self.size),
             "shift": np.zeros((n, 2), np.int32),
             "flip": u[:, _FLIP] < self.hflip,
             "operations": np.zeros((n, 0), np.uint8),

@@ -11,10 +11,7 @@ __all__ = ["WHOLE", "TestViews"]
 
 
 class TestViews(BaseModel):
-    """The views of a test: `policy`, and the `crop_pct` of timm that its fraction comes from, if a model stated one.
-
-    timm resizes a photograph to the whole number of pixels `floor(size / crop_pct)`, which the fraction takes into account.
-    """
+    """The views of a test: `policy`, and the `crop_pct` of timm that its crop comes from, if a model stated one."""
 
     __test__ = False  # it is no test of pytest's
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,17 +33,21 @@ class TestViews(BaseModel):
         return self.policy.crop
 
     @property
+    def share(self) -> float:
+        """Share of the short side that a view shows (of each side, where images are squashed)."""
+        return self.crop_pct or (self.policy.size / self.crop.resize if self.crop.resize else self.crop.fraction)
+
+    @property
     def title(self) -> str:
         """In words: `crop 0.95 of the short side, bicubic`."""
-        share = self.crop_pct or self.crop.fraction
+        share = self.share
         if self.crop.mode == "squash":
             return f"{'whole image' if share == 1 else f'{share:.4g} of each side'} made square, {self.policy.filter}"
         return f"crop {share:.4g} of the short side, {self.policy.filter}"
 
     def timm_fields(self) -> dict[str, Any]:
         """The fields of timm's configuration by which timm shows test images likewise."""
-        crop_pct = self.crop_pct or self.crop.fraction
-        return {"crop_pct": crop_pct, "crop_mode": self.crop.mode, "interpolation": self.policy.filter}
+        return {"crop_pct": self.share, "crop_mode": self.crop.mode, "interpolation": self.policy.filter}
 
 
 WHOLE = TestViews(origin="none", policy=ViewPolicy.load("none"))  # what tests showed before they had a policy
