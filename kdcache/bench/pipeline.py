@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,22 +79,49 @@ def digits_canvas(folder: Path, size: int, samples: int, progress: Progress) -> 
 
 
 def views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Measure rendering on one thread against torchvision on PIL images, the table of draws, and the probe; also on a GPU."""
+    """Measure rendering on one thread against torchvision on PIL images, and version 2 of policies against version 1; the
+    table of draws, and the probe; also on a GPU.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = _views_cpu(seconds / 3, 224, 336, 64, 1 / 1.2, folder, progress)
-        results += _views_cpu(seconds / 3, 32, 32, 256, 1 / 5, folder, progress)
+        results = _views_cpu(seconds / 4, 224, 336, 64, 1 / 1.2, folder, progress)
+        results += _views_cpu(seconds / 4, 32, 32, 256, 1 / 5, folder, progress)
+        results += _versions(seconds / 2, folder, progress)
     finally:
         torch.set_num_threads(threads)
-    policy = ViewPolicy.load("pets")
-    [table] = taking_turns("bench views: table", seconds / 3, progress, lambda: policy.parameters(0, 1_280_000))
-    results.append(Result("table of 1.28 million samples", "wall seconds", "-", table, 3.0))
     if torch.cuda.is_available():
         results += _views_gpu(seconds, folder, progress)
     else:
         progress.say("no GPU here: the GPU's benchmarks of rendering are left out")
     return results
+
+
+def _versions(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """Views and tables of draws of photographs of many shapes, in version 2 of policies against version 1."""
+    canvas, many = _canvas(folder, 336, progress), 1_280_000
+    policies = [ViewPolicy.load(f"pets:version={version}") for version in (2, 1)]
+    positions = np.arange(64)
+    tables = [policy.parameters(0, len(canvas), _shapes(len(canvas))) for policy in policies]
+    renderer = choose_renderer("auto", policies[0], canvas.size, len(positions), torch.device("cpu"))
+
+    def views_of(table: ViewTable) -> Callable[[], object]:
+        return lambda: render_positions(canvas.pixels, table, positions, renderer)
+
+    new, old = taking_turns("bench views: versions", seconds / 2, progress, *map(views_of, tables))
+    sizes = _shapes(many)
+    draws = [lambda policy=policy: policy.parameters(0, many, sizes) for policy in policies]
+    table, before = taking_turns("bench views: table", seconds / 2, progress, *draws)
+    progress.say(f"table of {many:,} samples: version 2 {table:.2f} s, version 1 {before:.2f} s")
+    return [
+        Result("photographs 336 to 224 px, one thread", "version 2", "version 1", new / old, 1.02),
+        Result("table of 1.28 million samples", "wall seconds", "-", table, 3.0),
+    ]
+
+
+def _shapes(count: int) -> NDArray[np.int64]:
+    """Sizes of photographs, in shares as phones and cameras take them."""
+    return np.array([(3024, 4032), (4032, 3024), (500, 375), (1920, 1080), (1000, 1000)])[np.arange(count) % 5]
 
 
 def _views_cpu(
@@ -103,7 +131,7 @@ def _views_cpu(
 
     canvas = _canvas(folder, canvas_size, progress)
     policy = ViewPolicy(size=size, crop=InceptionCrop() if size == 224 else PadCrop(), randaugment=RandAugment())
-    table, positions = policy.parameters(0, len(canvas)), np.arange(batch)
+    table, positions = policy.parameters(0, len(canvas), canvas.sizes), np.arange(batch)
     cpu = torch.device("cpu")
     renderer = choose_renderer("auto", policy, canvas.size, batch, cpu)
     samples = [canvas.pixels[sample].transpose(1, 2, 0) for sample in table.sample[positions]]
@@ -117,7 +145,7 @@ def _views_cpu(
     def ours() -> Tensor:
         return render_positions(canvas.pixels, table, positions, renderer)
 
-    mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas))  # MixUp and CutMix, as in training
+    mixed = policy.model_copy(update={"mix": Mix()}).parameters(0, len(canvas), canvas.sizes)  # MixUp and CutMix, as in training
 
     latest: list[Tensor] = []
 
@@ -141,7 +169,7 @@ def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]
         policy = ViewPolicy(size=size, crop=InceptionCrop() if size == 224 else PadCrop(), randaugment=RandAugment(), mix=Mix())
         pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
         pixels = pixels.repeat(-(-batch // len(canvas)), 1, 1, 1)[:batch]
-        table, positions = policy.parameters(0, batch), np.arange(batch)
+        table, positions = policy.parameters(0, batch, np.ones((batch, 2), int)), np.arange(batch)
 
         def render_all(pixels: Tensor = pixels, table: ViewTable = table, positions: NDArray = positions) -> None:
             digest_sums(render_positions(pixels, table, positions, "device", device))

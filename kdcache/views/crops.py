@@ -105,21 +105,23 @@ def _inception_boxes(
     aspect: NDArray[np.float64],
 ) -> NDArray[np.int32]:
     """torchvision's RandomResizedCrop.get_params: the first of ten boxes that fits, or the largest central one allowed."""
-    area = crop.scale[0] + areas * (crop.scale[1] - crop.scale[0])
     log_ratio = np.log(crop.ratio)
-    ratio = np.exp(log_ratio[0] + ratios * (log_ratio[1] - log_ratio[0]))
-    ratio /= aspect[:, None]  # of a box in the photograph, now of the same box in the canvas
-    width = np.rint(np.sqrt(area * ratio) * UNIT).astype(np.int64)
-    height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
-    fits = (width <= UNIT) & (height <= UNIT)
-    first = np.arange(len(area)), fits.argmax(axis=1)
-    fitted = fits.any(axis=1)
     nearest = np.clip(aspect, *crop.ratio)  # allowed ratio next to the photograph's own
-    w = np.where(fitted, width[first], _units(np.minimum(1.0, nearest / aspect)))
-    h = np.where(fitted, height[first], _units(np.minimum(1.0, aspect / nearest)))
-    w, h = np.maximum(w, 1), np.maximum(h, 1)
-    left = np.where(fitted, np.floor(places[:, 0] * (UNIT - w + 1)), (UNIT - w) // 2).astype(np.int64)
-    top = np.where(fitted, np.floor(places[:, 1] * (UNIT - h + 1)), (UNIT - h) // 2).astype(np.int64)
+    w, h = _units(np.minimum(1.0, nearest / aspect)), _units(np.minimum(1.0, aspect / nearest))
+    open_rows = np.arange(len(aspect))
+    for attempt in range(areas.shape[1]):  # each only for the rows that have no box yet: most have one after the first
+        area = crop.scale[0] + areas[open_rows, attempt] * (crop.scale[1] - crop.scale[0])
+        ratio = np.exp(log_ratio[0] + ratios[open_rows, attempt] * (log_ratio[1] - log_ratio[0]))
+        ratio /= aspect[open_rows]  # of a box in the photograph, now of the same box in the canvas
+        width = np.rint(np.sqrt(area * ratio) * UNIT).astype(np.int64)
+        height = np.rint(np.sqrt(area / ratio) * UNIT).astype(np.int64)
+        fits = (width <= UNIT) & (height <= UNIT)
+        fitted = open_rows[fits]
+        w[fitted], h[fitted] = np.maximum(width[fits], 1), np.maximum(height[fits], 1)
+        open_rows = open_rows[~fits]
+    left = np.floor(places[:, 0] * (UNIT - w + 1)).astype(np.int64)
+    top = np.floor(places[:, 1] * (UNIT - h + 1)).astype(np.int64)
+    left[open_rows], top[open_rows] = (UNIT - w[open_rows]) // 2, (UNIT - h[open_rows]) // 2
     return _placed(w, h, left, top)
 
 
