@@ -29,7 +29,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, source_card
+from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import unique, write_atomically
 from kdcache.system.locks import NoLocksError, locked
@@ -132,8 +132,8 @@ def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
 
 def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
     """(name that all canvases of a split and size begin with, sha256 of this state of the files)."""
-    which = [DATASETS.to_dict(source), split, size]
-    series = f"{DATASETS.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
+    which = [identity(source), split, size]
+    series = f"{getattr(source, 'short_name', DATASETS.name_of(source))}-{split}-{size}px-{_sha256(which)[:8]}"
     return series, _sha256([FORMAT, which, fingerprint])
 
 

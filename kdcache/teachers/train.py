@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
+from kdcache.datasets.classes import say_classes
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import (
     Normalisation,
@@ -102,7 +103,7 @@ class _Job:
     ) -> None:
         self.config, self.workspace, self.progress = config, workspace, progress
         self.device = resolve_device(config.runtime.device)
-        self.source = source or parse_dataset(config.subject.dataset)
+        self.source = source or parse_dataset(config.subject.dataset, progress)
         self.exact = resolve(config.subject.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
@@ -124,6 +125,8 @@ class _Job:
                 self._require_classes(names)
             else:
                 self._as_is = self._as_it_is(names)
+        if canvas is None:  # else the caller has said it
+            say_classes(self.source, self.source.open(workspace.data, progress), progress)
         self.train_canvas = (
             canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress)
         )
