@@ -18,7 +18,7 @@ from kdcache.datasets.canvas import load_canvas
 from kdcache.datasets.mapstyle import picture
 from kdcache.datasets.transforms import require_untransformed
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.views.policy import ColorJitter, InceptionCrop, RandAugment, RandomErasing, ViewPolicy
+from kdcache.views.policy import CenterCrop, ColorJitter, InceptionCrop, RandAugment, RandomErasing, ViewPolicy
 from tests.mapstyle import COUNTS, Pictures, targets
 
 
@@ -242,8 +242,9 @@ def test_torchvisions_transforms_become_the_policy_that_does_the_same(of: Any) -
 
 def test_crops_of_tests_and_of_small_images_become_theirs() -> None:
     policy, size, _ = advice(v1.Resize(256), v1.CenterCrop(224), v1.ToTensor())
-    assert policy.crop.model_dump() == {"kind": "center", "fraction": 0.875}
+    assert policy.crop == CenterCrop(fraction=0.875)
     assert size == "224"
+    assert advice(v1.Resize((256, 256)), v1.CenterCrop(224))[0].crop == CenterCrop(fraction=0.875, mode="squash")
     policy, size, _ = advice(v1.RandomCrop(32, padding=4))
     assert policy.crop.model_dump() == {"kind": "pad", "padding": 4}
     assert size == "32"

@@ -81,6 +81,7 @@ class _Advice:
         self.options: dict[str, str] = {}
         self.unmatched: list[str] = []
         self._resized: int | None = None
+        self._squashed = False  # whether both sides were given, so that the photograph's proportions are lost
 
     def fix(self) -> str:
         fix, said = "leave the transform out of the data set", ""
@@ -133,12 +134,14 @@ class _Advice:
                 self.policy["hflip"] = f"{float(transform.p):g}"
             case "Resize":
                 self._resized = _side(transform.size)
+                self._squashed = isinstance(transform.size, list | tuple) and len(transform.size) == 2
                 self._size(transform.size)
                 self._filter(transform)
             case "CenterCrop":
                 side = _side(transform.size)
                 if self._resized and self._resized >= side:
-                    self.policy |= {"crop.kind": "center", "crop.fraction": f"{side / self._resized:.4g}"}
+                    mode = "squash" if self._squashed else "center"
+                    self.policy |= {"crop.mode": mode, "crop.fraction": f"{side / self._resized:.4g}"}
                 self._size(transform.size)
             case "RandomCrop" if getattr(transform, "padding", None):
                 self.policy |= {"crop.kind": "pad", "crop.padding": str(_side(transform.padding))}
@@ -181,8 +184,9 @@ class _Advice:
 
     def _filter(self, transform: Any) -> None:
         interpolation = getattr(transform, "interpolation", "")
-        if "bicubic" in str(getattr(interpolation, "value", interpolation)).lower():
-            self.policy["filter"] = "bicubic"
+        named = str(getattr(interpolation, "value", interpolation)).lower()
+        if named in {"bilinear", "bicubic"}:
+            self.policy["filter"] = named
 
 
 def _children(module: Any) -> list[Any]:
