@@ -176,9 +176,12 @@ class Workspace:
     def data(self) -> Path:
         return self.data_dir or self.home / "data"
 
-    def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
-        """The canvas of a split, at `size` pixels or the dataset's default size."""
-        return load_canvas(source, split, size or source.recipe.canvas, self.data, progress, skip_corrupt=self.skip_corrupt)
+    def canvas(
+        self, source: Source, split: Split, size: int | None, progress: Progress | None = None, *, tell: bool = False
+    ) -> Canvas:
+        """The canvas of a split, at `size` pixels or the dataset's default size. With `tell`, the classes are told first."""
+        size = size or source.recipe.canvas
+        return load_canvas(source, split, size, self.data, progress, skip_corrupt=self.skip_corrupt, tell=tell)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, sorted by name."""

@@ -119,6 +119,10 @@ class Images(Protocol):
 
 
 class Source(Protocol):
+    """A dataset. It may also have a `title` for cards, where its registered name says too little, a `short_name` for names of
+    folders, a `description` in lists, and a class method `listed`, whose datasets are listed in its place.
+    """
+
     @property
     def licence(self) -> str | None: ...
     @property

@@ -1,9 +1,9 @@
 """What is said of a data set's classes before long work begins: their number and names, and what looks like a mistake."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from kdcache.datasets import DATASETS, SPLITS, Images, Source, UsersOwn
+from kdcache.datasets import DATASETS, Images, Source, UsersOwn
 from kdcache.errors import KdcacheError, printable
 from kdcache.system.progress import Progress
 
@@ -13,25 +13,24 @@ _SHOWN = 5  # names at either end
 _NO_CLASSES = {"train", "training", "test", "testing", "val", "valid", "validation", "images", "__macosx"}
 
 
-def say_classes(source: Source, images: Images, progress: Progress) -> None:
-    """Tell the number of classes, their first and last names, the images of each split, the licence, and doubts."""
-    names, counts = list(images.class_names()), {}
-    labels: set[int] = set()
-    for split in SPLITS:
-        try:
-            samples = images.samples(split)
-            counts[split] = f"{len(samples):,} {split}"
-            if split == "train":
-                labels = {sample.label for sample in samples}
-        except KdcacheError as error:  # of a split that the command may not need
-            if split == "train":
-                raise
-            counts[split] = f"no {split} ({error.what})"
+def say_classes(
+    source: Source, images: Images, progress: Progress, names: Sequence[str] | None = None, labels: Iterable[int] | None = None
+) -> None:
+    """Tell the number of classes, their first and last names, the images of each split, the licence, and doubts.
+
+    `names` of the classes and `labels` of the training images are listed here unless they are known already.
+    """
+    names = list(images.class_names() if names is None else names)
+    labels = [sample.label for sample in images.samples("train")] if labels is None else list(labels)
+    try:
+        test = f"{len(images.samples('test')):,} test"
+    except KdcacheError as error:  # which the command may not need
+        test = f"no test ({error.what})"
     label = getattr(source, "title", "") or DATASETS.spec(source)
-    progress.say(
-        printable(f"dataset {label}: {' and '.join(counts.values())} images of {len(names)} classes: {_shortened(names)}")
-    )
-    if untaught := [name for label, name in enumerate(names) if label not in labels]:
+    counts = f"{len(labels):,} train and {test} images"
+    progress.say(printable(f"dataset {label}: {counts} of {len(names)} classes: {_shortened(names)}"))
+    taught = set(labels)
+    if untaught := [name for number, name in enumerate(names) if number not in taught]:
         progress.say(printable(f"warning: {len(untaught)} classes have no training image: {_shortened(untaught)}"))
     for text in (*doubts(names), *getattr(images, "remarks", ())):
         progress.say(printable(text))

@@ -174,9 +174,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
-    else:
-        say_classes(source, source.open(workspace.data, progress), progress)
-    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress)
+    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress, tell=this_rank().first)
     precision = recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
     return DumpPlan(config, source, exact, policy, canvas, recipe.views or source.recipe.student_epochs, precision)
 

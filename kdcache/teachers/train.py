@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
-from kdcache.datasets.classes import say_classes
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import (
     Normalisation,
@@ -125,10 +124,8 @@ class _Job:
                 self._require_classes(names)
             else:
                 self._as_is = self._as_it_is(names)
-        if canvas is None:  # else the caller has said it
-            say_classes(self.source, self.source.open(workspace.data, progress), progress)
         self.train_canvas = (
-            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress)
+            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress, tell=True)
         )
         self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress)
         for canvas in (self.train_canvas, self.test_canvas):
