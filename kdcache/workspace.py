@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
 from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
-from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
+from kdcache.datasets.naming import find_source
+from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
 
@@ -31,12 +32,9 @@ __all__ = [
 ]
 
 
-def parse_dataset(spec: str) -> Source:
-    """A dataset source from its command-line form. Raises NotFoundError, with close matches, for an unknown name."""
-    name = spec.partition(":")[0]
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS, error=NotFoundError, fix="list what there is with: kdcache datasets")
-    return DATASETS.parse(spec)
+def parse_dataset(spec: str, progress: Progress | None = None) -> Source:
+    """A dataset source from its command-line form: see `kdcache.datasets.naming`. A guess is said to `progress`."""
+    return find_source(spec, progress)
 
 
 def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
@@ -116,6 +114,8 @@ def require_writable(folder: Path) -> None:
 
 def dataset_label(source: Source) -> str:
     """A short name for folders: the dataset's name, and that of its folder or repository if it has one."""
+    if short := getattr(source, "short_name", ""):
+        return str(short)
     name = DATASETS.name_of(source)
     place = getattr(source, "root", "") or getattr(source, "repo", "")
     return f"{name}-{Path(place).name}" if place else name
@@ -176,9 +176,12 @@ class Workspace:
     def data(self) -> Path:
         return self.data_dir or self.home / "data"
 
-    def canvas(self, source: Source, split: Split, size: int | None, progress: Progress | None = None) -> Canvas:
-        """The canvas of a split, at `size` pixels or the dataset's default size."""
-        return load_canvas(source, split, size or source.recipe.canvas, self.data, progress, skip_corrupt=self.skip_corrupt)
+    def canvas(
+        self, source: Source, split: Split, size: int | None, progress: Progress | None = None, *, tell: bool = False
+    ) -> Canvas:
+        """The canvas of a split, at `size` pixels or the dataset's default size. With `tell`, the classes are told first."""
+        size = size or source.recipe.canvas
+        return load_canvas(source, split, size, self.data, progress, skip_corrupt=self.skip_corrupt, tell=tell)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, sorted by name."""

@@ -28,6 +28,7 @@ from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.views.policy import ViewPolicy, ViewTable
 from tests.miniatures import MINIATURES
+from tests.torch_miniatures import MINIATURES as TORCH_MINIATURES
 
 settings.register_profile(
     "kdcache", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -142,6 +143,8 @@ def datasets_in_small(image_folder: Path, tmp_path_factory: pytest.TempPathFacto
     (root / "images").symlink_to(image_folder)
     for name, make in MINIATURES.items():
         make(root / name)
+    for name in ("dtd", "eurosat", "food101", "mnist"):
+        TORCH_MINIATURES[name](root / f"torch-{name}")
     return root
 
 

@@ -341,7 +341,7 @@ def test_a_dry_run_fetches_nothing_and_says_how_to(
     assert "fix: kdcache datasets --fetch cifar10" in capsys.readouterr().err
     assert not site.requests
     assert run(["datasets", "--fetch", "cifar10", "--home", str(tmp_path)]) == 0
-    assert "cifar10: 20 train, 4 test images of 10 classes" in capsys.readouterr().err
+    assert "cifar10: 20 train and 4 test images of 10 classes" in capsys.readouterr().err
     assert run(["dump-teacher", *arguments, "--size", "32"]) == 0
 
 

@@ -42,7 +42,7 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         ["size", f"{opened.nbytes / 1e6:.1f} MB, codec {manifest.codec['name']}, layout {manifest.layout['name']}"],
     ]
     if source:
-        rows.append(["data", f"{source.name}, {source.split} split, licence {source.licence or 'unknown'}"])
+        rows.append(["data", f"{source.name}, {source.split} split, licence {manifest.known_licences.data or 'unknown'}"])
     if teacher:
         rows.append(
             ["teacher", f"{teacher.alias} = {teacher.name}, {teacher.precision}, weights sha256 {teacher.weights_sha256[:12]}..."]
@@ -339,24 +339,27 @@ def datasets(
 ) -> None:
     """List the datasets, with what they suggest where the command line says nothing; or fetch some."""
     from kdcache.datasets import DATASETS
+    from kdcache.datasets.classes import say_classes
     from kdcache.options import names_in
     from kdcache.workspace import parse_dataset
 
     if fetch:
         with bars() as progress:
             for spec in names_in(fetch):
-                images = parse_dataset(spec).open(workspace(home, data_dir).data, progress)
-                counts = ", ".join(f"{len(images.samples(split))} {split}" for split in ("train", "test"))
-                progress.say(f"{spec}: {counts} images of {len(images.class_names())} classes")
+                source = parse_dataset(spec, progress)
+                say_classes(source, source.open(workspace(home, data_dir).data, progress), progress)
         return
     names = ["name", "licence", "canvas", "policy", "teacher epochs", "student", "description"]
     rows = []
+    sources: dict[str, Any] = {}
     for name in DATASETS:
-        source: Any = DATASETS[name]
-        recipe = source.recipe
-        described = " ".join((source.__doc__ or "").split("\n\n")[0].split())
+        kind: Any = DATASETS[name]
+        sources |= kind.listed() if hasattr(kind, "listed") else {name: kind}
+    for name, listed in sources.items():
+        recipe = listed.recipe
+        described = getattr(listed, "description", "") or " ".join((listed.__doc__ or "").split("\n\n")[0].split())
         epochs = ", ".join(map(str, recipe.durations or (recipe.teacher_epochs,)))
-        rows.append([name, source.licence or "unknown", recipe.canvas, recipe.policy, epochs, recipe.student, described])
+        rows.append([name, listed.licence or "unknown", recipe.canvas, recipe.policy, epochs, recipe.student, described])
     if as_json:
         print_json([dict(zip(names, row, strict=True)) for row in rows])
     else:

@@ -4,22 +4,42 @@ A source is a frozen dataclass, registered under the dataset's name. Opening it 
 add sources through the entry point group `kdcache.datasets`.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from kdcache.registry import Registry
 from kdcache.system.progress import Progress
 
-__all__ = ["DATASETS", "Counts", "Images", "Recipe", "Sample", "Source", "SourceCard", "Split", "build", "dataset", "source_card"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "Counts",
+    "Images",
+    "Licence",
+    "Recipe",
+    "Sample",
+    "Source",
+    "SourceCard",
+    "Split",
+    "UsersOwn",
+    "build",
+    "dataset",
+    "identity",
+    "resolved",
+    "source_card",
+]
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class SourceCard(BaseModel):
@@ -32,7 +52,7 @@ class SourceCard(BaseModel):
     split: Split
     num_samples: int = Field(ge=1)
     class_names: tuple[str, ...]
-    licence: str | None  # SPDX name where there is one; None: unknown
+    licence: str | None  # SPDX name where there is one; None: unknown, or stated by the user
     digest: str  # sha256 of the keys, labels and class names of the decoded samples, in order
     # Keys of images that could not be decoded and were left out. An empty list is not written, as in older cards.
     skipped: tuple[str, ...] = Field(default=(), exclude_if=lambda keys: not keys)
@@ -70,6 +90,26 @@ class Counts:
     classes: int
 
 
+def _known(licence: str) -> str:
+    if not licence.strip() or not licence.isprintable() or len(licence) > 100:
+        raise PydanticCustomError("option", "the name of a licence", {"example": "licence=CC-BY-4.0"})
+    if licence.lower() in {"unknown", "null", "none", "?"}:
+        raise PydanticCustomError("option", "a licence that is known, or left out", {"example": "licence=CC-BY-4.0"})
+    return licence
+
+
+Licence = Annotated[str, AfterValidator(_known)]
+
+
+class UsersOwn:
+    """Marks a source of images whose licence nobody but the user can state, as its option `licence: Licence | None = None`.
+
+    That is a statement about the images, which decides on none of them: canvases and digests are the same with and without it.
+    """
+
+    licence: Licence | None
+
+
 class Images(Protocol):
     """The samples of a dataset whose files are on this machine."""
 
@@ -79,6 +119,10 @@ class Images(Protocol):
 
 
 class Source(Protocol):
+    """A dataset. It may also have a `title` for cards, where its registered name says too little, a `short_name` for names of
+    folders, a `description` in lists, and a class method `listed`, whose datasets are listed in its place.
+    """
+
     @property
     def licence(self) -> str | None: ...
     @property
@@ -99,6 +143,21 @@ def build(name: str, **options: Any) -> Source:
     return DATASETS.build(name, **options)
 
 
+def identity(source: Source) -> dict[str, Any]:
+    """Name and options of a source, as far as they decide on its samples."""
+    described = DATASETS.to_dict(source)
+    if isinstance(source, UsersOwn):
+        del described["licence"]
+    return described
+
+
+def resolved(place: str) -> str:
+    """The one name of a file or folder: its absolute path, where `~` is the user's home."""
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        place = str(Path(place).expanduser())
+    return str(Path(place).resolve())
+
+
 def _is_place(option: object) -> bool:
     """Whether an option is a path, which means nothing on other machines."""
     return isinstance(option, str) and (not option or Path(option).is_absolute())
@@ -112,14 +171,15 @@ def source_card(
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
         digest.update(f"{sample.label} {sample.key}\n".encode())
-    described = DATASETS.to_dict(source)
+    described = identity(source)
+    name = described.pop("name")
     return SourceCard(
-        name=described.pop("name"),
+        name=getattr(source, "title", name),
         options={key: value for key, value in described.items() if not _is_place(value)},
         split=split,
         num_samples=len(samples),
         class_names=names,
-        licence=source.licence,
+        licence=None if isinstance(source, UsersOwn) else source.licence,
         digest=digest.hexdigest(),
         skipped=skipped,
     )
@@ -128,7 +188,9 @@ def source_card(
 # These modules register the sources.
 from kdcache.datasets import cifar as _cifar  # noqa: E402, F401
 from kdcache.datasets import digits as _digits  # noqa: E402, F401
+from kdcache.datasets import factory as _factory  # noqa: E402, F401
 from kdcache.datasets import fine as _fine  # noqa: E402, F401
 from kdcache.datasets import folder as _folder  # noqa: E402, F401
 from kdcache.datasets import imagenet as _imagenet  # noqa: E402, F401
 from kdcache.datasets import own as _own  # noqa: E402, F401
+from kdcache.datasets import vision as _vision  # noqa: E402, F401

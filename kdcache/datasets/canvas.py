@@ -29,7 +29,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, source_card
+from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
+from kdcache.datasets.classes import say_classes
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import unique, write_atomically
 from kdcache.system.locks import NoLocksError, locked
@@ -90,12 +91,19 @@ class Canvas:
 
 
 def load_canvas(
-    source: Source, split: Split, size: int, home: Path, progress: Progress | None = None, *, skip_corrupt: bool = False
+    source: Source,
+    split: Split,
+    size: int,
+    home: Path,
+    progress: Progress | None = None,
+    *,
+    skip_corrupt: bool = False,
+    tell: bool = False,
 ) -> Canvas:
     """The canvas of one split at `size` pixels below `home`. It is built if it is missing or its source has changed.
 
     With `skip_corrupt`, a build leaves out images that cannot be decoded, and lists them in the source card. Later calls
-    use that canvas with or without the option.
+    use that canvas with or without the option. With `tell`, the classes of a training split are told before it is decoded.
 
     Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
     RetryError if the disk has no room, or if images change while they are decoded.
@@ -110,12 +118,17 @@ def load_canvas(
     series, state = _names(source, split, size, fingerprint)
     path = home / f"{series}-{state[:8]}"
     if not path.is_dir():
+        if tell:
+            say_classes(source, images, progress)
+            tell = False
         home.mkdir(parents=True, exist_ok=True)
         with _alone(path, progress) as folder:
             if not path.is_dir():
                 _mention_others(series, path, progress)
                 _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, progress)
     canvas = _open(path)
+    if tell:
+        say_classes(source, images, progress, canvas.card.class_names, canvas.labels.tolist())
     if skipped := canvas.card.skipped:
         shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         progress.say(
@@ -132,8 +145,8 @@ def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
 
 def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:
     """(name that all canvases of a split and size begin with, sha256 of this state of the files)."""
-    which = [DATASETS.to_dict(source), split, size]
-    series = f"{DATASETS.name_of(source)}-{split}-{size}px-{_sha256(which)[:8]}"
+    which = [identity(source), split, size]
+    series = f"{getattr(source, 'short_name', DATASETS.name_of(source))}-{split}-{size}px-{_sha256(which)[:8]}"
     return series, _sha256([FORMAT, which, fingerprint])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets import Images, Sample, Split
+from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
@@ -43,7 +43,7 @@ class Rooted:
 
     def __post_init__(self) -> None:
         # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
-        object.__setattr__(self, "root", str(Path(self.root).resolve()) if self.root else "")
+        object.__setattr__(self, "root", resolved(self.root) if self.root else "")
 
 
 def find_or_fetch(
@@ -192,11 +192,20 @@ def damaged_file(file: Path, why: str) -> KdcacheError:
 
 
 class Listed(Images):
-    """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from."""
+    """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from.
+
+    `remarks` are said to the user.
+    """
 
     def __init__(
-        self, base: Path, names: Sequence[str], list_samples: Callable[[Split], Sequence[Sample]], files: Iterable[Path]
+        self,
+        base: Path,
+        names: Sequence[str],
+        list_samples: Callable[[Split], Sequence[Sample]],
+        files: Iterable[Path],
+        remarks: Sequence[str] = (),
     ) -> None:
+        self.remarks = remarks
         self._base, self._names, self._list, self._files = base, tuple(names), list_samples, sorted(files)
 
     def class_names(self) -> Sequence[str]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets import DATASETS, Recipe, Sample, Split
+from kdcache.datasets import DATASETS, SPLITS, Licence, Recipe, Sample, Split, UsersOwn, resolved
 from kdcache.errors import NotFoundError, UsageError
 from kdcache.system.progress import Progress
 
-__all__ = ["IMAGE_SUFFIXES", "Folder"]
+__all__ = ["IMAGE_SUFFIXES", "Folder", "in_test_split"]
 
 # Suffixes of image files. Pillow's own list contains formats that it cannot decode (.mpg, .eps, .h5), and it differs
 # between versions, while a dataset must not change with the version.
@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = frozenset({
 
 @DATASETS.register("folder")
 @dataclass(frozen=True)
-class Folder:
+class Folder(UsersOwn):
     """Images in folders named after their classes.
 
     `root` holds `train/<class>/...` and `test/<class>/...` (or `val/`, `validation/`); or classes only, and then
@@ -37,8 +37,8 @@ class Folder:
 
     root: str = ""
     split_fraction: float | None = None
+    licence: Licence | None = None
 
-    licence = None
     recipe = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Folder:
                 fix="use for example split_fraction=0.2",
             )
         # The absolute path is the folder's one name, so that records and canvases that contain it are found again.
-        object.__setattr__(self, "root", str(Path(self.root).resolve()))
+        object.__setattr__(self, "root", resolved(self.root))
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> "Folder":
         return self
@@ -119,7 +119,7 @@ class Folder:
                     why="labels are the train folder's sub-folders in alphabetical order",
                     fix=f"rename or remove {base / name}",
                 )
-            if self.split_fraction is not None and (_unit_hash(key) < self.split_fraction) != (split == "test"):
+            if self.split_fraction is not None and in_test_split(key, self.split_fraction) != (split == "test"):
                 continue
             samples.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
         empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in samples})
@@ -139,7 +139,7 @@ class Folder:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for split in ("train", "test"):
+        for split in SPLITS:
             base = self._base(split)
             for path in _image_files(base):
                 status = path.stat()
@@ -162,6 +162,6 @@ def _image_files(base: Path) -> list[Path]:
     return sorted(image_files, key=lambda path: path.relative_to(base).as_posix())
 
 
-def _unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends only on the name, so that new files do not move others to another split."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+def in_test_split(key: str, fraction: float) -> bool:
+    """Whether a sample is of the `fraction` that is for testing. Its key alone decides, so that new files move no others."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 < fraction

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcache.datasets import DATASETS, Images, Recipe, Sample, Split
+from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Sample, Split, UsersOwn, resolved
 from kdcache.datasets.fetching import Listed, Rooted, damaged_file
 from kdcache.datasets.folder import IMAGE_SUFFIXES
 from kdcache.datasets.tars import in_tar, members
@@ -20,7 +20,6 @@ from kdcache.system.progress import Progress
 __all__ = ["Arrays", "Hub", "Tars"]
 
 RECIPE = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
-SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def _require_root(name: str, root: str, needed: str) -> None:
@@ -34,14 +33,15 @@ def _not_there(name: str, root: str, needed: str) -> NotFoundError:
 
 @DATASETS.register("arrays")
 @dataclass(frozen=True)
-class Arrays(Rooted):
+class Arrays(Rooted, UsersOwn):
     """NumPy arrays: train_images.npy and test_images.npy, uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W], with *_labels.npy.
 
     `root` is a folder with the four files, or an .npz file with the four arrays. `class_names.txt` in the folder, or beside
     the .npz, names the classes, one a line; without it their names are their numbers.
     """
 
-    licence = None
+    licence: Licence | None = None
+
     recipe = RECIPE
 
     def __post_init__(self) -> None:
@@ -57,11 +57,12 @@ class Arrays(Rooted):
         base = root.parent if root.is_file() else root
         arrays = {name: _array(root, name) for name in wanted}
         labels = {split: arrays[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
-        listing = base / "class_names.txt"
+        listing, remarks = base / "class_names.txt", []
         if listing.is_file():
             names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
             files.append(listing)
         else:
+            remarks.append(f"classes are called by their numbers: {listing} can name them, one a line")
             names = [str(i) for i in range(int(max(part.max(initial=0) for part in labels.values())) + 1)]
         for split in SPLITS:
             _check_arrays(root, split, arrays[f"{split}_images"], labels[split], len(names))
@@ -73,7 +74,7 @@ class Arrays(Rooted):
                 for i, label in enumerate(labels[split])
             ]
 
-        return Listed(base, names, list_samples, files)
+        return Listed(base, names, list_samples, files, remarks)
 
 
 def _array(root: Path, name: str) -> NDArray:
@@ -111,13 +112,14 @@ def _picture(image: NDArray[np.uint8]) -> Image.Image:
 
 @DATASETS.register("tars")
 @dataclass(frozen=True)
-class Tars(Rooted):
+class Tars(Rooted, UsersOwn):
     """Tar shards of images as webdataset has them: train*.tar and test*.tar with KEY.jpg and KEY.cls, the number of its class.
 
     `class_names.txt` beside them names the classes, one a line. Shards are read in place.
     """
 
-    licence = None
+    licence: Licence | None = None
+
     recipe = RECIPE
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ def _in_shard(shard: Path, classes: int) -> list[Sample]:
 
 @DATASETS.register("hf")
 @dataclass(frozen=True)
-class Hub:
+class Hub(UsersOwn):
     """Any image classification dataset of the Hugging Face Hub, or a folder in its form: `hf:ORG/NAME`.
 
     It takes `pip install 'kdcache[hf]'`. `image` and `label` are the columns, by default those of that name, or the only ones of
@@ -180,8 +182,8 @@ class Hub:
     label: str | None = None
     train: str = "train"
     test: str | None = None
+    licence: Licence | None = None
 
-    licence = None
     recipe = RECIPE
 
     def __post_init__(self) -> None:
@@ -189,8 +191,8 @@ class Hub:
             raise UsageError(
                 "dataset hf needs a repository", why="it reads one dataset of the Hub", fix="--dataset hf:timm/oxford-iiit-pet"
             )
-        if Path(self.repo).is_dir():
-            object.__setattr__(self, "repo", str(Path(self.repo).resolve()))
+        if Path(folder := resolved(self.repo)).is_dir():
+            object.__setattr__(self, "repo", folder)
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
         try:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.importing import first_line, this_folder_too, unusable
 from kdcache.models.names import (
     CONFIG,
     LOCAL,
     architecture_of,
     config_file,
-    first_line,
     is_factory,
     is_reference,
     licence,
@@ -32,9 +32,7 @@ from kdcache.models.names import (
     public_name,
     read_config,
     resolve,
-    this_folder_too,
     timm_with_zoo,
-    unusable,
 )
 from kdcache.models.preprocessing import configuration
 
@@ -174,7 +172,7 @@ def _create_by_factory(name: str, num_classes: int, input_size: int, pretrained:
         with this_folder_too():
             model = make(num_classes=num_classes)
     except Exception as error:
-        raise unusable(name, f"calling it with num_classes={num_classes}", error) from error
+        raise unusable(name, "model", f"calling it with num_classes={num_classes}", error) from error
     try:
         if not isinstance(model, nn.Module):
             raise TypeError(f"it returns a {type(model).__name__}, not an nn.Module")

@@ -7,14 +7,10 @@
 """
 
 import contextlib
-import difflib
 import hashlib
-import importlib
 import json
-import operator
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -22,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
+from kdcache.importing import first_line, load_function
 
 __all__ = [
     "ALIASES",
@@ -33,7 +30,6 @@ __all__ = [
     "config_file",
     "exact_name",
     "find_aliases",
-    "first_line",
     "folder_name",
     "is_factory",
     "is_reference",
@@ -46,9 +42,7 @@ __all__ = [
     "public_name",
     "read_config",
     "resolve",
-    "this_folder_too",
     "timm_with_zoo",
-    "unusable",
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -273,10 +267,6 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _in_folder(name: str) -> str:
     """The exact name of a local folder. Raises IntegrityError if an exact name's folder has other contents now."""
     folder, pinned = place(name)
@@ -345,57 +335,7 @@ def architecture_of(file: Path, name: str) -> str:
     return architecture
 
 
-@contextlib.contextmanager
-def this_folder_too() -> Iterator[None]:
-    """Allow imports from the working directory meanwhile. Installed modules come first."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
-
-
 def load_factory(name: str) -> Callable[..., Any]:
     """The function behind `package.module:function`."""
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise UsageError(f"model {name!r} is not understood", why=f"a model is {FORMS}", fix="list names with: kdcache models")
-    try:
-        with this_folder_too():
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise unusable(name, f"importing {module_name}", error) from error
-        raise NotFoundError(
-            f"model {name!r}: there is no module {error.name}",
-            why="it is neither installed nor in this folder",
-            fix=f"install it here, change to its folder, or correct the name; a model is {FORMS}",
-        ) from None
-    except (Exception, SystemExit) as error:
-        raise unusable(name, f"importing {module_name}", error) from error
-    try:
-        factory = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        close = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=3)
-        raise NotFoundError(
-            f"model {name!r}: {module_name} has no {attribute}",
-            why=f"close to it: {', '.join(close)}" if close else "nothing in it is called so",
-            fix=f"use {module_name}:{close[0]}" if close else "correct what follows the colon",
-        ) from None
-    if not callable(factory):
-        raise UsageError(
-            f"model {name!r}: {attribute} is a {type(factory).__name__}",
-            why="it is to be called with num_classes=..., and to return an nn.Module",
-            fix="name a function or a class",
-        )
-    return factory  # type: ignore[no-any-return]
-
-
-def unusable(name: str, trouble: str, error: BaseException) -> IncompatibleError:
-    return IncompatibleError(
-        f"model {name!r}: {trouble} fails",
-        why=f"{type(error).__name__}: {first_line(error)}",
-        fix=f"mend it; try it with: python -c 'from {name.partition(':')[0]} import {name.partition(':')[2].partition('.')[0]}'",
-    )
+    called = "num_classes=..., and to return an nn.Module"
+    return load_function(name, "model", forms=FORMS, called=called, listing="kdcache models")

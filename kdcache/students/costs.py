@@ -122,7 +122,7 @@ def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | No
     """
     progress, recipe = progress or Silent(), config.recipe
     device = resolve_device(config.drawing.device)
-    source = parse_dataset(config.subject.dataset)
+    source = parse_dataset(config.subject.dataset, progress)
     exact = resolve(config.subject.teacher, "teacher")
     policy = ViewPolicy.load(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
     canvas, views = recipe.shown.canvas or source.recipe.canvas, recipe.views or source.recipe.student_epochs

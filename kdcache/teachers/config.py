@@ -23,7 +23,7 @@ class TeacherAndData(Options):
     """A model as a teacher of a dataset."""
 
     teacher: Annotated[str, Option(f"Alias (vit_s, rn50, ...), timm name, {MODEL_FORMS}.")]
-    dataset: Annotated[str, Option("Dataset name, or folder:ROOT for your own images.")]
+    dataset: Annotated[str, Option("Dataset name, folder of images, torch/NAME, hf:ORG/NAME or module:function.")]
 
 
 class TeacherConfig(Options):

@@ -21,6 +21,7 @@ from kdcache.archive import (
     ArchiveWriter,
     CanvasCard,
     Failure,
+    Licences,
     Noise,
     TeacherCard,
     Verification,
@@ -30,8 +31,9 @@ from kdcache.archive import (
     sweep,
 )
 from kdcache.codecs import CODECS
-from kdcache.datasets import DATASETS, Source
+from kdcache.datasets import DATASETS, Source, UsersOwn
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
+from kdcache.datasets.classes import say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
@@ -107,7 +109,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
 
     That ends in question marks where there is no canvas yet, on which its name depends.
     """
-    source, recipe = parse_dataset(config.subject.dataset), config.recipe
+    source, recipe = parse_dataset(config.subject.dataset, progress), config.recipe
     if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
         teacher = existing_teacher(plan, workspace, progress)
@@ -120,6 +122,7 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
         resolve(config.subject.teacher, "teacher")
         ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
         images = source.open(workspace.data, progress, fetch=False)
+        say_classes(source, images, progress)
         samples, classes = len(images.samples("train")), tuple(images.class_names())
         name = f"{dataset_label(source)}--{folder_name(config.subject.teacher)}--????????"
         path, views = config.output or workspace.archives / name, recipe.views or source.recipe.student_epochs
@@ -166,12 +169,12 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
             why="a folder holds one teacher, whose weights and epochs are recorded in it",
             fix="leave one of them out",
         )
-    source = parse_dataset(config.subject.dataset)
+    source = parse_dataset(config.subject.dataset, progress)
     policy = ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
-    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress)
+    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress, tell=this_rank().first)
     precision = recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
     return DumpPlan(config, source, exact, policy, canvas, recipe.views or source.recipe.student_epochs, precision)
 
@@ -291,6 +294,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
         progress.say(text)
     recorded = recorded_plan(path)
     begun = recorded.teacher if recorded else None
+    stated = plan.source.licence if isinstance(plan.source, UsersOwn) else None
     writer = ArchiveWriter(
         path,
         num_views=plan.views,
@@ -323,6 +327,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
             weights_licence=terms,
             test_views=record.get("test_views"),
         ),
+        licences=Licences(data=stated) if stated else None,
         provenance={
             "command": config.command,
             "dataset": DATASETS.spec(plan.source),  # as it is found from any working directory

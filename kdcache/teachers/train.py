@@ -102,7 +102,7 @@ class _Job:
     ) -> None:
         self.config, self.workspace, self.progress = config, workspace, progress
         self.device = resolve_device(config.runtime.device)
-        self.source = source or parse_dataset(config.subject.dataset)
+        self.source = source or parse_dataset(config.subject.dataset, progress)
         self.exact = resolve(config.subject.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
@@ -125,7 +125,7 @@ class _Job:
             else:
                 self._as_is = self._as_it_is(names)
         self.train_canvas = (
-            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress)
+            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress, tell=True)
         )
         self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress)
         for canvas in (self.train_canvas, self.test_canvas):

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.datasets import DATASETS, Images, Source, Split, source_card
-from kdcache.datasets.canvas import load_canvas
+from kdcache.datasets import DATASETS, SPLITS, Images, Source, Split, UsersOwn, source_card
+from kdcache.datasets.canvas import canvas_path, load_canvas
+from kdcache.errors import UsageError
 from kdcache.registry import Registry
 from kdcache.testing.components import ComponentContract
 from kdcache.views.policy import PRESETS
 
 __all__ = ["DatasetContract"]
-
-SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class DatasetContract(ComponentContract):
@@ -55,7 +54,20 @@ class DatasetContract(ComponentContract):
         card = source_card(component, images.class_names(), "test", images.samples("test")).model_dump_json()
         for option in self.registry.to_dict(component).values():
             assert not (isinstance(option, str) and Path(option).is_absolute() and option in card)
-        assert json.loads(card)["licence"] == component.licence
+        assert json.loads(card)["licence"] == (None if isinstance(component, UsersOwn) else component.licence)
+
+    def test_a_stated_licence_changes_neither_card_nor_canvas(self, component: Source, images: Images, tmp_path: Path) -> None:
+        if not isinstance(component, UsersOwn):
+            return  # its publishers have stated it
+        stated = self.made_with(component, licence="CC0-1.0")
+        assert stated.licence == "CC0-1.0"
+        assert self.registry.parse(self.registry.spec(stated)) == stated
+        cards = [source_card(source, images.class_names(), "test", images.samples("test")) for source in (component, stated)]
+        assert cards[0] == cards[1]
+        places = {canvas_path(source, "test", 8, tmp_path / "data") for source in (component, stated)}
+        assert len(places) == 1
+        with pytest.raises(UsageError, match="licence"):
+            self.made_with(component, licence="unknown")
 
     def test_the_recipe_can_be_followed(self, component: Source) -> None:
         recipe = component.recipe

@@ -51,6 +51,13 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "arrays": ({"root": f"{FILES}/arrays"}, {"root": f"{FILES}/npz/data.npz"}),
         "tars": ({"root": f"{FILES}/tars"},),
         "hf": ({"repo": f"{FILES}/hub"},),
+        "torch": (
+            {"dataset": "mnist", "root": f"{FILES}/torch-mnist"},
+            {"dataset": "food101", "root": f"{FILES}/torch-food101"},
+            {"dataset": "dtd", "root": f"{FILES}/torch-dtd", "train": "train+val", "variant": "2"},
+            {"dataset": "eurosat", "root": f"{FILES}/torch-eurosat", "split_fraction": 0.4},
+        ),
+        "factory": ({"function": "tests.mapstyle:pictures"}, {"function": "tests.mapstyle:arrays"}),
     },
 }
 

@@ -27,6 +27,7 @@ from kdcache.archive.format.manifest import (
     ArchivePlan,
     CanvasCard,
     FileRecord,
+    Licences,
     Manifest,
     ShardRecord,
     Statistics,
@@ -76,6 +77,7 @@ class Origin(TypedDict, total=False):
     source: SourceCard | None
     canvas: CanvasCard | None
     teacher: TeacherCard | None
+    licences: Licences | None
     provenance: dict[str, Any] | None
 
 
@@ -90,7 +92,8 @@ class ArchiveWriter:
     codec, layout: specifications such as `"u8"`, `"hdf5"` or `"zarr:bitshuffle"`.
     shard_rows: rows of a shard; by default 64 MiB of logits, or all samples if that is less.
     first_view: number of the first view, where the archive holds only some of a policy's views.
-    policy, source, canvas, teacher, provenance: what the logits come from. Without a policy the archive cannot be replayed.
+    policy, source, canvas, teacher, licences, provenance: what the logits come from. Without a policy the archive cannot be
+        replayed.
 
     Raises IncompatibleError if the folder holds a dump of something else.
     """
@@ -175,6 +178,7 @@ class ArchiveWriter:
                     "num_views": views,
                     "probe_version": earlier.probe_version,
                     "rows_hash": earlier.rows_hash,
+                    "licences": plan.licences or earlier.licences,
                     "teacher": earlier.teacher,
                     "provenance": dict(earlier.provenance),
                 }
