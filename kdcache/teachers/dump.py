@@ -226,6 +226,17 @@ def _continuing(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress
     return plan
 
 
+def _squashed_before(plan: DumpPlan, teacher: Teacher) -> str | None:
+    """A note on a teacher that learned from squashed photographs, where this dump shows them in their own proportions."""
+    learned = teacher.record["training"].get("policy", {}).get("version", 2)
+    if learned != 1 or plan.policy.version == 1 or plan.canvas.all_square:
+        return None
+    return (
+        f"teacher {teacher.folder} was trained on squashed photographs (view policy version 1), and sees them in their own "
+        "proportions now; train-teacher trains one on these"
+    )
+
+
 def _folder(plan: DumpPlan, teacher: Teacher | None, workspace: Workspace) -> Path:
     return plan.config.output or workspace.archives / plan.archive_name(teacher)
 
@@ -246,6 +257,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     plan = plan_dump(config, workspace, progress)
     teacher = ensured_teacher(plan, workspace, progress)
     plan = _continuing(plan.of(teacher), teacher, workspace, progress)
+    if note := _squashed_before(plan, teacher):
+        progress.say(note)
     path = _folder(plan, teacher, workspace)
     if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
         archive = open_archive(path)
