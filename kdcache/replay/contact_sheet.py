@@ -27,7 +27,7 @@ def contact_sheet(
     *,
     allow_drift: int = 0,
 ) -> bytes:
-    """A PNG with one row per sample: its canvas, then the given views with captions.
+    """A PNG with one row per sample: its canvas in the photograph's proportions, then the given views with captions.
 
     Raises IncompatibleError if the views are not those that the teacher saw.
     """
@@ -48,7 +48,9 @@ def contact_sheet(
     axes = figure.subplots(len(samples), len(views) + 1, squeeze=False)
     for row, sample in enumerate(samples):
         label = archive.class_names[canvas.labels[sample]]
-        _show(axes[row, 0], canvas.pixels[sample], f"{canvas.keys[sample][-18:]}\n{label}")
+        width_px, height_px = canvas.sizes[sample]
+        caption = f"{canvas.keys[sample][-18:]}\n{label}"
+        _show(axes[row, 0], canvas.pixels[sample], caption, proportions=float(height_px / width_px))
     for column, view in enumerate(views):
         table = policy.parameters(view, len(canvas), canvas.sizes)
         where = np.argsort(table.sample)[samples]
@@ -77,8 +79,8 @@ def _mixing(table: ViewTable, position: int, canvas: Canvas, archive: AnyArchive
     return f"{kind} {table.lam[position]:.2f}, rest {partner[:10]}"
 
 
-def _show(axis: object, image: NDArray[np.uint8], caption: str) -> None:
-    axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")  # type: ignore[attr-defined]
+def _show(axis: object, image: NDArray[np.uint8], caption: str, proportions: float = 1.0) -> None:
+    axis.imshow(image.transpose(1, 2, 0), interpolation="nearest", aspect=proportions)  # type: ignore[attr-defined]
     axis.set_xlabel(caption, fontsize=6, parse_math=False)  # type: ignore[attr-defined]
     axis.set_xticks([])  # type: ignore[attr-defined]
     axis.set_yticks([])  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
 from kdcache.training.devices import metered, resolve_device
-from kdcache.training.tested import model_filter
+from kdcache.training.tested import drawable_filter, model_filter
 from kdcache.views.policy import RendererChoice, ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
@@ -83,8 +83,11 @@ class DumpPlan:
 
     def of(self, teacher: Teacher) -> "DumpPlan":
         """This plan with views as the teacher's configuration wants them, where the policy leaves that open."""
-        filter = teacher.record.get("interpolation") or model_filter(self.exact, self.policy.size)  # older records have none
-        return replace(self, policy=self.policy.settled(filter))
+        if self.policy.filter != "auto":
+            return self
+        stated = teacher.record.get("interpolation")  # older records have none
+        own = drawable_filter(self.exact, stated) if stated else model_filter(self.exact, self.policy.size)
+        return replace(self, policy=self.policy.settled(own))
 
     def archive_name(self, teacher: Teacher | None) -> str:
         """The archive's name, by all that decides on its logits; without a teacher it is not the final one."""

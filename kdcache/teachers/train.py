@@ -31,6 +31,7 @@ from kdcache.models.creation import (
     weights_digest,
 )
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
+from kdcache.models.preprocessing import preprocessing
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.files import write_atomically
@@ -376,7 +377,7 @@ class _Job:
             # Weights finetuned from published ones are under their licence; of others only their owner knows.
             "weights_licence": licence(self.exact) if self.start == "timm" else None,
             "test_views": self.tested.model_dump(mode="json"),
-            "interpolation": model_filter(self.exact, self.policy.size, model),  # for what "auto" stands in views of a dump
+            "interpolation": preprocessing(self.exact, self.policy.size, model).interpolation,  # "auto" in the views of a dump
             "top1_clean": row["test_top1"],
             "entropies": entropies,
             "training": {**settings, **self._begun(epochs)},

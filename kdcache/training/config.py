@@ -27,6 +27,7 @@ __all__ = [
     "under_present_names",
 ]
 
+SMALLEST_CROP = 0.01  # of the short side
 MODEL_FORMS = "hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 
 
@@ -124,7 +125,7 @@ class HowTested(Options):
         ),
     ] = None
     crop_pct: Annotated[
-        Annotated[float, Field(gt=0, le=1)] | None,
+        Annotated[float, Field(ge=SMALLEST_CROP, le=1)] | None,
         Option("Share of the resized short side that a test view shows, as in timm [the test policy's]."),
     ] = None
     interpolation: Annotated[Filter | None, Option("How test images are resized [the test policy's].")] = None

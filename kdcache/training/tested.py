@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,14 @@ from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError
 from kdcache.models.names import public_name
 from kdcache.models.preprocessing import Preprocessing, preprocessing
-from kdcache.training.config import HowTested
+from kdcache.training.config import SMALLEST_CROP, HowTested
 from kdcache.views.crops import CenterCrop
-from kdcache.views.policy import ViewPolicy
+from kdcache.views.policy import Filter, ViewPolicy
 from kdcache.views.tested import TestViews
 
-__all__ = ["doubts", "model_filter", "views_of_tests", "wanted_canvas"]
+__all__ = ["doubts", "drawable_filter", "model_filter", "views_of_tests", "wanted_canvas"]
 
+FILTERS = get_args(Filter)
 LITTLE = 1.03  # a canvas that lacks less than this factor of the wanted pixels is not worth a word
 MUCH = 2.0
 
@@ -43,23 +44,36 @@ def views_of_tests(options: HowTested, name: str, size: int, model: nn.Module | 
 
 
 def model_filter(name: str, size: int, model: nn.Module | None = None) -> Any:
-    """The filter that the policy filter "auto" stands for: the interpolation of the model's configuration."""
-    stated = preprocessing(name, size, model)
-    return stated.interpolation if stated.interpolation in {"bilinear", "bicubic"} else "bicubic"
+    """The filter that the policy filter "auto" stands for: the interpolation of the model's configuration.
+
+    IncompatibleError for an interpolation that views do not have.
+    """
+    return drawable_filter(name, preprocessing(name, size, model).interpolation)
+
+
+def drawable_filter(name: str, interpolation: Any) -> Any:
+    """The stated `interpolation` as a filter of views. IncompatibleError, which names the model, if there is no such filter."""
+    if interpolation not in FILTERS:
+        raise IncompatibleError(
+            f"the configuration of {public_name(name)} has interpolation {interpolation!r}",
+            why="a view policy with filter: auto takes the filter from there, and views are resized bilinear or bicubic",
+            fix="name the filter, for example: --policy pets:filter=bicubic",
+        )
+    return interpolation
 
 
 def _require_drawable(name: str, stated: Preprocessing, crop_pct: Any, interpolation: Any) -> None:
     wrong = {
-        "crop_pct": None if isinstance(crop_pct, (int, float)) and 0 < crop_pct <= 1 else crop_pct,
+        "crop_pct": None if isinstance(crop_pct, (int, float)) and SMALLEST_CROP <= crop_pct <= 1 else crop_pct,
         "crop_mode": None if stated.crop_mode in {"center", "squash"} else stated.crop_mode,
-        "interpolation": None if interpolation in {"bilinear", "bicubic"} else interpolation,
+        "interpolation": None if interpolation in FILTERS else interpolation,
     }
     for field, value in wrong.items():
         if value is not None:
             raise IncompatibleError(
                 f"the configuration of {public_name(name)} has {field} {value!r}",
                 why="test images are shown as a model's configuration says, and such a view cannot be drawn",
-                fix="say how to show them: --test-policy eval  (or none: the whole image, made square)",
+                fix="say how to show them: train-teacher (or distill) --test-policy eval; or none, the whole image made square",
             )
 
 
@@ -92,8 +106,8 @@ def doubts(options: HowTested, tested: TestViews, name: str, canvas: Canvas, mod
     if side > LITTLE * canvas.size:
         better = 8 * math.ceil(side / 8)
         yield (
-            f"the canvas of {canvas.size} px is smaller than the test crop wants, {side:.0f} px for most of these photographs: "
-            f"they are shown less sharp than they are. --canvas {better} keeps all of it"
+            f"the canvas of {canvas.size} px is smaller than the {side:.0f} px that the test crop wants for most of these "
+            f"photographs, which are shown less sharp than they are: --canvas {better} keeps all of it"
         )
     narrow = np.flatnonzero(wanted > MUCH * max(side, canvas.size))
     if len(narrow):

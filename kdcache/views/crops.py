@@ -33,7 +33,7 @@ class CenterCrop(Piece):
     kind: Literal["center"] = "center"
     fraction: float = Field(1.0, gt=0, le=1)
     mode: Literal["center", "squash"] = Field("center", exclude_if=lambda mode: mode == "center")
-    resize: int | None = Field(None, ge=1, le=1 << 16, exclude_if=lambda resize: resize is None)
+    resize: int | None = Field(None, ge=1, le=1 << 19, exclude_if=lambda resize: resize is None)
 
 
 class InceptionCrop(Piece):

@@ -15,7 +15,7 @@ from kdcache.replay.prefetch import choose_renderer, render_batches
 from kdcache.views import PRESETS, ViewPolicy, fingerprint, render, render_positions
 from kdcache.views.device import _to_hsv, _to_rgb
 from kdcache.views.policy import RANDAUGMENT_OPERATIONS, UNIT, ColorJitter, Mix, RandAugment, RandomErasing
-from kdcache.views.resample import crop_and_resize
+from kdcache.views.resample import crop_and_resize, resized
 from tests.property.test_renderers import ALL_PIECES, BATCHES, assert_same_batches, colours, pictures
 from tests.squares import squares
 
@@ -157,3 +157,10 @@ def test_batches_on_a_gpu_come_with_the_archives_rows(dump: Any) -> None:
         assert batch.stored is not None
         np.testing.assert_array_equal(batch.digest, batch.stored.digest)
         np.testing.assert_array_equal(batch.stored.logits, dump.logits[view, positions])
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 45])
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+def test_a_gpu_resizes_views_for_students_as_a_cpu_does(filter: str, size: int) -> None:
+    views = torch.from_numpy(pictures(9, 32))
+    assert torch.equal(resized(views.to(GPU), size, filter).cpu(), resized(views, size, filter))

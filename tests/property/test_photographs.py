@@ -26,6 +26,7 @@ from kdcache.training.evaluation import EvalSet
 from kdcache.training.tested import doubts, views_of_tests
 from kdcache.views.policy import COLUMNS, PRESETS, UNIT, CenterCrop, InceptionCrop, PadCrop, ViewPolicy
 from kdcache.views.rendering import render_positions
+from kdcache.views.resample import resized
 from kdcache.views.tested import WHOLE, TestViews
 from tests.squares import squares
 
@@ -282,7 +283,8 @@ def test_a_random_test_policy_is_refused(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"crop_mode": "border"}, {"crop_pct": 1.15}, {"crop_pct": "all"}, {"interpolation": "lanczos"}]
+    "field",
+    [{"crop_mode": "border"}, {"crop_pct": 1.15}, {"crop_pct": "all"}, {"crop_pct": 0.0001}, {"interpolation": "lanczos"}],
 )
 def test_a_configuration_that_cannot_be_drawn_is_refused_by_field(field: dict[str, Any], tmp_path: Path) -> None:
     import json
@@ -293,7 +295,7 @@ def test_a_configuration_that_cannot_be_drawn_is_refused_by_field(field: dict[st
     with pytest.raises(IncompatibleError) as raised:
         views_of_tests(HowTested(test_policy="model"), f"local-dir:{tmp_path}", 160)
     assert all(f"{part!r}" in str(raised.value) or str(part) in str(raised.value) for part in (*field, *field.values()))
-    asked = views_of_tests(HowTested(test_policy="eval"), f"local-dir:{tmp_path}", 160)
+    asked = views_of_tests(HowTested(test_policy="eval:filter=bilinear"), f"local-dir:{tmp_path}", 160)
     assert asked.policy.crop == CenterCrop(fraction=0.875)
 
 
@@ -340,3 +342,13 @@ def test_a_canvas_with_other_sizes_than_it_was_written_with_is_refused(tmp_path:
         load_canvas(source, "train", 32, tmp_path / "data")
     np.save(file, canvas.sizes)
     assert load_canvas(source, "train", 32, tmp_path / "data").sizes_digest == canvas.sizes_digest
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@given(side=st.integers(8, 40), size=st.integers(8, 60))
+def test_views_of_another_size_are_pillows_resize_of_the_teachers(filter: str, side: int, size: int) -> None:
+    views = np.random.default_rng(side).integers(0, 256, (3, 3, side, side), dtype=np.uint8)
+    drawn = resized(torch.from_numpy(views), size, filter).numpy()
+    for view, result in zip(views, drawn, strict=True):
+        picture = Image.fromarray(view.transpose(1, 2, 0)).resize((size, size), Image.Resampling[filter.upper()])
+        np.testing.assert_array_equal(result, np.asarray(picture).transpose(2, 0, 1))
