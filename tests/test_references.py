@@ -68,7 +68,7 @@ def made_folder(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model, normalise = create_model("test_resnet", 10, input_size=32)
     folder.mkdir(parents=True)
-    config = timm_config("test_resnet", model, normalise, input_size=32, class_names=list("0123456789"))
+    config = timm_config("test_resnet", model, normalise, {}, input_size=32, class_names=list("0123456789"))
     assert config is not None
     (folder / "config.json").write_bytes(config)
     save_weights(model, folder / "model.safetensors")
@@ -245,7 +245,7 @@ def test_a_function_makes_the_model_and_states_its_normalisation_or_not(here: Pa
     model, normalise = create_model(resolve("own_nets:Net"), 4, input_size=16)
     assert (normalise.mean[0], normalise.assumed) == (0.485, True)
     assert "normalised as ImageNet's" in described("own_nets:Net", model, normalise, "0" * 64, pretrained=False)
-    assert timm_config("own_nets:Net", model, normalise, input_size=16, class_names=list("abcd")) is None
+    assert timm_config("own_nets:Net", model, normalise, {}, input_size=16, class_names=list("abcd")) is None
     assert str(here) not in sys.path
 
 

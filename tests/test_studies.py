@@ -300,7 +300,7 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_name(name: str) -> None:
 OF_A_STUDY = {
     "train-teacher": {"--teacher", "--dataset", "--size", "--canvas"},
     "dump-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--teacher-folder", "--teacher-epochs", "--checkpoint"}
-    | {"--finetune", "--output", "--shard", "--start-view"},
+    | {"--classes", "--finetune", "--output", "--shard", "--start-view"},
     "distill": {"--dataset", "--strict", "--allow-drift", "--checkpoint-interval", "--memory", "--parallel"},
     "stats": {"--rows", "--fidelity", "--codec", "--plot"},
 }

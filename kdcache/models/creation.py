@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.importing import first_line, this_folder_too, unusable
+from kdcache.models import hf
+from kdcache.models.classes import Outputs, imagenet, labelled
+from kdcache.models.heads import classifier_names
 from kdcache.models.names import (
     CONFIG,
     LOCAL,
@@ -26,12 +29,14 @@ from kdcache.models.names import (
     config_file,
     is_factory,
     is_reference,
+    is_transformers,
     licence,
     load_factory,
     place,
     public_name,
     read_config,
     resolve,
+    takes,
     timm_with_zoo,
 )
 from kdcache.models.preprocessing import configuration
@@ -39,7 +44,9 @@ from kdcache.models.preprocessing import configuration
 __all__ = [
     "Normalisation",
     "Published",
+    "checkpoint_classes",
     "create_model",
+    "create_whole",
     "described",
     "licence",
     "load_weights",
@@ -80,6 +87,10 @@ class Published:
     class_names: tuple[str, ...] | None
     input_size: int
 
+    @property
+    def outputs(self) -> Outputs | None:
+        return labelled(self.class_names) if self.class_names else None
+
 
 def published(name: str) -> Published | None:
     """The published weights of a model by exact name; None without weights. ImageNet's classes have WordNet ids as names."""
@@ -87,10 +98,15 @@ def published(name: str) -> Published | None:
         return None
     if is_reference(name):
         config = read_config(config_file(name), name)
+        if is_transformers(name):
+            return Published(*hf.labels_of(config), hf.input_size(config))
         stated = config.get("pretrained_cfg", config) | config
         labels, size = stated.get("label_names"), stated.get("input_size", [224])
-        known = tuple(map(str, labels)) if isinstance(labels, list) else None
-        return Published(int(stated["num_classes"]), known, int(size[-1])) if "num_classes" in stated else None
+        if "num_classes" not in stated:
+            return None
+        count = int(stated["num_classes"])
+        known = tuple(map(str, labels)) if isinstance(labels, list) else _by_tag(stated.get("tag"), count)
+        return Published(count, known, int(size[-1]))
     timm = timm_with_zoo()
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
@@ -100,15 +116,35 @@ def published(name: str) -> Published | None:
     return Published(config.num_classes, tuple(names) if names else None, config.input_size[-1])
 
 
-def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
+def _by_tag(tag: object, count: int) -> tuple[str, ...] | None:
+    """ImageNet's classes, of weights whose tag, as timm writes them (`augreg_in21k_ft_in1k`), says that they know them."""
+    known = imagenet(count) if isinstance(tag, str) and re.search(r"(?:^|_)in\d+k(?:_\d+)?$", tag) else None
+    return known.names if known else None
+
+
+def create_model(
+    name: str, num_classes: int, *, input_size: int, pretrained: bool = False, class_names: Sequence[str] | None = None
+) -> tuple[nn.Module, Normalisation]:
     """A model by exact name, for square inputs of `input_size` pixels.
 
     `pretrained` loads its weights (timm's from the Hub). With another number of classes the classifier is initialised anew.
-    Raises RetryError if weights cannot be fetched, NotFoundError if there are none, and IncompatibleError if the model does
-    not take such inputs or does not give one logit per class.
+    A function that takes `class_names` is given them; without them, numbers. Raises RetryError if weights cannot be fetched,
+    NotFoundError if there are none, and IncompatibleError if the model does not take such inputs or does not give one logit
+    per class.
     """
     if is_factory(name):
-        return _create_by_factory(name, num_classes, input_size, pretrained)
+        if pretrained:
+            raise NotFoundError(
+                f"model {name!r} has no pretrained weights that kdcache knows of",
+                why="it has those that its function gives it",
+                fix="leave the option out: whatever the function returns is what training starts from",
+            )
+        model, normalise, found = create_whole(name, num_classes, input_size=input_size, class_names=class_names)
+        if found != num_classes:
+            raise _impossible(name, num_classes, input_size, ValueError(_not_logits(num_classes)))
+        return model, normalise
+    if is_transformers(name):
+        return _create_of_transformers(name, num_classes, input_size, pretrained)
     timm = timm_with_zoo()
     elsewhere = is_reference(name)
     config = timm.models.get_pretrained_cfg(architecture_of(config_file(name), name) if elsewhere else name)
@@ -125,7 +161,8 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
     random_state = torch.get_rng_state()
     try:
         model = timm.create_model(source, num_classes=num_classes, **sized)
-        _try_out(model, input_size, num_classes)
+        if _try_out(model, input_size) != num_classes:
+            raise ValueError(_not_logits(num_classes))
     except Exception as error:  # architectures raise different errors for an unsupported size
         raise _impossible(name, num_classes, input_size, error) from error
     try:
@@ -150,6 +187,18 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 
+def _create_of_transformers(name: str, num_classes: int, input_size: int, pretrained: bool) -> tuple[nn.Module, Normalisation]:
+    if pretrained and name.startswith(LOCAL):
+        resolve(name)  # checks the files against the digest in the name
+    model = hf.create(name, num_classes, pretrained=pretrained)
+    try:
+        if _try_out(model, input_size) != num_classes:
+            raise ValueError(_not_logits(num_classes))
+    except Exception as error:
+        raise _impossible(public_name(name), num_classes, input_size, error) from error
+    return model, _stated(model)
+
+
 def _impossible(name: str, num_classes: int, input_size: int, error: Exception) -> KdcacheError:
     if isinstance(error, KdcacheError):
         return error
@@ -160,29 +209,32 @@ def _impossible(name: str, num_classes: int, input_size: int, error: Exception) 
     )
 
 
-def _create_by_factory(name: str, num_classes: int, input_size: int, pretrained: bool) -> tuple[nn.Module, Normalisation]:
-    if pretrained:
-        raise NotFoundError(
-            f"model {name!r} has no pretrained weights that kdcache knows of",
-            why="it has those that its function gives it",
-            fix="leave the option out: whatever the function returns is what training starts from",
-        )
+def create_whole(
+    name: str, num_classes: int, *, input_size: int, class_names: Sequence[str] | None = None
+) -> tuple[nn.Module, Normalisation, int]:
+    """A model that a function makes for `num_classes`, and the number of outputs that it has, which may be another."""
     make = load_factory(name)
+    given: dict[str, Any] = {"num_classes": num_classes}
+    if takes(make, "class_names"):
+        given["class_names"] = tuple(class_names or map(str, range(num_classes)))
     try:
         with this_folder_too():
-            model = make(num_classes=num_classes)
+            model = make(**given)
+    except KdcacheError:
+        raise
     except Exception as error:
-        raise unusable(name, "model", f"calling it with num_classes={num_classes}", error) from error
+        called = f"calling it with num_classes={num_classes}" + (", class_names=..." if "class_names" in given else "")
+        raise unusable(name, "model", called, error) from error
     try:
         if not isinstance(model, nn.Module):
             raise TypeError(f"it returns a {type(model).__name__}, not an nn.Module")
-        _try_out(model, input_size, num_classes)
+        found = _try_out(model, input_size)
         places = [value.data_ptr() for value in model.state_dict().values() if value.numel()]
         if len(set(places)) < len(places):
             raise ValueError("two of its weights are one and the same tensor, which safetensors cannot store")
     except Exception as error:
         raise _impossible(name, num_classes, input_size, error) from error
-    return model, _stated(model)
+    return model, _stated(model), found
 
 
 def _stated(model: nn.Module) -> Normalisation:
@@ -196,13 +248,18 @@ def _stated(model: nn.Module) -> Normalisation:
     return Normalisation(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, assumed=True)
 
 
-def described(name: str, model: nn.Module, normalise: Normalisation, digest: str, *, pretrained: bool) -> str:
-    """One line about a model before training: the digest of its weights, their licence, and what is new or assumed."""
+def described(
+    name: str, model: nn.Module, normalise: Normalisation, digest: str, *, pretrained: bool, selected: bool = False
+) -> str:
+    """One line about a model before training: the digest of its weights, their licence, and what is new or assumed.
+
+    `selected`: its classifier has rows of the pretrained one, and so is not new.
+    """
     parts = [f"{public_name(name)}: start weights sha256 {digest[:12]}..."]
     if pretrained:
         parts.append(f"licence {licence(name) or 'unknown'}")
         theirs, ours = getattr(model, "pretrained_cfg", {}).get("num_classes"), getattr(model, "num_classes", None)
-        if theirs != ours:
+        if theirs != ours and not selected:
             parts.append(f"a new classifier for {ours} classes, instead of its {theirs}")
     if normalise.assumed:
         parts.append("inputs normalised as ImageNet's, as it states no mean and std")
@@ -217,7 +274,7 @@ def timm_config(
     input_size: int,
     class_names: Sequence[str],
 ) -> bytes | None:
-    """timm's `config.json`, from which timm makes this model again; None for a model of a factory.
+    """The `config.json` from which timm, or transformers, makes this model again; None for a model of a factory.
 
     It states how test images were shown: `tested` has timm's fields `crop_pct`, `crop_mode` and `interpolation`.
     """
@@ -225,25 +282,32 @@ def timm_config(
 
     if is_factory(name):
         return None
+    evaluation: dict[str, Any] = {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
+    evaluation |= tested
+    if hf.is_hf(model):
+        return hf.config_json(model, evaluation, class_names)
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, str(Path(folder) / CONFIG))
         config: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
     # Entries about the original weights and their evaluation do not apply.
     of_others = re.compile("test_.*|label_.*|license|tag|notes|description|origin_url|paper_.*")
     stated = {key: value for key, value in config["pretrained_cfg"].items() if not of_others.fullmatch(key)}
-    stated |= {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
-    stated |= tested
-    config |= {"label_names": list(class_names), "pretrained_cfg": stated}
+    config |= {"label_names": list(class_names), "pretrained_cfg": stated | evaluation}
     return (json.dumps(config, indent=1) + "\n").encode()
 
 
 @torch.inference_mode()
-def _try_out(model: nn.Module, input_size: int, num_classes: int) -> None:
-    """Run one image through the model: some architectures refuse a size only then. Raises the model's own error."""
+def _try_out(model: nn.Module, input_size: int) -> int:
+    """The number of logits for one image: some architectures refuse a size only then. Raises the model's own error."""
     logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
     model.train()
-    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        raise ValueError(f"it does not give one vector of {num_classes} logits per image")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        raise ValueError("it does not give one vector of logits per image")
+    return int(logits.shape[1])
+
+
+def _not_logits(num_classes: int) -> str:
+    return f"it does not give one vector of {num_classes} logits per image"
 
 
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
@@ -252,12 +316,11 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     Models of kdcache.models.cifar also read checkpoints of CRD and mdistiller, which name tensors differently. Classifier
     weights for another number of classes raise IncompatibleError; `replace_head` leaves them out instead.
     """
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
-    state = rename(_read_state(file))
+    state = _state_for(model, file)
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    head = {f"{name}.{part}" for name in _classifier_names(model) for part in ("weight", "bias")}
+    head = {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
     if differing and set(differing) <= head:
         theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
         if not replace_head:
@@ -280,9 +343,17 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     return missing if differing else []
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", ())
-    return (names,) if isinstance(names, str) else tuple(names or ())
+def checkpoint_classes(model: nn.Module, file: Path) -> int | None:
+    """The number of classes that the classifier in a checkpoint has, for a model of that architecture; None if it has none."""
+    state = _state_for(model, file)
+    heads = [state[key] for name in classifier_names(model) if (key := f"{name}.weight") in state]
+    return int(heads[0].shape[0]) if heads and heads[0].ndim else None
+
+
+def _state_for(model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, under the names that `model` gives them."""
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
+    return rename(_read_state(file))
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:

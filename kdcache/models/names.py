@@ -1,16 +1,20 @@
 """Names of models outside timm's registry: on the Hub, in a folder, or made by a function. timm is imported at first use.
 
-- `hf-hub:ORG/NAME[@REVISION]`: a timm model on the Hub. Its exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
-- `local-dir:PATH`: a folder with timm's config.json and model.safetensors, as `kdcache export` writes it. Its exact name has
-  the beginning of a digest of both, `local-dir:PATH@DIGEST`. Records contain `local-dir:FOLDER@DIGEST`, without the path.
-- `package.module:function`: a function that is called with num_classes=... and returns an nn.Module.
+- `hf-hub:ORG/NAME[@REVISION]`: a model on the Hub, timm's or an image classifier of transformers (`kdcache.models.hf`). Its
+  exact name has the commit, `hf-hub:ORG/NAME@COMMIT`.
+- `local-dir:PATH`: a folder with config.json and model.safetensors, as `kdcache export`, timm or transformers write it. Its
+  exact name has the beginning of a digest of both, `local-dir:PATH@DIGEST`. Records contain `local-dir:FOLDER@DIGEST`,
+  without the path.
+- `package.module:function`: a function that is called with num_classes=..., and with class_names=... if it takes that, and
+  returns an nn.Module.
 """
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -25,14 +29,17 @@ __all__ = [
     "CONFIG",
     "HUB",
     "LOCAL",
+    "PROCESSORS",
     "WEIGHTS",
     "architecture_of",
+    "companion",
     "config_file",
     "exact_name",
     "find_aliases",
     "folder_name",
     "is_factory",
     "is_reference",
+    "is_transformers",
     "kept",
     "licence",
     "list_models",
@@ -42,11 +49,14 @@ __all__ = [
     "public_name",
     "read_config",
     "resolve",
+    "size_of_transformers",
+    "takes",
     "timm_with_zoo",
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of timm's model folders
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of models' folders
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # beside them, transformers' settings of image processors
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 # Models as timm registers them, weights in its tables of configurations, and the CIFAR networks in theirs.
 _NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(|^ +\"(cifar_\w+)\":", re.MULTILINE)
@@ -157,7 +167,9 @@ def own_size(name: str) -> int:
     """Side of the inputs that the configuration of a model (exact name, not a factory's) states, in pixels; 224 without one."""
     if is_reference(name):
         config = read_config(config_file(name), name)
-        size = config.get("pretrained_cfg", config).get("input_size")
+        size = (
+            size_of_transformers(config) if _of_transformers(config) else config.get("pretrained_cfg", config).get("input_size")
+        )
     else:
         published = timm_with_zoo().models.get_pretrained_cfg(name)
         size = published.input_size if published is not None else None
@@ -167,6 +179,25 @@ def own_size(name: str) -> int:
 def is_reference(name: str) -> bool:
     """Whether `name` is of one of this module's forms, and so not timm's."""
     return ":" in name
+
+
+def is_transformers(name: str) -> bool:
+    """Whether a model in a folder or on the Hub is one of transformers, by its config.json."""
+    return name.startswith((HUB, LOCAL)) and _of_transformers(read_config(config_file(name), name))
+
+
+def size_of_transformers(config: Mapping[str, Any]) -> Sequence[int] | None:
+    """The size of images that a config.json of transformers states, height and width; None where it states none."""
+    towers = config.get("vision_config")
+    places = (config, towers if isinstance(towers, Mapping) else {})
+    stated = config.get("pretrained_cfg", {}).get("input_size") or next(
+        filter(None, (place.get("image_size") for place in places)), None
+    )
+    return stated if isinstance(stated, list | tuple) or stated is None else [stated, stated]
+
+
+def _of_transformers(config: Mapping[str, Any]) -> bool:
+    return "architecture" not in config and isinstance(config.get("model_type"), str)
 
 
 def public_name(exact: str) -> str:
@@ -232,7 +263,7 @@ def _on_hub(name: str) -> str:
     typed = f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"
     config = _download(typed, CONFIG)
     assert config is not None
-    architecture_of(config, typed)
+    _require_kind(config, typed)
     return f"{HUB}{repo}@{config.parent.name}"  # the Hub's cache has one folder per commit
 
 
@@ -257,7 +288,9 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
         if not needed:
             return None
         raise NotFoundError(
-            f"{name} has no {file}", why="timm's models on the Hub have one", fix="choose a model of timm's: hf-hub:timm/..."
+            f"{name} has no {file}",
+            why="models of timm and transformers have one",
+            fix="choose a model of timm's: hf-hub:timm/...",
         ) from None
     except Exception as error:  # errors of huggingface_hub, and of its HTTP library, which varies
         raise RetryError(
@@ -275,11 +308,12 @@ def _in_folder(name: str) -> str:
             raise NotFoundError(
                 f"{LOCAL}{folder} is not a model",
                 why=f"there is no {file} in it" if folder.is_dir() else "there is no such folder",
-                fix="name a folder with config.json and model.safetensors as timm writes them, or make one: kdcache export RUN",
+                fix="name a folder with config.json and model.safetensors, or make one: kdcache export RUN",
             )
-    architecture_of(folder / CONFIG, name)
+    _require_kind(folder / CONFIG, name)
+    processors = [file for file in PROCESSORS if is_transformers(name) and (folder / file).is_file()]
     digest = hashlib.sha256()
-    for file in (CONFIG, WEIGHTS):
+    for file in (CONFIG, WEIGHTS, *processors):
         with (folder / file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     fingerprint = digest.hexdigest()[:12]
@@ -308,6 +342,20 @@ def config_file(name: str) -> Path:
     file = _download(name, CONFIG)
     assert file is not None
     return file
+
+
+def companion(name: str, file: str) -> Path | None:
+    """A file beside the `config.json` of a model in a folder or on the Hub; None where there is none."""
+    if name.startswith(HUB):
+        return _download(name, file, needed=False)
+    path = place(name)[0] / file
+    return path if path.is_file() else None
+
+
+def _require_kind(file: Path, name: str) -> None:
+    """Raises IncompatibleError for a model that is neither timm's nor transformers'."""
+    if not _of_transformers(read_config(file, name)):
+        architecture_of(file, name)
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
@@ -339,3 +387,11 @@ def load_factory(name: str) -> Callable[..., Any]:
     """The function behind `package.module:function`."""
     called = "num_classes=..., and to return an nn.Module"
     return load_function(name, "model", forms=FORMS, called=called, listing="kdcache models")
+
+
+def takes(make: Callable[..., Any], argument: str) -> bool:
+    """Whether a function names `argument` among its parameters."""
+    try:
+        return argument in inspect.signature(make).parameters
+    except (TypeError, ValueError):  # of some built-in functions nothing is known
+        return False

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from kdcache.models.names import config_file, is_factory, is_reference, read_config, timm_with_zoo
+from kdcache.models import hf
+from kdcache.models.names import config_file, is_factory, is_reference, is_transformers, read_config, timm_with_zoo
 
 __all__ = ["Preprocessing", "configuration", "preprocessing", "stated_by"]
 
@@ -30,6 +31,8 @@ def preprocessing(name: str, input_size: int, model: nn.Module | None = None) ->
     if is_factory(name):
         return stated_by({} if model is None else configuration(model), input_size)
     if is_reference(name):
+        if is_transformers(name):
+            return stated_by(hf.stated(name), input_size)
         config = read_config(config_file(name), name)
         return stated_by(config.get("pretrained_cfg", config), input_size)
     published = timm_with_zoo().models.get_pretrained_cfg(name)

@@ -16,6 +16,7 @@ from torch import nn
 from kdcache.archive import Licences, code_span, licence_fields, markdown_escaped, open_archive
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.creation import Normalisation, create_model, load_weights, timm_config, weights_digest
+from kdcache.models.hf import is_hf
 from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, resolve
 from kdcache.report import RunRecord, collect
 from kdcache.sharing.publishing import require_licences
@@ -124,7 +125,8 @@ def write_export(exported: Export, output: Path) -> None:
     for name, data in exported.files.items():
         write_atomically(output / name, data)
     settings = json.loads(exported.files[CONFIG])
-    classes, size = settings["num_classes"], settings["pretrained_cfg"]["input_size"][-1]
+    classes = settings.get("num_classes") or len(settings["id2label"])  # as timm writes it, and transformers
+    size = settings["pretrained_cfg"]["input_size"][-1]
     again, _ = create_model(resolve(f"{LOCAL}{output}"), classes, input_size=size, pretrained=True)
     bare, _ = create_model(f"{LOCAL}{output}", classes, input_size=size)
     load_weights(bare, output / WEIGHTS)
@@ -192,8 +194,9 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
     if (run.folder / CONFIG).is_file():
         config = read_record(run.folder / CONFIG)
         try:
-            return int(config["pretrained_cfg"]["input_size"][-1]), tuple(map(str, config["label_names"]))
-        except (KeyError, TypeError, ValueError, IndexError):
+            names = config["label_names"] if "label_names" in config else config["id2label"].values()
+            return int(config["pretrained_cfg"]["input_size"][-1]), tuple(map(str, names))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise IntegrityError(
                 f"{run.folder / CONFIG} is damaged",
                 why="it does not say the size of images and the names of classes",
@@ -316,11 +319,12 @@ def _optimiser(settings: Mapping[str, Any]) -> str:
 
 
 def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences, repository: str | None) -> str:
+    library = "transformers" if is_hf(model) else "timm"
     metadata = {
-        "library_name": "timm",
+        "library_name": library,
         "pipeline_tag": "image-classification",
         **licence_fields([licences.data, licences.weights]),
-        "tags": ["image-classification", "timm", "kdcache", "knowledge-distillation"],
+        "tags": ["image-classification", library, "kdcache", "knowledge-distillation"],
     }
     facts = dict(trained.facts)
     facts["these are"] = _CHOSEN[which]
@@ -363,6 +367,33 @@ def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences,
         ]
     lines += [
         "```python",
+        *(_code_of_transformers(model, repository) if is_hf(model) else _code_of_timm(zoo, repository)),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _code_of_transformers(model: nn.Module, repository: str | None) -> list[str]:
+    flipped = getattr(model, "pretrained_cfg", {}).get("channels") == "BGR"
+    return [
+        "import timm",
+        "import torch",
+        "from PIL import Image",
+        "from transformers import AutoModelForImageClassification",
+        "",
+        f'model = AutoModelForImageClassification.from_pretrained("{repository or "FOLDER"}").eval()',
+        'settings = {key: value for key, value in model.config.pretrained_cfg.items() if key != "channels"}',
+        "transform = timm.data.create_transform(**settings, is_training=False)",
+        'image = transform(Image.open("image.jpg").convert("RGB"))' + (".flip(0)  # blue comes first" if flipped else ""),
+        "with torch.inference_mode():",
+        "    logits = model(image.unsqueeze(0)).logits",
+        "print(model.config.id2label[int(logits.argmax())])",
+    ]
+
+
+def _code_of_timm(zoo: bool, repository: str | None) -> list[str]:
+    return [
         "import timm",
         "import torch",
         "from PIL import Image",
@@ -375,10 +406,7 @@ def _card(trained: _Trained, model: nn.Module, which: Which, licences: Licences,
         "with torch.inference_mode():",
         "    logits = model(image.unsqueeze(0))",
         'print(model.pretrained_cfg["label_names"][int(logits.argmax())])',
-        "```",
-        "",
     ]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- the Hub

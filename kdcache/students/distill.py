@@ -319,7 +319,9 @@ class _Student:
         optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
             start, classes = spec.start, archive.num_classes
-            model, normalise = create_model(spec.name, classes, input_size=self.size, pretrained=start.pretrained)
+            model, normalise = create_model(
+                spec.name, classes, input_size=self.size, pretrained=start.pretrained, class_names=archive.class_names
+            )
             redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
         if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
             progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")

@@ -50,6 +50,13 @@ class TeacherConfig(Options):
         bool | None, Option("Start at random or from timm's weights [as suits the dataset].", off="--pretrained")
     ] = None
     checkpoint: Annotated[Path | None, Option("Start from these weights (.safetensors, .pth).")] = None
+    classes: Annotated[
+        Path | None,
+        Option(
+            "Which outputs are which classes, with --epochs 0: a file with a name for each output, or JSON by class; "
+            "imagenet-1k, ... or dataset [by name]."
+        ),
+    ] = None
     mean: Annotated[Triple | None, Option("Of pixels in [0, 1], that the checkpoint was trained with [the model's].")] = None
     std: Annotated[Triple | None, Option("Likewise.")] = None
     runtime: Runtime = Runtime()
@@ -96,6 +103,13 @@ class DumpConfig(Options):
     ] = None
     checkpoint: Annotated[
         Path | None, Option("The teacher's weights, as they are unless --teacher-epochs says more (.safetensors, .pth).")
+    ] = None
+    classes: Annotated[
+        Path | None,
+        Option(
+            "Which outputs of weights as they are are which classes: a file with a name for each output, or JSON by class; "
+            "imagenet-1k, ... or dataset [by name]."
+        ),
     ] = None
     output: Annotated[Path | None, Option("Archive folder [HOME/archives/NAME].", short="-o")] = None
     start_view: Annotated[int, Field(ge=0), Option("View to begin with; changes nothing in the archive.")] = 0

@@ -35,23 +35,26 @@ from kdcache.datasets import DATASETS, Source, UsersOwn
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
 from kdcache.datasets.classes import say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
+from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
+from kdcache.options import flag_of
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import this_rank
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
+from kdcache.teachers import as_is
 from kdcache.teachers.config import DumpConfig, Precision, TeacherConfig
 from kdcache.teachers.forward import Forward, batches, write_shards
-from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
+from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher, teacher_at
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
 from kdcache.training.devices import metered, resolve_device
 from kdcache.training.tested import drawable_filter, model_filter
 from kdcache.views.policy import RendererChoice, ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
 
 __all__ = [
     "DumpPlan",
@@ -166,13 +169,18 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     device = resolve_device(config.runtime.device)
     require_writable(config.output or workspace.archives)
     _ = CODECS.parse(recipe.codec), LAYOUTS.parse(recipe.layout)  # an unknown name is better told before anything is trained
-    if config.teacher_folder is not None and (config.teacher_epochs is not None or config.checkpoint is not None):
+    others = {"checkpoint": config.checkpoint, "classes": config.classes, "teacher_epochs": config.teacher_epochs}
+    given = [flag_of(name) for name, value in others.items() if value is not None]
+    if config.teacher_folder is not None and given:
         raise UsageError(
-            f"--teacher-folder {config.teacher_folder} with {'--checkpoint' if config.checkpoint else '--teacher-epochs'}",
+            f"--teacher-folder {config.teacher_folder} with {given[0]}",
             why="a folder holds one teacher, whose weights and epochs are recorded in it",
             fix="leave one of them out",
         )
     source = parse_dataset(config.subject.dataset, progress)
+    if config.classes is not None:
+        said_digest(config.classes)  # raises where there is no such file
+        as_is.require_use(config.classes, [_epochs(config, source)], "--teacher-epochs 0")
     policy = ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
@@ -186,10 +194,18 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
     """The teacher of a dump, if it is trained already. IncompatibleError for a folder's that knows other classes."""
     config = plan.config
     if config.teacher_folder is None:
-        epochs = _epochs(config, plan.source) if config.checkpoint else config.teacher_epochs
-        size, checkpoint = plan.policy.size, config.checkpoint
-        return find_teacher(plan.exact, plan.canvas, size, workspace, progress, epochs=epochs, checkpoint=checkpoint)
-    teacher, names = _teacher_at(config.teacher_folder), plan.canvas.card.class_names
+        as_they_are = config.checkpoint is not None or config.classes is not None
+        return find_teacher(
+            plan.exact,
+            plan.canvas,
+            plan.policy.size,
+            workspace,
+            progress,
+            epochs=_epochs(config, plan.source) if as_they_are else config.teacher_epochs,
+            checkpoint=config.checkpoint,
+            classes=config.classes,
+        )
+    teacher, names = teacher_at(config.teacher_folder), plan.canvas.card.class_names
     if tuple(teacher.record["class_names"]) != names:
         subject = config.subject
         raise IncompatibleError(
@@ -248,7 +264,7 @@ def _epochs(config: DumpConfig, source: Source) -> int:
     """For how long a teacher that is missing would be trained, as far as this configuration and the dataset say."""
     if config.teacher_epochs is not None:
         return config.teacher_epochs
-    return 0 if config.checkpoint else source.recipe.teacher_epochs
+    return 0 if config.checkpoint or config.classes else source.recipe.teacher_epochs
 
 
 def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | None = None) -> Path:
@@ -306,6 +322,9 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
     terms = record.get("weights_licence") or _timm_licence(record)
     progress.say(f"teacher: {config.subject.teacher} = {record['name']} from {teacher.folder}, {plan.precision}")
     progress.say(f"its weights: sha256 {record['weights_sha256'][:12]}..., licence {terms or 'unknown'}")
+    if "classes" in record:
+        for line in ClassMap.recorded(record["class_names"], record["classes"]).lines():
+            progress.say(line)
     if text := doubt(teacher):
         progress.say(text)
     recorded = recorded_plan(path)
@@ -398,11 +417,12 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
             first = "training it first" if epochs else "testing its weights as they are first"
             progress.say(f"no teacher {wanted} yet: {first}")
             shown = plan.config.recipe.shown
-            usual = (config.teacher_epochs, config.checkpoint) == (None, None)
+            usual = (config.teacher_epochs, config.checkpoint, config.classes) == (None, None, None)
             training = TeacherConfig(
                 subject=subject,
                 epochs=() if usual else (epochs,),
                 checkpoint=config.checkpoint,
+                classes=config.classes,
                 views=ViewOptions(policy=shown.policy, size=size, canvas=shown.canvas),
                 runtime=config.runtime,
                 command=config.command,
@@ -444,14 +464,6 @@ def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
         kl_max=kl.max().item(),
         max_logit_difference=(reference - used).abs().max().item(),
     )
-
-
-def _teacher_at(folder: Path) -> Teacher:
-    if not (folder / "teacher.json").is_file():
-        raise NotFoundError(
-            f"no teacher at {folder}", why="there is no teacher.json in it", fix="train one: kdcache train-teacher --teacher ..."
-        )
-    return Teacher(folder, read_teacher(folder))
 
 
 def replay_with_teacher(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kdcache.archive import ArchiveWriter
 from kdcache.datasets.canvas import Canvas
 from kdcache.models.creation import Normalisation
+from kdcache.models.heads import SelectedOutputs
 from kdcache.replay.prefetch import Rendered, render_batches
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
@@ -202,6 +203,8 @@ class Forward:
         hooks = [layer.register_forward_hook(note) for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         try:
             classes = self.model(x).shape[-1]
+            if isinstance(self.model, SelectedOutputs):
+                classes = self.model.num_outputs
         finally:
             for hook in hooks:
                 hook.remove()

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError, NotFoundError
-from kdcache.models.creation import Normalisation, create_model, load_weights, weights_digest
+from kdcache.models.classes import said_digest
+from kdcache.models.creation import Normalisation, load_weights, weights_digest
 from kdcache.models.names import kept, public_name
 from kdcache.replay.prefetch import render_batches
 from kdcache.stats import relative_entropy
 from kdcache.system.progress import Progress
+from kdcache.teachers.as_is import create_recorded
 from kdcache.teachers.forward import batches
 from kdcache.training.evaluation import EvalSet
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace
+from kdcache.workspace import Workspace, read_teacher
 
-__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher"]
+__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher", "teacher_at"]
 
 REPORT_VIEWS = 1024  # training views for the measurement of a teacher's entropies
 
@@ -130,14 +132,17 @@ def find_teacher(
     *,
     epochs: int | None = None,
     checkpoint: Path | None = None,
+    classes: Path | None = None,
 ) -> Teacher | None:
     """The newest teacher by exact name that was trained on this canvas for views of `size` pixels; None if there is none.
 
-    `epochs` and `checkpoint` restrict the search to teachers trained for so many epochs, or made from that file.
+    `epochs`, `checkpoint` and `classes` restrict the search to teachers trained for so many epochs, made from that file, or
+    with classes as that file says.
     """
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
     wanted |= {} if epochs is None else {"epochs": epochs}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
+    wanted |= {} if classes is None else {"said_sha256": said_digest(classes)}
     teachers = [
         Teacher(folder, record)
         for folder, record in workspace.teacher_records(progress)
@@ -153,6 +158,15 @@ def find_teacher(
     return teachers[0] if teachers else None
 
 
+def teacher_at(folder: Path) -> Teacher:
+    """The teacher in a folder. Raises NotFoundError if there is none."""
+    if not (folder / "teacher.json").is_file():
+        raise NotFoundError(
+            f"no teacher at {folder}", why="there is no teacher.json in it", fix="train one: kdcache train-teacher --teacher ..."
+        )
+    return Teacher(folder, read_teacher(folder))
+
+
 def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
     """Load a teacher in evaluation mode. Raises IncompatibleError if its weights differ from its record."""
     record = teacher.record
@@ -162,7 +176,7 @@ def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
             why="model.safetensors is missing",
             fix="train it again: kdcache train-teacher",
         )
-    model, _ = create_model(kept(record["name"], teacher.folder), len(record["class_names"]), input_size=record["input_size"])
+    model, _ = create_recorded(kept(record["name"], teacher.folder), record)
     load_weights(model, teacher.weights)
     if weights_digest(model) != record["weights_sha256"]:
         raise IncompatibleError(

@@ -7,10 +7,9 @@ them becomes is what it would have become alone.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
+from kdcache.models.classes import said_digest
 from kdcache.models.creation import (
     Normalisation,
     create_model,
@@ -37,6 +37,7 @@ from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
+from kdcache.teachers import as_is
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
@@ -53,7 +54,6 @@ __all__ = ["train_teacher", "train_teachers"]
 
 VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
 REPORTS = 20  # times in a training
-WNID = re.compile(r"n\d{8}")
 
 
 def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
@@ -118,13 +118,19 @@ class _Job:
         self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
         require_writable(workspace.teachers)
-        self._as_is: nn.Module | None = None
+        as_is.require_use(config.classes, self.durations)
         if 0 in self.durations:  # what cannot be taken as it is is refused before anything is decoded
-            names = tuple(self.source.open(workspace.data, progress).class_names())
-            if self.start == "timm":
-                self._require_classes(names)
-            else:
-                self._as_is = self._as_it_is(names)
+            self._as_is = as_is.take(
+                self.exact,
+                tuple(self.source.open(workspace.data, progress).class_names()),
+                config.subject,
+                self.start,
+                checkpoint=config.checkpoint,
+                classes=config.classes,
+                input_size=self.policy.size,
+            )
+            for line in self._as_is.note():
+                progress.say(line)
         self.train_canvas = (
             canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress, tell=True)
         )
@@ -137,13 +143,19 @@ class _Job:
     def _settle_views(self) -> None:
         """Give views with the filter "auto" that of the model's configuration, which a factory's model carries with it."""
         if "auto" in {self.policy.filter, self.shown.filter}:
-            made = self._as_is
-            if is_factory(self.exact) and made is None:
-                made, _ = create_model(self.exact, len(self.train_canvas.card.class_names), input_size=self.policy.size)
+            made: nn.Module | None = None
+            if is_factory(self.exact):
+                names = self.train_canvas.card.class_names
+                size = self.policy.size
+                made = (
+                    self._as_is.make()[0]
+                    if 0 in self.durations
+                    else create_model(self.exact, len(names), input_size=size, class_names=names)[0]
+                )
             own = model_filter(self.exact, self.policy.size, made)
             self.policy, self.shown = self.policy.settled(own), self.shown.settled(own)
 
-    def _start(self, recipe: TeacherRecipe) -> tuple[Literal["checkpoint", "factory", "random", "timm"], bool]:
+    def _start(self, recipe: TeacherRecipe) -> tuple[as_is.Start, bool]:
         """Where weights come from, and whether rates are those of training from scratch."""
         config = self.config
         scratch = not _given(recipe.pretrained, self.source.recipe.pretrained)
@@ -192,7 +204,13 @@ class _Job:
             begun |= {"smoothing": self.smoothing, "seed": config.seed, "policy": self.policy.model_dump(mode="json")}
         else:
             begun["size"] = self.policy.size
+            if not self._as_is.mapping.whole:
+                begun["classes_sha256"] = self._as_is.mapping.digest
         return begun | {key: value for key, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+
+    def _said(self, epochs: int) -> dict[str, str]:
+        """By what dump-teacher finds weights that were taken as --classes says."""
+        return {} if epochs or self.config.classes is None else {"said_sha256": said_digest(self.config.classes)}
 
     def folder(self, epochs: int) -> Path:
         settings, begun = self.settings[epochs].identity() if epochs else {"epochs": 0}, self._begun(epochs)
@@ -202,56 +220,30 @@ class _Job:
         label = f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}"
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
-    def _model(self, classes: int, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
-        model, own = create_model(self.exact, classes, input_size=self.policy.size, pretrained=pretrained)
+    def _model(self, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
+        names = self.train_canvas.card.class_names
+        model, own = create_model(self.exact, len(names), input_size=self.policy.size, pretrained=pretrained, class_names=names)
+        return model, self._as_asked(model, own)
+
+    def _as_asked(self, model: nn.Module, own: Normalisation) -> Normalisation:
         assumed = own.assumed and not (self.config.mean and self.config.std)
         self.normalise = Normalisation(self.config.mean or own.mean, self.config.std or own.std, assumed)
         self.tested = views_of_tests(self.how_tested, self.exact, self.policy.size, model)
-        return model, self.normalise
+        return self.normalise
 
     def finished_model(self, folder: Path) -> nn.Module:
         """The model that was trained there."""
-        model, _ = self._model(len(self.train_canvas.card.class_names), pretrained=False)
+        model, _ = self._model(pretrained=False)
         load_weights(model, next(file for file in (folder / "last.safetensors", folder / "model.safetensors") if file.is_file()))
         return model
 
-    def _as_it_is(self, names: tuple[str, ...]) -> nn.Module:
-        model, _ = self._model(len(names), pretrained=self.start == "timm")
-        if self.config.checkpoint:
-            load_weights(model, self.config.checkpoint)
-        return model
-
-    def _require_classes(self, names: tuple[str, ...]) -> None:
-        """Raises unless published weights know these classes, in this order as far as their names tell."""
-        config, known = self.config, published(self.exact)
-        if known is None:
-            return  # there are none to be had, which create_model says
-        finetune = f"kdcache train-teacher --teacher {config.subject.teacher} --dataset {config.subject.dataset} --epochs 20"
-        if known.num_classes != len(names):
-            raise IncompatibleError(
-                f"the weights of {self.name} know {known.num_classes} classes, dataset {config.subject.dataset} has {len(names)}",
-                why="only weights of the very same classes can be taken as they are",
-                fix=f"finetune them: {finetune}",
-            )
-        if names == known.class_names:
-            return
-        theirs = known.class_names or ()
-        if theirs and (all(map(WNID.fullmatch, (*names, *theirs))) or set(names) == set(theirs)):
-            first = next(i for i, pair in enumerate(zip(names, theirs, strict=True)) if pair[0] != pair[1])
-            raise IncompatibleError(
-                f"class {first} of dataset {config.subject.dataset} is {names[first]}, of the weights of {self.name} it is "
-                f"{theirs[first]}",
-                why="only weights of the very same classes, in the same order, can be taken as they are",
-                fix=f"finetune them: {finetune}",
-            )
-        self.progress.say("that the dataset's classes are in the order of the weights' is taken for granted: names do not tell")
-
     def register(self) -> Teacher:
         """Test weights as they are, and keep them as a teacher."""
-        folder, model = self.folder(0), self._as_is or self._as_it_is(self.train_canvas.card.class_names)
+        folder, (model, own) = self.folder(0), self._as_is.make()
+        self._as_asked(model, own)
         model = model.to(self.device).eval()
         self.progress.say(f"teacher: {self._titled}, weights as they are: they are tested, not trained")
-        self._describe(model)
+        self._describe(model, selected=not self._as_is.mapping.whole)
         forward = Forward(model, self.normalise, self.device, "fp32")
         row = self._tests(model).of(lambda views: torch.from_numpy(forward(views)))
         if not all(map(math.isfinite, row.values())):
@@ -294,7 +286,7 @@ class _Job:
         learners: dict[int, Learner] = {}
         for epochs in durations:
             with seeded(config.seed):
-                model, normalise = self._model(len(self.train_canvas.card.class_names), pretrained=self.start == "timm")
+                model, normalise = self._model(pretrained=self.start == "timm")
                 redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
             if redrawn and not learners:
                 self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at random")
@@ -334,9 +326,9 @@ class _Job:
                 )
         return made
 
-    def _describe(self, model: nn.Module) -> None:
-        digest = weights_digest(model)
-        self.progress.say(described(self.exact, model, self.normalise, digest, pretrained=self.start == "timm"))
+    def _describe(self, model: nn.Module, *, selected: bool = False) -> None:
+        digest, pretrained = weights_digest(model), self.start == "timm"
+        self.progress.say(described(self.exact, model, self.normalise, digest, pretrained=pretrained, selected=selected))
 
     def _say_doubts(self, durations: Sequence[int]) -> None:
         known, size = published(self.exact), self.policy.size
@@ -370,6 +362,7 @@ class _Job:
             "dataset": DATASETS.spec(self.source),
             "dataset_label": dataset_label(self.source),
             "class_names": list(self.train_canvas.card.class_names),
+            **({"classes": mapped} if not epochs and (mapped := self._as_is.record()) else {}),
             "input_size": self.policy.size,
             "mean": self.normalise.mean,
             "std": self.normalise.std,
@@ -380,7 +373,7 @@ class _Job:
             "interpolation": preprocessing(self.exact, self.policy.size, model).interpolation,  # "auto" in the views of a dump
             "top1_clean": row["test_top1"],
             "entropies": entropies,
-            "training": {**settings, **self._begun(epochs)},
+            "training": {**settings, **self._begun(epochs), **self._said(epochs)},
             **({"cost": cost} if (cost := _cost(folder).known()) else {}),
             "versions": versions(),
             "command": config.command,
