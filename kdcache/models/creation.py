@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.importing import first_line, this_folder_too, unusable
+from kdcache.models.heads import classifier_names
 from kdcache.models.names import (
     CONFIG,
     LOCAL,
@@ -41,6 +42,7 @@ __all__ = [
     "Published",
     "create_model",
     "described",
+    "has_new_head",
     "licence",
     "load_weights",
     "note",
@@ -100,14 +102,35 @@ def published(name: str) -> Published | None:
     return Published(config.num_classes, tuple(names) if names else None, config.input_size[-1])
 
 
-def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bool = False) -> tuple[nn.Module, Normalisation]:
+def has_new_head(name: str, num_classes: int, file: Path | None = None) -> bool:
+    """Whether a model's classifier is initialised anew, when it starts from the weights in `file`, or from its published ones.
+
+    A model of a factory has the classifier that its function makes.
+    """
+    if is_factory(name):
+        return False
+    if file is None:
+        known = published(name)
+        return known is not None and known.num_classes != num_classes
+    with torch.random.fork_rng(devices=()):
+        model = timm_with_zoo().create_model(_source(name), num_classes=num_classes)
+    own, state = model.state_dict(), _renamed(model, _read_state(file))
+    return any(state[key].shape != own[key].shape for key in _head_keys(model) & own.keys() & state.keys())
+
+
+def create_model(
+    name: str, num_classes: int, *, input_size: int, pretrained: bool = False, drop_path: float | None = None
+) -> tuple[nn.Module, Normalisation]:
     """A model by exact name, for square inputs of `input_size` pixels.
 
     `pretrained` loads its weights (timm's from the Hub). With another number of classes the classifier is initialised anew.
+    `drop_path` is the largest drop rate of its stochastic depth; UsageError for a model without.
     Raises RetryError if weights cannot be fetched, NotFoundError if there are none, and IncompatibleError if the model does
     not take such inputs or does not give one logit per class.
     """
     if is_factory(name):
+        if drop_path is not None:
+            raise _no_drop_path(name, drop_path, "its function takes num_classes and nothing else")
         return _create_by_factory(name, num_classes, input_size, pretrained)
     timm = timm_with_zoo()
     elsewhere = is_reference(name)
@@ -120,13 +143,19 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
         )
     if pretrained and name.startswith(LOCAL):
         resolve(name)  # checks the files against the digest in the name
-    source = f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
+    source = _source(name)
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+    if drop_path is not None:
+        sized["drop_path_rate"] = drop_path
     random_state = torch.get_rng_state()
     try:
         model = timm.create_model(source, num_classes=num_classes, **sized)
+        if drop_path and not any(getattr(layer, "drop_prob", 0.0) for layer in model.modules()):
+            raise _no_drop_path(name, drop_path, "none of its blocks can be dropped")
         _try_out(model, input_size, num_classes)
     except Exception as error:  # architectures raise different errors for an unsupported size
+        if isinstance(error, TypeError) and "drop_path_rate" in str(error):
+            raise _no_drop_path(name, sized["drop_path_rate"], "its architecture has no stochastic depth") from error
         raise _impossible(name, num_classes, input_size, error) from error
     try:
         if pretrained:
@@ -148,6 +177,15 @@ def create_model(name: str, num_classes: int, *, input_size: int, pretrained: bo
         ) from error
     data = timm.data.resolve_model_data_config(model)
     return model, Normalisation(tuple(data["mean"]), tuple(data["std"]))
+
+
+def _source(name: str) -> str:
+    """The name of a model as timm takes it."""
+    return f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
+
+
+def _no_drop_path(name: str, drop_path: float, why: str) -> UsageError:
+    return UsageError(f"--drop-path {drop_path:g} with {public_name(name)}", why=why, fix="leave --drop-path out")
 
 
 def _impossible(name: str, num_classes: int, input_size: int, error: Exception) -> KdcacheError:
@@ -234,6 +272,7 @@ def timm_config(
     stated |= {"input_size": [3, input_size, input_size], "mean": normalise.mean, "std": normalise.std}
     stated |= tested
     config |= {"label_names": list(class_names), "pretrained_cfg": stated}
+    config.get("model_args", {}).pop("drop_path_rate", None)  # which is of the training, not of the architecture
     return (json.dumps(config, indent=1) + "\n").encode()
 
 
@@ -252,12 +291,11 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     Models of kdcache.models.cifar also read checkpoints of CRD and mdistiller, which name tensors differently. Classifier
     weights for another number of classes raise IncompatibleError; `replace_head` leaves them out instead.
     """
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
-    state = rename(_read_state(file))
+    state = _renamed(model, _read_state(file))
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    head = {f"{name}.{part}" for name in _classifier_names(model) for part in ("weight", "bias")}
+    head = _head_keys(model)
     if differing and set(differing) <= head:
         theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
         if not replace_head:
@@ -280,9 +318,13 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     return missing if differing else []
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", ())
-    return (names,) if isinstance(names, str) else tuple(names or ())
+def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
+    return rename(state)
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    return {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:

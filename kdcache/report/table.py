@@ -237,7 +237,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
-        if isinstance(value, str | int | float) and name not in HARMLESS
+        if isinstance(value, str | int | float | None) and name not in HARMLESS
     }
 
 

@@ -96,7 +96,7 @@ def doubt(teacher: Teacher) -> str | None:
     record, classes = teacher.record, len(teacher.record["class_names"])
     if classes < 10 or record["top1_clean"] >= 3 * 100 / classes:
         return None
-    if record["training"].get("epochs") == 0:
+    if record["training"].get("epochs") == 0 and not record["training"].get("head_epochs"):
         why = (
             "its classes are in another order than the dataset's, or it wants pixels of another mean and std than "
             f"{_triple(record['mean'])} and {_triple(record['std'])} (train-teacher --mean, --std)"
@@ -133,10 +133,11 @@ def find_teacher(
 ) -> Teacher | None:
     """The newest teacher by exact name that was trained on this canvas for views of `size` pixels; None if there is none.
 
-    `epochs` and `checkpoint` restrict the search to teachers trained for so many epochs, or made from that file.
+    `epochs` and `checkpoint` restrict the search to teachers trained for so many epochs, or made from that file. Those of 0
+    epochs have weights as they are: not a head that was trained alone.
     """
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
-    wanted |= {} if epochs is None else {"epochs": epochs}
+    wanted |= {} if epochs is None else {"epochs": epochs} if epochs else {"epochs": 0, "head_epochs": None}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
     teachers = [
         Teacher(folder, record)

@@ -8,14 +8,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
@@ -24,26 +23,30 @@ from kdcache.models.creation import (
     Normalisation,
     create_model,
     described,
+    has_new_head,
     licence,
     load_weights,
     published,
     timm_config,
     weights_digest,
 )
+from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.files import write_atomically
-from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import TeacherConfig
+from kdcache.teachers.finetuning import finetune
 from kdcache.teachers.forward import Forward
-from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
+from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, train_head
+from kdcache.teachers.recipes import RECIPES, TeacherRecipe, settings_of, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
-from kdcache.training.config import TrainConfig
-from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.checkpoint import copied
+from kdcache.training.config import Training
+from kdcache.training.devices import resolve_device, seeded
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
@@ -51,7 +54,7 @@ from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_reco
 __all__ = ["train_teacher", "train_teachers"]
 
 VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
-REPORTS = 20  # times in a training
+HEAD_SEED = 0x7EAC4EAD  # those that its head is trained on alone
 WNID = re.compile(r"n\d{8}")
 
 
@@ -81,7 +84,7 @@ def train_teachers(
         if (folder / "teacher.json").is_file():
             progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
             made[epochs] = Teacher(folder, read_teacher(folder))
-        elif not epochs:
+        elif not epochs and not job.head_epochs(0):
             made[epochs] = job.register()
         elif (row := _finished(folder)) is not None:  # and its process ended before it could say so
             made[epochs] = job.record(epochs, job.finished_model(folder), row)
@@ -107,6 +110,7 @@ class _Job:
         self.name = public_name(self.exact)
         suggested = self.source.recipe
         self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
+        self.recipe, self.training = recipe, Training(**dict(recipe.training) | config.training.given())
         self.start, scratch = self._start(recipe)
         self.durations = self._durations(recipe)
         drawn = ViewPolicy.draft(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
@@ -114,11 +118,15 @@ class _Job:
         self.shown = ViewPolicy.draft(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
         self.how_tested = config.tested.otherwise(suggested.test_policy)
         self.smoothing = _given(config.smoothing, recipe.smoothing)
-        self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
+        self.settings = {
+            epochs: settings_of(recipe, config.training, epochs, self.exact, scratch) for epochs in self.durations if epochs
+        }
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
         require_writable(workspace.teachers)
         self._as_is: nn.Module | None = None
-        if 0 in self.durations:  # what cannot be taken as it is is refused before anything is decoded
+        self._described = False
+        self._require_trainable()
+        if 0 in self.durations and not config.head_epochs:  # what cannot be taken as it is is refused before anything is decoded
             names = tuple(self.source.open(workspace.data, progress).class_names())
             if self.start == "timm":
                 self._require_classes(names)
@@ -131,6 +139,11 @@ class _Job:
         for canvas in (self.train_canvas, self.test_canvas):
             require_intact(canvas)
         self._settle_views()
+        self._classes = len(self.train_canvas.card.class_names)
+        pretrained = self.start in {"checkpoint", "timm"}
+        self.new_head = pretrained and has_new_head(self.exact, self._classes, config.checkpoint)
+        if config.recipe is None and self.recipe_name == "lp-ft" and not self.new_head:  # without one, it is the study's
+            self.recipe_name, self.recipe = "study", RECIPES["study"]
         self._ahead: Any = {"workers": config.runtime.workers, "renderer": config.runtime.renderer}
 
     def _settle_views(self) -> None:
@@ -156,6 +169,30 @@ class _Job:
             self.progress.say(f"{self.name} has no published weights: it is trained from scratch")
             scratch = True
         return "checkpoint" if config.checkpoint else "random" if scratch else "timm", scratch
+
+    def _require_trainable(self) -> None:
+        """Refuse what the model cannot be trained by, as far as that is known before anything is decoded."""
+        config, asked = self.config, self.config.training
+        if config.head_epochs and self.start == "random":
+            raise UsageError(
+                f"--head-epochs {config.head_epochs} from scratch",
+                why="a head learns from the features of trained weights, and random ones have none",
+                fix="leave --head-epochs out, or start from weights: --pretrained or --checkpoint FILE",
+            )
+        of_optimizer = asked.layer_decay is not None or asked.opt_betas is not None
+        if is_factory(self.exact) or not (config.head_epochs or of_optimizer or asked.drop_path is not None):
+            return
+        with seeded(config.seed):
+            model, _ = create_model(self.exact, 10, input_size=self.policy.size, drop_path=self.training.drop_path)
+        if self.settings and of_optimizer:
+            make_optimizer(model, next(iter(self.settings.values())))
+        if config.head_epochs:
+            linear_head(model, self.name, self.policy.size, torch.device("cpu"))
+
+    def head_epochs(self, epochs: int) -> int:
+        """Epochs in which the head of a teacher of so many epochs is trained alone. Recipes are for new heads to finetune."""
+        suggested = self.recipe.head_epochs if epochs and self.new_head else 0
+        return suggested if self.config.head_epochs is None else self.config.head_epochs
 
     def _durations(self, recipe: TeacherRecipe) -> list[int]:
         config, suggested = self.config, self.source.recipe
@@ -187,7 +224,13 @@ class _Job:
             "canvas_digest": self.train_canvas.digest,
             "test_digest": self.test_canvas.digest,
         }
-        if epochs:
+        if head := self.head_epochs(epochs):
+            begun |= {"head_epochs": head}
+            if not epochs:  # else it is among the settings
+                begun |= {"batch_size": self.training.batch_size, **({"amp": True} if self.training.amp else {})}
+        if (epochs or head) and self.new_head and self.training.head_init == "zero":
+            begun |= {"head_init": "zero"}
+        if epochs or head:
             begun |= {"smoothing": self.smoothing, "seed": config.seed, "policy": self.policy.model_dump(mode="json")}
         else:
             begun["size"] = self.policy.size
@@ -202,7 +245,9 @@ class _Job:
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def _model(self, classes: int, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
-        model, own = create_model(self.exact, classes, input_size=self.policy.size, pretrained=pretrained)
+        model, own = create_model(
+            self.exact, classes, input_size=self.policy.size, pretrained=pretrained, drop_path=self.training.drop_path
+        )
         assumed = own.assumed and not (self.config.mean and self.config.std)
         self.normalise = Normalisation(self.config.mean or own.mean, self.config.std or own.std, assumed)
         self.tested = views_of_tests(self.how_tested, self.exact, self.policy.size, model)
@@ -210,7 +255,7 @@ class _Job:
 
     def finished_model(self, folder: Path) -> nn.Module:
         """The model that was trained there."""
-        model, _ = self._model(len(self.train_canvas.card.class_names), pretrained=False)
+        model, _ = self._model(self._classes, pretrained=False)
         load_weights(model, next(file for file in (folder / "last.safetensors", folder / "model.safetensors") if file.is_file()))
         return model
 
@@ -247,7 +292,7 @@ class _Job:
 
     def register(self) -> Teacher:
         """Test weights as they are, and keep them as a teacher."""
-        folder, model = self.folder(0), self._as_is or self._as_it_is(self.train_canvas.card.class_names)
+        model = self._as_is or self._as_it_is(self.train_canvas.card.class_names)
         model = model.to(self.device).eval()
         self.progress.say(f"teacher: {self._titled}, weights as they are: they are tested, not trained")
         self._describe(model)
@@ -259,8 +304,11 @@ class _Job:
                 why="its weights are broken, or were made for another input",
                 fix="check them, and the model's name",
             )
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", save(weights))
+        return self._kept(model, row)
+
+    def _kept(self, model: nn.Module, row: dict[str, float]) -> Teacher:
+        """Make a teacher of a model that is not finetuned."""
+        write_atomically(self.folder(0) / "model.safetensors", save(copied(model)))
         return self.record(0, model, row)
 
     @property
@@ -275,40 +323,40 @@ class _Job:
 
     def train(self, durations: Sequence[int]) -> dict[int, Teacher]:
         """Train teachers of these durations in lockstep, each of which is recorded at its end."""
-        config, settings = self.config, self.settings[durations[0]]
-        steps = sum(epochs * (len(self.train_canvas) // settings.batch_size) for epochs in durations)
+        config, batch_size = self.config, self.training.batch_size
+        steps = sum(epochs * (len(self.train_canvas) // batch_size) for epochs in durations)
         self.progress.say(
             f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.subject.dataset} ({steps} steps), "
             f"recipe {self.recipe_name}"
         )
+        if self.recipe_name == "lp-ft":
+            self.progress.say(
+                "recipe lp-ft is the temperature study's, except that a new head starts at zero and is trained alone first; "
+                "--recipe study does as the paper does"
+            )
         self._say_doubts(durations)
-        stream = ViewStream(
-            self.train_canvas,
-            self.policy,
-            batch_size=settings.batch_size,
-            seed=config.seed,
-            device=str(self.device),
-            **self._ahead,
-        )
-        learners: dict[int, Learner] = {}
-        for epochs in durations:
-            with seeded(config.seed):
-                model, normalise = self._model(len(self.train_canvas.card.class_names), pretrained=self.start == "timm")
-                redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
-            if redrawn and not learners:
-                self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at random")
-            if not learners:
-                self._describe(model)
-            learners[epochs] = Learner(
+        first = self._started()
+        tests = self._tests(first)
+        head = self._head(durations, first, tests)
+        if head is not None:
+            self.progress.say(f"the head alone, on frozen features, has a top-1 of {head.row['test_top1']:.2f} %")
+        made: dict[int, Teacher] = {}
+        if 0 in durations and head is not None:
+            made[0] = self._kept(self._started(head), head.row)
+        stream = self._stream(self.policy)
+        learners = {
+            epochs: Learner(
                 self.folder(epochs),
-                model,
-                normalise,
+                first if head is None and epochs == durations[0] else self._started(head),
+                self.normalise,
                 self.settings[epochs],
                 steps_per_epoch=len(stream),
                 seed=config.seed,
                 device=self.device,
             )
-        made: dict[int, Teacher] = {}
+            for epochs in durations
+            if epochs
+        }
 
         def keep_finished() -> None:
             for epochs, learner in learners.items():
@@ -316,14 +364,8 @@ class _Job:
                     made[epochs] = self.record(epochs, learner.model, learner.last)
 
         keep_finished()  # whose process ended just after their last checkpoint
-        _fit(
-            list(learners.values()),
-            stream,
-            self._tests(learners[durations[0]].model),
-            self.smoothing,
-            keep_finished,
-            self.progress,
-        )
+        if learners:
+            finetune(list(learners.values()), stream, tests, self.smoothing, keep_finished, self.progress)
         for learner in learners.values():
             if learner.status == "diverged":
                 raise IncompatibleError(
@@ -332,6 +374,62 @@ class _Job:
                     fix=f"use a smaller --lr than {learner.config.lr:g}",
                 )
         return made
+
+    def _stream(self, policy: ViewPolicy) -> ViewStream:
+        return ViewStream(
+            self.train_canvas,
+            policy,
+            batch_size=self.training.batch_size,
+            seed=self.config.seed,
+            device=str(self.device),
+            **self._ahead,
+        )
+
+    def _started(self, head: Head | None = None) -> nn.Module:
+        """The model that training starts from, with this head."""
+        config = self.config
+        with seeded(config.seed):
+            model, _ = self._model(self._classes, pretrained=self.start == "timm")
+            redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
+        zero = self.new_head and self.training.head_init == "zero"
+        if zero:
+            zero_head(model, self.name)
+        if not self._described:
+            if redrawn:
+                how = "zero" if zero else "random"
+                self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at {how}")
+            self._describe(model)
+            self._described = True
+        if head is not None:
+            head.put_into(model)
+        return model
+
+    def _head(self, durations: Sequence[int], model: nn.Module, tests: Exam) -> Head | None:
+        """The head that these teachers start with: kept by an earlier command, or trained now. None if they need none."""
+        epochs = self.head_epochs(max(durations))
+        if not epochs:
+            return None
+        folders = [self.folder(each) for each in durations]
+        head = next(filter(None, map(read_head, folders)), None)
+        if head is None:
+            fresh = self.policy.model_copy(update={"seed": HEAD_SEED})
+            settings = head_settings(epochs, self.training.batch_size, self.training.amp)
+            self.progress.say(f"first the head alone, on frozen features: {epochs} epochs")
+            return train_head(
+                model,
+                self.normalise,
+                self.name,
+                folders,
+                self._stream(fresh),
+                settings,
+                self.smoothing,
+                tests,
+                self.progress,
+            )
+        for folder in folders:
+            if not (folder / HEAD).is_file():
+                head.write(folder)
+        return head
 
     def _describe(self, model: nn.Module) -> None:
         digest = weights_digest(model)
@@ -344,7 +442,7 @@ class _Job:
                 f"views have {size} px, and the weights know {known.input_size} px images: little of that is left (which size "
                 f"the temperature study had for CIFAR100 is unknown). --size {known.input_size} enlarges them, for students too"
             )
-        for settings in (self.settings[epochs] for epochs in durations):
+        for settings in (self.settings[epochs] for epochs in durations if epochs):
             if settings.sched == "step" and min(settings.decay_epochs) >= settings.epochs:
                 late = ",".join(map(str, settings.decay_epochs))
                 self.progress.say(f"{settings.epochs} epochs end before the learning rate falls, at --decay-epochs {late}")
@@ -352,7 +450,15 @@ class _Job:
     def record(self, epochs: int, model: nn.Module, row: dict[str, float]) -> Teacher:
         """Make a teacher of a finished folder: `row` has its figures on the test images, and its entropies."""
         folder, config = self.folder(epochs), self.config
-        settings = self.settings[epochs].model_dump(mode="json") | {"recipe": self.recipe_name} if epochs else {"epochs": 0}
+        settings: dict[str, Any] = {"epochs": 0}
+        if epochs:
+            settings = self.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": self.recipe_name}
+        if self.new_head and (epochs or self.head_epochs(epochs)):
+            settings["head_init"] = self.training.head_init
+        cost, head = _cost(folder), read_head(folder)
+        if head is not None:
+            settings["head_top1"] = head.row["test_top1"]
+            cost = total([cost, head.spent]) if epochs else head.spent
         entropies = {
             "tau": 1.0,
             "clean": {"rows": len(self.test_canvas), "entropy": row["test_entropy"], "entropy_rest": row["test_entropy_rest"]},
@@ -380,7 +486,7 @@ class _Job:
             "top1_clean": row["test_top1"],
             "entropies": entropies,
             "training": {**settings, **self._begun(epochs)},
-            **({"cost": cost} if (cost := _cost(folder).known()) else {}),
+            **({"cost": cost.known()} if cost.known() else {}),
             "versions": versions(),
             "command": config.command,
         }
@@ -398,75 +504,6 @@ class _Job:
 
 def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
-
-
-def _settings(config: TeacherConfig, recipe: TeacherRecipe, epochs: int, exact: str, scratch: bool) -> TrainConfig:
-    """What the flags say, and else the recipe; and where that is silent, what suits the model."""
-    given, published = config.training.given(), dict(recipe.training)
-    if given.get("sched", published.get("sched")) != published.get("sched"):
-        published.pop("decay_epochs", None)  # they are those of another schedule
-    return TrainConfig(**(_suitable(exact, scratch) | published | given), epochs=epochs)
-
-
-def _suitable(exact: str, scratch: bool) -> dict[str, float]:
-    """Learning rate and weight decay: the temperature study's for finetuning; from scratch, its students' rate."""
-    is_vit = "vit" in exact and "mobilevit" not in exact
-    if scratch:
-        return {"lr": 0.002, "weight_decay": 0.05}
-    return {"lr": 5e-5, "weight_decay": 0.1} if is_vit else {"lr": 5e-4, "weight_decay": 0.05}
-
-
-def _fit(
-    learners: Sequence[Learner],
-    stream: ViewStream,
-    tests: Exam,
-    smoothing: float,
-    keep_finished: Callable[[], None],
-    progress: Progress,
-) -> None:
-    pace, early, seen = Pace(learners), Pace(learners), 0
-    with metered(learners[0].device) as meter:
-        try:
-            with stopped_between_steps() as check:
-                for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
-                    for batch, due in epochs_batches:
-
-                        def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-                        for learner in due:
-                            learner.step(batch.images, loss_of, lambda logits: {})
-                            check()
-                        seen += 1
-                        if seen == 2:
-                            early = Pace(learners)  # the first batches of all take longer
-                        elif seen == 12:
-                            left = _duration(early.seconds_left)
-                            progress.say(f"training takes about {left} more, without the tests after epochs")
-                        progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
-                    testing = [learner for learner in active if learner.tests_next]
-                    tested = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
-                    for learner, row in tested.items():
-                        of = learner.config.epochs
-                        if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
-                            row |= tests.on_views(learner.predict)
-                            check()
-                    charge(active, meter.lap())
-                    for learner in active:
-                        learner.end_epoch(tested.get(learner, {}), view=epoch)
-                    keep_finished()
-        except Stopped:
-            charge([learner for learner in learners if learner.status == "training"], meter.lap())
-            for learner in learners:
-                learner.suspend()
-            raise
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _cost(folder: Path) -> Spent:
