@@ -111,7 +111,7 @@ def has_new_head(name: str, num_classes: int, file: Path | None = None) -> bool:
         return False
     if file is None:
         known = published(name)
-        return known is not None and known.num_classes != num_classes
+        return num_classes != (known.num_classes if known else 1000)  # which timm takes for granted, too
     with torch.random.fork_rng(devices=()):
         model = timm_with_zoo().create_model(_source(name), num_classes=num_classes)
     own, state = model.state_dict(), _renamed(model, _read_state(file))

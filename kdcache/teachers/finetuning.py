@@ -1,19 +1,23 @@
 """The training of teachers of several durations in lockstep, on one stream of views."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.replay.stream import ViewStream
+from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress
 from kdcache.teachers.registry import Exam
 from kdcache.training.devices import metered
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.workspace import read_record
 
-__all__ = ["finetune"]
+__all__ = ["cost_of", "finetune", "finished_row"]
 
 REPORTS = 20  # times in a training
 
@@ -70,3 +74,20 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def cost_of(folder: Path) -> Spent:
+    """What training took, by its log; nothing is known of weights that were taken as they are."""
+    log = folder / "metrics.jsonl"
+    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
+
+
+def finished_row(folder: Path) -> dict[str, float] | None:
+    """The last row of metrics of a training that is over; None if it is not."""
+    weights = any((folder / name).is_file() for name in ("last.safetensors", "model.safetensors"))
+    if not weights or not (folder / "summary.json").is_file() or (folder / "checkpoint.pt").is_file():
+        return None
+    if read_record(folder / "summary.json").get("status") != "complete":
+        return None
+    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return row

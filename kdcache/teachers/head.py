@@ -30,7 +30,7 @@ from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
 from kdcache.teachers.forward import Forward, batches, last_linear
 from kdcache.teachers.registry import Exam
-from kdcache.training.checkpoint import own_folder
+from kdcache.training.checkpoint import LOCK, own_folder
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import metered
 from kdcache.training.optimizers import make_optimizer
@@ -146,6 +146,7 @@ def train_head(
         head = Head(tensors, row, meter.lap() * (1 / len(folders)))
         for folder in folders:
             head.write(folder)
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's
     return head
 
 
@@ -159,7 +160,9 @@ class _Features:
     @torch.no_grad()
     def __call__(self, views: Tensor) -> Tensor:
         seen: list[Tensor] = []
-        hook = self._layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        hook = self._layer.register_forward_pre_hook(
+            lambda _, inputs, named: seen.append(next(iter((*inputs, *named.values())))), with_kwargs=True
+        )
         try:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
                 self._model(self._normalise(views.to(self._device, non_blocking=True)))

@@ -80,7 +80,10 @@ def compared(teachers: Sequence[Teacher]) -> list[str]:
     ):
         parts = [(entropies or {}).get(which, {}) for which in ("views", "clean")]
         figures = [f"{part[key]:.3f}" if key in part else "-" for part in parts for key in ("entropy", "entropy_rest")]
-        rows.append((str(training.get("epochs", "-")), str(training.get("start", "-")), f"{top1:.2f}", *figures))
+        alone = not training.get("epochs") and training.get("head_epochs")
+        rows.append(
+            ("head" if alone else str(training.get("epochs", "-")), str(training.get("start", "-")), f"{top1:.2f}", *figures)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return [

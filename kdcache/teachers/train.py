@@ -32,12 +32,13 @@ from kdcache.models.creation import (
 )
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
+from kdcache.options import as_text, flag_of
 from kdcache.replay.stream import ViewStream
-from kdcache.system.energy import UNKNOWN, Spent, total
+from kdcache.system.energy import total
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import TeacherConfig
-from kdcache.teachers.finetuning import finetune
+from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, train_head
 from kdcache.teachers.recipes import RECIPES, TeacherRecipe, settings_of, teacher_recipe
@@ -49,7 +50,7 @@ from kdcache.training.learner import Learner
 from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = ["train_teacher", "train_teachers"]
 
@@ -86,7 +87,7 @@ def train_teachers(
             made[epochs] = Teacher(folder, read_teacher(folder))
         elif not epochs and not job.head_epochs(0):
             made[epochs] = job.register()
-        elif (row := _finished(folder)) is not None:  # and its process ended before it could say so
+        elif (row := finished_row(folder)) is not None:  # and its process ended before it could say so
             made[epochs] = job.record(epochs, job.finished_model(folder), row)
     fresh = [epochs for epochs in job.durations if epochs not in made]
     if fresh:
@@ -327,9 +328,9 @@ class _Job:
         steps = sum(epochs * (len(self.train_canvas) // batch_size) for epochs in durations)
         self.progress.say(
             f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.subject.dataset} ({steps} steps), "
-            f"recipe {self.recipe_name}"
+            f"recipe {self.recipe_name}{self._own_flags()}"
         )
-        if self.recipe_name == "lp-ft":
+        if self.recipe_name == "lp-ft" and self.new_head:
             self.progress.say(
                 "recipe lp-ft is the temperature study's, except that a new head starts at zero and is trained alone first; "
                 "--recipe study does as the paper does"
@@ -375,6 +376,14 @@ class _Job:
                 )
         return made
 
+    def _own_flags(self) -> str:
+        """What the command line says of the training, beside or instead of the recipe."""
+        flags = self.config.training.arguments()
+        for name in ("smoothing", "head_epochs"):
+            if (value := getattr(self.config, name)) is not None:
+                flags += [flag_of(name), as_text(value)]
+        return f", but {' '.join(flags)}" if flags else ""
+
     def _stream(self, policy: ViewPolicy) -> ViewStream:
         return ViewStream(
             self.train_canvas,
@@ -410,7 +419,7 @@ class _Job:
         if not epochs:
             return None
         folders = [self.folder(each) for each in durations]
-        head = next(filter(None, map(read_head, folders)), None)
+        head = next(filter(None, (read_head(self.folder(each)) for each in self.durations)), None)
         if head is None:
             fresh = self.policy.model_copy(update={"seed": HEAD_SEED})
             settings = head_settings(epochs, self.training.batch_size, self.training.amp)
@@ -455,7 +464,7 @@ class _Job:
             settings = self.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": self.recipe_name}
         if self.new_head and (epochs or self.head_epochs(epochs)):
             settings["head_init"] = self.training.head_init
-        cost, head = _cost(folder), read_head(folder)
+        cost, head = cost_of(folder), read_head(folder)
         if head is not None:
             settings["head_top1"] = head.row["test_top1"]
             cost = total([cost, head.spent]) if epochs else head.spent
@@ -504,20 +513,3 @@ class _Job:
 
 def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
-
-
-def _cost(folder: Path) -> Spent:
-    """What training took, by its log; nothing is known of weights that were taken as they are."""
-    log = folder / "metrics.jsonl"
-    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
-
-
-def _finished(folder: Path) -> dict[str, float] | None:
-    """The last row of metrics of a training that is over; None if it is not."""
-    weights = any((folder / name).is_file() for name in ("last.safetensors", "model.safetensors"))
-    if not weights or not (folder / "summary.json").is_file() or (folder / "checkpoint.pt").is_file():
-        return None
-    if read_record(folder / "summary.json").get("status") != "complete":
-        return None
-    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return row
