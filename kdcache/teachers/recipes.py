@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcache.errors import unknown_name
+from kdcache.datasets import Recipe
+from kdcache.errors import UsageError, unknown_name
+from kdcache.options import as_text, flag_of
+from kdcache.teachers.config import TeacherConfig
 from kdcache.training.config import TrainConfig, Training
 
-__all__ = ["RECIPES", "TeacherRecipe", "settings_of", "teacher_recipe"]
+__all__ = ["RECIPES", "TeacherRecipe", "durations_of", "own_flags", "settings_of", "teacher_recipe"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,37 @@ def _suitable(exact: str, scratch: bool) -> dict[str, float]:
     if scratch:
         return {"lr": 0.002, "weight_decay": 0.05}
     return {"lr": 5e-5, "weight_decay": 0.1} if is_vit else {"lr": 5e-4, "weight_decay": 0.05}
+
+
+def durations_of(config: TeacherConfig, recipe: TeacherRecipe, suggested: Recipe, start: str) -> list[int]:
+    """The epochs of each teacher: those asked for, or the recipe's, or those that the dataset suggests.
+
+    UsageError where there are none, and for random weights (`start`) that are taken as they are.
+    """
+    if config.epochs == "paper":
+        if not suggested.durations:
+            raise UsageError(
+                f"--epochs paper for {config.subject.dataset}",
+                why="the temperature study compares durations on pets and cifar100 only",
+                fix="name them, for example: --epochs 20,50,200,400",
+            )
+        return list(suggested.durations)
+    durations = list(dict.fromkeys(config.epochs)) or [suggested.teacher_epochs if recipe.epochs is None else recipe.epochs]
+    if 0 in durations and start == "random":
+        raise UsageError(
+            f"{config.subject.teacher} from scratch in 0 epochs",
+            why="weights are taken as they are"
+            + (f" unless --epochs says more: {config.subject.dataset} suggests it" if not config.epochs else "")
+            + ", and random ones know nothing",
+            fix="say for how long to train: --epochs 100, or which weights to take: --checkpoint FILE",
+        )
+    return durations
+
+
+def own_flags(config: TeacherConfig) -> str:
+    """What the command line says of the training, beside or instead of the recipe, for a line that names the recipe."""
+    flags = config.training.arguments()
+    for name in ("smoothing", "head_epochs"):
+        if (value := getattr(config, name)) is not None:
+            flags += [flag_of(name), as_text(value)]
+    return f", but {' '.join(flags)}" if flags else ""

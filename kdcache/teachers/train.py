@@ -32,7 +32,6 @@ from kdcache.models.creation import (
 )
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
-from kdcache.options import as_text, flag_of
 from kdcache.replay.stream import ViewStream
 from kdcache.system.energy import total
 from kdcache.system.files import write_atomically
@@ -41,7 +40,7 @@ from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, train_head
-from kdcache.teachers.recipes import RECIPES, TeacherRecipe, settings_of, teacher_recipe
+from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, own_flags, settings_of, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
 from kdcache.training.checkpoint import copied
 from kdcache.training.config import Training
@@ -113,7 +112,7 @@ class _Job:
         self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
         self.recipe, self.training = recipe, Training(**dict(recipe.training) | config.training.given())
         self.start, scratch = self._start(recipe)
-        self.durations = self._durations(recipe)
+        self.durations = durations_of(config, recipe, suggested, self.start)
         drawn = ViewPolicy.draft(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
         self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
         self.shown = ViewPolicy.draft(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
@@ -194,27 +193,6 @@ class _Job:
         """Epochs in which the head of a teacher of so many epochs is trained alone. Recipes are for new heads to finetune."""
         suggested = self.recipe.head_epochs if epochs and self.new_head else 0
         return suggested if self.config.head_epochs is None else self.config.head_epochs
-
-    def _durations(self, recipe: TeacherRecipe) -> list[int]:
-        config, suggested = self.config, self.source.recipe
-        if config.epochs == "paper":
-            if not suggested.durations:
-                raise UsageError(
-                    f"--epochs paper for {config.subject.dataset}",
-                    why="the temperature study compares durations on pets and cifar100 only",
-                    fix="name them, for example: --epochs 20,50,200,400",
-                )
-            return list(suggested.durations)
-        durations = list(dict.fromkeys(config.epochs)) or [_given(recipe.epochs, suggested.teacher_epochs)]
-        if 0 in durations and self.start == "random":
-            raise UsageError(
-                f"{config.subject.teacher} from scratch in 0 epochs",
-                why="weights are taken as they are"
-                + (f" unless --epochs says more: {config.subject.dataset} suggests it" if not config.epochs else "")
-                + ", and random ones know nothing",
-                fix="say for how long to train: --epochs 100, or which weights to take: --checkpoint FILE",
-            )
-        return durations
 
     def _begun(self, epochs: int) -> dict[str, Any]:
         """What a teacher of so many epochs is made from, beside its settings."""
@@ -328,7 +306,7 @@ class _Job:
         steps = sum(epochs * (len(self.train_canvas) // batch_size) for epochs in durations)
         self.progress.say(
             f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.subject.dataset} ({steps} steps), "
-            f"recipe {self.recipe_name}{self._own_flags()}"
+            f"recipe {self.recipe_name}{own_flags(config)}"
         )
         if self.recipe_name == "lp-ft" and self.new_head:
             self.progress.say(
@@ -375,14 +353,6 @@ class _Job:
                     fix=f"use a smaller --lr than {learner.config.lr:g}",
                 )
         return made
-
-    def _own_flags(self) -> str:
-        """What the command line says of the training, beside or instead of the recipe."""
-        flags = self.config.training.arguments()
-        for name in ("smoothing", "head_epochs"):
-            if (value := getattr(self.config, name)) is not None:
-                flags += [flag_of(name), as_text(value)]
-        return f", but {' '.join(flags)}" if flags else ""
 
     def _stream(self, policy: ViewPolicy) -> ViewStream:
         return ViewStream(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from kdcache.models.creation import create_model
 from kdcache.teachers import head
 from kdcache.training.config import TrainConfig
+from kdcache.views.policy import ViewPolicy
 from tests.end_to_end.test_distill import only
 from tests.end_to_end.test_methods import stop_after
 from tests.end_to_end.test_teachers import by_epochs, record, same_teacher
@@ -127,12 +128,14 @@ def former_folder(folder):
     names = ("start", "checkpoint_sha256", "canvas_digest", "test_digest", "smoothing", "seed", "policy")
     known = {key: training[key] for key in TrainConfig.model_fields if key in training and key != "head_init"}
     settings = TrainConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
-    identity = json.dumps([made["name"], settings.identity(), {key: training[key] for key in names}], sort_keys=True)
+    policy = ViewPolicy(**training["policy"]).as_version_1().model_dump(mode="json")  # as square images still have it
+    begun = {key: training[key] for key in names} | {"policy": policy}
+    identity = json.dumps([made["name"], settings.identity(), begun], sort_keys=True)
     return f"{folder.name.rpartition('--')[0]}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def test_folders_are_those_of_before_where_training_is(command, weights, kdcache, tmp_path):
-    short = [*command, "--epochs", "1", "--home", tmp_path]
+    short = [*command, "--epochs", "1", "--test-policy", "none", "--home", tmp_path]  # tested as before, too
     for number, flags in enumerate(
         (["--recipe", "study"], ["--head-init", "timm", "--head-epochs", "0"], ["--head-epochs", "0"])
     ):
