@@ -68,7 +68,8 @@ def test_the_head_of_timms_models_has_what_timm_calls_features(name):
 def test_a_model_whose_logits_are_no_linear_layers_has_no_head_to_train():
     distilled, _ = create_model("deit_tiny_distilled_patch16_224", 5, input_size=224)  # the mean of two
     zero_head(distilled, "deit")
-    for model, size in ((distilled, 224), (Scaled(5, False), 8), (Scaled(5, True), 8), (torch.nn.Flatten(), 8)):
+    frozen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)).requires_grad_(False)
+    for model, size in ((distilled, 224), (Scaled(5, False), 8), (Scaled(5, True), 8), (torch.nn.Flatten(), 8), (frozen, 8)):
         with pytest.raises(IncompatibleError, match="mine has no head to train first") as refused:
             linear_head(model, "mine", size, CPU)
         assert "--head-epochs 0" in refused.value.fix

@@ -88,10 +88,12 @@ def linear_head(model: nn.Module, name: str, size: int, device: torch.device) ->
     with torch.no_grad():
         layer = last_linear(model.eval(), torch.zeros(1, 3, size, size, device=device), gives_logits=True)
     model.train(training)
-    if layer is None:
+    if layer is None or not any(parameter.requires_grad for parameter in layer.parameters()):
         raise IncompatibleError(
             f"{name} has no head to train first",
-            why="its logits are not the output of a linear layer, as they are",
+            why="the linear layer that gives its logits is frozen"
+            if layer
+            else "its logits are not the output of a linear layer, as they are",
             fix="finetune all of it from the start: --head-epochs 0",
         )
     return next(key for key, module in model.named_modules() if module is layer), layer
