@@ -21,6 +21,7 @@ from kdcache.errors import UsageError, how_to_write
 
 __all__ = [
     "LARGEST_INTEGER",
+    "Betas",
     "Bytes",
     "Declared",
     "Floats",
@@ -289,6 +290,13 @@ def _triple(value: Any) -> Any:
     return values
 
 
+def _betas(value: Any) -> Any:
+    values = _floats(value)
+    if not values or not all(0 <= part < 1 for part in values):
+        raise _refused("it takes numbers from 0 to below 1", "0.9,0.95")
+    return values
+
+
 def _share(value: Any) -> Any:
     """`2/8`, the third of eight parts, as (2, 8)."""
     try:
@@ -309,6 +317,7 @@ def _bytes(value: Any) -> Any:
         raise _refused("it takes a number with a unit of memory, as in 500MB, 12GB or 1.5GiB", "12GB") from None
 
 
+Betas = Annotated[tuple[float, ...], BeforeValidator(_betas)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_floats)]
 Temperatures = Annotated[tuple[float, ...], BeforeValidator(_temperatures)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(integers)]

@@ -462,6 +462,12 @@ def test_an_optimiser_with_one_rate_says_enough(make_run: RunFolders, tmp_path: 
     assert settings == {"opt adamw", "opt sgd, lr 0.05", "opt sgd, lr 0.1"}
 
 
+def test_an_option_that_only_some_runs_have_tells_them_apart(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0, layer_decay=None)
+    make_run(91.0, layer_decay=0.75)
+    assert {row.setting for row in table_of(tmp_path).rows} == {"layer_decay none", "layer_decay 0.75"}
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: Path) -> None:
     for number in range(5):

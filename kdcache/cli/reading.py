@@ -184,7 +184,7 @@ def verify(
         results = [verify_signature(opened, signed_by)] if signed_by else []
         results.append(opened.verify("quick" if quick else "full", progress))
         if replay:
-            from kdcache.teachers.dump import matching_teacher, replay_with_teacher
+            from kdcache.teachers.recomputed import matching_teacher, replay_with_teacher
             from kdcache.workspace import archive_source
 
             recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt)

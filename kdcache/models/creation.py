@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.importing import first_line, this_folder_too, unusable
 from kdcache.models import hf
 from kdcache.models.classes import Outputs, imagenet, labelled
@@ -48,6 +48,7 @@ __all__ = [
     "create_model",
     "create_whole",
     "described",
+    "has_new_head",
     "licence",
     "load_weights",
     "note",
@@ -122,15 +123,37 @@ def _by_tag(tag: object, count: int) -> tuple[str, ...] | None:
     return known.names if known else None
 
 
+def has_new_head(name: str, num_classes: int, file: Path | None = None) -> bool:
+    """Whether a model's classifier is initialised anew, when it starts from the weights in `file`, or from its published ones.
+
+    A model of a factory has the classifier that its function makes.
+    """
+    if is_factory(name) or is_transformers(name):
+        return False
+    if file is None:
+        known = published(name)
+        return num_classes != (known.num_classes if known else 1000)  # which timm takes for granted, too
+    with torch.random.fork_rng(devices=()):
+        model = timm_with_zoo().create_model(_source(name), num_classes=num_classes)
+    own, state = model.state_dict(), _state_for(model, file)
+    return any(state[key].shape != own[key].shape for key in _head_keys(model) & own.keys() & state.keys())
+
+
 def create_model(
-    name: str, num_classes: int, *, input_size: int, pretrained: bool = False, class_names: Sequence[str] | None = None
+    name: str,
+    num_classes: int,
+    *,
+    input_size: int,
+    pretrained: bool = False,
+    class_names: Sequence[str] | None = None,
+    drop_path: float | None = None,
 ) -> tuple[nn.Module, Normalisation]:
     """A model by exact name, for square inputs of `input_size` pixels.
 
     `pretrained` loads its weights (timm's from the Hub). With another number of classes the classifier is initialised anew.
-    A function that takes `class_names` is given them; without them, numbers. Raises RetryError if weights cannot be fetched,
-    NotFoundError if there are none, and IncompatibleError if the model does not take such inputs or does not give one logit
-    per class.
+    A function that takes `class_names` is given them; without them, numbers. `drop_path` is the largest drop rate of its
+    stochastic depth. Raises UsageError for a model without one, RetryError if weights cannot be fetched, NotFoundError if there
+    are none, and IncompatibleError if the model does not take such inputs or does not give one logit per class.
     """
     if is_factory(name):
         if pretrained:
@@ -139,11 +162,15 @@ def create_model(
                 why="it has those that its function gives it",
                 fix="leave the option out: whatever the function returns is what training starts from",
             )
+        if drop_path is not None:
+            raise _no_drop_path(name, drop_path, "kdcache does not tell a function of it")
         model, normalise, found = create_whole(name, num_classes, input_size=input_size, class_names=class_names)
         if found != num_classes:
             raise _impossible(name, num_classes, input_size, ValueError(_not_logits(num_classes)))
         return model, normalise
     if is_transformers(name):
+        if drop_path is not None:
+            raise _no_drop_path(name, drop_path, "it is a model of transformers, whose drop rate is in its config.json")
         return _create_of_transformers(name, num_classes, input_size, pretrained)
     timm = timm_with_zoo()
     elsewhere = is_reference(name)
@@ -156,14 +183,20 @@ def create_model(
         )
     if pretrained and name.startswith(LOCAL):
         resolve(name)  # checks the files against the digest in the name
-    source = f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
+    source = _source(name)
     sized: dict[str, Any] = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+    if drop_path is not None:
+        sized["drop_path_rate"] = drop_path
     random_state = torch.get_rng_state()
     try:
         model = timm.create_model(source, num_classes=num_classes, **sized)
+        if drop_path and not any(getattr(layer, "drop_prob", 0.0) for layer in model.modules()):
+            raise _no_drop_path(name, drop_path, "none of its blocks can be dropped")
         if _try_out(model, input_size) != num_classes:
             raise ValueError(_not_logits(num_classes))
     except Exception as error:  # architectures raise different errors for an unsupported size
+        if isinstance(error, TypeError) and "drop_path_rate" in str(error):
+            raise _no_drop_path(name, sized["drop_path_rate"], "its architecture has no stochastic depth") from error
         raise _impossible(name, num_classes, input_size, error) from error
     try:
         if pretrained:
@@ -197,6 +230,15 @@ def _create_of_transformers(name: str, num_classes: int, input_size: int, pretra
     except Exception as error:
         raise _impossible(public_name(name), num_classes, input_size, error) from error
     return model, _stated(model)
+
+
+def _source(name: str) -> str:
+    """The name of a model as timm takes it."""
+    return f"{LOCAL}{place(name)[0]}" if name.startswith(LOCAL) else name
+
+
+def _no_drop_path(name: str, drop_path: float, why: str) -> UsageError:
+    return UsageError(f"--drop-path {drop_path:g} with {public_name(name)}", why=why, fix="leave --drop-path out")
 
 
 def _impossible(name: str, num_classes: int, input_size: int, error: Exception) -> KdcacheError:
@@ -293,6 +335,7 @@ def timm_config(
     of_others = re.compile("test_.*|label_.*|license|tag|notes|description|origin_url|paper_.*")
     stated = {key: value for key, value in config["pretrained_cfg"].items() if not of_others.fullmatch(key)}
     config |= {"label_names": list(class_names), "pretrained_cfg": stated | evaluation}
+    config.get("model_args", {}).pop("drop_path_rate", None)  # which is of the training, not of the architecture
     return (json.dumps(config, indent=1) + "\n").encode()
 
 
@@ -320,7 +363,7 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    head = {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
+    head = _head_keys(model)
     if differing and set(differing) <= head:
         theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
         if not replace_head:
@@ -354,6 +397,10 @@ def _state_for(model: nn.Module, file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, under the names that `model` gives them."""
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
     return rename(_read_state(file))
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    return {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:

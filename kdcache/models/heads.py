@@ -1,4 +1,4 @@
-"""Models with some of their outputs, in another order: the rows of their classifiers, or a module around them."""
+"""The classifiers of models: where they are, how a new one begins, and models with some of their outputs, in another order."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError
 
-__all__ = ["SelectedOutputs", "classifier_names", "select_rows"]
+__all__ = ["SelectedOutputs", "classifier_names", "select_rows", "zero_head"]
 
 
 class SelectedOutputs(nn.Module):
@@ -30,6 +30,25 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """The layers of a model that give its logits, by its configuration: distilled transformers have two."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", ())
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+@torch.no_grad()
+def zero_head(model: nn.Module, name: str) -> None:
+    """Set weights and biases of the classifier to zero, in place: every class is equally likely at first.
+
+    A random classifier sends noise into pretrained features with the first gradients (Kumar et al., ICLR 2022). IncompatibleError
+    for a model, called `name`, whose configuration does not say where its classifier is.
+    """
+    layers = [model.get_submodule(each) for each in classifier_names(model)]
+    if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
+        raise IncompatibleError(
+            f"the new classifier of {name} cannot be set to zero",
+            why="its configuration does not say which layer that is",
+            fix="start it as timm does: --head-init timm",
+        )
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()
 
 
 def select_rows(full: nn.Module, model: nn.Module, outputs: Sequence[int], num_outputs: int, *, input_size: int) -> None:

@@ -75,13 +75,15 @@ def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None)
     card, statistics = archive.manifest.teacher, archive.manifest.statistics
     training = (card.training if card else None) or {}
     epochs = training.get("epochs")
+    start = STARTS.get(str(training.get("start", "")), str(training.get("start", "")))
+    alone = ", head alone" if not epochs and training.get("head_epochs") else ""
     at_one = next((figures for figures in statistics.per_tau if figures.tau == 1), None)
     return TeacherFigures(
         name,
         digest,
         card.alias if card else alias,
         card.name if card else "",
-        STARTS.get(str(training.get("start", "")), str(training.get("start", ""))),
+        start + alone,
         epochs if isinstance(epochs, int) else None,
         card.top1_clean if card else None,
         statistics.top1_views,

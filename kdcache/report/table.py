@@ -235,9 +235,9 @@ def _facts(record: RunRecord) -> dict[str, str]:
     facts = BEFORE | {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
     facts |= {name: str(value)[:8] for name, value in facts.items() if name.endswith(("_digest", "_sha256"))}
     return {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
+        name: "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
-        if isinstance(value, str | int | float) and name not in HARMLESS
+        if isinstance(value, str | int | float | None) and name not in HARMLESS
     }
 
 

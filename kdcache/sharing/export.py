@@ -235,6 +235,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
         "data": markdown_escaped(label),
         **({"label smoothing": f"{training['smoothing']:g}"} if "smoothing" in training else {}),
         **({"seed": str(training["seed"])} if "seed" in training else {}),
+        **({"epochs of the head alone": str(training["head_epochs"])} if "head_epochs" in training else {}),
         **({"epochs": str(training["epochs"])} if "epochs" in training else {}),
         **({"optimiser": _optimiser(training)} if "opt" in training else {}),
     }

@@ -236,6 +236,9 @@ def _kind(spec: StudentSpec) -> tuple[Any, ...]:
         training.momentum > 0,
         training.amp,
         training.model_ema_decay is not None,
+        training.layer_decay is not None,
+        training.drop_path,
+        training.opt_betas,
     )
 
 
@@ -329,7 +332,7 @@ def _teacher(name: str, classes: int, size: int, recipe: DumpRecipe, device: tor
 def _learning(name: str, classes: int, size: int, config: TrainConfig, seen: int, device: torch.device) -> tuple[float, float]:
     """Seconds of a training step for each view, and of a test image; the loss is kd's, which others take as long as."""
     with seeded(0):
-        model, normalise = create_model(name, classes, input_size=size)
+        model, normalise = create_model(name, classes, input_size=size, drop_path=config.drop_path)
         views = _views(config.batch_size, size, device)
         teacher = torch.randn(config.batch_size, classes).mul(3).to(device)
     method = build("kd")

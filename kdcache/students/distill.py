@@ -28,6 +28,7 @@ from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, IntegrityError, UsageError
 from kdcache.methods import METHODS
 from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
+from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, public_name
 from kdcache.options import as_text
 from kdcache.replay.contact_sheet import contact_sheet
@@ -320,13 +321,22 @@ class _Student:
         with seeded(spec.seed):
             start, classes = spec.start, archive.num_classes
             model, normalise = create_model(
-                spec.name, classes, input_size=self.size, pretrained=start.pretrained, class_names=archive.class_names
+                spec.name,
+                classes,
+                input_size=self.size,
+                pretrained=start.pretrained,
+                class_names=archive.class_names,
+                drop_path=spec.settings.drop_path,
             )
             redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
+        zero = start.new_head and spec.settings.head_init == "zero"
+        if zero:
+            zero_head(model, spec.name)
         if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
             progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")
         if redrawn:
-            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at random")
+            how = "zero" if zero else "random"
+            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at {how}")
         tested = views_of_tests(spec.tested, spec.name, self.size, model)
         self.evaluation = evaluations[tested.policy]
         self.notes = [f"tests: {tested.title}", *test_doubts(spec.tested, tested, spec.name, evaluations.canvas, model)]
@@ -436,8 +446,10 @@ def _write_args(
         f"batches of {settings.batch_size}, the last one dropped",
         **({} if spec.order_seed == spec.seed else {"share_order": True}),
         **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
-        **settings.model_dump(mode="json"),
+        **({"head_init": settings.head_init} if spec.start.new_head else {}),
+        **settings.model_dump(mode="json", exclude={"head_init"}),
         "decay_epochs": as_text(settings.decay_epochs),
+        "opt_betas": as_text(settings.opt_betas or ()),
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())

@@ -33,12 +33,16 @@ LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
 @dataclass(frozen=True)
 class Start:
-    """What a student starts from: random weights, timm's `pretrained` ones, or those of a `file` of this sha256."""
+    """What a student starts from: random weights, timm's `pretrained` ones, or those of a `file` of this sha256.
+
+    Either may be of other classes: then its classifier is a new one.
+    """
 
     name: str = "random"  # as typed
     pretrained: bool = False
     file: Path | None = None
     sha256: str = ""
+    new_head: bool = False
 
     @property
     def label(self) -> str:
@@ -115,8 +119,8 @@ def plan_students(
     recipe = source.recipe
     trainings = _trainings(training, grid.epochs or recipe.student_epochs)
     require_batch_size(training.batch_size, first.samples)
-    for optimizer in {each.opt for each in trainings}:
-        require_optimizer(optimizer)
+    for optimizer, betas in {(each.opt, each.opt_betas) for each in trainings}:
+        require_optimizer(optimizer, betas)
     exact_names = {student: resolve(student, "student") for student in grid.student or (recipe.student,)}
     targets = [CONTROLS.parse(spec) for spec in grid.control]
     losses = [(loss, control, tau) for loss, taus in _methods_and_taus(grid) for control in targets for tau in taus]
@@ -135,7 +139,11 @@ def plan_students(
     label, tested = dataset_label(source), grid.tested.otherwise(recipe.test_policy)
     teachers_size = first.policy.size if first.policy else None
     sizes = {name: _sizes(grid.student_size, student, name, teachers_size) for student, name in exact_names.items()}
-    starts = {(init, name): find_start(init, name, label, workspace) for init in grid.init for name in exact_names.values()}
+    starts = {
+        (init, name): _with_head(find_start(init, name, label, workspace), name, len(first.classes))
+        for init in grid.init
+        for name in exact_names.values()
+    }
     specs = []
     for seed, (student, name, size), init, settings, (loss, control, tau) in itertools.product(
         grid.seed,
@@ -148,6 +156,7 @@ def plan_students(
         other = second if loss.views_per_step == 2 and second is not None and second.digest != first.digest else None
         archives = [each.digest for each in (first, other) if each is not None]
         begun = [] if init == "random" else ["pretrained" if start.pretrained else start.sha256]
+        begun += ["head at zero"] if start.new_head and settings.head_init == "zero" else []
         order = [] if order_seed == seed else [f"order {order_seed}"]
         seen = [*([f"{size} px"] if size else []), *([shown] if (shown := tested.identity()) else [])]
         trained = [public_name(name), *begun, METHODS.to_dict(loss), CONTROLS.to_dict(control), tau, seed, *order, *seen]
@@ -255,6 +264,15 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
 def _start_of(init: str, file: Path) -> Start:
     with file.open("rb") as weights:
         return Start(init, file=file, sha256=hashlib.file_digest(weights, "sha256").hexdigest())
+
+
+def _with_head(start: Start, exact: str, classes: int) -> Start:
+    """The same start, which knows whether its classifier is a new one."""
+    if start.name == "random":
+        return start
+    from kdcache.models.creation import has_new_head  # which needs torch
+
+    return replace(start, new_head=has_new_head(exact, classes, start.file))
 
 
 def _methods_and_taus(grid: Grid) -> Iterator[tuple[Method, Sequence[float]]]:

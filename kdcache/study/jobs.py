@@ -177,8 +177,8 @@ class _Expansion:
         source, _ = self._source(name)
         config = TeacherConfig.model_validate({**options, "teacher": model, "dataset": name})
         teacher_recipe(config.recipe, resolve(model, "teacher"), DATASETS.name_of(source))
-        if "opt" in options:
-            require_optimizer(config.training.opt)
+        if {"opt", "opt_betas"} & set(options):
+            require_optimizer(config.training.opt, config.training.opt_betas)
         start = {True: " from scratch", False: " from pretrained weights", None: ""}[config.from_scratch]
         epochs = f", {config.epochs[0]} epochs" if config.epochs else ""
         seed = f", seed {config.seed}" if config.seed else ""

@@ -39,7 +39,14 @@ class TeacherConfig(Options):
     ] = ()
     recipe: Annotated[
         str | None,
-        Option("Published settings, where flags do not say otherwise: study, or crd [crd for CIFAR's own models]."),
+        Option(
+            "Settings, where flags do not say otherwise: study and crd, as published, or lp-ft [crd for CIFAR's own models; "
+            "study for the papers' datasets; lp-ft for a new head on others]."
+        ),
+    ] = None
+    head_epochs: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Option("Train the head alone first, on frozen features, for so many epochs [the recipe's]."),
     ] = None
     views: ViewOptions = ViewOptions()
     training: Annotated[Training, Usual("the recipe's")] = Training()

@@ -20,11 +20,9 @@ from kdcache.archive import (
     Archive,
     ArchiveWriter,
     CanvasCard,
-    Failure,
     Licences,
     Noise,
     TeacherCard,
-    Verification,
     open_archive,
     recorded_plan,
     stored_bytes,
@@ -39,7 +37,6 @@ from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
-from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import this_rank
 from kdcache.system.files import translated_os_errors
@@ -53,7 +50,7 @@ from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
 from kdcache.training.devices import metered, resolve_device
 from kdcache.training.tested import drawable_filter, model_filter
-from kdcache.views.policy import RendererChoice, ViewPolicy
+from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
 
 __all__ = [
@@ -62,9 +59,7 @@ __all__ = [
     "ensured_teacher",
     "existing_teacher",
     "free_bytes",
-    "matching_teacher",
     "plan_dump",
-    "replay_with_teacher",
     "sketch_dump",
 ]
 
@@ -464,51 +459,3 @@ def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
         kl_max=kl.max().item(),
         max_logit_difference=(reference - used).abs().max().item(),
     )
-
-
-def replay_with_teacher(
-    archive: Archive,
-    canvas: Canvas,
-    views: int,
-    teacher: Teacher | None,
-    progress: Progress | None = None,
-    *,
-    device: str = "cpu",
-    renderer: RendererChoice = "auto",
-) -> Verification:
-    """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec."""
-    result = replay(archive, canvas, views, progress=progress, renderer=renderer)
-    card, policy = archive.manifest.teacher, archive.manifest.policy
-    if result.failures:
-        return result
-    if teacher is None or card is None or policy is None:
-        result.notes.append("logits were not recomputed: the teacher is not in this workspace")
-        return result
-    # The same batches as in the dump, since a batch's size may move a logit's last bits.
-    rows = min(archive.manifest.block_rows(0), -(-views // card.batch_size) * card.batch_size)
-    model, normalise = load_teacher(teacher)
-    target = resolve_device(device)
-    forward = Forward(model.to(target), normalise, target, card.precision)
-    items = [(archive.views.start, batch) for batch in batches(range(rows), card.batch_size)]
-    rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
-    logits = np.concatenate([forward(item.images) for item in rendered])
-    coding, view = CODECS.from_dict(archive.manifest.codec), archive.views.start
-    stored = archive.stored(view, 0)
-    noise = 2 * (card.noise.max_logit_difference if card.noise else 0) + 1e-3
-    allowed = float(coding.max_error(stored).max()) + noise
-    difference = float(np.abs(logits - coding.decode(stored)[:rows]).max())
-    if difference > allowed:
-        result.failures.append(
-            Failure(f"view {view}", f"logits within {allowed:.2g} of the teacher's", f"a difference of {difference:.3g}")
-        )
-    result.notes.append(f"{rows} logit vectors recomputed: largest difference {difference:.2g}, allowed {allowed:.2g}")
-    return result
-
-
-def matching_teacher(archive: Archive, workspace: Workspace, progress: Progress | None = None) -> Teacher | None:
-    """The trained teacher in the workspace whose weights the archive's logits came from."""
-    card = archive.manifest.teacher
-    for folder, record in workspace.teacher_records(progress or Silent()):
-        if card is not None and record["weights_sha256"] == card.weights_sha256:
-            return Teacher(folder, record)
-    return None

@@ -22,7 +22,7 @@ from kdcache.teachers.config import Precision
 from kdcache.views.policy import RendererChoice
 from kdcache.views.probe import grids
 
-__all__ = ["Forward", "batches", "write_shards"]
+__all__ = ["Forward", "batches", "last_linear", "write_shards"]
 
 
 def write_shards(
@@ -140,6 +140,31 @@ def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(start, min(start + batch_size, positions.stop))
 
 
+def last_linear(model: nn.Module, x: Tensor, *, gives_logits: bool = False) -> nn.Linear | None:
+    """The last linear layer that runs on the normalised images `x [B, 3, S, S]`, if it has one output per class; else None.
+
+    With `gives_logits`, also None unless its output is the model's, as it is: not averaged, scaled or added to.
+    """
+    ran: list[tuple[nn.Linear, Tensor, int]] = []
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        ran.append((layer, output, 0 if output.is_inference() else output._version))
+
+    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    try:
+        logits = model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = model.num_outputs if isinstance(model, SelectedOutputs) else logits.shape[-1]
+    if not ran or ran[-1][1].shape[-1] != outputs:
+        return None
+    layer, output, version = ran[-1]
+    unchanged = output.data_ptr() == logits.data_ptr() and (output.is_inference() or output._version == version)
+    return layer if not gives_logits or (output.shape == logits.shape and unchanged) else None
+
+
 class Forward:
     """Maps uint8 views to float32 logits on the device, in the wanted precision, with the classifier head in float32.
 
@@ -176,7 +201,7 @@ class Forward:
     def _float32_head(self, x: Tensor) -> Iterator[None]:
         """Run the last linear layer in float32 meanwhile, also under autocast."""
         if not self._searched:
-            self._head, self._searched = self._last_linear(x[:1]), True
+            self._head, self._searched = last_linear(self.model, x[:1]), True
         head = self._head
         if head is None:
             yield
@@ -192,23 +217,6 @@ class Forward:
             yield
         finally:
             del head.forward  # restores the class's own method
-
-    def _last_linear(self, x: Tensor) -> nn.Linear | None:
-        ran: list[tuple[nn.Linear, int]] = []
-
-        def note(layer: nn.Module, _: object, output: Tensor) -> None:
-            assert isinstance(layer, nn.Linear)
-            ran.append((layer, output.shape[-1]))
-
-        hooks = [layer.register_forward_hook(note) for layer in self.model.modules() if isinstance(layer, nn.Linear)]
-        try:
-            classes = self.model(x).shape[-1]
-            if isinstance(self.model, SelectedOutputs):
-                classes = self.model.num_outputs
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return ran[-1][0] if ran and ran[-1][1] == classes else None
 
     @staticmethod
     def _numpy(logits: Tensor) -> NDArray[np.float32]:

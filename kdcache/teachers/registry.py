@@ -82,7 +82,10 @@ def compared(teachers: Sequence[Teacher]) -> list[str]:
     ):
         parts = [(entropies or {}).get(which, {}) for which in ("views", "clean")]
         figures = [f"{part[key]:.3f}" if key in part else "-" for part in parts for key in ("entropy", "entropy_rest")]
-        rows.append((str(training.get("epochs", "-")), str(training.get("start", "-")), f"{top1:.2f}", *figures))
+        alone = not training.get("epochs") and training.get("head_epochs")
+        rows.append(
+            ("head" if alone else str(training.get("epochs", "-")), str(training.get("start", "-")), f"{top1:.2f}", *figures)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return [
@@ -98,7 +101,7 @@ def doubt(teacher: Teacher) -> str | None:
     record, classes = teacher.record, len(teacher.record["class_names"])
     if classes < 10 or record["top1_clean"] >= 3 * 100 / classes:
         return None
-    if record["training"].get("epochs") == 0:
+    if record["training"].get("epochs") == 0 and not record["training"].get("head_epochs"):
         why = (
             "its classes are in another order than the dataset's, or it wants pixels of another mean and std than "
             f"{_triple(record['mean'])} and {_triple(record['std'])} (train-teacher --mean, --std)"
@@ -137,10 +140,10 @@ def find_teacher(
     """The newest teacher by exact name that was trained on this canvas for views of `size` pixels; None if there is none.
 
     `epochs`, `checkpoint` and `classes` restrict the search to teachers trained for so many epochs, made from that file, or
-    with classes as that file says.
+    with classes as that file says. Those of 0 epochs have weights as they are: not a head that was trained alone.
     """
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
-    wanted |= {} if epochs is None else {"epochs": epochs}
+    wanted |= {} if epochs is None else {"epochs": epochs} if epochs else {"epochs": 0, "head_epochs": None}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
     wanted |= {} if classes is None else {"said_sha256": said_digest(classes)}
     teachers = [

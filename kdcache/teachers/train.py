@@ -7,14 +7,13 @@ them becomes is what it would have become alone.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas, require_intact
@@ -24,36 +23,40 @@ from kdcache.models.creation import (
     Normalisation,
     create_model,
     described,
+    has_new_head,
     licence,
     load_weights,
     published,
     timm_config,
     weights_digest,
 )
+from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, folder_name, is_factory, public_name, resolve
 from kdcache.models.preprocessing import preprocessing
 from kdcache.replay.stream import ViewStream
-from kdcache.system.energy import UNKNOWN, Spent, total
+from kdcache.system.energy import total
 from kdcache.system.files import write_atomically
-from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
 from kdcache.teachers.config import TeacherConfig
+from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
-from kdcache.teachers.recipes import TeacherRecipe, teacher_recipe
+from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, train_head
+from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, own_flags, settings_of, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
-from kdcache.training.config import TrainConfig
-from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.checkpoint import copied
+from kdcache.training.config import Training
+from kdcache.training.devices import resolve_device, seeded
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, read_teacher, require_writable, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
 
 __all__ = ["train_teacher", "train_teachers"]
 
 VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
-REPORTS = 20  # times in a training
+HEAD_SEED = 0x7EAC4EAD  # those that its head is trained on alone
 
 
 def train_teacher(config: TeacherConfig, workspace: Workspace, progress: Progress | None = None) -> Teacher:
@@ -82,9 +85,9 @@ def train_teachers(
         if (folder / "teacher.json").is_file():
             progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
             made[epochs] = Teacher(folder, read_teacher(folder))
-        elif not epochs:
+        elif not epochs and not job.head_epochs(0):
             made[epochs] = job.register()
-        elif (row := _finished(folder)) is not None:  # and its process ended before it could say so
+        elif (row := finished_row(folder)) is not None:  # and its process ended before it could say so
             made[epochs] = job.record(epochs, job.finished_model(folder), row)
     fresh = [epochs for epochs in job.durations if epochs not in made]
     if fresh:
@@ -108,18 +111,24 @@ class _Job:
         self.name = public_name(self.exact)
         suggested = self.source.recipe
         self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
+        self.recipe, self.training = recipe, Training(**dict(recipe.training) | config.training.given())
         self.start, scratch = self._start(recipe)
-        self.durations = self._durations(recipe)
+        self.durations = durations_of(config, recipe, suggested, self.start)
         drawn = ViewPolicy.draft(config.views.policy or recipe.policy or suggested.policy, size=config.views.size)
         self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
         self.shown = ViewPolicy.draft(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
         self.how_tested = config.tested.otherwise(suggested.test_policy)
         self.smoothing = _given(config.smoothing, recipe.smoothing)
-        self.settings = {epochs: _settings(config, recipe, epochs, self.exact, scratch) for epochs in self.durations if epochs}
+        self.settings = {
+            epochs: settings_of(recipe, config.training, epochs, self.exact, scratch) for epochs in self.durations if epochs
+        }
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
         require_writable(workspace.teachers)
-        as_is.require_use(config.classes, self.durations)
-        if 0 in self.durations:  # what cannot be taken as it is is refused before anything is decoded
+        self._described = False
+        self._require_trainable()
+        self._as_they_are = 0 in self.durations and not config.head_epochs
+        as_is.require_use(config.classes, self.durations if self._as_they_are else [*filter(None, self.durations)])
+        if self._as_they_are:  # what cannot be taken as it is is refused before anything is decoded
             self._as_is = as_is.take(
                 self.exact,
                 tuple(self.source.open(workspace.data, progress).class_names()),
@@ -138,6 +147,10 @@ class _Job:
         for canvas in (self.train_canvas, self.test_canvas):
             require_intact(canvas)
         self._settle_views()
+        pretrained, classes = self.start in {"checkpoint", "timm"}, len(self.train_canvas.card.class_names)
+        self.new_head = pretrained and has_new_head(self.exact, classes, config.checkpoint)
+        if config.recipe is None and self.recipe_name == "lp-ft" and not self.new_head:  # without one, it is the study's
+            self.recipe_name, self.recipe = "study", RECIPES["study"]
         self._ahead: Any = {"workers": config.runtime.workers, "renderer": config.runtime.renderer}
 
     def _settle_views(self) -> None:
@@ -149,7 +162,7 @@ class _Job:
                 size = self.policy.size
                 made = (
                     self._as_is.make()[0]
-                    if 0 in self.durations
+                    if self._as_they_are
                     else create_model(self.exact, len(names), input_size=size, class_names=names)[0]
                 )
             own = model_filter(self.exact, self.policy.size, made)
@@ -170,26 +183,29 @@ class _Job:
             scratch = True
         return "checkpoint" if config.checkpoint else "random" if scratch else "timm", scratch
 
-    def _durations(self, recipe: TeacherRecipe) -> list[int]:
-        config, suggested = self.config, self.source.recipe
-        if config.epochs == "paper":
-            if not suggested.durations:
-                raise UsageError(
-                    f"--epochs paper for {config.subject.dataset}",
-                    why="the temperature study compares durations on pets and cifar100 only",
-                    fix="name them, for example: --epochs 20,50,200,400",
-                )
-            return list(suggested.durations)
-        durations = list(dict.fromkeys(config.epochs)) or [_given(recipe.epochs, suggested.teacher_epochs)]
-        if 0 in durations and self.start == "random":
+    def _require_trainable(self) -> None:
+        """Refuse what the model cannot be trained by, as far as that is known before anything is decoded."""
+        config, asked = self.config, self.config.training
+        if config.head_epochs and self.start == "random":
             raise UsageError(
-                f"{config.subject.teacher} from scratch in 0 epochs",
-                why="weights are taken as they are"
-                + (f" unless --epochs says more: {config.subject.dataset} suggests it" if not config.epochs else "")
-                + ", and random ones know nothing",
-                fix="say for how long to train: --epochs 100, or which weights to take: --checkpoint FILE",
+                f"--head-epochs {config.head_epochs} from scratch",
+                why="a head learns from the features of trained weights, and random ones have none",
+                fix="leave --head-epochs out, or start from weights: --pretrained or --checkpoint FILE",
             )
-        return durations
+        of_optimizer = asked.layer_decay is not None or asked.opt_betas is not None
+        if is_factory(self.exact) or not (config.head_epochs or of_optimizer or asked.drop_path is not None):
+            return
+        with seeded(config.seed):
+            model, _ = create_model(self.exact, 10, input_size=self.policy.size, drop_path=self.training.drop_path)
+        if self.settings and of_optimizer:
+            make_optimizer(model, next(iter(self.settings.values())))
+        if config.head_epochs:
+            linear_head(model, self.name, self.policy.size, torch.device("cpu"))
+
+    def head_epochs(self, epochs: int) -> int:
+        """Epochs in which the head of a teacher of so many epochs is trained alone. Recipes are for new heads to finetune."""
+        suggested = self.recipe.head_epochs if epochs and self.new_head else 0
+        return suggested if self.config.head_epochs is None else self.config.head_epochs
 
     def _begun(self, epochs: int) -> dict[str, Any]:
         """What a teacher of so many epochs is made from, beside its settings."""
@@ -200,7 +216,13 @@ class _Job:
             "canvas_digest": self.train_canvas.digest,
             "test_digest": self.test_canvas.digest,
         }
-        if epochs:
+        if head := self.head_epochs(epochs):
+            begun |= {"head_epochs": head}
+            if not epochs:  # else it is among the settings
+                begun |= {"batch_size": self.training.batch_size, **({"amp": True} if self.training.amp else {})}
+        if (epochs or head) and self.new_head and self.training.head_init == "zero":
+            begun |= {"head_init": "zero"}
+        if epochs or head:
             begun |= {"smoothing": self.smoothing, "seed": config.seed, "policy": self.policy.model_dump(mode="json")}
         else:
             begun["size"] = self.policy.size
@@ -220,27 +242,29 @@ class _Job:
         label = f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}"
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
-    def _model(self, *, pretrained: bool) -> tuple[nn.Module, Normalisation]:
-        names = self.train_canvas.card.class_names
-        model, own = create_model(self.exact, len(names), input_size=self.policy.size, pretrained=pretrained, class_names=names)
-        return model, self._as_asked(model, own)
+    def _model(self, *, pretrained: bool) -> nn.Module:
+        names, size = self.train_canvas.card.class_names, self.policy.size
+        options: Any = {"pretrained": pretrained, "class_names": names, "drop_path": self.training.drop_path}
+        model, own = create_model(self.exact, len(names), input_size=size, **options)
+        self._show_as_asked(model, own)
+        return model
 
-    def _as_asked(self, model: nn.Module, own: Normalisation) -> Normalisation:
+    def _show_as_asked(self, model: nn.Module, own: Normalisation) -> None:
+        """Fix how pixels are normalised and test images shown: as asked for, or as the model says."""
         assumed = own.assumed and not (self.config.mean and self.config.std)
         self.normalise = Normalisation(self.config.mean or own.mean, self.config.std or own.std, assumed)
         self.tested = views_of_tests(self.how_tested, self.exact, self.policy.size, model)
-        return self.normalise
 
     def finished_model(self, folder: Path) -> nn.Module:
         """The model that was trained there."""
-        model, _ = self._model(pretrained=False)
+        model = self._model(pretrained=False)
         load_weights(model, next(file for file in (folder / "last.safetensors", folder / "model.safetensors") if file.is_file()))
         return model
 
     def register(self) -> Teacher:
         """Test weights as they are, and keep them as a teacher."""
-        folder, (model, own) = self.folder(0), self._as_is.make()
-        self._as_asked(model, own)
+        model, own = self._as_is.make()
+        self._show_as_asked(model, own)
         model = model.to(self.device).eval()
         self.progress.say(f"teacher: {self._titled}, weights as they are: they are tested, not trained")
         self._describe(model, selected=not self._as_is.mapping.whole)
@@ -252,8 +276,11 @@ class _Job:
                 why="its weights are broken, or were made for another input",
                 fix="check them, and the model's name",
             )
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", save(weights))
+        return self._kept(model, row)
+
+    def _kept(self, model: nn.Module, row: dict[str, float]) -> Teacher:
+        """Make a teacher of a model that is not finetuned."""
+        write_atomically(self.folder(0) / "model.safetensors", save(copied(model)))
         return self.record(0, model, row)
 
     @property
@@ -268,40 +295,40 @@ class _Job:
 
     def train(self, durations: Sequence[int]) -> dict[int, Teacher]:
         """Train teachers of these durations in lockstep, each of which is recorded at its end."""
-        config, settings = self.config, self.settings[durations[0]]
-        steps = sum(epochs * (len(self.train_canvas) // settings.batch_size) for epochs in durations)
+        config, batch_size = self.config, self.training.batch_size
+        steps = sum(epochs * (len(self.train_canvas) // batch_size) for epochs in durations)
         self.progress.say(
             f"teacher: {self._titled}, {', '.join(map(str, durations))} epochs on {config.subject.dataset} ({steps} steps), "
-            f"recipe {self.recipe_name}"
+            f"recipe {self.recipe_name}{own_flags(config)}"
         )
+        if self.recipe_name == "lp-ft" and self.new_head:
+            self.progress.say(
+                "recipe lp-ft is the temperature study's, except that a new head starts at zero and is trained alone first; "
+                "--recipe study does as the paper does"
+            )
         self._say_doubts(durations)
-        stream = ViewStream(
-            self.train_canvas,
-            self.policy,
-            batch_size=settings.batch_size,
-            seed=config.seed,
-            device=str(self.device),
-            **self._ahead,
-        )
-        learners: dict[int, Learner] = {}
-        for epochs in durations:
-            with seeded(config.seed):
-                model, normalise = self._model(pretrained=self.start == "timm")
-                redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
-            if redrawn and not learners:
-                self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at random")
-            if not learners:
-                self._describe(model)
-            learners[epochs] = Learner(
+        first = self._started()
+        tests = self._tests(first)
+        head = self._head(durations, first, tests)
+        if head is not None:
+            self.progress.say(f"the head alone, on frozen features, has a top-1 of {head.row['test_top1']:.2f} %")
+        made: dict[int, Teacher] = {}
+        if 0 in durations and head is not None:
+            made[0] = self._kept(self._started(head), head.row)
+        stream = self._stream(self.policy)
+        learners = {
+            epochs: Learner(
                 self.folder(epochs),
-                model,
-                normalise,
+                first if head is None and epochs == durations[0] else self._started(head),
+                self.normalise,
                 self.settings[epochs],
                 steps_per_epoch=len(stream),
                 seed=config.seed,
                 device=self.device,
             )
-        made: dict[int, Teacher] = {}
+            for epochs in durations
+            if epochs
+        }
 
         def keep_finished() -> None:
             for epochs, learner in learners.items():
@@ -309,14 +336,8 @@ class _Job:
                     made[epochs] = self.record(epochs, learner.model, learner.last)
 
         keep_finished()  # whose process ended just after their last checkpoint
-        _fit(
-            list(learners.values()),
-            stream,
-            self._tests(learners[durations[0]].model),
-            self.smoothing,
-            keep_finished,
-            self.progress,
-        )
+        if learners:
+            finetune(list(learners.values()), stream, tests, self.smoothing, keep_finished, self.progress)
         for learner in learners.values():
             if learner.status == "diverged":
                 raise IncompatibleError(
@@ -325,6 +346,62 @@ class _Job:
                     fix=f"use a smaller --lr than {learner.config.lr:g}",
                 )
         return made
+
+    def _stream(self, policy: ViewPolicy) -> ViewStream:
+        return ViewStream(
+            self.train_canvas,
+            policy,
+            batch_size=self.training.batch_size,
+            seed=self.config.seed,
+            device=str(self.device),
+            **self._ahead,
+        )
+
+    def _started(self, head: Head | None = None) -> nn.Module:
+        """The model that training starts from, with this head."""
+        config = self.config
+        with seeded(config.seed):
+            model = self._model(pretrained=self.start == "timm")
+            redrawn = load_weights(model, config.checkpoint, replace_head=True) if config.checkpoint else []
+        zero = self.new_head and self.training.head_init == "zero"
+        if zero:
+            zero_head(model, self.name)
+        if not self._described:
+            if redrawn:
+                how = "zero" if zero else "random"
+                self.progress.say(f"{config.checkpoint} has other classes: {', '.join(redrawn)} start at {how}")
+            self._describe(model)
+            self._described = True
+        if head is not None:
+            head.put_into(model)
+        return model
+
+    def _head(self, durations: Sequence[int], model: nn.Module, tests: Exam) -> Head | None:
+        """The head that these teachers start with: kept by an earlier command, or trained now. None if they need none."""
+        epochs = self.head_epochs(max(durations))
+        if not epochs:
+            return None
+        folders = [self.folder(each) for each in durations]
+        head = next(filter(None, (read_head(self.folder(each)) for each in self.durations)), None)
+        if head is None:
+            fresh = self.policy.model_copy(update={"seed": HEAD_SEED})
+            settings = head_settings(epochs, self.training.batch_size, self.training.amp)
+            self.progress.say(f"first the head alone, on frozen features: {epochs} epochs")
+            return train_head(
+                model,
+                self.normalise,
+                self.name,
+                folders,
+                self._stream(fresh),
+                settings,
+                self.smoothing,
+                tests,
+                self.progress,
+            )
+        for folder in folders:
+            if not (folder / HEAD).is_file():
+                head.write(folder)
+        return head
 
     def _describe(self, model: nn.Module, *, selected: bool = False) -> None:
         digest, pretrained = weights_digest(model), self.start == "timm"
@@ -337,7 +414,7 @@ class _Job:
                 f"views have {size} px, and the weights know {known.input_size} px images: little of that is left (which size "
                 f"the temperature study had for CIFAR100 is unknown). --size {known.input_size} enlarges them, for students too"
             )
-        for settings in (self.settings[epochs] for epochs in durations):
+        for settings in (self.settings[epochs] for epochs in durations if epochs):
             if settings.sched == "step" and min(settings.decay_epochs) >= settings.epochs:
                 late = ",".join(map(str, settings.decay_epochs))
                 self.progress.say(f"{settings.epochs} epochs end before the learning rate falls, at --decay-epochs {late}")
@@ -345,7 +422,15 @@ class _Job:
     def record(self, epochs: int, model: nn.Module, row: dict[str, float]) -> Teacher:
         """Make a teacher of a finished folder: `row` has its figures on the test images, and its entropies."""
         folder, config = self.folder(epochs), self.config
-        settings = self.settings[epochs].model_dump(mode="json") | {"recipe": self.recipe_name} if epochs else {"epochs": 0}
+        settings: dict[str, Any] = {"epochs": 0}
+        if epochs:
+            settings = self.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": self.recipe_name}
+        if self.new_head and (epochs or self.head_epochs(epochs)):
+            settings["head_init"] = self.training.head_init
+        cost, head = cost_of(folder), read_head(folder)
+        if head is not None:
+            settings["head_top1"] = head.row["test_top1"]
+            cost = total([cost, head.spent]) if epochs else head.spent
         entropies = {
             "tau": 1.0,
             "clean": {"rows": len(self.test_canvas), "entropy": row["test_entropy"], "entropy_rest": row["test_entropy_rest"]},
@@ -374,7 +459,7 @@ class _Job:
             "top1_clean": row["test_top1"],
             "entropies": entropies,
             "training": {**settings, **self._begun(epochs), **self._said(epochs)},
-            **({"cost": cost} if (cost := _cost(folder).known()) else {}),
+            **({"cost": cost.known()} if cost.known() else {}),
             "versions": versions(),
             "command": config.command,
         }
@@ -392,89 +477,3 @@ class _Job:
 
 def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
-
-
-def _settings(config: TeacherConfig, recipe: TeacherRecipe, epochs: int, exact: str, scratch: bool) -> TrainConfig:
-    """What the flags say, and else the recipe; and where that is silent, what suits the model."""
-    given, published = config.training.given(), dict(recipe.training)
-    if given.get("sched", published.get("sched")) != published.get("sched"):
-        published.pop("decay_epochs", None)  # they are those of another schedule
-    return TrainConfig(**(_suitable(exact, scratch) | published | given), epochs=epochs)
-
-
-def _suitable(exact: str, scratch: bool) -> dict[str, float]:
-    """Learning rate and weight decay: the temperature study's for finetuning; from scratch, its students' rate."""
-    is_vit = "vit" in exact and "mobilevit" not in exact
-    if scratch:
-        return {"lr": 0.002, "weight_decay": 0.05}
-    return {"lr": 5e-5, "weight_decay": 0.1} if is_vit else {"lr": 5e-4, "weight_decay": 0.05}
-
-
-def _fit(
-    learners: Sequence[Learner],
-    stream: ViewStream,
-    tests: Exam,
-    smoothing: float,
-    keep_finished: Callable[[], None],
-    progress: Progress,
-) -> None:
-    pace, early, seen = Pace(learners), Pace(learners), 0
-    with metered(learners[0].device) as meter:
-        try:
-            with stopped_between_steps() as check:
-                for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
-                    for batch, due in epochs_batches:
-
-                        def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-                        for learner in due:
-                            learner.step(batch.images, loss_of, lambda logits: {})
-                            check()
-                        seen += 1
-                        if seen == 2:
-                            early = Pace(learners)  # the first batches of all take longer
-                        elif seen == 12:
-                            left = _duration(early.seconds_left)
-                            progress.say(f"training takes about {left} more, without the tests after epochs")
-                        progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
-                    testing = [learner for learner in active if learner.tests_next]
-                    tested = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
-                    for learner, row in tested.items():
-                        of = learner.config.epochs
-                        if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
-                            row |= tests.on_views(learner.predict)
-                            check()
-                    charge(active, meter.lap())
-                    for learner in active:
-                        learner.end_epoch(tested.get(learner, {}), view=epoch)
-                    keep_finished()
-        except Stopped:
-            charge([learner for learner in learners if learner.status == "training"], meter.lap())
-            for learner in learners:
-                learner.suspend()
-            raise
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{seconds < 10 * size:d}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _cost(folder: Path) -> Spent:
-    """What training took, by its log; nothing is known of weights that were taken as they are."""
-    log = folder / "metrics.jsonl"
-    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
-
-
-def _finished(folder: Path) -> dict[str, float] | None:
-    """The last row of metrics of a training that is over; None if it is not."""
-    weights = any((folder / name).is_file() for name in ("last.safetensors", "model.safetensors"))
-    if not weights or not (folder / "summary.json").is_file() or (folder / "checkpoint.pt").is_file():
-        return None
-    if read_record(folder / "summary.json").get("status") != "complete":
-        return None
-    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return row

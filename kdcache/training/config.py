@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from kdcache.errors import UsageError
-from kdcache.options import Bytes, Floats, Integers, Names, Option, Options
+from kdcache.options import Betas, Bytes, Floats, Integers, Names, Option, Options
 from kdcache.views.crops import CenterCrop
 from kdcache.views.policy import Filter, RendererChoice, ViewPolicy
 
@@ -62,6 +62,21 @@ class Training(Options):
     decay_all: Annotated[bool, Option("Weight decay of biases and norms too, which timm leaves out.", off="--no-decay-all")] = (
         False
     )
+    head_init: Annotated[
+        Literal["zero", "timm"],
+        Option("A new classifier on pretrained weights starts at zero, or at random as timm's does."),
+    ] = "zero"
+    warmup_epochs: Annotated[float, Field(ge=0), Option("Epochs in which the rate rises to --lr in a line, of all epochs.")] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0), Option("Learning rate that the warm-up starts at.")] = 1e-5
+    min_lr: Annotated[float, Field(ge=0), Option("Learning rate that the cosine ends at.")] = 0.0
+    layer_decay: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Option("Rate of a layer as a share of that of the layer above it, such as 0.75; the head has --lr."),
+    ] = None
+    drop_path: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | None, Option("Stochastic depth: largest drop rate of a block [the model's].")
+    ] = None
+    opt_betas: Annotated[Betas | None, Option("Of Adam and its kin, such as 0.9,0.95 [the optimiser's].")] = None
 
 
 class StudentTraining(Training):
@@ -74,7 +89,10 @@ class StudentTraining(Training):
 
 
 class TrainConfig(Training):
-    """How one model is trained, for so many epochs: nothing is left to a recipe. UsageError for a schedule without epochs."""
+    """How one model is trained, for so many epochs: nothing is left to a recipe.
+
+    UsageError for a schedule without epochs, and for rates of a schedule that contradict each other or have no effect.
+    """
 
     epochs: Annotated[int, Field(ge=1), Option("Times that every sample is seen.")]
 
@@ -85,19 +103,61 @@ class TrainConfig(Training):
                 why="it lowers the learning rate after certain epochs, and none is named",
                 fix="name them, for example: --decay-epochs 150,180,210",
             )
+        if self.min_lr and self.sched == "step":
+            raise UsageError(
+                f"--min-lr {self.min_lr:g} with the schedule step",
+                why="only the cosine ends at it: a step multiplies the rate by --decay-rate",
+                fix="leave --min-lr out, or use --sched cosine",
+            )
+        if self.min_lr > self.lr:
+            raise UsageError(
+                f"--min-lr {self.min_lr:g} with --lr {self.lr:g}",
+                why="a cosine falls from --lr to --min-lr, which is higher",
+                fix=f"--min-lr {self.lr / 100:g}",
+            )
+        if not self.warmup_epochs:
+            if self.warmup_lr != type(self).model_fields["warmup_lr"].default:
+                raise UsageError(
+                    f"--warmup-lr {self.warmup_lr:g} without a warm-up",
+                    why="a warm-up starts at it, and lasts for 0 epochs",
+                    fix=f"--warmup-epochs 1 --warmup-lr {self.warmup_lr:g}",
+                )
+        elif self.warmup_epochs >= self.epochs:
+            raise UsageError(
+                f"--warmup-epochs {self.warmup_epochs:g} of {self.epochs} epochs",
+                why="they are a part of all epochs, and --lr would never be reached",
+                fix=f"--warmup-epochs {self.epochs / 10:g}",
+            )
+        elif self.warmup_lr > self.lr:
+            raise UsageError(
+                f"--warmup-lr {self.warmup_lr:g} with --lr {self.lr:g}",
+                why="a warm-up rises from --warmup-lr to --lr, which is lower",
+                fix="--warmup-lr 0",
+            )
 
     def identity(self) -> dict[str, Any]:
         """Tells two trainings apart: an option that is added later leaves the identity of trainings without it as it was.
 
-        Options have their former names here, by which the folders of runs and teachers are found.
+        Options have their former names here, by which the folders of runs and teachers are found. `head_init` is not among
+        them: it decides on trainings with a new head only, and whether a training has one is known to its caller.
         """
         former = {name: each.option.former or name for name, each in type(self).declared().items()}
-        return {former[name]: value for name, value in self.model_dump(mode="json", exclude_defaults=True).items()}
+        stated = self.model_dump(mode="json", exclude_defaults=True, exclude={"head_init"})
+        return {former[name]: value for name, value in stated.items()}
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, as a share of `lr`."""
+        """The learning rate of a step, as a share of `lr`.
+
+        It is that of timm's schedulers with `t_in_epochs=False` and `warmup_prefix=False`: a warm-up takes the place of the
+        schedule's first epochs.
+        """
+        warm = self.warmup_epochs * steps_per_epoch
+        if step < warm:
+            start = self.warmup_lr / self.lr
+            return start + step * (1 - start) / warm
         if self.sched == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
+            floor = self.min_lr / self.lr
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
         return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
 
 

@@ -234,7 +234,8 @@ class Learner:
         """Log the epoch, with test figures if there are any; write a checkpoint if the last one is old or training over."""
         self._whole = False
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
-        row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"], **means}
+        rate = max(group["lr"] for group in self.optimizer.param_groups)  # of the head, if layers have their own
+        row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": rate, **means}
         row |= tested
         row["seconds"] = self._seconds
         row |= (self._spent or UNKNOWN).known()

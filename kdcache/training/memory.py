@@ -95,7 +95,13 @@ def footprint(
     """What a model of that exact name takes in training, when its loss wants `views` of each sample."""
     # What moves no figure is the same for all: students that differ in it are measured once.
     small = TrainConfig(
-        epochs=1, opt=config.opt, momentum=config.momentum, amp=config.amp, model_ema_decay=config.model_ema_decay and 0.5
+        epochs=1,
+        opt=config.opt,
+        momentum=config.momentum,
+        amp=config.amp,
+        model_ema_decay=config.model_ema_decay and 0.5,
+        drop_path=config.drop_path,
+        opt_betas=config.opt_betas,
     )
     measured = _measured(name, num_classes, input_size, small, torch.device(device))
     rows = config.batch_size * views
@@ -142,7 +148,7 @@ def _line(values: tuple[int, int], at: int) -> int:
 def _measured(name: str, num_classes: int, input_size: int, config: TrainConfig, device: torch.device) -> _Measured:
     """Measure two real steps of a learner by counting its tensors."""
     with seeded(0):
-        model, normalise = create_model(name, num_classes, input_size=input_size)
+        model, normalise = create_model(name, num_classes, input_size=input_size, drop_path=config.drop_path)
     with tempfile.TemporaryDirectory(prefix="kdcache-footprint-") as folder:
         learner = Learner(
             Path(folder), model, normalise, config, steps_per_epoch=len(TRIED) + 1, seed=0, device=device, runtime=NEVER_WRITTEN

@@ -119,7 +119,7 @@ def test_a_checkpoint_of_other_classes_starts_a_new_head(tmp_path, kdcache, trai
     command = ["train-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", "--checkpoint", weights]
     result = kdcache(*command, *SMALL, "--home", tmp_path / "home")
     assert result.status == 0, result.err
-    assert "start at random" in result.err
+    assert "start at zero" in result.err
     dumped = kdcache(
         "dump-teacher", "--teacher", "test_vit", "--dataset", f"folder:{images}", "--canvas", 40, "--size", 32,
         "--teacher-folder", weights.parent, "--home", tmp_path / "home",

@@ -18,8 +18,8 @@ from kdcache.datasets.fine import Pets
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.imagenet import ImageNet
 from kdcache.models.creation import Published, create_model, published
+from kdcache.teachers.finetuning import _duration
 from kdcache.teachers.recipes import RECIPES
-from kdcache.teachers.train import _duration
 from kdcache.training.config import TrainConfig
 from kdcache.training.learner import Learner
 from kdcache.training.optimizers import make_optimizer

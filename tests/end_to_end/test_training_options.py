@@ -1,11 +1,14 @@
 """distill's options for longer runs: schedules, averaged weights, bf16, and what students start from."""
 
 import json
+import math
 
 import pytest
 import torch
 import yaml
+from timm.scheduler import create_scheduler_v2
 
+from kdcache.errors import UsageError
 from kdcache.models.creation import Normalisation, create_model
 from kdcache.report import collect, summarise
 from kdcache.training.config import TrainConfig
@@ -42,8 +45,50 @@ def test_the_published_recipe_of_the_cifar_pairs_has_its_rates():
 
 
 def test_settings_added_later_leave_the_identity_of_runs_as_it_was():
-    assert TrainConfig(epochs=3).identity() == {"epochs": 3}
+    assert TrainConfig(epochs=3).identity() == TrainConfig(epochs=3, head_init="timm").identity() == {"epochs": 3}
     assert TrainConfig(epochs=3, amp=True).identity() == {"epochs": 3, "amp": True}
+
+
+@pytest.mark.parametrize("warmup", [0, 0.5, 3])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"min_lr": 1e-4}, {"sched": "cosine", "min_lr": 1e-4}),
+        ({}, {"sched": "cosine"}),
+        ({"sched": "step", "decay_epochs": (4, 8), "decay_rate": 0.3}, {"sched": "step", "decay_epochs": 4, "decay_rate": 0.3}),
+    ],
+)
+def test_rates_are_those_of_timms_schedulers_step_by_step(ours, theirs, warmup):
+    config = TrainConfig(epochs=10, lr=0.02, warmup_epochs=warmup, **({"warmup_lr": 1e-3} if warmup else {}), **ours)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups, lr=0.02)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=10, warmup_epochs=warmup, warmup_lr=1e-3, step_on_epochs=False, updates_per_epoch=7, **theirs
+    )
+    for step in range(70):
+        scheduler.step_update(step)
+        rate = 0.02 * config.rate(step, 7)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, 0.5 * rate], rel=1e-12)
+
+
+def test_without_warm_up_and_floor_rates_are_the_same_bits_as_before():
+    assert all(TrainConfig(epochs=3).rate(step, 7) == 0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"min_lr": 0.1, "lr": 0.01}, "--min-lr 0.1 with --lr 0.01"),
+        ({"min_lr": 1e-5, "sched": "step", "decay_epochs": (1,)}, "with the schedule step"),
+        ({"warmup_epochs": 4}, "--warmup-epochs 4 of 4"),
+        ({"warmup_lr": 1e-3}, "without a warm-up"),
+        ({"warmup_epochs": 1, "warmup_lr": 0.1, "lr": 0.01}, "--warmup-lr 0.1 with --lr 0.01"),
+    ],
+)
+def test_rates_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(UsageError) as refused:
+        TrainConfig(epochs=4, **settings)
+    assert words in refused.value.what
 
 
 @pytest.mark.exhaustive
@@ -166,6 +211,11 @@ def test_students_start_from_trained_models_and_files(home, archive, kdcache):
         (["--momentum", "1"], 2, "less than 1"),
         (["--decay-rate", "0"], 2, "greater than 0"),
         (["--decay-epochs", "3-1", "--sched", "step"], 2, "--decay-epochs"),
+        (["--lr", "0.1,0.001", "--min-lr", "0.01"], 2, "--min-lr 0.01 with --lr 0.001"),
+        (["--opt", "adamw,sgd", "--opt-betas", "0.9,0.95"], 2, "sgd has no betas"),
+        (["--opt-betas", "0.9"], 2, "adamw takes 2 betas"),
+        (["--opt-betas", "0.9,1"], 2, "--opt-betas 0.9,0.95"),
+        (["--epochs", "5", "--warmup-epochs", "5"], 2, "--warmup-epochs 5 of 5 epochs"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(home, archive, kdcache, arguments, status, words):
@@ -175,12 +225,19 @@ def test_options_that_make_no_sense_are_refused(home, archive, kdcache, argument
     assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
 
 
-def test_a_classifier_of_other_classes_is_drawn_anew_and_that_is_said(home, archive, kdcache, tmp_path):
+def test_a_classifier_of_other_classes_is_a_new_one_and_that_is_said(home, archive, kdcache, tmp_path):
     model, _ = create_model("test_vit", 7, input_size=32)
     save_weights(model, tmp_path / "seven.safetensors")
-    result = kdcache("distill", *SHORT, "--epochs", "1", "--init", tmp_path / "seven.safetensors", "--home", home)
-    assert result.status == 0, result.err
-    assert "has other classes: head.bias, head.weight of test_vit start at random" in result.err
+    common = ["distill", *SHORT, "--epochs", "1", "--init", tmp_path / "seven.safetensors", "--home", home]
+    starts = {}
+    for how, said in (("zero", "zero"), ("timm", "random")):
+        result = kdcache(*common, "--head-init", how)
+        assert result.status == 0, result.err
+        assert f"has other classes: head.bias, head.weight of test_vit start at {said}" in result.err
+        args = [yaml.safe_load(file.read_text()) for file in home.glob("runs/*/test_*/args.yaml")]
+        starts |= {each["head_init"]: each["student_weights_sha256"] for each in args}
+    assert len(set(starts.values())) == 2
+    assert "1 of 1 students are trained already" in kdcache(*common).err
     model, _ = create_model("test_resnet", 10, input_size=32)
     save_weights(model, tmp_path / "resnet.safetensors")
     other = kdcache("distill", *SHORT, "--epochs", "1", "--init", tmp_path / "resnet.safetensors", "--home", home)
