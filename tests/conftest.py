@@ -188,7 +188,7 @@ def make_dump() -> Callable[..., Dump]:
             shard_rows=8,
             policy=policy,
             source=canvas.card,
-            canvas=CanvasCard(size=canvas.size, digest=canvas.digest, sizes_digest=canvas.sizes_digest),
+            canvas=CanvasCard.of(canvas, policy),
         )
         for view in range(views):
             table = (drawn_by if isinstance(drawn_by, ViewPolicy) else policy).parameters(view, count, canvas.sizes)

@@ -208,7 +208,7 @@ def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> A
         keys=canvas.keys,
         policy=policy,
         source=canvas.card,
-        canvas=CanvasCard(size=canvas.size, digest=canvas.digest, sizes_digest=canvas.sizes_digest),
+        canvas=CanvasCard.of(canvas, policy),
     )
 
 

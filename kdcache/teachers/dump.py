@@ -337,11 +337,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
         shard_rows=recipe.shard_rows,
         policy=plan.policy,
         source=plan.canvas.card,
-        canvas=CanvasCard(
-            size=plan.canvas.size,
-            digest=plan.canvas.digest,
-            sizes_digest=plan.canvas.sizes_digest if plan.policy.needs_sizes else None,
-        ),
+        canvas=CanvasCard.of(plan.canvas, plan.policy),
         teacher=TeacherCard(
             alias=public_name(config.subject.teacher),
             name=record["name"],

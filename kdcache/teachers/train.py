@@ -427,6 +427,7 @@ class _Job:
             settings = self.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": self.recipe_name}
         if self.new_head and (epochs or self.head_epochs(epochs)):
             settings["head_init"] = self.training.head_init
+        mapped = None if epochs or self.head_epochs(epochs) else self._as_is.record()
         cost, head = cost_of(folder), read_head(folder)
         if head is not None:
             settings["head_top1"] = head.row["test_top1"]
@@ -447,7 +448,7 @@ class _Job:
             "dataset": DATASETS.spec(self.source),
             "dataset_label": dataset_label(self.source),
             "class_names": list(self.train_canvas.card.class_names),
-            **({"classes": mapped} if not epochs and (mapped := self._as_is.record()) else {}),
+            **({"classes": mapped} if mapped else {}),
             "input_size": self.policy.size,
             "mean": self.normalise.mean,
             "std": self.normalise.std,

@@ -42,7 +42,7 @@ class _Brightness(Forward):
 def test_five_steps_give_the_golden_losses(tmp_path, taus):
     place = Workspace(tmp_path)
     canvas = place.canvas(DATASETS.build("digits"), "train", 32)
-    writer = open_writer(tmp_path / "archive", canvas, ViewPolicy.load("digits"), views=1)
+    writer = open_writer(tmp_path / "archive", canvas, ViewPolicy.load("digits:version=1"), views=1)
     teacher = _Brightness(*create_model("test_resnet", 10, input_size=32), torch.device("cpu"), "fp32")
     write_shards(writer, teacher, canvas, batch_size=64)
     writer.finalize()

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -15,6 +15,9 @@ from kdcache.datasets import SourceCard
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.tested import WHOLE, TestViews
+
+if TYPE_CHECKING:
+    from kdcache.datasets.canvas import Canvas
 
 __all__ = [
     "FORMAT_VERSION",
@@ -84,6 +87,11 @@ class CanvasCard(_Record):
     size: int = Field(ge=1)  # side in pixels
     digest: str
     sizes_digest: str | None = Field(None, exclude_if=_left_out(None))  # of the photographs' sizes, where views depend on them
+
+    @classmethod
+    def of(cls, canvas: "Canvas", policy: ViewPolicy) -> "CanvasCard":
+        """The card of the canvas that views of this policy are cut from."""
+        return cls(size=canvas.size, digest=canvas.digest, sizes_digest=canvas.sizes_digest if policy.needs_sizes else None)
 
 
 class Noise(_Record):
