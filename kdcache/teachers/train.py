@@ -118,6 +118,8 @@ class _Job:
         self.policy = drawn.model_copy(update={"seed": VIEW_SEED, "mix": None})
         self.shown = ViewPolicy.draft(config.views.policy or suggested.policy, size=self.policy.size)  # as a dump has them
         self.how_tested = config.tested.otherwise(suggested.test_policy)
+        if not is_factory(self.exact):  # whose model has to be made first
+            views_of_tests(self.how_tested, self.exact, self.policy.size)  # refused before anything is decoded
         self.smoothing = _given(config.smoothing, recipe.smoothing)
         self.settings = {
             epochs: settings_of(recipe, config.training, epochs, self.exact, scratch) for epochs in self.durations if epochs
