@@ -9,7 +9,7 @@ import torch
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import create_model, has_new_head
 from kdcache.models.heads import zero_head
-from kdcache.teachers.head import linear_head
+from kdcache.teachers.head import linear_head, suitable_start
 from kdcache.training.config import TrainConfig
 from kdcache.training.optimizers import make_optimizer
 from tests.weights import save_weights
@@ -27,6 +27,14 @@ class Scaled(torch.nn.Module):
     def forward(self, x):
         logits = self.fc(x.mean(dim=(2, 3)))
         return logits.mul_(2) if self.in_place else logits * 2
+
+
+@pytest.mark.parametrize(("name", "probe", "noted"), [("repvit_m0_9", False, 1), ("test_resnet", True, 0)])
+def test_a_recipe_leaves_out_a_probe_that_a_model_cannot_have(name, probe, noted):
+    model, _ = create_model(name, 5, input_size=64)
+    head_init, can_probe, notes = suitable_start(model, name, 64, "zero", probe=True)
+    assert (head_init, can_probe, len(notes)) == ("zero", probe, noted)
+    assert all("finetuned from the start" in note for note in notes)
 
 
 def test_a_head_at_zero_finds_every_class_equally_likely():

@@ -468,6 +468,19 @@ def test_an_option_that_only_some_runs_have_tells_them_apart(make_run: RunFolder
     assert {row.setting for row in table_of(tmp_path).rows} == {"layer_decay none", "layer_decay 0.75"}
 
 
+def test_runs_of_before_have_the_defaults_of_newer_options(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0)
+    make_run(91.0, warmup_epochs=5.0, test="crop 0.95 of the short side, bicubic", opt_betas="", layer_decay=None)
+    rows = {row.setting for row in table_of(tmp_path).rows}
+    assert rows == {
+        "test whole image made square, bilinear, warmup_epochs 0",
+        "test crop 0.95 of the short side, bicubic, warmup_epochs 5",
+    } or rows == {
+        "warmup_epochs 0, test whole image made square, bilinear",
+        "warmup_epochs 5, test crop 0.95 of the short side, bicubic",
+    }
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: Path) -> None:
     for number in range(5):

@@ -44,7 +44,7 @@ def zero_head(model: nn.Module, name: str) -> None:
         raise IncompatibleError(
             f"the new classifier of {name} cannot be set to zero",
             why="its configuration does not say which layer that is",
-            fix="start it as timm does: --head-init timm",
+            fix="start it as timm does: --head-init timm of train-teacher and distill",
         )
     for layer in layers:
         for parameter in layer.parameters():

@@ -10,7 +10,8 @@ from functools import cached_property, reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.report.records import RunRecord
+from kdcache.report.records import RunArgs, RunRecord
+from kdcache.training.config import TrainConfig
 from kdcache.views.tested import WHOLE
 
 __all__ = [
@@ -38,7 +39,14 @@ _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_ord
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
 _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this order
-BEFORE = {"test": WHOLE.title, "student_size": "the teacher's"}  # for args.yaml of before, and of students as large as theirs
+# For args.yaml of before, which lack the newer options, and for what is only written where it is not usual.
+BEFORE = {
+    **TrainConfig(epochs=1).model_dump(mode="json", exclude=set(RunArgs.model_fields)),
+    "opt_betas": "",
+    "head_init": "timm",
+    "test": WHOLE.title,
+    "student_size": "the teacher's",
+}
 CONFIDENCE = 0.95
 UNPAIRED = "the two share no seed, so they cannot be paired"
 ONE_SEED = "one seed: no spread can be given"

@@ -27,6 +27,7 @@ STARTS = ("random", "pretrained", "target", "finetuned")
 SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "momentum")
 WHOLE_IMAGES = HowTested(test_policy="none")
+MOST_SHRINKING = 31  # a bicubic line of a student's view takes 4 * 31 + 1 lines of the teacher's; see views.resample
 SMALLEST_SIZE, LARGEST_SIZE = 8, 4096  # of a view, pixels
 LONGEST_LABEL = 150  # characters, of what a run's folder says before its digest
 
@@ -188,6 +189,12 @@ def _sizes(wanted: Sequence[str], student: str, name: str, teachers: int | None)
                 fix="use for example --student-size 160",
             )
         size = own_size(name) if text == "own" else int(text)
+        if teachers and teachers > MOST_SHRINKING * size:
+            raise UsageError(
+                f"--student-size {text} of views of {teachers} px",
+                why=f"sums over lines of pixels are exact only for views at most {MOST_SHRINKING} times as large",
+                fix=f"use --student-size {-(-teachers // MOST_SHRINKING)} or more",
+            )
         sizes.append(None if size == teachers else size)
     return list(dict.fromkeys(sizes)) or [None]
 

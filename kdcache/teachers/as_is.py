@@ -53,8 +53,14 @@ class AsIs:
         return None if self.mapping.whole else self.mapping.record() | {"created_for": self.created_for}
 
 
-def require_use(classes: Path | None, durations: Sequence[int], flag: str = "--epochs 0") -> None:
+def require_use(classes: Path | None, durations: Sequence[int], head_epochs: int | None = None, flag: str = "--epochs 0") -> None:
     """Raises UsageError for `--classes` where no weights are taken as they are."""
+    if classes is not None and head_epochs:
+        raise UsageError(
+            f"--classes {classes} with --head-epochs {head_epochs}",
+            why="a head that is trained has the dataset's own classes",
+            fix="leave one of them out",
+        )
     if classes is not None and 0 not in durations:
         raise UsageError(
             f"--classes {classes} for teachers of {', '.join(map(str, durations))} epochs",

@@ -35,7 +35,8 @@ from kdcache.datasets.classes import say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
-from kdcache.models.names import folder_name, is_reference, public_name, resolve
+from kdcache.models.names import folder_name, is_factory, is_reference, public_name, resolve
+from kdcache.models.preprocessing import preprocessing
 from kdcache.options import flag_of
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import this_rank
@@ -49,7 +50,7 @@ from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
 from kdcache.training.devices import metered, resolve_device
-from kdcache.training.tested import drawable_filter, model_filter
+from kdcache.training.tested import drawable_filter
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
 
@@ -83,8 +84,10 @@ class DumpPlan:
         """This plan with views as the teacher's configuration wants them, where the policy leaves that open."""
         if self.policy.filter != "auto":
             return self
-        stated = teacher.record.get("interpolation")  # older records have none
-        own = drawable_filter(self.exact, stated) if stated else model_filter(self.exact, self.policy.size)
+        stated = teacher.record.get("interpolation")
+        if stated is None:  # an older record; a function's model was trained on bilinear views then
+            stated = "bilinear" if is_factory(self.exact) else preprocessing(self.exact, self.policy.size).interpolation
+        own = drawable_filter(self.exact, stated)
         return replace(self, policy=self.policy.settled(own))
 
     def archive_name(self, teacher: Teacher | None) -> str:
@@ -175,7 +178,7 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     source = parse_dataset(config.subject.dataset, progress)
     if config.classes is not None:
         said_digest(config.classes)  # raises where there is no such file
-        as_is.require_use(config.classes, [_epochs(config, source)], "--teacher-epochs 0")
+        as_is.require_use(config.classes, [_epochs(config, source)], flag="--teacher-epochs 0")
     policy = ViewPolicy.draft(recipe.shown.policy or source.recipe.policy, size=recipe.shown.size, seed=recipe.view_seed)
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
@@ -233,10 +236,8 @@ def _continuing(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress
             progress.say(f"{path} has view policy version 1, and goes on with it")
             return candidate
         again = f"--policy {spec}{',' if ':' in spec else ':'}version=1"
-        progress.say(
-            f"{path} has these views in version 1, which squashes photographs: a new archive gets views in their own "
-            f"proportions; {again} goes on with the old one"
-        )
+        new = f"resized {plan.policy.filter}" if plan.canvas.all_square else "in the photographs' own proportions"
+        progress.say(f"{path} has these views in version 1: a new archive gets views {new}; {again} goes on with the old one")
     return plan
 
 

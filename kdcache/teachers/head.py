@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError, IntegrityError
 from kdcache.models.creation import Normalisation
+from kdcache.models.heads import zero_head
 from kdcache.replay.prefetch import render_batches
 from kdcache.replay.stream import ViewStream, epoch_positions
 from kdcache.system.energy import Spent
@@ -34,7 +35,6 @@ from kdcache.training.checkpoint import LOCK, own_folder
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import metered
 from kdcache.training.optimizers import make_optimizer
-from kdcache.views.policy import CenterCrop, ViewPolicy
 
 __all__ = ["HEAD", "Head", "head_settings", "linear_head", "read_head", "train_head"]
 
@@ -94,9 +94,31 @@ def linear_head(model: nn.Module, name: str, size: int, device: torch.device) ->
             why="the linear layer that gives its logits is frozen"
             if layer
             else "its logits are not the output of a linear layer, as they are",
-            fix="finetune all of it from the start: --head-epochs 0",
+            fix="finetune all of it from the start: kdcache train-teacher --head-epochs 0",
         )
     return next(key for key, module in model.named_modules() if module is layer), layer
+
+
+def suitable_start(
+    model: nn.Module, name: str, size: int, head_init: str, *, probe: bool
+) -> tuple[Literal["zero", "timm"], bool, list[str]]:
+    """How the head of the model called `name` can start, where that is left to the recipe: (its initial weights, whether it can
+    be trained alone first, notes on what it cannot do).
+    """
+    notes = []
+    try:
+        if head_init == "zero":
+            zero_head(model, name)
+    except IncompatibleError as error:
+        head_init = "timm"
+        notes.append(f"{error.what} ({error.why}): it starts as timm does")
+    try:
+        if probe:
+            linear_head(model, name, size, torch.device("cpu"))
+    except IncompatibleError as error:
+        probe = False
+        notes.append(f"{error.what} ({error.why}): all of it is finetuned from the start")
+    return ("zero" if head_init == "zero" else "timm"), probe, notes
 
 
 def train_head(
@@ -176,7 +198,7 @@ class _Features:
 def _inputs(stream: ViewStream, features: _Features, epochs: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and labels of every batch of all epochs."""
     canvas = stream.canvas
-    if not _is_fixed(stream.policy) or 4 * len(canvas) * features.width > KEPT_BYTES:
+    if not stream.policy.is_fixed or 4 * len(canvas) * features.width > KEPT_BYTES:
         for epoch in range(epochs):
             for batch in stream.epoch(epoch):
                 yield features(batch.images), batch.label_a
@@ -197,9 +219,3 @@ def _of_all(stream: ViewStream, features: _Features, canvas: Canvas, check: Call
         kept[torch.from_numpy(item.rows.sample)] = features(item.images).cpu()
         check()
     return kept, torch.from_numpy(canvas.labels)
-
-
-def _is_fixed(policy: ViewPolicy) -> bool:
-    """Whether all views of a sample are the same."""
-    drawn = policy.model_dump(exclude={"version", "seed", "size", "crop", "filter", "hflip"})
-    return isinstance(policy.crop, CenterCrop) and policy.hflip in {0, 1} and not any(drawn.values())

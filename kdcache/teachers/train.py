@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from kdcache.teachers import as_is
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
-from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, train_head
+from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, suitable_start, train_head
 from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, own_flags, settings_of, teacher_recipe
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
 from kdcache.training.checkpoint import copied
@@ -129,7 +130,7 @@ class _Job:
         self._described = False
         self._require_trainable()
         self._as_they_are = 0 in self.durations and not config.head_epochs
-        as_is.require_use(config.classes, self.durations if self._as_they_are else [*filter(None, self.durations)])
+        as_is.require_use(config.classes, self.durations, config.head_epochs)
         if self._as_they_are:  # what cannot be taken as it is is refused before anything is decoded
             self._as_is = as_is.take(
                 self.exact,
@@ -153,20 +154,33 @@ class _Job:
         self.new_head = pretrained and has_new_head(self.exact, classes, config.checkpoint)
         if config.recipe is None and self.recipe_name == "lp-ft" and not self.new_head:  # without one, it is the study's
             self.recipe_name, self.recipe = "study", RECIPES["study"]
+        if self.new_head:
+            self._suit_head()
         self._ahead: Any = {"workers": config.runtime.workers, "renderer": config.runtime.renderer}
+
+    def _suit_head(self) -> None:
+        """Leave out what the recipe wants of a new head, and this model's cannot do."""
+        open_init = "head_init" not in self.config.training.given() and self.training.head_init == "zero"
+        open_probe = self.config.head_epochs is None and self.recipe.head_epochs > 0
+        if not (open_init or open_probe):
+            return
+        with seeded(self.config.seed):
+            model = self._model(pretrained=False)
+        wanted = "zero" if open_init else "timm"
+        head_init, probe, notes = suitable_start(model, self.name, self.policy.size, wanted, probe=open_probe)
+        if open_init:
+            self.training = self.training.but(head_init=head_init)
+        if open_probe and not probe:
+            self.recipe = replace(self.recipe, head_epochs=0)
+        for note in notes:
+            self.progress.say(note)
 
     def _settle_views(self) -> None:
         """Give views with the filter "auto" that of the model's configuration, which a factory's model carries with it."""
         if "auto" in {self.policy.filter, self.shown.filter}:
             made: nn.Module | None = None
             if is_factory(self.exact):
-                names = self.train_canvas.card.class_names
-                size = self.policy.size
-                made = (
-                    self._as_is.make()[0]
-                    if self._as_they_are
-                    else create_model(self.exact, len(names), input_size=size, class_names=names)[0]
-                )
+                made = self._as_is.make()[0] if self._as_they_are else self._model(pretrained=False)
             own = model_filter(self.exact, self.policy.size, made)
             self.policy, self.shown = self.policy.settled(own), self.shown.settled(own)
 

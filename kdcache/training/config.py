@@ -42,7 +42,7 @@ class Training(Options):
     batch_size: Annotated[int, Field(ge=2), Option("Images per step.", short="-b")] = 64  # of one, batch norms know nothing
     opt: Annotated[str, Option("Optimiser, a timm name.")] = "adamw"
     lr: Annotated[float, Field(gt=0), Option("Learning rate.")] = 0.002
-    momentum: Annotated[float, Field(ge=0, lt=1), Option("Of SGD and its kin.")] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1), Option("Momentum of SGD and its kin.")] = 0.9
     sched: Annotated[
         Literal["cosine", "step"], Option("Half a period of a cosine, step by step; or --decay-rate at --decay-epochs.")
     ] = "cosine"
@@ -76,7 +76,7 @@ class Training(Options):
     drop_path: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | None, Option("Stochastic depth: largest drop rate of a block [the model's].")
     ] = None
-    opt_betas: Annotated[Betas | None, Option("Of Adam and its kin, such as 0.9,0.95 [the optimiser's].")] = None
+    opt_betas: Annotated[Betas | None, Option("Betas of Adam and its kin, such as 0.9,0.95 [the optimiser's].")] = None
 
 
 class StudentTraining(Training):
@@ -194,7 +194,7 @@ class HowTested(Options):
         """The test policy (other than "model"), a draft at `size` pixels. UsageError if its views would be random."""
         spec = self.test_policy or "none"
         draft = ViewPolicy.draft(spec, size=size, filter=self.interpolation)
-        if not isinstance(draft.crop, CenterCrop) or draft.hflip or draft.randaugment or draft.jitter or draft.erase or draft.mix:
+        if not draft.is_fixed:
             raise UsageError(
                 f"test policy {spec!r} is random",
                 why="every test has to show the same views, or its figures mean nothing",
@@ -202,6 +202,7 @@ class HowTested(Options):
             )
         if self.crop_pct is None:
             return draft
+        assert isinstance(draft.crop, CenterCrop)
         return draft.model_copy(update={"crop": draft.crop.model_copy(update={"fraction": self.crop_pct, "resize": None})})
 
     def otherwise(self, suggested: str) -> "HowTested":

@@ -20,6 +20,7 @@ from kdcache.views.tested import TestViews
 __all__ = ["doubts", "drawable_filter", "model_filter", "views_of_tests", "wanted_canvas"]
 
 FILTERS = get_args(Filter)
+OF_VIEWS, OF_TESTS = "--policy imagenet:filter=bicubic", "--interpolation bicubic"
 LITTLE = 1.03  # a canvas that lacks less than this factor of the wanted pixels is not worth a word
 MUCH = 2.0
 
@@ -39,25 +40,25 @@ def views_of_tests(options: HowTested, name: str, size: int, model: nn.Module | 
         return TestViews(origin="model", policy=policy, crop_pct=crop_pct)
     policy = options.drawn(size)
     if policy.filter == "auto":
-        policy = policy.settled(model_filter(name, size, model))
+        policy = policy.settled(model_filter(name, size, model, option=OF_TESTS))
     return TestViews(origin=options.test_policy or "none", policy=policy)
 
 
-def model_filter(name: str, size: int, model: nn.Module | None = None) -> Any:
+def model_filter(name: str, size: int, model: nn.Module | None = None, *, option: str = OF_VIEWS) -> Any:
     """The filter that the policy filter "auto" stands for: the interpolation of the model's configuration.
 
-    IncompatibleError for an interpolation that views do not have.
+    IncompatibleError, which names the `option` that overrides it, for an interpolation that views do not have.
     """
-    return drawable_filter(name, preprocessing(name, size, model).interpolation)
+    return drawable_filter(name, preprocessing(name, size, model).interpolation, option)
 
 
-def drawable_filter(name: str, interpolation: Any) -> Any:
+def drawable_filter(name: str, interpolation: Any, option: str = OF_VIEWS) -> Any:
     """The stated `interpolation` as a filter of views. IncompatibleError, which names the model, if there is no such filter."""
     if interpolation not in FILTERS:
         raise IncompatibleError(
             f"the configuration of {public_name(name)} has interpolation {interpolation!r}",
-            why="a view policy with filter: auto takes the filter from there, and views are resized bilinear or bicubic",
-            fix="name the filter, for example: --policy pets:filter=bicubic",
+            why="the filter of views is taken from there, and views are resized bilinear or bicubic",
+            fix=f"name the filter, for example: {option}",
         )
     return interpolation
 
@@ -73,7 +74,8 @@ def _require_drawable(name: str, stated: Preprocessing, crop_pct: Any, interpola
             raise IncompatibleError(
                 f"the configuration of {public_name(name)} has {field} {value!r}",
                 why="test images are shown as a model's configuration says, and such a view cannot be drawn",
-                fix="say how to show them: train-teacher (or distill) --test-policy eval; or none, the whole image made square",
+                fix="say how to show them: train-teacher (or distill) "
+                + (OF_TESTS if field == "interpolation" else "--test-policy eval"),
             )
 
 

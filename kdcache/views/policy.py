@@ -169,6 +169,12 @@ class ViewPolicy(BaseModel):
         """Whether views depend on the sizes of the photographs."""
         return self.version > 1 and not (isinstance(self.crop, CenterCrop) and self.crop.mode == "squash")
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is left to chance: all views of a sample are the same."""
+        random = (self.randaugment, self.jitter, self.erase, self.mix)
+        return isinstance(self.crop, CenterCrop) and self.hflip in {0, 1} and not any(random)
+
     def as_version_1(self) -> "ViewPolicy":
         """The same policy of version 1, which squashes photographs; square ones have the same views in both."""
         return ViewPolicy.model_validate(self.model_dump() | {"version": 1})

@@ -22,8 +22,7 @@ class TestViews(BaseModel):
 
     @model_validator(mode="after")
     def _not_random(self) -> "TestViews":
-        policy = self.policy
-        if not isinstance(policy.crop, CenterCrop) or policy.hflip or policy.randaugment or policy.jitter:
+        if not self.policy.is_fixed:
             raise ValueError("the views of a test are centre crops without randomness")
         return self
 

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from kdcache.archive import open_archive
+from kdcache.errors import UsageError
 from kdcache.views.policy import ViewPolicy
 
 TEACHER = ["--teacher", "test_resnet", "--size", "32", "--canvas", "48"]
@@ -146,6 +147,25 @@ def test_students_of_another_size_see_the_teachers_views_resized(kdcache, traine
 
 def _args(file: Path) -> dict:
     return yaml.safe_load(file.read_text())
+
+
+def test_a_teacher_that_is_tested_another_way_goes_on_with_its_archive(kdcache, trained, tmp_path):
+    archive, _ = dumped(kdcache, *VERSION_2, "--views", 1, *trained)
+    (file,) = (tmp_path / "home" / "teachers").glob("*/teacher.json")
+    record = json.loads(file.read_text())
+    del record["test_views"], record["interpolation"]  # as records of before have it
+    file.write_text(json.dumps(record | {"top1_clean": 12.5}))
+    again, _ = dumped(kdcache, *VERSION_2, "--views", 2, *trained)
+    assert again == archive
+    assert open_archive(archive).num_views == 2
+
+
+def test_students_are_not_shrunk_beyond_what_is_exact():
+    from kdcache.students.grid import _sizes
+
+    assert _sizes(("17", "512"), "rn18", "resnet18", 512) == [17, None]
+    with pytest.raises(UsageError, match="--student-size 16"):
+        _sizes(("16",), "rn18", "resnet18", 512)
 
 
 @pytest.mark.parametrize("size", ["small", "7", "5000", "0x20"])

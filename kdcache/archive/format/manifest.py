@@ -273,7 +273,7 @@ class ArchivePlan(_Record):
                 "rows_hash": True,
                 "licences": True,
                 "provenance": True,
-                "teacher": {"noise", "weights_licence"},
+                "teacher": {"noise", "weights_licence", "top1_clean", "test_views", "training"},
             },
         )
 
