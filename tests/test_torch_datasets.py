@@ -98,6 +98,12 @@ def test_a_set_has_one_name_however_it_is_spelled(typed: str, name: str) -> None
     assert Path(dataset_label(source)).name == f"torch-{name}"
 
 
+def test_small_images_are_tested_whole() -> None:
+    recipes = {name: kind.recipe for name, kind in SETS.items()} | {name: DATASETS[name].recipe for name in DATASETS}
+    small = {name: recipe.test_policy for name, recipe in recipes.items() if recipe.canvas <= 96}
+    assert {"mnist", "stl10", "digits", "tiny-imagenet"} <= small.keys() and set(small.values()) == {"none"}
+
+
 def test_splits_can_be_joined_and_variants_chosen(tmp_path: Path) -> None:
     _, joined = made("dtd", tmp_path, train="train+val", variant="2")
     assert len(joined.samples("train")) == 6

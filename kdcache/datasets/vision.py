@@ -31,9 +31,10 @@ from kdcache.system.progress import Progress, Silent
 
 __all__ = ["SETS", "Torch"]
 
-_SIGNS = Recipe(policy="digits", canvas=32, teacher_epochs=40, student="rn18", student_epochs=100, pretrained=True)
-_SMALL = Recipe(policy="cifar", canvas=32, teacher_epochs=20, student="rn18", student_epochs=240, pretrained=True)
 _PHOTOS = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
+_SMALL = replace(_PHOTOS, test_policy="none")  # with a canvas of their size
+_SIGNS = replace(_SMALL, policy="digits", canvas=32, teacher_epochs=40)
+_CLOTHES = replace(_SMALL, policy="cifar", canvas=32, student_epochs=240)
 _FINE = Flowers.recipe
 _PACKED = frozenset({".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip"})
 
@@ -108,9 +109,9 @@ SETS: dict[str, Set] = {
     "country211": Set("Country211", _PHOTOS, folder="country211"),
     "dtd": Set("DTD", _FINE, folder="dtd", variant=("partition", int, "1")),
     "emnist": _mnist("EMNIST", _SIGNS, folder="EMNIST", variant=("split", str, "balanced")),
-    "eurosat": Set("EuroSAT", replace(_PHOTOS, canvas=64), None, folder="eurosat"),
-    "fashion_mnist": _mnist("FashionMNIST", _SMALL, folder="FashionMNIST"),
-    "fer2013": Set("FER2013", replace(_PHOTOS, canvas=48), folder="fer2013", names=None, fetched=False),
+    "eurosat": Set("EuroSAT", replace(_SMALL, canvas=64), None, folder="eurosat"),
+    "fashion_mnist": _mnist("FashionMNIST", _CLOTHES, folder="FashionMNIST"),
+    "fer2013": Set("FER2013", replace(_SMALL, canvas=48), folder="fer2013", names=None, fetched=False),
     "fgvc_aircraft": Set(
         "FGVCAircraft", _FINE, train="trainval", folder="fgvc-aircraft-2013b", variant=("annotation_level", str, "variant")
     ),
@@ -126,13 +127,13 @@ SETS: dict[str, Set] = {
     "kmnist": _mnist("KMNIST", _SIGNS, folder="KMNIST"),
     "mnist": _mnist("MNIST", _SIGNS, folder="MNIST"),
     "oxford_iiit_pet": Set("OxfordIIITPet", Pets.recipe, train="trainval", folder="oxford-iiit-pet"),
-    "pcam": Set("PCAM", replace(_PHOTOS, canvas=96), folder="pcam", names=None, labels=_pcam_labels),
+    "pcam": Set("PCAM", replace(_SMALL, canvas=96), folder="pcam", names=None, labels=_pcam_labels),
     "places365": Set("Places365", _PHOTOS, train="train-standard", test="val", variant=("small", _yes, "false")),
     "qmnist": _mnist("QMNIST", _SIGNS, folder="QMNIST", labels=_own_labels("targets", 0)),
     "rendered_sst2": Set("RenderedSST2", _PHOTOS, folder="rendered-sst2"),
     "semeion": Set("SEMEION", _SIGNS, None, names=None),
     "stanford_cars": Set("StanfordCars", _FINE, folder="stanford_cars", fetched=False),
-    "stl10": Set("STL10", replace(_PHOTOS, canvas=96), folder="stl10_binary"),
+    "stl10": Set("STL10", replace(_SMALL, canvas=96), folder="stl10_binary"),
     "sun397": Set("SUN397", _PHOTOS, None, folder="SUN397"),
     "svhn": Set("SVHN", _SIGNS, names=None),
     "usps": _mnist("USPS", _SIGNS, names=None),
