@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from timm.data import ImageNetInfo
 
 from kdcache.errors import KdcacheError
 from kdcache.models.classes import WNID, ClassMap, Outputs, imagenet, labelled, match, read_classes
+from kdcache.teachers.as_is import take
+from kdcache.teachers.config import TeacherAndData
 
 THOUSAND = imagenet(1000)
 assert THOUSAND is not None
@@ -184,3 +187,11 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path, text: bytes | None
 def test_a_folder_is_no_file_of_classes(tmp_path: Path) -> None:
     with pytest.raises(KdcacheError, match="is a folder"):
         read_classes(tmp_path, ("a",))
+
+
+def test_the_advice_to_finetune_can_be_pasted_whatever_the_dataset_is_called() -> None:
+    subject = TeacherAndData(teacher="resnet18", dataset="folder:/my images/of $it")
+    with pytest.raises(KdcacheError) as caught:
+        take("resnet18.a1_in1k", ("this", "that"), subject, "timm", checkpoint=None, classes=None, input_size=224)
+    words = shlex.split(caught.value.fix.partition("finetune them: ")[2].partition(";")[0])
+    assert words[:6] == ["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset]

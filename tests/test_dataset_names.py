@@ -1,6 +1,7 @@
 """Data sets as they are typed: names, folders, functions; and what is said of their classes and their licence."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from kdcache.cli import run
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.classes import doubts, say_classes
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
-from kdcache.workspace import dataset_label, parse_dataset
+from kdcache.students.grid import find_start
+from kdcache.workspace import Workspace, dataset_label, parse_dataset
 from tests import archives, miniatures
 from tests.torch_miniatures import folders
 
@@ -58,6 +60,18 @@ def test_the_test_folder_may_have_its_other_names(here: Path, name: str) -> None
     folders(here / "a,b" / "train", ["x", "y"], 1)
     folders(here / "a,b" / name, ["x", "y"], 1)
     assert len(parse_dataset("a,b").open(here).samples("test")) == 2
+
+
+def test_more_class_folders_than_are_looked_at_are_not_told_as_their_number(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcache.datasets.naming._LOOKED_AT", 3)
+    folders(here / "many/train", list("abcd"), 1)
+    folders(here / "many/test", list("abc"), 1)
+    (here / "many/test/.hidden").mkdir()
+    said = Said()
+    parse_dataset("many", said)
+    assert "(3 or more class folders in train/, 3 in test/)" in said.lines[0]
+    with pytest.raises(UsageError, match="it has 3 or more class folders"):
+        parse_dataset("many/train")
 
 
 def only_classes(root: Path) -> None:
@@ -130,6 +144,17 @@ def test_a_registered_name_wins_over_a_folder_of_that_name_and_says_so(here: Pat
         assert DATASETS.name_of(parse_dataset(f"./{typed}")) == "folder"
 
 
+@pytest.mark.parametrize("typed", ["my photos", "torch/dtd,variant=2", "digits"])
+@pytest.mark.parametrize("init", ["finetuned", "target"])
+def test_the_training_that_a_start_needs_is_told_with_the_dataset_as_it_is_found(here: Path, typed: str, init: str) -> None:
+    (here / "my photos").symlink_to((here / "photos").resolve())
+    source = parse_dataset(typed)
+    with pytest.raises(NotFoundError) as caught:
+        find_start(init, "test_vit", source, Workspace(here / "home"))
+    words = shlex.split(caught.value.fix)
+    assert parse_dataset(words[words.index("--dataset") + 1]) == source
+
+
 def test_a_function_is_a_dataset_if_its_module_is_there(here: Path) -> None:
     (here / "of_mine.py").write_text("raise RuntimeError('imported')\n")
     assert parse_dataset("tests.mapstyle:pictures,licence=MIT").licence == "MIT"
@@ -190,6 +215,14 @@ def test_a_licence_is_recorded_with_the_views_that_are_added_and_stays(tmp_path:
     for views, licences, known in ((1, None, None), (2, Licences(data="MIT"), "MIT"), (3, None, "MIT")):
         grown = archives.finish(archives.writer(tmp_path / "a", num_views=views, licences=licences))
         assert grown.manifest.known_licences.data == known
+
+
+def test_each_of_two_licences_is_recorded_when_it_is_stated_and_stays(tmp_path: Path) -> None:
+    """A later statement says nothing of the other licence."""
+    both = Licences(data="MIT", weights="odbl")
+    for views, licences, known in ((1, Licences(weights="odbl"), Licences(weights="odbl")), (2, Licences(data="MIT"), both)):
+        grown = archives.finish(archives.writer(tmp_path / "a", num_views=views, licences=licences))
+        assert grown.manifest.known_licences == known
 
 
 def test_the_list_of_datasets_has_those_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from kdcache.cli import run
-from kdcache.datasets import DATASETS, SPLITS, Images, Source
+from kdcache.datasets import DATASETS, SPLITS, Images, Source, published_name
 from kdcache.datasets.canvas import load_canvas
 from kdcache.datasets.vision import SETS
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
+from kdcache.teachers.recipes import teacher_recipe
 from kdcache.workspace import dataset_label, parse_dataset
 from tests.miniatures import save
 from tests.servers import Fault, FaultyServer
@@ -96,6 +97,37 @@ def test_a_set_has_one_name_however_it_is_spelled(typed: str, name: str) -> None
     assert DATASETS.spec(source) == f"torch:{name}"
     assert parse_dataset(DATASETS.spec(source)) == source
     assert Path(dataset_label(source)).name == f"torch-{name}"
+
+
+def test_small_images_are_tested_whole() -> None:
+    recipes = {name: kind.recipe for name, kind in SETS.items()} | {name: DATASETS[name].recipe for name in DATASETS}
+    small = {name: recipe.test_policy for name, recipe in recipes.items() if recipe.canvas <= 96}
+    assert {"mnist", "stl10", "digits", "tiny-imagenet"} <= small.keys()
+    assert set(small.values()) == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("torch/cifar10", "cifar10"),
+        ("torch/cifar100", "cifar100"),
+        ("torch/oxford_iiit_pet", "pets"),
+        ("torch/stanford_cars", "cars"),
+        ("torch/flowers102", "flowers"),
+        ("torch/imagenet", "imagenet"),
+        ("torch/imagenet,train=val,test=train", "imagenet"),
+    ],
+)
+def test_a_published_set_has_the_same_recipes_however_it_is_read(name: str, published: str) -> None:
+    source, same = parse_dataset(name), parse_dataset(published)
+    assert source.recipe == same.recipe
+    for model in ("resnet18.a1_in1k", "cifar_resnet20"):
+        recipes = [teacher_recipe(None, model, published_name(each)) for each in (source, same)]
+        assert recipes[0] == recipes[1]
+
+
+def test_other_sets_of_torchvision_are_known_by_no_other_name() -> None:
+    assert published_name(parse_dataset("torch/food101")) == "torch"
 
 
 def test_splits_can_be_joined_and_variants_chosen(tmp_path: Path) -> None:

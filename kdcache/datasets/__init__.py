@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "dataset",
     "identity",
+    "published_name",
     "resolved",
     "source_card",
 ]
@@ -120,7 +121,8 @@ class Images(Protocol):
 
 class Source(Protocol):
     """A dataset. It may also have a `title` for cards, where its registered name says too little, a `short_name` for names of
-    folders, a `description` in lists, and a class method `listed`, whose datasets are listed in its place.
+    folders, a `description` in lists, and a class method `listed`, whose datasets are listed in its place. `published_as` is
+    the registered name of the same dataset, whose defaults are this one's too.
     """
 
     @property
@@ -141,6 +143,11 @@ dataset = DATASETS  # its older name
 def build(name: str, **options: Any) -> Source:
     """The dataset `name` with its options. Nothing is read or fetched before its images are asked for."""
     return DATASETS.build(name, **options)
+
+
+def published_name(source: Source) -> str:
+    """The name by which papers and their recipes know a dataset: `pets` for torch/oxford_iiit_pet too."""
+    return getattr(source, "published_as", "") or DATASETS.name_of(source)
 
 
 def identity(source: Source) -> dict[str, Any]:

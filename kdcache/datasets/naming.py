@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -92,18 +93,24 @@ def _no_such_folder(place: Path, spec: str) -> NotFoundError:
     )
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Path, more: int = 0) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            found = [entry.name for entry, _ in zip(entries, range(_LOOKED_AT), strict=False)]
+            return sorted(
+                itertools.islice((entry.name for entry in entries if not entry.name.startswith(".")), _LOOKED_AT + more)
+            )
     except OSError:
         return []
-    return sorted(name for name in found if not name.startswith("."))
 
 
 def _class_folders(folder: Path) -> list[str]:
     """Sub-folders that hold an image, at any depth, as far as is looked."""
     return [name for name in _names(folder) if (folder / name).is_dir() and _has_image(folder / name)]
+
+
+def _number(found: list[str], folder: Path) -> str:
+    """The number of class folders that were `found` in a folder, of which no more than `_LOOKED_AT` entries are looked at."""
+    return f"{len(found):,}" + (" or more" if len(_names(folder, more=1)) > _LOOKED_AT else "")
 
 
 def _has_image(folder: Path) -> bool:
@@ -130,7 +137,8 @@ def _of_folder(place: Path, typed: str, progress: Progress) -> Source:
         train_classes, test_classes = _class_folders(place / "train"), _class_folders(place / test)
         if len(train_classes) >= 2 and test_classes:
             source = DATASETS.build("folder", root=root)
-            shown = f"{len(train_classes)} class folders in train/, {len(test_classes)} in {test}/"
+            numbers = _number(train_classes, place / "train"), _number(test_classes, place / test)
+            shown = f"{numbers[0]} class folders in train/, {numbers[1]} in {test}/"
             progress.say(f"dataset {typed} is a folder of images: {DATASETS.spec(source)} ({shown})")
             return source
     suggested, why = "", "it has no train/CLASS/*.jpg with test/CLASS/*.jpg (or val/, validation/)"
@@ -146,10 +154,10 @@ def _of_folder(place: Path, typed: str, progress: Progress) -> Source:
     elif any(name.endswith(".parquet") for name in (*names, *_names(place / "data"))):
         suggested, why = _spec("hf", repo=root), "it holds Parquet files, as a dataset of the Hub does"
     elif (place / "train").is_dir() and len(classes := _class_folders(place / "train")) >= 2:
-        why = f"train/ has {len(classes)} class folders, and there is no test/, val/ or validation/"
+        why = f"train/ has {_number(classes, place / 'train')} class folders, and there is no test/, val/ or validation/"
         suggested = _spec("folder", root=f"{root}/train", split_fraction=0.2)
     elif len(classes := _class_folders(place)) >= 2:
-        why = f"it has {len(classes)} class folders, and no split into train/ and test/"
+        why = f"it has {_number(classes, place)} class folders, and no split into train/ and test/"
         suggested = _spec("folder", root=root, split_fraction=0.2)
     raise UsageError(f"dataset {typed!r} is a folder", why=why, fix=f"--dataset {suggested}" if suggested else _LAYOUTS)
 

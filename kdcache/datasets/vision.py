@@ -21,7 +21,7 @@ from typing import Any
 
 from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Split, UsersOwn, resolved
 from kdcache.datasets.cifar import CIFAR10, CIFAR100
-from kdcache.datasets.fine import Flowers, Pets
+from kdcache.datasets.fine import Cars, Flowers, Pets
 from kdcache.datasets.folder import in_test_split
 from kdcache.datasets.imagenet import ImageNet
 from kdcache.datasets.mapstyle import MapStyle, Part, image_files, listed_labels, names_of
@@ -31,9 +31,10 @@ from kdcache.system.progress import Progress, Silent
 
 __all__ = ["SETS", "Torch"]
 
-_SIGNS = Recipe(policy="digits", canvas=32, teacher_epochs=40, student="rn18", student_epochs=100, pretrained=True)
-_SMALL = Recipe(policy="cifar", canvas=32, teacher_epochs=20, student="rn18", student_epochs=240, pretrained=True)
 _PHOTOS = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
+_SMALL = replace(_PHOTOS, test_policy="none")  # with a canvas of their size
+_SIGNS = replace(_SMALL, policy="digits", canvas=32, teacher_epochs=40)
+_CLOTHES = replace(_SMALL, policy="cifar", canvas=32, student_epochs=240)
 _FINE = Flowers.recipe
 _PACKED = frozenset({".bz2", ".gz", ".tar", ".tgz", ".xz", ".zip"})
 
@@ -67,6 +68,7 @@ class Set:
     files: Callable[[Any], list[str] | None] = image_files
     needs: tuple[str, ...] = ()  # folders without which torchvision would unpack archives, whatever it is asked for
     fetched: bool = True  # False: its owners let nobody download it, or torchvision cannot
+    published_as: str = ""  # registered name of the same data set, where it has a source of its own
 
     def make(self, name: str, split: str | None, place: Path, variant: str | None, *, download: bool) -> Any:
         """torchvision's object. Raises UsageError for a split or variant that it does not know."""
@@ -102,22 +104,24 @@ _mnist = functools.partial(Set, argument="train")
 SETS: dict[str, Set] = {
     "caltech101": Set("Caltech101", _PHOTOS, None, folder="caltech101", names="categories"),
     "caltech256": Set("Caltech256", _PHOTOS, None, folder="caltech256", names="categories"),
-    "cifar10": _mnist("CIFAR10", CIFAR10.recipe, folder="cifar-10-batches-py"),
-    "cifar100": _mnist("CIFAR100", CIFAR100.recipe, folder="cifar-100-python"),
+    "cifar10": _mnist("CIFAR10", CIFAR10.recipe, folder="cifar-10-batches-py", published_as="cifar10"),
+    "cifar100": _mnist("CIFAR100", CIFAR100.recipe, folder="cifar-100-python", published_as="cifar100"),
     "clevr": Set("CLEVRClassification", _PHOTOS, test="val", folder="clevr", names=None),
     "country211": Set("Country211", _PHOTOS, folder="country211"),
     "dtd": Set("DTD", _FINE, folder="dtd", variant=("partition", int, "1")),
     "emnist": _mnist("EMNIST", _SIGNS, folder="EMNIST", variant=("split", str, "balanced")),
-    "eurosat": Set("EuroSAT", replace(_PHOTOS, canvas=64), None, folder="eurosat"),
-    "fashion_mnist": _mnist("FashionMNIST", _SMALL, folder="FashionMNIST"),
-    "fer2013": Set("FER2013", replace(_PHOTOS, canvas=48), folder="fer2013", names=None, fetched=False),
+    "eurosat": Set("EuroSAT", replace(_SMALL, canvas=64), None, folder="eurosat"),
+    "fashion_mnist": _mnist("FashionMNIST", _CLOTHES, folder="FashionMNIST"),
+    "fer2013": Set("FER2013", replace(_SMALL, canvas=48), folder="fer2013", names=None, fetched=False),
     "fgvc_aircraft": Set(
         "FGVCAircraft", _FINE, train="trainval", folder="fgvc-aircraft-2013b", variant=("annotation_level", str, "variant")
     ),
-    "flowers102": Set("Flowers102", _FINE, folder="flowers-102"),
+    "flowers102": Set("Flowers102", _FINE, folder="flowers-102", published_as="flowers"),
     "food101": Set("Food101", replace(_PHOTOS, canvas=336), folder="food-101"),
     "gtsrb": Set("GTSRB", replace(_SIGNS, canvas=48), folder="gtsrb", names=None),
-    "imagenet": Set("ImageNet", ImageNet.recipe, test="val", names="wnids", needs=("train", "val"), fetched=False),
+    "imagenet": Set(
+        "ImageNet", ImageNet.recipe, test="val", names="wnids", needs=("train", "val"), fetched=False, published_as="imagenet"
+    ),
     "imagenette": Set("Imagenette", _PHOTOS, test="val", names="wnids", variant=("size", str, "full")),
     "inaturalist": Set(
         "INaturalist", _PHOTOS, "version", "2021_train", "2021_valid", names="all_categories",
@@ -125,14 +129,14 @@ SETS: dict[str, Set] = {
     ),
     "kmnist": _mnist("KMNIST", _SIGNS, folder="KMNIST"),
     "mnist": _mnist("MNIST", _SIGNS, folder="MNIST"),
-    "oxford_iiit_pet": Set("OxfordIIITPet", Pets.recipe, train="trainval", folder="oxford-iiit-pet"),
-    "pcam": Set("PCAM", replace(_PHOTOS, canvas=96), folder="pcam", names=None, labels=_pcam_labels),
+    "oxford_iiit_pet": Set("OxfordIIITPet", Pets.recipe, train="trainval", folder="oxford-iiit-pet", published_as="pets"),
+    "pcam": Set("PCAM", replace(_SMALL, canvas=96), folder="pcam", names=None, labels=_pcam_labels),
     "places365": Set("Places365", _PHOTOS, train="train-standard", test="val", variant=("small", _yes, "false")),
     "qmnist": _mnist("QMNIST", _SIGNS, folder="QMNIST", labels=_own_labels("targets", 0)),
     "rendered_sst2": Set("RenderedSST2", _PHOTOS, folder="rendered-sst2"),
     "semeion": Set("SEMEION", _SIGNS, None, names=None),
-    "stanford_cars": Set("StanfordCars", _FINE, folder="stanford_cars", fetched=False),
-    "stl10": Set("STL10", replace(_PHOTOS, canvas=96), folder="stl10_binary"),
+    "stanford_cars": Set("StanfordCars", Cars.recipe, folder="stanford_cars", fetched=False, published_as="cars"),
+    "stl10": Set("STL10", replace(_SMALL, canvas=96), folder="stl10_binary"),
     "sun397": Set("SUN397", _PHOTOS, None, folder="SUN397"),
     "svhn": Set("SVHN", _SIGNS, names=None),
     "usps": _mnist("USPS", _SIGNS, names=None),
@@ -246,6 +250,11 @@ class Torch(UsersOwn):
     def short_name(self) -> str:
         """For names of folders."""
         return "-".join(filter(None, ("torch", self.dataset, self.variant)))
+
+    @property
+    def published_as(self) -> str:
+        """The registered name of the same data set, or nothing."""
+        return SETS[self.dataset].published_as
 
     def _splits(self, split: Split) -> tuple[str | None, ...]:
         kind = SETS[self.dataset]

@@ -30,8 +30,7 @@ def public_files(archive: Archive, declared: Licences, progress: Progress) -> di
     licence, or if the change would invalidate a signature.
     """
     manifest = archive.manifest
-    earlier = manifest.licences or Licences()
-    licences = Licences(data=declared.data or earlier.data, weights=declared.weights or earlier.weights)
+    licences = declared.otherwise(manifest.licences)
     teacher = manifest.teacher
     public = manifest.model_copy(
         update={

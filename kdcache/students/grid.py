@@ -4,11 +4,13 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcache.archive import Ensemble
+from kdcache.datasets import DATASETS, Source
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
@@ -137,11 +139,11 @@ def plan_students(
             why="second views are shown to mlkd and zmlkd only",
             fix="leave it out, or use --method mlkd",
         )
-    label, tested = dataset_label(source), grid.tested.otherwise(recipe.test_policy)
+    tested = grid.tested.otherwise(recipe.test_policy)
     teachers_size = first.policy.size if first.policy else None
     sizes = {name: _sizes(grid.student_size, student, name, teachers_size) for student, name in exact_names.items()}
     starts = {
-        (init, name): _with_head(find_start(init, name, label, workspace), name, len(first.classes))
+        (init, name): _with_head(find_start(init, name, source, workspace), name, len(first.classes))
         for init in grid.init
         for name in exact_names.values()
     }
@@ -226,11 +228,11 @@ def _trainings(training: StudentTraining, epochs: int) -> list[TrainConfig]:
     return list(dict.fromkeys(trainings))
 
 
-def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start:
+def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> Start:
     """What students of the model `exact` start from (temperature study, section 4.4).
 
-    `random`; `pretrained`: timm's weights; `target`: the newest model of that name that train-teacher trained on this dataset
-    (of that `label`) from scratch; `finetuned`: likewise from timm's weights; or a file of weights, or a folder that holds one.
+    `random`; `pretrained`: timm's weights; `target`: the newest model of that name that train-teacher trained on the dataset
+    `source` from scratch; `finetuned`: likewise from timm's weights; or a file of weights, or a folder that holds one.
     """
     if init == "pretrained" and is_factory(exact):
         raise UsageError(
@@ -243,6 +245,7 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
     if init in {"target", "finetuned"}:
         start, flag = ("random", "--from-scratch") if init == "target" else ("timm", "--pretrained")
         origin = "from scratch" if init == "target" else "from its pretrained weights"
+        label = dataset_label(source)
         for folder, record in workspace.teacher_records(Silent()):
             begun = "factory" if is_factory(exact) else start
             if (record["name"], record.get("dataset_label"), record["training"].get("start")) == (
@@ -251,10 +254,11 @@ def find_start(init: str, exact: str, label: str, workspace: Workspace) -> Start
                 begun,
             ):
                 return _start_of(init, folder / "model.safetensors")
+        command = ["kdcache", "train-teacher", "--teacher", exact, "--dataset", DATASETS.spec(source)]
         raise NotFoundError(
             f"--init {init}: no {public_name(exact)} trained on {label} {origin}",
             why=f"there is none in {workspace.teachers}",
-            fix=f"train it first: kdcache train-teacher --teacher {exact} --dataset {label.partition('-')[0]} {flag}",
+            fix=f"train it first: {shlex.join(command)} {flag}",
         )
     path = Path(init)
     files = [path] if path.is_file() else [path / name for name in ("model.safetensors", "last.safetensors")]

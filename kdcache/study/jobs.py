@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kdcache.archive import LAYOUTS, stored_bytes
 from kdcache.codecs import CODECS
-from kdcache.datasets import DATASETS, Counts, Source
+from kdcache.datasets import Counts, Source, published_name
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import resolve
 from kdcache.options import Options, as_text
@@ -176,7 +176,7 @@ class _Expansion:
     def _train(self, model: str, name: str, options: Mapping[str, Any]) -> Job:
         source, _ = self._source(name)
         config = TeacherConfig.model_validate({**options, "teacher": model, "dataset": name})
-        teacher_recipe(config.recipe, resolve(model, "teacher"), DATASETS.name_of(source))
+        teacher_recipe(config.recipe, resolve(model, "teacher"), published_name(source))
         if {"opt", "opt_betas"} & set(options):
             require_optimizer(config.training.opt, config.training.opt_betas)
         start = {True: " from scratch", False: " from pretrained weights", None: ""}[config.from_scratch]

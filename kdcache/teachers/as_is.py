@@ -163,8 +163,8 @@ class _Taking:
 
     @property
     def _finetune(self) -> str:
-        subject = f"--teacher {self.subject.teacher} --dataset {self.subject.dataset}"
-        return f"finetune them: kdcache train-teacher {subject}{self._checkpoint} --epochs 20"
+        command = ["kdcache", "train-teacher", "--teacher", self.subject.teacher, "--dataset", self.subject.dataset]
+        return f"finetune them: {shlex.join(command)}{self._checkpoint} --epochs 20"
 
     # ------------------------------------------------------------ by where the weights come from
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -280,6 +281,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         if archive.num_views >= plan.views:
             sweep(path)
             progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
+            _say_unrecorded(plan.source, archive, progress)
             progress.say(_top1(archive))
             return path
     require_intact(plan.canvas)
@@ -307,6 +309,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         progress.say(f"{path}: {len(left)} shards are {where} other processes, the last of which finishes the archive")
         return path
     archive = writer.finalize(progress)
+    _say_unrecorded(plan.source, archive, progress)
     progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
     progress.say(_top1(archive))
     return path
@@ -370,6 +373,17 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
     row_bytes = stored_bytes(writer.plan) // (writer.plan.num_views * writer.plan.num_samples)
     _warn_of_little_room(path, rows * row_bytes, progress)
     return writer
+
+
+def _say_unrecorded(source: Source, archive: Archive, progress: Progress) -> None:
+    """A licence that is stated too late: a finished archive stays as it is."""
+    stated = source.licence if isinstance(source, UsersOwn) else None
+    if stated is not None and archive.manifest.known_licences.data is None:
+        option = shlex.quote(f"data={stated}")
+        progress.say(
+            f"the licence {stated} is not in the finished archive; it is stated as the archive is shared: "
+            f"kdcache push {shlex.quote(str(archive.path))} DESTINATION --license {option}"
+        )
 
 
 def _top1(archive: Archive) -> str:

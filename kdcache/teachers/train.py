@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from kdcache.datasets import DATASETS, Source
+from kdcache.datasets import DATASETS, Source, published_name
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.classes import said_digest
@@ -111,7 +111,7 @@ class _Job:
         self.exact = resolve(config.subject.teacher, "teacher")
         self.name = public_name(self.exact)
         suggested = self.source.recipe
-        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, DATASETS.name_of(self.source))
+        self.recipe_name, recipe = teacher_recipe(config.recipe, self.exact, published_name(self.source))
         self.recipe, self.training = recipe, Training(**dict(recipe.training) | config.training.given())
         self.start, scratch = self._start(recipe)
         self.durations = durations_of(config, recipe, suggested, self.start)

@@ -431,6 +431,20 @@ def test_dry_run_builds_no_canvas(kdcache, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_licence_that_is_stated_when_the_archive_is_finished_is_told_to_be_too_late(few_home, few_archive, kdcache, tmp_path):
+    spec = json.loads((few_archive / "kdcache.json").read_text())["provenance"]["dataset"]
+    common = ["dump-teacher", "--teacher", "test_vit", "--canvas", 32, "--policy", "digits", "--views", 3, "--home", few_home]
+    assert "nothing to do" in (unstated := kdcache(*common, "--dataset", spec)).err
+    assert "--license" not in unstated.err
+    stated = f"{spec.replace('arrays:', 'arrays:root=')},licence=Our own"
+    for where in ([], ["--output", few_archive]):
+        said = kdcache(*common, "--dataset", stated, *where)
+        assert (said.status, said.out.strip()) == (0, str(few_archive))
+        assert f"kdcache push {few_archive} DESTINATION --license 'data=Our own'" in said.err
+    assert kdcache("push", few_archive, tmp_path / "out", "--license", "data=Our own,weights=MIT").status == 0
+    assert open_archive(tmp_path / "out").manifest.known_licences.data == "Our own"
+
+
 def test_no_finetune_makes_a_missing_teacher_an_error(trained, kdcache):
     result = kdcache("dump-teacher", "--teacher", "test_resnet", "--dataset", "digits", "--no-finetune", "--home", trained)
     assert result.status == 3

@@ -210,6 +210,11 @@ class Licences(_Record):
     data: str | None = None
     weights: str | None = None
 
+    def otherwise(self, earlier: "Licences | None") -> "Licences":
+        """These licences; where one is not known, that of `earlier`."""
+        earlier = earlier or Licences()
+        return Licences(data=self.data or earlier.data, weights=self.weights or earlier.weights)
+
 
 class ArchivePlan(_Record):
     """An archive's contents and form, fixed before its first shard is written.

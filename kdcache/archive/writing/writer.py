@@ -178,7 +178,7 @@ class ArchiveWriter:
                     "num_views": views,
                     "probe_version": earlier.probe_version,
                     "rows_hash": earlier.rows_hash,
-                    "licences": plan.licences or earlier.licences,
+                    "licences": plan.licences.otherwise(earlier.licences) if plan.licences else earlier.licences,
                     "teacher": earlier.teacher,
                     "provenance": dict(earlier.provenance),
                 }
