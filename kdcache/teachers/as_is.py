@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +114,8 @@ class _Taking:
                 return ClassMap.of(names, found, None, count)
             if count == len(names) and not chosen:
                 return ClassMap.in_order(names)
+            if self.classes is not None:
+                raise self._lacking(count, chosen)
             raise self._others(count, "what its outputs are called is not known")
         if names in (known.names, known.described) and not chosen:
             return replace(ClassMap.in_order(names, known), by=dict.fromkeys(names, "name"))
@@ -142,6 +144,15 @@ class _Taking:
             f"{self.weights} has {count} classes, dataset {self.subject.dataset} has {len(self.names)}",
             why=f"only weights of the same classes can be taken as they are, and {why}",
             fix=f"{self._finetune}; or say which output is which class: --classes FILE",
+        )
+
+    def _lacking(self, count: int, chosen: Mapping[str, int]) -> IncompatibleError:
+        lacking = [name for name in self.names if name not in chosen]
+        return IncompatibleError(
+            f"--classes {self.classes} lacks {len(lacking)} of the {len(self.names)} classes of dataset {self.subject.dataset}: "
+            f"{_some(map(repr, lacking))}",
+            why=f"what the {count} outputs of {self.weights} are called is not known, so that no class is found by its name",
+            fix=f"add the number of their outputs, from 0 to {count - 1}: {{{json.dumps(lacking[0])}: NUMBER}}",
         )
 
     def _unclear(self, found: Match, known: Outputs) -> IncompatibleError:
@@ -186,11 +197,12 @@ class _Taking:
         return AsIs(mapping, make, mapping.num_outputs)
 
     def checkpoint(self, file: Path) -> AsIs:
-        made = self._created(len(self.names))
-        count = checkpoint_classes(made[0], file) or len(self.names)
-        own = self._known_to_checkpoint(count)
-        mapping = self.mapped(own, count)
-        if not mapping.whole and count == len(self.names) and self.classes is None:
+        asked = len(self.names)
+        model, normalise, found = self._whole(asked)
+        count = checkpoint_classes(model, file) or found
+        of_function = is_factory(self.exact)
+        mapping = self.mapped(_labels(model) if of_function else self._known_to_checkpoint(count), count)
+        if not (of_function or mapping.whole) and count == len(self.names) and self.classes is None:
             raise IncompatibleError(
                 f"{file} may know its {count} classes in the order of dataset {self.subject.dataset}, or in that of the "
                 f"published weights of {public_name(self.exact)}",
@@ -198,11 +210,12 @@ class _Taking:
                 fix="say it: --classes dataset; or name the classes of its outputs in order: --classes "
                 + ("imagenet-1k" if count == 1000 else "FILE"),
             )
-        if count != len(self.names):
-            made = self._created(count)
-        load_weights(made[0], file)
-        reduced = self._reduced(made, mapping)
-        return AsIs(mapping, lambda: reduced, count)
+        if count != found:
+            asked = count
+            model, normalise, found = self._whole(asked)
+        load_weights(model, file)
+        reduced = self._reduced((model, normalise), mapping)
+        return AsIs(mapping, lambda: reduced, asked)
 
     def _known_to_checkpoint(self, count: int) -> Outputs | None:
         """What the outputs of a checkpoint of so many classes are called, by the published weights of its architecture."""
@@ -215,20 +228,34 @@ class _Taking:
     def factory(self) -> AsIs:
         asked = self.stated.outputs.names if self.stated.outputs else self.names
         model, normalise, count = create_whole(self.exact, len(asked), input_size=self.size, class_names=asked)
-        labels = configuration(model).get("label_names")
-        mapping = self.mapped(labelled(labels) if labels else None, count)
-        kept = model if mapping.whole else SelectedOutputs(model, mapping.outputs, count)
-        return AsIs(mapping, lambda: (kept, normalise), len(asked))
+        mapping = self.mapped(_labels(model), count)
+        kept = self._reduced((model, normalise), mapping)
+        return AsIs(mapping, lambda: kept, len(asked))
 
     def _created(self, count: int, *, pretrained: bool = False) -> Made:
-        return create_model(self.exact, count, input_size=self.size, pretrained=pretrained, class_names=self.names)
+        return create_model(self.exact, count, input_size=self.size, pretrained=pretrained)
+
+    def _whole(self, asked: int) -> tuple[nn.Module, Normalisation, int]:
+        """A model made for `asked` classes, and the number of its outputs, which is for a function to decide."""
+        if not is_factory(self.exact):
+            return *self._created(asked), asked
+        names = self.names if asked == len(self.names) else None
+        return create_whole(self.exact, asked, input_size=self.size, class_names=names)
 
     def _reduced(self, made: Made, mapping: ClassMap) -> Made:
         if mapping.whole:
             return made
+        if is_factory(self.exact):  # whose classifier is not known; `create_recorded` makes it in the same way
+            return SelectedOutputs(made[0], mapping.outputs, mapping.num_outputs), made[1]
         model, _ = self._created(len(self.names))
         select_rows(made[0], model, mapping.outputs, mapping.num_outputs, input_size=self.size)
         return model, made[1]
+
+
+def _labels(model: nn.Module) -> Outputs | None:
+    """What a function's model says that its outputs are called."""
+    labels = configuration(model).get("label_names")
+    return labelled(labels) if labels else None
 
 
 def _some(names: Iterable[Any]) -> str:

@@ -227,6 +227,53 @@ def test_outputs_of_a_function_are_selected(function, kdcache, tmp_path, monkeyp
         sys.modules.pop("fixed_nets", None)
 
 
+FREE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes, class_names):
+        assert len(class_names) == num_classes
+        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+        self.pretrained_cfg = {"classifier": "2"}
+
+class Fixed(Net):
+    def __init__(self, num_classes):
+        super().__init__(5, "hsrdo")
+        self.pretrained_cfg = {"label_names": ["hat", "shoe", "trousers", "dress", "sock"]}
+"""
+
+
+@pytest.mark.parametrize(("function", "outputs"), [("Net", [3, 0, 2]), ("Fixed", [3, 0, 2]), ("Net", [2, 0, 1])])
+def test_outputs_of_a_functions_checkpoint_are_selected(function, outputs, kdcache, tmp_path, monkeypatch):
+    spec = folder_of(tmp_path / "clothes", ["dress", "hat", "trousers"])
+    (tmp_path / "free_nets.py").write_text(FREE)
+    monkeypatch.chdir(tmp_path)
+    full = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5 if 3 in outputs else 3))
+    save_weights(full, tmp_path / "full.safetensors")
+    said = tmp_path / "m.json"
+    said.write_text(json.dumps(dict(zip(["dress", "hat", "trousers"], outputs, strict=True))))
+    place = ["--teacher", f"free_nets:{function}", "--checkpoint", tmp_path / "full.safetensors", "--dataset", spec, *SMALL]
+    place += ["--home", tmp_path, *(["--classes", said] if function == "Net" else [])]
+    try:
+        for words in ("top-1", "complete"):
+            result = kdcache("dump-teacher", *place, "--views", 1)
+            assert result.status == 0, result.err
+            assert words in result.err
+        found = teacher_of(tmp_path)
+        assert torch.equal(found.outputs, torch.tensor(outputs))
+        expected = logits(full)[:, outputs]
+        torch.testing.assert_close(logits(found), expected, atol=1e-6, rtol=0)
+        if function == "Net" and 3 in outputs:
+            said.write_text('{"dress": 3}')
+            refused = kdcache("dump-teacher", *place, "--views", 1)
+            assert refused.status == 5
+            assert "m.json lacks 2 of the 3 classes" in refused.err
+            assert "'hat', 'trousers'" in refused.err
+            assert '{"hat": NUMBER}' in refused.err
+    finally:
+        sys.modules.pop("free_nets", None)
+
+
 # ---------------------------------------------------------------- classifiers of every kind
 
 
