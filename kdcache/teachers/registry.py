@@ -1,8 +1,10 @@
 """Trained teachers of a workspace: how to test, find, load and compare them, and warnings about poor ones."""
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from kdcache.models.creation import Normalisation, load_weights, weights_digest
 from kdcache.models.names import kept, public_name
 from kdcache.replay.prefetch import render_batches
 from kdcache.stats import relative_entropy
+from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
 from kdcache.teachers.as_is import create_recorded
 from kdcache.teachers.forward import batches
@@ -24,7 +27,7 @@ from kdcache.training.evaluation import EvalSet
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, read_teacher
 
-__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher", "teacher_at"]
+__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher", "registered", "teacher_at"]
 
 REPORT_VIEWS = 1024  # training views for the measurement of a teacher's entropies
 
@@ -145,12 +148,13 @@ def find_teacher(
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
     wanted |= {} if epochs is None else {"epochs": epochs} if epochs else {"epochs": 0, "head_epochs": None}
     wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
-    wanted |= {} if classes is None else {"said_sha256": said_digest(classes)}
+    said = None if classes is None else said_digest(classes)
     teachers = [
         Teacher(folder, record)
         for folder, record in workspace.teacher_records(progress)
         if (record["name"], record["input_size"]) == (public_name(name), size)
         and all(record["training"].get(key) == value for key, value in wanted.items())
+        and (said is None or said in _said(record))
     ]
     if len(teachers) > 1:
         durations = ", ".join(str(teacher.record["training"].get("epochs", "?")) for teacher in teachers)
@@ -159,6 +163,24 @@ def find_teacher(
             "choose with --teacher-epochs or --teacher-folder)"
         )
     return teachers[0] if teachers else None
+
+
+def _said(record: Mapping[str, Any]) -> list[str]:
+    """Digests of all that `--classes` said when it came to this teacher."""
+    said = record["training"].get("said_sha256", [])
+    return [said] if isinstance(said, str) else list(said)
+
+
+def registered(folder: Path, said: str | None) -> Teacher:
+    """The teacher in a folder. `find_teacher` finds it from now on by what `--classes` said now, too (`said`, its digest)."""
+    record = read_teacher(folder)
+    if said is not None and said not in _said(record):
+        record["training"]["said_sha256"] = [*_said(record), said]
+        file = folder / "teacher.json"
+        before = file.stat()
+        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # by which teachers are the newest
+    return Teacher(folder, record)
 
 
 def teacher_at(folder: Path) -> Teacher:

@@ -44,7 +44,7 @@ from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.head import HEAD, Head, head_settings, linear_head, read_head, suitable_start, train_head
 from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, own_flags, settings_of, teacher_recipe
-from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest
+from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, file_digest, registered
 from kdcache.training.checkpoint import copied
 from kdcache.training.config import Training
 from kdcache.training.devices import resolve_device, seeded
@@ -52,7 +52,7 @@ from kdcache.training.learner import Learner
 from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
 
 __all__ = ["train_teacher", "train_teachers"]
 
@@ -85,7 +85,7 @@ def train_teachers(
         folder = job.folder(epochs)
         if (folder / "teacher.json").is_file():
             progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
-            made[epochs] = Teacher(folder, read_teacher(folder))
+            made[epochs] = registered(folder, job.said(epochs).get("said_sha256"))
         elif not epochs and not job.head_epochs(0):
             made[epochs] = job.register()
         elif (row := finished_row(folder)) is not None:  # and its process ended before it could say so
@@ -246,7 +246,7 @@ class _Job:
                 begun["classes_sha256"] = self._as_is.mapping.digest
         return begun | {key: value for key, value in (("mean", config.mean), ("std", config.std)) if value is not None}
 
-    def _said(self, epochs: int) -> dict[str, str]:
+    def said(self, epochs: int) -> dict[str, str]:
         """By what dump-teacher finds weights that were taken as --classes says."""
         return {} if epochs or self.config.classes is None else {"said_sha256": said_digest(self.config.classes)}
 
@@ -475,7 +475,7 @@ class _Job:
             "interpolation": preprocessing(self.exact, self.policy.size, model).interpolation,  # "auto" in the views of a dump
             "top1_clean": row["test_top1"],
             "entropies": entropies,
-            "training": {**settings, **self._begun(epochs), **self._said(epochs)},
+            "training": {**settings, **self._begun(epochs), **self.said(epochs)},
             **({"cost": cost.known()} if cost.known() else {}),
             "versions": versions(),
             "command": config.command,

@@ -188,6 +188,21 @@ def test_as_many_classes_whose_names_do_not_tell_are_shown(kdcache, tmp_path):
     assert "already tested" in settled.err
 
 
+def test_weights_that_were_registered_otherwise_are_found_by_what_classes_says(kdcache, tmp_path):
+    spec = folder_of(tmp_path / "clothes", ["dress", "hat"])
+    save_weights(create_model("test_resnet", 2, input_size=32)[0], tmp_path / "two.safetensors")
+    place = [*TEACHER, "--dataset", spec, *SMALL, "--home", tmp_path, "--checkpoint", tmp_path / "two.safetensors"]
+    assert kdcache("train-teacher", *place, "--epochs", 0).status == 0
+    (tmp_path / "names.txt").write_text("dress\nhat\n")
+    for classes in ("dataset", tmp_path / "names.txt"):
+        first = kdcache("dump-teacher", *place, "--views", 1, "--classes", classes)
+        assert (first.status, "already tested" in first.err) == (0, True), first.err
+    for classes in ("dataset", tmp_path / "names.txt"):
+        again = kdcache("dump-teacher", *place, "--views", 1, "--classes", classes)
+        assert (again.status, "already tested" in again.err) == (0, False), again.err
+    assert len(record(tmp_path)["training"]["said_sha256"]) == 2
+
+
 SOURCE = """
 from torch import nn
 
