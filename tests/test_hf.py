@@ -18,8 +18,8 @@ from torch import nn
 from kdcache.cli import run
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError
 from kdcache.models.classes import imagenet
-from kdcache.models.creation import create_model, licence, load_weights, published, timm_config, weights_digest
-from kdcache.models.names import resolve
+from kdcache.models.creation import create_model, has_new_head, licence, load_weights, published, timm_config, weights_digest
+from kdcache.models.names import own_size, resolve
 from kdcache.models.zeroshot import zero_shot
 from tests.hub import WritableHub
 from tests.servers import FaultyServer
@@ -195,6 +195,7 @@ def test_labels_in_words_are_imagenets(tmp_path: Path) -> None:
         (lambda folder: edit(folder, hidden_size=24), IntegrityError, "cannot be loaded"),
         (lambda folder: edit(folder, num_hidden_layers=2), IntegrityError, "tensors are missing"),
         (lambda folder: edit(folder, image_size=48), IntegrityError, "cannot be loaded"),
+        (lambda folder: edit(folder, id2label={}, num_labels=5), IntegrityError, "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_text("nonsense"), IntegrityError, "cannot be loaded"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{"), IntegrityError, "cannot be loaded"),
     ],
@@ -208,6 +209,76 @@ def test_what_is_no_such_model_is_refused(
         create_model(resolve(f"local-dir:{tmp_path / 'net'}"), 5, input_size=32, pretrained=True)
     assert words in str(caught.value)
     assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"id2label": {"zero": "hat"}}, 'id2label has "zero" for the number of a class'),
+        ({"id2label": {"-1": "hat"}}, "id2label has"),
+        ({"id2label": {"999999999": "hat"}}, "id2label numbers a class 999999999"),
+        ({"id2label": ["hat"]}, "not a mapping"),
+        ({"id2label": {}, "num_labels": "x"}, 'num_labels is "x", not a number above 0'),
+        ({"id2label": None, "num_labels": 2.5}, "num_labels is 2.5"),
+        ({"architectures": 3}, "architectures is 3"),
+        ({"image_size": {"side": 32}}, "the size of its images is null"),
+        ({"image_size": ["a", "b"]}, 'the size of its images is "b"'),
+        ({"pretrained_cfg": {"input_size": "large"}}, 'the size of its images is "large"'),
+    ],
+)
+def test_a_config_that_states_nonsense_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    saved(vit(), tmp_path / "net")
+    edit(tmp_path / "net", **settings)
+    with pytest.raises(IntegrityError) as caught:
+        published(resolve(f"local-dir:{tmp_path / 'net'}"))
+    assert words in str(caught.value)
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "classes"),
+    [
+        ({"image_size": {"height": 32, "width": 32}}, 32, 5),
+        ({"image_size": [32, 32]}, 32, 5),
+        ({"image_size": None, "vision_config": {"image_size": "48"}}, 48, 5),
+        ({"image_size": None}, 224, 5),
+        ({"id2label": {}}, 32, 2),
+        ({"id2label": {}, "num_labels": 7}, 32, 7),
+    ],
+)
+def test_a_configs_size_and_classes_are_read_in_one_way(
+    tmp_path: Path, settings: dict[str, Any], size: int, classes: int
+) -> None:
+    saved(vit(), tmp_path / "net")
+    edit(tmp_path / "net", **settings)
+    name = resolve(f"local-dir:{tmp_path / 'net'}")
+    known = published(name)
+    assert known is not None
+    assert (known.input_size, known.num_classes, own_size(name)) == (size, classes, size)
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_a_new_classifier_starts_at_zero_and_is_probed_as_timms(
+    make: Callable[[], Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = saved(make(), tmp_path / "net", transformers.ViTImageProcessor(size=SIDE))
+    weights = tmp_path / "net" / "model.safetensors"
+    assert not has_new_head(name, 5)
+    assert not has_new_head(name, 5, weights)
+    assert has_new_head(name, 3)
+    assert has_new_head(name, 3, weights)
+    spec = pictures(tmp_path / "photos", ["car", "cup", "key"])
+    train = ["train-teacher", "--teacher", name, "--dataset", spec, "--home", str(tmp_path / "home"), "--canvas", "32"]
+    train += ["--size", "32", "--recipe", "lp-ft", "--epochs", "1", "--head-epochs", "2", "--batch-size", "4"]
+    assert run(train) == 0
+    said = capfd.readouterr().err
+    assert "a new head starts at zero and is trained alone first" in said
+    assert "first the head alone, on frozen features: 2 epochs" in said
+    (folder,) = (tmp_path / "home" / "teachers").iterdir()
+    training = json.loads((folder / "teacher.json").read_text())["training"]
+    assert (training["head_init"], training["head_epochs"]) == ("zero", 2)
+    assert run([*train, "--checkpoint", str(weights), "--epochs", "0"]) == 0
+    assert "start at zero" in capfd.readouterr().err
 
 
 def edit(folder: Path, **settings: object) -> None:

@@ -32,12 +32,15 @@ from kdcache.models.names import (
     is_transformers,
     licence,
     load_factory,
+    own_size,
     place,
     public_name,
     read_config,
     resolve,
+    stated_size,
     takes,
     timm_with_zoo,
+    whole_number,
 )
 from kdcache.models.preprocessing import configuration
 
@@ -100,21 +103,21 @@ def published(name: str) -> Published | None:
     if is_reference(name):
         config = read_config(config_file(name), name)
         if is_transformers(name):
-            return Published(*hf.labels_of(config), hf.input_size(config))
+            return Published(*hf.labels_of(config, name), stated_size(config, name))
         stated = config.get("pretrained_cfg", config) | config
-        labels, size = stated.get("label_names"), stated.get("input_size", [224])
+        labels = stated.get("label_names")
         if "num_classes" not in stated:
             return None
-        count = int(stated["num_classes"])
+        count = whole_number(stated["num_classes"], name, "num_classes") if stated["num_classes"] else 0
         known = tuple(map(str, labels)) if isinstance(labels, list) else _by_tag(stated.get("tag"), count)
-        return Published(count, known, int(size[-1]))
+        return Published(count, known, stated_size(config, name))
     timm = timm_with_zoo()
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return None
     subset = timm.data.infer_imagenet_subset({"num_classes": config.num_classes})
     names = config.label_names or (timm.data.ImageNetInfo(subset).label_names() if subset else None)
-    return Published(config.num_classes, tuple(names) if names else None, config.input_size[-1])
+    return Published(config.num_classes, tuple(names) if names else None, own_size(name))
 
 
 def _by_tag(tag: object, count: int) -> tuple[str, ...] | None:
@@ -128,13 +131,16 @@ def has_new_head(name: str, num_classes: int, file: Path | None = None) -> bool:
 
     A model of a factory has the classifier that its function makes.
     """
-    if is_factory(name) or is_transformers(name):
+    if is_factory(name):
         return False
     if file is None:
         known = published(name)
         return num_classes != (known.num_classes if known else 1000)  # which timm takes for granted, too
     with torch.random.fork_rng(devices=()):
-        model = timm_with_zoo().create_model(_source(name), num_classes=num_classes)
+        if is_transformers(name):
+            model = hf.create(name, num_classes, pretrained=False)
+        else:
+            model = timm_with_zoo().create_model(_source(name), num_classes=num_classes)
     own, state = model.state_dict(), _state_for(model, file)
     return any(state[key].shape != own[key].shape for key in _head_keys(model) & own.keys() & state.keys())
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +24,17 @@ from kdcache.models.names import (
     PROCESSORS,
     companion,
     config_file,
+    damaged,
     place,
     public_name,
     read_config,
-    size_of_transformers,
+    stated_size,
+    whole_number,
 )
 
 __all__ = [
     "config_json",
     "create",
-    "input_size",
     "is_hf",
     "labels_of",
     "loaded_quietly",
@@ -43,6 +45,7 @@ __all__ = [
 
 CLASSIFIER = ("ForImageClassification", "ForImageClassificationWithTeacher")  # ends of the names of classes with a classifier
 INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+MOST_CLASSES = 1_000_000
 WARPED_FROM = 384  # px; ConvNeXt's processor crops smaller images only
 
 
@@ -59,23 +62,31 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return repo, {"revision": revision or None}
 
 
-def labels_of(config: Mapping[str, Any]) -> tuple[int, tuple[str, ...] | None]:
-    """(number of classes, their names if it has any) of weights with this config.json; no classes without a classifier."""
+def labels_of(config: Mapping[str, Any], name: str) -> tuple[int, tuple[str, ...] | None]:
+    """(number of classes, their names if it has any) of weights with this config.json; no classes without a classifier.
+
+    Raises IntegrityError where it states something else; `name` is the model's.
+    """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise damaged(name, f"architectures is {json.dumps(architectures)[:100]}, not a list")
     if not any(str(each).endswith(CLASSIFIER) for each in architectures):
         return 0, None
     labels = config.get("id2label")
+    if not labels:
+        count = config.get("num_labels")
+        # as transformers counts where nothing is said
+        return 2 if count is None else whole_number(count, name, "num_labels"), None
     if not isinstance(labels, Mapping):
-        return int(config.get("num_labels", 2)), None  # as transformers counts where nothing is said
+        raise damaged(name, f"id2label is {json.dumps(labels)[:100]}, not a mapping")
+    if wrong := [number for number in labels if not re.fullmatch(r"\d{1,9}", str(number), re.ASCII)]:
+        raise damaged(name, f"id2label has {json.dumps(wrong[0])[:100]} for the number of a class")
     numbered = {int(number): str(label) for number, label in labels.items()}
+    if max(numbered) >= MOST_CLASSES:
+        raise damaged(name, f"id2label numbers a class {max(numbered)}")
     names = tuple(numbered.get(number, f"LABEL_{number}") for number in range(max(numbered) + 1))
-    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(names))
     return len(names), None if unnamed else names
-
-
-def input_size(config: Mapping[str, Any]) -> int:
-    """The side of the images that weights with this config.json were made for; 224 where it states none."""
-    return int((size_of_transformers(config) or [224])[-1])
 
 
 def create(name: str, num_classes: int, *, pretrained: bool) -> nn.Module:
@@ -99,7 +110,8 @@ def create(name: str, num_classes: int, *, pretrained: bool) -> nn.Module:
     shapes = {key: value.shape for key, value in other.state_dict().items()}
     head = {key for key, value in model.state_dict().items() if shapes.get(key) != value.shape}
     if pretrained:
-        _load(name, model, head)
+        known, _ = labels_of(read_config(config_file(name), name), name)
+        _load(name, model, head, new=num_classes != known)
     _dress(name, model, config, head, num_classes)
     return model
 
@@ -112,8 +124,8 @@ def _with(config: Any, num_classes: int) -> Any:
     return changed
 
 
-def _load(name: str, model: nn.Module, head: set[str]) -> None:
-    """Load the weights that `name` has into `model`; its classifier, if it knows other classes, stays as it is."""
+def _load(name: str, model: nn.Module, head: set[str], *, new: bool) -> None:
+    """Load the weights that `name` has into `model`; a `new` classifier, of other classes than they know, stays as it is."""
     where, revision = locate(name)
     random_state = torch.get_rng_state()
     with loaded_quietly(name):
@@ -124,23 +136,22 @@ def _load(name: str, model: nn.Module, head: set[str]) -> None:
     own, theirs = model.state_dict(), full.state_dict()
     missing = set(told["missing_keys"])
     differing = {key for key, value in theirs.items() if own[key].shape != value.shape}
-    if lacking := sorted((missing | differing | (own.keys() - theirs.keys())) - head):
+    if lacking := sorted((missing | differing | (own.keys() - theirs.keys())) - (head if new else set())):
         raise IntegrityError(
             f"the weights of {public_name(name)} cannot be loaded",
             why=f"{len(lacking)} tensors are missing or of another shape, for example {lacking[0]!r}",
             fix="get them again, or correct its config.json: they must be of the architecture that it names",
         )
-    anew = head if missing or differing else set()
-    model.load_state_dict({key: own[key] if key in anew else value for key, value in theirs.items()})
+    model.load_state_dict({key: own[key] if new and key in head else theirs[key] for key in own})
 
 
 def _dress(name: str, model: Any, config: Any, head: set[str], num_classes: int) -> None:
     """Have a model return logits, and state what timm's models state."""
     own = stated(name)
-    count, names = labels_of(read_config(config_file(name), name))
+    count, names = labels_of(read_config(config_file(name), name), name)
     layers = {key.rpartition(".")[0]: None for key in model.state_dict() if key in head}
     model.pretrained_cfg = {
-        "input_size": (3, size := input_size(config.to_dict()), size),
+        "input_size": (3, size := stated_size(config.to_dict(), name), size),
         **own,
         "num_classes": count,
         "label_names": names,

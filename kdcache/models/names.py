@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "architecture_of",
     "companion",
     "config_file",
+    "damaged",
     "exact_name",
     "find_aliases",
     "folder_name",
@@ -49,9 +50,10 @@ __all__ = [
     "public_name",
     "read_config",
     "resolve",
-    "size_of_transformers",
+    "stated_size",
     "takes",
     "timm_with_zoo",
+    "whole_number",
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -166,14 +168,31 @@ def exact_name(name: str) -> str:
 def own_size(name: str) -> int:
     """Side of the inputs that the configuration of a model (exact name, not a factory's) states, in pixels; 224 without one."""
     if is_reference(name):
-        config = read_config(config_file(name), name)
-        size = (
-            size_of_transformers(config) if _of_transformers(config) else config.get("pretrained_cfg", config).get("input_size")
-        )
-    else:
-        published = timm_with_zoo().models.get_pretrained_cfg(name)
-        size = published.input_size if published is not None else None
-    return int(size[-1]) if isinstance(size, (list, tuple)) and size else 224
+        return stated_size(read_config(config_file(name), name), name)
+    published = timm_with_zoo().models.get_pretrained_cfg(name)
+    return int(published.input_size[-1]) if published is not None else 224
+
+
+def stated_size(config: Mapping[str, Any], name: str) -> int:
+    """Side of the inputs that a config.json of timm or transformers states, in pixels; 224 without one.
+
+    Raises IntegrityError where it states something else; `name` is the model's.
+    """
+    stated = config.get("pretrained_cfg", config).get("input_size")
+    if not stated and _of_transformers(config):
+        towers = config.get("vision_config")
+        stated = config.get("image_size") or (towers.get("image_size") if isinstance(towers, Mapping) else None)
+    if not stated:
+        return 224
+    side = stated.get("width", stated.get("height")) if isinstance(stated, Mapping) else stated
+    return whole_number(side[-1] if isinstance(side, list | tuple) and side else side, name, "the size of its images")
+
+
+def whole_number(value: object, name: str, what: str) -> int:
+    """A number in the config.json of the model `name`, above zero, also one in text. Raises IntegrityError for anything else."""
+    if isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"0*[1-9]\d{0,8}", str(value), re.ASCII):
+        return int(value)
+    raise damaged(name, f"{what} is {json.dumps(value, default=str)[:100]}, not a number above 0")
 
 
 def is_reference(name: str) -> bool:
@@ -184,16 +203,6 @@ def is_reference(name: str) -> bool:
 def is_transformers(name: str) -> bool:
     """Whether a model in a folder or on the Hub is one of transformers, by its config.json."""
     return name.startswith((HUB, LOCAL)) and _of_transformers(read_config(config_file(name), name))
-
-
-def size_of_transformers(config: Mapping[str, Any]) -> Sequence[int] | None:
-    """The size of images that a config.json of transformers states, height and width; None where it states none."""
-    towers = config.get("vision_config")
-    places = (config, towers if isinstance(towers, Mapping) else {})
-    stated = config.get("pretrained_cfg", {}).get("input_size") or next(
-        filter(None, (place.get("image_size") for place in places)), None
-    )
-    return stated if isinstance(stated, list | tuple) or stated is None else [stated, stated]
 
 
 def _of_transformers(config: Mapping[str, Any]) -> bool:
@@ -367,7 +376,11 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
         why = "it holds no mapping"
     except (OSError, ValueError, RecursionError) as error:
         why = first_line(error)
-    raise IntegrityError(f"{CONFIG} of {name} cannot be read", why=why, fix="restore it, or use another model")
+    raise damaged(name, why)
+
+
+def damaged(name: str, why: str) -> IntegrityError:
+    return IntegrityError(f"{CONFIG} of {name} cannot be read", why=why, fix="restore it, or use another model")
 
 
 def architecture_of(file: Path, name: str) -> str:
