@@ -195,7 +195,6 @@ def test_labels_in_words_are_imagenets(tmp_path: Path) -> None:
         (lambda folder: edit(folder, hidden_size=24), IntegrityError, "cannot be loaded"),
         (lambda folder: edit(folder, num_hidden_layers=2), IntegrityError, "tensors are missing"),
         (lambda folder: edit(folder, image_size=48), IntegrityError, "cannot be loaded"),
-        (lambda folder: edit(folder, id2label={}, num_labels=5), IntegrityError, "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_text("nonsense"), IntegrityError, "cannot be loaded"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{"), IntegrityError, "cannot be loaded"),
     ],
@@ -255,6 +254,15 @@ def test_a_configs_size_and_classes_are_read_in_one_way(
     known = published(name)
     assert known is not None
     assert (known.input_size, known.num_classes, own_size(name)) == (size, classes, size)
+
+
+def test_a_classifier_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    saved(vit(), tmp_path / "net")
+    edit(tmp_path / "net", id2label={})  # transformers then makes none
+    name = resolve(f"local-dir:{tmp_path / 'net'}")
+    with pytest.raises(IntegrityError, match="2 tensors are missing"):
+        create_model(name, 2, input_size=32, pretrained=True)
+    create_model(name, 3, input_size=32, pretrained=True)  # it gets a new one
 
 
 @pytest.mark.parametrize("make", [vit, resnet])
