@@ -1,4 +1,4 @@
-"""Functions that return map-style data sets, as a user may have them: `tests.mapstyle:pictures` is a dataset."""
+"""Functions that return map-style datasets, as a user may have them: `tests.mapstyle:pictures` is a dataset."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""torchvision's data sets as sources: every one from its own files, and what is missing, damaged or misspelled."""
+"""torchvision's datasets as sources: every one from its own files, and what is missing, damaged or misspelled."""
 
 import email.message
 import gzip

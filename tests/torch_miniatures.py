@@ -1,4 +1,4 @@
-"""torchvision's data sets in small: random images in the files that each of its classes reads."""
+"""torchvision's datasets in small: random images in the files that each of its classes reads."""
 
 import bz2
 import csv

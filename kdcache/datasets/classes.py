@@ -1,4 +1,4 @@
-"""What is said of a data set's classes before long work begins: their number and names, and what looks like a mistake."""
+"""What is said of a dataset's classes before long work begins: their number and names, and what looks like a mistake."""
 
 import re
 from collections.abc import Iterable, Sequence

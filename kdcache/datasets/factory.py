@@ -1,4 +1,4 @@
-"""Data sets that a function of the user returns: `package.module:function`."""
+"""Datasets that a function of the user returns: `package.module:function`."""
 
 import hashlib
 import inspect
@@ -24,7 +24,7 @@ _FORMS = "a registered name, a folder of images, torch/NAME or package.module:fu
 @DATASETS.register("factory")
 @dataclass(frozen=True)
 class Factory(UsersOwn):
-    """Whatever map-style data set a function returns: `package.module:function`, or `factory:package.module:function`.
+    """Whatever map-style dataset a function returns: `package.module:function`, or `factory:package.module:function`.
 
     The function is called with split="train" and with split="test", and returns an object with `__len__` and `__getitem__`, whose
     items are (image, label): a PIL image, or uint8 pixels [H, W], [H, W, 3] or [3, H, W] of an array or tensor, and the number of
@@ -33,7 +33,7 @@ class Factory(UsersOwn):
 
     Attributes of the object that are read: `classes` (names), `targets` or `labels` (else all items are read once to list the
     labels), `version`. Transforms are refused. A canvas is built anew when labels, names, `version`, the source file of the
-    function or of the data set, files in `samples`, or one of the 16 images that are looked at have changed. A change of other
+    function or of the dataset, files in `samples`, or one of the 16 images that are looked at have changed. A change of other
     images shows in none of these: raise `version` with it.
     """
 
@@ -60,7 +60,7 @@ class Factory(UsersOwn):
             self.function,
             "dataset",
             forms=_FORMS,
-            called="split='train' and split='test', and to return a map-style data set",
+            called="split='train' and split='test', and to return a map-style dataset",
             listing="kdcache datasets",
         )
         made = {split: self._made(make, split) for split in SPLITS}
@@ -70,12 +70,12 @@ class Factory(UsersOwn):
             parts[split] = [Part(dataset, labels, [f"{split}/{i:07d}" for i in range(len(labels))], digest)]
             if by_reading:
                 remarks.append(
-                    f"all {len(labels)} {split} images were read to list their labels: give the data set an attribute "
+                    f"all {len(labels)} {split} images were read to list their labels: give the dataset an attribute "
                     "`targets` with them to spare that"
                 )
         names = self._names(made, max(max(part.labels) for (part,) in parts.values()))
         if names[1]:
-            remarks.append("classes are called by their numbers: give the data set an attribute `classes` to name them")
+            remarks.append("classes are called by their numbers: give the dataset an attribute `classes` to name them")
         versions = [str(getattr(dataset, "version", "")) for dataset in made.values()]
         return MapStyle(names[0], parts, f"{versions} {_sources(make, made.values())}", remarks=remarks, threads=False)
 
@@ -111,7 +111,7 @@ class Factory(UsersOwn):
             raise UsageError(
                 f"dataset {self.function} names other classes for training than for testing: {first[0]!r} and {first[1]!r}",
                 why="both splits number the same classes",
-                fix="give both data sets the same `classes`",
+                fix="give both datasets the same `classes`",
             )
         names = train or test
         if names is None:

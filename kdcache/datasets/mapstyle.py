@@ -1,7 +1,7 @@
-"""Map-style data sets, of which each item is (image, label), as a source has its samples.
+"""Map-style datasets, of which each item is (image, label), as a source has its samples.
 
 They are objects with a length and items by number, as torch's `Dataset` is; this module needs no torch. Labels are listed without
-decoding images where the data set has them in an attribute, and checked against the items as these are decoded.
+decoding images where the dataset has them in an attribute, and checked against the items as these are decoded.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _iterated: dict[tuple[str, int, str], list[int]] = {}  # labels that this proces
 
 @dataclass(frozen=True)
 class Part:
-    """One data set with the `labels` and `keys` of its items; `digest` changes if the images looked at have changed."""
+    """One dataset with the `labels` and `keys` of its items; `digest` changes if the images looked at have changed."""
 
     dataset: Any
     labels: Sequence[int]
@@ -55,7 +55,7 @@ class Part:
 
 
 class MapStyle(Images):
-    """Images of the data sets in `parts`, of classes `names`.
+    """Images of the datasets in `parts`, of classes `names`.
 
     `remarks` are said to the user. `chosen`: whether a sample belongs to a split, by its key, where one part is for both splits.
     `threads`: whether several threads may read items at once.
@@ -101,18 +101,18 @@ class MapStyle(Images):
 
 
 def require_map_style(dataset: Any, where: str) -> None:
-    """Raise UsageError for anything but a data set whose items are had by number, any number of times, untransformed."""
+    """Raise UsageError for anything but a dataset whose items are had by number, any number of times, untransformed."""
     kind = type(dataset).__name__
     if any(base.__name__ == "IterableDataset" for base in type(dataset).__mro__):
         raise UsageError(
             f"{where} is an IterableDataset ({kind})",
             why="a sample's number says which view it gets: items must be had by number, in one order, any number of times",
-            fix="return a map-style data set, with __len__ and __getitem__; for tar shards there is: --dataset tars:ROOT",
+            fix="return a map-style dataset, with __len__ and __getitem__; for tar shards there is: --dataset tars:ROOT",
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise UsageError(
             f"{where} is a {kind}",
-            why="a map-style data set is asked for: an object with __len__ and __getitem__, whose items are (image, label)",
+            why="a map-style dataset is asked for: an object with __len__ and __getitem__, whose items are (image, label)",
             fix="return its `dataset`" if hasattr(dataset, "dataset") else "return for example a torch.utils.data.Dataset",
         )
     require_untransformed(dataset, where)
@@ -125,7 +125,7 @@ def listed_labels(
 ) -> tuple[list[int], str, bool]:
     """The labels of all items; a digest of the images that were looked at; and whether all items were decoded for it.
 
-    `read` gives the labels of data sets whose attribute is no usual one. `twice` refuses images that differ from call to call.
+    `read` gives the labels of datasets whose attribute is no usual one. `twice` refuses images that differ from call to call.
     Raises UsageError for items that are no (image, label), and for images or labels that cannot be used.
     """
     count = len(dataset)
@@ -167,7 +167,7 @@ def listed_labels(
 
 
 def _stored(dataset: Any, count: int) -> list[int] | None:
-    """Labels in an attribute of the data set, or of those that it is made of; None without one."""
+    """Labels in an attribute of the dataset, or of those that it is made of; None without one."""
     indices, inner = getattr(dataset, "indices", None), getattr(dataset, "dataset", None)
     if indices is not None and inner is not None and len(indices) == count:  # torch's Subset
         within = _stored(inner, len(inner))
@@ -200,7 +200,7 @@ def _as_labels(values: Any, count: int) -> list[int] | None:
 
 
 def image_files(dataset: Any) -> list[str] | None:
-    """The image file of each item, where the data set lists them in an attribute."""
+    """The image file of each item, where the dataset lists them in an attribute."""
     for name in _FILES:
         values = getattr(dataset, name, None)
         if isinstance(values, list) and len(values) == len(dataset):
@@ -211,18 +211,18 @@ def image_files(dataset: Any) -> list[str] | None:
 
 
 def names_of(dataset: Any, where: str, attribute: str = "classes") -> tuple[str, ...] | None:
-    """The class names of a data set, or of those that it wraps, in the order of their numbers; None if it has none.
+    """The class names of a dataset, or of those that it wraps, in the order of their numbers; None if it has none.
 
-    Raises UsageError for names that are not texts, or not different ones, and for wrapped data sets that differ in them.
+    Raises UsageError for names that are not texts, or not different ones, and for wrapped datasets that differ in them.
     """
     own = getattr(dataset, attribute, None)
     wrapped = [] if own is not None else [getattr(each, attribute, None) for each in datasets_inside(dataset)]
     several = {_as_names(names, where, attribute) for names in (own, *wrapped) if names is not None}
     if len(several) > 1:
         raise UsageError(
-            f"{where} joins data sets of different {attribute}",
+            f"{where} joins datasets of different {attribute}",
             why="the same number would stand for one class in the first, and for another in the second",
-            fix=f"number the classes of all in one way, and give the joined data set its {attribute}",
+            fix=f"number the classes of all in one way, and give the joined dataset its {attribute}",
         )
     return several.pop() if several else None
 
@@ -246,7 +246,7 @@ def _as_names(names: Any, where: str, attribute: str) -> tuple[str, ...]:
 
 
 class _NotReadError(UsageError):
-    """An item that its data set fails to give."""
+    """An item that its dataset fails to give."""
 
 
 def _item(dataset: Any, i: int, where: str) -> tuple[Image.Image, int]:
@@ -256,7 +256,7 @@ def _item(dataset: Any, i: int, where: str) -> tuple[Image.Image, int]:
         raise
     except Exception as error:  # it is the user's code
         raise _NotReadError(
-            f"{where}: item {i} cannot be read", why=f"{type(error).__name__}: {first_line(error)}", fix="mend the data set"
+            f"{where}: item {i} cannot be read", why=f"{type(error).__name__}: {first_line(error)}", fix="mend the dataset"
         ) from error
     try:
         image, label = _pair(item)
@@ -287,7 +287,7 @@ def _pair(item: Any) -> tuple[Any, int]:
 
 
 def picture(image: Any) -> Image.Image:
-    """A PIL image of what a data set returns. Raises ValueError, with the reason, for anything but images of 8 bits.
+    """A PIL image of what a dataset returns. Raises ValueError, with the reason, for anything but images of 8 bits.
 
     Arrays and tensors are uint8 `[H, W]`, `[H, W, 1 or 3]` or `[1 or 3, H, W]`; where both fit, a tensor has its channels first,
     and an array has them last.

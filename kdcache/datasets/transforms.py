@@ -1,4 +1,4 @@
-"""Transforms inside map-style data sets: which there are, and the fields of a view policy that do the same.
+"""Transforms inside map-style datasets: which there are, and the fields of a view policy that do the same.
 
 Transforms are told by the names of their classes and by their attributes, as torchvision (both of its versions) and timm have
 them, so that neither is imported.
@@ -45,7 +45,7 @@ def datasets_inside(dataset: Any) -> Iterator[Any]:
 
 
 def require_untransformed(dataset: Any, where: str) -> None:
-    """Raise UsageError, with the policy that does the same, if a data set transforms its images or labels."""
+    """Raise UsageError, with the policy that does the same, if a dataset transforms its images or labels."""
     held: list[Any] = []
     of_labels = False
     for each in datasets_inside(dataset):
@@ -60,14 +60,14 @@ def require_untransformed(dataset: Any, where: str) -> None:
             advice.read(value)
         raise UsageError(
             f"{where} transforms its images: {', '.join(advice.names) or type(held[0]).__name__}",
-            why="views are drawn again from a policy, which knows nothing of a transform inside the data set"
+            why="views are drawn again from a policy, which knows nothing of a transform inside the dataset"
             + (f"; no policy has {', '.join(advice.unmatched)}" if advice.unmatched else ""),
             fix=advice.fix(),
         )
     if of_labels:
         raise UsageError(
             f"{where} has a target_transform",
-            why="labels are listed once, and are those that the data set itself has",
+            why="labels are listed once, and are those that the dataset itself has",
             fix="leave target_transform out, and let __getitem__ return the number of the class",
         )
 
@@ -84,7 +84,7 @@ class _Advice:
         self._squashed = False  # whether both sides were given, so that the photograph's proportions are lost
 
     def fix(self) -> str:
-        fix, said = "leave the transform out of the data set", ""
+        fix, said = "leave the transform out of the dataset", ""
         if self.policy or "size" in self.options:
             fields = ",".join(f"{field}={value}" for field, value in self.policy.items())
             said = f"--policy 'none:{fields}'" if fields else "--policy none"

@@ -1,4 +1,4 @@
-"""torchvision's data sets of images with one label each, as sources: `torch/flowers102`, `torch/food101`, ...
+"""torchvision's datasets of images with one label each, as sources: `torch/flowers102`, `torch/food101`, ...
 
 torchvision finds, downloads and reads them. It is imported when the images of such a source are asked for.
 """
@@ -54,7 +54,7 @@ def _inaturalist_files(dataset: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Set:
-    """One of torchvision's data sets: the class `kind`, and how its constructor and its attributes are to be understood."""
+    """One of torchvision's datasets: the class `kind`, and how its constructor and its attributes are to be understood."""
 
     kind: str
     recipe: Recipe
@@ -68,7 +68,7 @@ class Set:
     files: Callable[[Any], list[str] | None] = image_files
     needs: tuple[str, ...] = ()  # folders without which torchvision would unpack archives, whatever it is asked for
     fetched: bool = True  # False: its owners let nobody download it, or torchvision cannot
-    published_as: str = ""  # registered name of the same data set, where it has a source of its own
+    published_as: str = ""  # registered name of the same dataset, where it has a source of its own
 
     def make(self, name: str, split: str | None, place: Path, variant: str | None, *, download: bool) -> Any:
         """torchvision's object. Raises UsageError for a split or variant that it does not know."""
@@ -161,7 +161,7 @@ def _plain(name: str) -> str:
 @DATASETS.register("torch")
 @dataclass(frozen=True)
 class Torch(UsersOwn):
-    """A data set of torchvision's, which downloads and reads it: `torch/flowers102` is the same as `torch:flowers102`.
+    """A dataset of torchvision's, which downloads and reads it: `torch/flowers102` is the same as `torch:flowers102`.
 
     `root` is where its files are, as torchvision lays them out. `train` and `test` are names of its splits, joined by + where
     several are meant (`train=train+val`). Where it has only one, `split_fraction` of the images is for testing, chosen by the
@@ -182,7 +182,7 @@ class Torch(UsersOwn):
     def __post_init__(self) -> None:
         if not self.dataset:
             raise UsageError(
-                "dataset torch needs the name of one of torchvision's data sets",
+                "dataset torch needs the name of one of torchvision's datasets",
                 why=f"there are {', '.join(SETS)}",
                 fix="--dataset torch/flowers102",
             )
@@ -191,7 +191,7 @@ class Torch(UsersOwn):
         if name is None and (why := _UNFIT.get(_plain(self.dataset))):
             raise UsageError(f"dataset torch/{self.dataset} cannot be used", why=why, fix="kdcache datasets lists what there is")
         if name is None:
-            raise unknown_name("data set of torchvision", self.dataset, SETS, error=NotFoundError)
+            raise unknown_name("dataset of torchvision", self.dataset, SETS, error=NotFoundError)
         kind = SETS[name]
         for field, value in {
             "dataset": name,
@@ -253,7 +253,7 @@ class Torch(UsersOwn):
 
     @property
     def published_as(self) -> str:
-        """The registered name of the same data set, or nothing."""
+        """The registered name of the same dataset, or nothing."""
         return SETS[self.dataset].published_as
 
     def _splits(self, split: Split) -> tuple[str | None, ...]:
@@ -422,7 +422,7 @@ class Torch(UsersOwn):
 
 
 class _Ordered:
-    """A data set in another order."""
+    """A dataset in another order."""
 
     def __init__(self, dataset: Any, order: list[int]) -> None:
         self._dataset, self._order = dataset, order

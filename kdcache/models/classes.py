@@ -1,4 +1,4 @@
-"""Which output of a model is which class of a data set: matched by name or WordNet id, or as a file says. Needs no torch.
+"""Which output of a model is which class of a dataset: matched by name or WordNet id, or as a file says. Needs no torch.
 
 A name is matched in this order, and only where exactly one output fits:
 
@@ -6,7 +6,7 @@ A name is matched in this order, and only where exactly one output fits:
 2. a WordNet id, which may be followed by words (`n02085620-Chihuahua`);
 3. the output's name, its description, or one of the synonyms in that, whatever the case, spaces and punctuation
    (`great_white_shark`). If several outputs fit, the one is taken that has the word as its whole name, provided that other
-   classes of the data set take the rest.
+   classes of the dataset take the rest.
 
 ImageNet's ids and synonyms are timm's (`timm.data.ImageNetInfo`, WordNet 3.0), which is imported when they are asked for.
 """
@@ -163,7 +163,7 @@ class Match:
 
 
 def match(names: Sequence[str], outputs: Outputs, chosen: Mapping[str, int] | None = None) -> Match:
-    """Match the classes of a data set to outputs. `chosen` are those that the user chose."""
+    """Match the classes of a dataset to outputs. `chosen` are those that the user chose."""
     index, found, by = _index(outputs), dict(chosen or {}), dict.fromkeys(chosen or {}, "--classes")
     open_: dict[str, tuple[int, ...]] = {}
     for name in names:
@@ -223,9 +223,9 @@ _index = lru_cache(maxsize=4)(_Index)
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The output of a model for each class of a data set."""
+    """The output of a model for each class of a dataset."""
 
-    names: tuple[str, ...]  # the data set's, in its order
+    names: tuple[str, ...]  # the dataset's, in its order
     outputs: tuple[int, ...]
     num_outputs: int
     called: tuple[str, ...] = ()  # the model's names of these outputs, as far as it has any
@@ -296,11 +296,11 @@ class ClassMap:
 
 @dataclass(frozen=True)
 class Stated:
-    """What `--classes` says: what the outputs are called, or for some classes of the data set which output they are."""
+    """What `--classes` says: what the outputs are called, or for some classes of the dataset which output they are."""
 
     outputs: Outputs | None = None
     chosen: Mapping[str, int | str] = field(default_factory=dict)
-    in_order: bool = False  # output i is the data set's class i
+    in_order: bool = False  # output i is the dataset's class i
 
     def resolved(self, known: Outputs | None, num_outputs: int, file: Path) -> dict[str, int]:
         """The output of each class that was chosen."""
@@ -355,18 +355,18 @@ def said_digest(file: Path) -> str:
     raise NotFoundError(
         f"--classes {file} {'is a folder' if file.is_dir() else 'does not exist'}",
         why="it is to be a file, or the name of a list",
-        fix=f"correct the path, or name a list: {', '.join(LISTS)}, or {SAME} for the data set's own order",
+        fix=f"correct the path, or name a list: {', '.join(LISTS)}, or {SAME} for the dataset's own order",
     )
 
 
 def read_classes(file: Path, names: Sequence[str]) -> Stated:
-    """Read `--classes`, for a data set with classes `names`.
+    """Read `--classes`, for a dataset with classes `names`.
 
     - A text file has the name of an output in each line, in order: a WordNet id, words, or both (`n01440764 tench`).
     - A JSON list likewise; or an object by number, as `id2label` in models' configurations.
-    - A JSON object by classes of the data set has the number or name of each one's output. Classes that it lacks are matched
+    - A JSON object by classes of the dataset has the number or name of each one's output. Classes that it lacks are matched
       by name.
-    - The name of a list that timm knows (imagenet-1k, imagenet-22k, ...), or `dataset`: output i is the data set's class i.
+    - The name of a list that timm knows (imagenet-1k, imagenet-22k, ...), or `dataset`: output i is the dataset's class i.
 
     Raises NotFoundError or UsageError.
     """
@@ -408,7 +408,7 @@ def _wrong(file: Path, what: str, why: str) -> KdcacheError:
     return UsageError(
         f"--classes {file} {what}",
         why=why,
-        fix='write the name of an output in each line, or JSON: {"class of the data set": number or name of the output}',
+        fix='write the name of an output in each line, or JSON: {"class of the dataset": number or name of the output}',
     )
 
 
@@ -441,7 +441,7 @@ def _by_key(file: Path, content: dict[str, Any], names: Sequence[str]) -> Stated
         )
     for name, choice in content.items():
         if name not in names:
-            raise _unknown(f"--classes {file} has the class {name!r}", "the data set has none of that name", name, names)
+            raise _unknown(f"--classes {file} has the class {name!r}", "the dataset has none of that name", name, names)
         if isinstance(choice, bool) or not isinstance(choice, int | str):
             raise _wrong(file, f"has {json.dumps(choice)[:100]} for {name!r}", "an output is a number or a name")
     return Stated(chosen=content)

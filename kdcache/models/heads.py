@@ -85,7 +85,7 @@ def _require_same(full: nn.Module, model: nn.Module, outputs: Sequence[int], inp
 
 def _inseparable(why: str) -> IncompatibleError:
     return IncompatibleError(
-        "the model cannot be reduced to the data set's classes",
+        "the model cannot be reduced to the dataset's classes",
         why=why,
         fix="finetune it instead: kdcache train-teacher --epochs 20",
     )

@@ -1,4 +1,4 @@
-"""Weights that are taken as they are: which of their outputs are the classes of a data set, and the model that has only these."""
+"""Weights that are taken as they are: which of their outputs are the classes of a dataset, and the model that has only these."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ CERTAIN_FROM = 10_000  # classes: subsets of ImageNet of that size are known by 
 
 @dataclass(frozen=True)
 class AsIs:
-    """Weights as they are: the mapping of classes, and a function that makes the model of the data set's classes."""
+    """Weights as they are: the mapping of classes, and a function that makes the model of the dataset's classes."""
 
     mapping: ClassMap
     make: Callable[[], Made]
@@ -70,7 +70,7 @@ def require_use(classes: Path | None, durations: Sequence[int], head_epochs: int
 
 
 class _Taking:
-    """One model's weights and one data set's classes."""
+    """One model's weights and one dataset's classes."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ def take(
     classes: Path | None,
     input_size: int,
 ) -> AsIs:
-    """Weights of model `exact` as they are, for a data set of classes `names`.
+    """Weights of model `exact` as they are, for a dataset of classes `names`.
 
     Published weights are not fetched before the model is made; those of a checkpoint and of a function are here already.
     Raises IncompatibleError if it is not certain which outputs these classes are, and UsageError for a wrong `classes`.

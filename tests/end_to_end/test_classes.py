@@ -1,4 +1,4 @@
-"""Weights as they are, for data sets with some of their classes or in another order: what is computed, kept and refused."""
+"""Weights as they are, for datasets with some of their classes or in another order: what is computed, kept and refused."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def fetched(monkeypatch):
 
 
 def folder_of(place, names):
-    """A data set of four images a class."""
+    """A dataset of four images a class."""
     rng = np.random.default_rng(7)
     for split in ("train", "test"):
         for name in names:
