@@ -1,4 +1,4 @@
-"""Data sets as they are typed: names, folders, functions; and what is said of their classes and their licence."""
+"""Datasets as they are typed: names, folders, functions; and what is said of their classes and their licence."""
 
 import json
 import shlex

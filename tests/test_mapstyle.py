@@ -1,4 +1,4 @@
-"""Data sets that a function returns: what is used of them, and everything else that it might return."""
+"""Datasets that a function returns: what is used of them, and everything else that it might return."""
 
 import sys
 from collections.abc import Callable, Iterator

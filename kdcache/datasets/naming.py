@@ -1,4 +1,4 @@
-"""Data sets as they are typed: a registered name with its options, a folder, `torch/NAME`, or `package.module:function`."""
+"""Datasets as they are typed: a registered name with its options, a folder, `torch/NAME`, or `package.module:function`."""
 
 import contextlib
 import difflib

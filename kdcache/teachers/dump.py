@@ -33,7 +33,7 @@ from kdcache.codecs import CODECS
 from kdcache.datasets import DATASETS, Source, UsersOwn
 from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
 from kdcache.datasets.classes import say_classes
-from kdcache.errors import IncompatibleError, NotFoundError, UsageError
+from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_factory, is_reference, public_name, resolve
@@ -230,7 +230,9 @@ def _continuing(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress
     spec = plan.config.recipe.shown.policy or plan.source.recipe.policy
     for candidate in candidates:
         path = _folder(candidate, teacher, workspace)
-        recorded = recorded_plan(path) if path.is_dir() else None
+        recorded = None
+        with contextlib.suppress(IntegrityError):  # a damaged archive is told when it is written
+            recorded = recorded_plan(path) if path.is_dir() else None
         if recorded is None or recorded.policy != candidate.policy:
             continue
         if plan.config.output is not None or (plan.canvas.all_square and candidate.policy.filter == plan.policy.filter):
