@@ -70,7 +70,7 @@ print(json.dumps([peak[0] - before, own_memory() - before]))
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's own memory")
 def test_students_take_what_their_footprint_says(tmp_path, run_python) -> None:
     said = footprint(MODEL, CLASSES, SIZE, CONFIG)
-    options = CONFIG.model_dump_json(include={"batch_size", "opt", "ema_decay"})
+    options = CONFIG.model_dump_json(include={"batch_size", "opt", "model_ema_decay"})
     peak, kept = json.loads(run_python(TRAIN, tmp_path, MODEL, CLASSES, SIZE, STUDENTS, options).stdout)
     assert 0.9 <= STUDENTS * said.kept / kept <= 1.6
     assert 0.9 <= (STUDENTS * said.kept + said.passing) / peak <= 1.6
