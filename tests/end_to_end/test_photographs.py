@@ -107,8 +107,13 @@ def test_how_tests_show_photographs_is_recorded_everywhere(kdcache, trained, tmp
     archive, _ = dumped(kdcache, *VERSION_2, "--views", 1, *trained)
     assert json.loads((archive / "kdcache.json").read_text())["teacher"]["test_views"] == shown
     assert "crop 0.95 of the short side, bilinear" in (archive / "README.md").read_text()
-    home = trained[-2:]
     assert "crop 0.95 of the short side, bilinear" in kdcache("info", archive).out
+
+
+@pytest.mark.exhaustive
+def test_the_report_tells_students_by_how_they_were_tested(kdcache, trained, tmp_path):
+    archive, _ = dumped(kdcache, *VERSION_2, "--views", 1, *trained)
+    home = trained[-2:]
     student = ["distill", "--archive", archive, "--student", "test_resnet", "--epochs", 1, "-b", 4, *home]
     assert kdcache(*student).status == 0
     result = kdcache(*student, "--test-policy", "eval:crop.mode=squash", "--crop-pct", 1, "--json")
