@@ -22,7 +22,7 @@ __all__ = ["can_resize", "crop_and_resize", "resized"]
 _BITS = 22  # bits of Pillow's weights
 _LOW_BITS = 8  # bits of a weight's lower half; they leave room for 128 taps
 _MAX_TAPS = 128
-_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}  # bytes of sums at a time: a cache's worth, or what a GPU can spare
+_AT_ONCE = (1 << 20, 1 << 29)  # bytes of sums at a time: a cache's worth, and what a GPU can spare
 _WIDTHS = 32  # sums are compiled per line width, so widths are rounded up to multiples of this many pixels
 
 
@@ -64,7 +64,7 @@ def crop_and_resize(
         for axis in (0, 1)
     )
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
-    step = max(1, _AT_ONCE[device.type] // (12 * side * max(side, size)))
+    step = max(1, _AT_ONCE[device.type != "cpu"] // (12 * side * max(side, size)))
     tables = _LineSums(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)

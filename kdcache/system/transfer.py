@@ -1,0 +1,19 @@
+"""Copies from the host to a device that do not make the host wait."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["to_device"]
+
+
+def to_device(values: NDArray | Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`. They go to a GPU by way of pinned memory, as only from there a copy runs beside the host.
+
+    Values that are on a device already are copied as they are. A CPU gets the very same memory.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

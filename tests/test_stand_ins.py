@@ -1,0 +1,39 @@
+"""Protects what is said of a GPU without one: the stand-in counts kernels, copies and waits of work that is known."""
+
+import numpy as np
+import torch
+
+from kdcache.system.transfer import to_device
+from tests.stand_ins import STAND_IN, launched, stand_in_gpu
+
+
+def test_kernels_copies_and_waits_are_counted() -> None:
+    with stand_in_gpu() as gpu:
+        x = torch.ones(4, 3, device=gpu, requires_grad=True)
+
+        def work() -> None:
+            y = (x.view(2, 6) * 2).sum()  # a view starts nothing
+            y.backward()
+            to_device(np.ones(3), gpu)
+            torch.ones(3).to(gpu)
+            y.item()
+            y.cpu()
+
+        found = launched(work)
+    assert found.by_operation["aten::mul"] == 2  # forward and backward
+    assert found.copies == 2
+    assert found.waits == {"a copy from the host": 1, "aten::_local_scalar_dense": 1, "a copy to the host": 1}
+
+
+def test_work_on_the_host_is_no_launch() -> None:
+    found = launched(lambda: (torch.ones(3) + 1).sum().item())
+    assert (found.kernels, found.copies, sum(found.waits.values())) == (0, 0, 0)
+
+
+def test_a_cpu_gets_the_memory_itself() -> None:
+    values = np.arange(4)
+    values[0] = 7
+    moved = to_device(values, torch.device("cpu"))
+    assert moved.data_ptr() == values.ctypes.data
+    assert moved[0] == 7
+    assert to_device(values, STAND_IN).device == STAND_IN
