@@ -29,9 +29,9 @@ from kdcache.students.config import PlanConfig
 from kdcache.students.grid import StudentSpec, doubts, plan_ahead
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Targets
-from kdcache.teachers.config import DumpRecipe
+from kdcache.teachers.config import DumpRecipe, usual_dump
 from kdcache.teachers.dump import free_bytes
-from kdcache.teachers.forward import Forward
+from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import resolve_device, seeded
 from kdcache.training.learner import Learner
@@ -308,7 +308,7 @@ def _per_image(work: Callable[[int], object], batch_size: int, device: torch.dev
 
 def _rendering(policy: ViewPolicy, canvas: int, config: PlanConfig, device: torch.device) -> float:
     where = device if device.type == "cuda" else torch.device("cpu")
-    batch = max(2, config.recipe.batch_size)
+    batch = max(2, config.recipe.batch_size or usual_dump(device.type).batch_size)
     renderer = choose_renderer(config.drawing.renderer, policy, canvas, batch, where)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, canvas, canvas), dtype=np.uint8)
     table = policy.parameters(0, batch, np.ones((batch, 2), int))
@@ -320,13 +320,14 @@ def _views(count: int, size: int, device: torch.device) -> Tensor:
 
 
 def _teacher(name: str, classes: int, size: int, recipe: DumpRecipe, device: torch.device) -> float:
+    usual = usual_dump(device.type)
+    batch_size, precision = recipe.batch_size or usual.batch_size, recipe.precision or usual.precision
     with seeded(0):
         model, normalise = create_model(name, classes, input_size=size)
-        views = _views(recipe.batch_size, size, device)
-    forward = Forward(
-        model.eval().to(device), normalise, device, recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
-    )
-    return _per_image(lambda count: forward(views[:count]), recipe.batch_size, device)
+        views = _views(batch_size, size, device)
+    model = model.eval().to(device)
+    forward = Forward(model, normalise, device, precision, suited_memory_format(model, size, device, precision))
+    return _per_image(lambda count: forward(views[:count]), batch_size, device)
 
 
 def _learning(name: str, classes: int, size: int, config: TrainConfig, seen: int, device: torch.device) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What `train-teacher` and `dump-teacher` are asked for. Nothing here needs torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,13 +11,29 @@ from kdcache.archive import ArchivePlan, new_plan
 from kdcache.options import LARGEST_INTEGER, Option, Options, Share, Triple, Usual, integers
 from kdcache.training.config import MODEL_FORMS, HowTested, Runtime, Training, ViewOptions
 
-__all__ = ["DumpConfig", "DumpRecipe", "TeacherAndData", "TeacherConfig"]
+__all__ = ["USUAL", "DumpConfig", "DumpRecipe", "Precision", "TeacherAndData", "TeacherConfig", "UsualDump", "usual_dump"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 Durations = Annotated[
     tuple[int, ...] | Literal["paper"], BeforeValidator(lambda value: value if value == "paper" else integers(value))
 ]
+
+
+@dataclass(frozen=True)
+class UsualDump:
+    """With what a kind of device computes logits, unless told otherwise."""
+
+    precision: Precision
+    batch_size: int
+
+
+USUAL = {"cuda": UsualDump("fp16", 256), "cpu": UsualDump("fp32", 64)}
+
+
+def usual_dump(device_type: str) -> UsualDump:
+    """That of a GPU for `cuda`, and a CPU's for all else."""
+    return USUAL.get(device_type, USUAL["cpu"])
 
 
 class TeacherAndData(Options):
@@ -79,7 +96,10 @@ class DumpRecipe(Options):
         Option("Views of every sample; more than before appends [the dataset's recipe]."),
     ] = None
     view_seed: Annotated[Seed | None, Option("Seed of the views [0].")] = None
-    batch_size: Annotated[int, Field(ge=1), Option("Images per step.", short="-b")] = 64
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Option("Images per step [the archive's that is gone on with, or 256 on a GPU, 64 on a CPU].", short="-b"),
+    ] = None
     precision: Annotated[Precision | None, Option("Of the teacher [fp16 on a GPU, fp32 on a CPU].")] = None
     codec: Annotated[str, Option("How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16"
     layout: Annotated[str, Option("How files are laid out: zarr, hdf5, webdataset.")] = "zarr"

@@ -12,6 +12,7 @@ from kdcache.system.distributed import this_rank
 from kdcache.system.energy import Meter
 
 __all__ = [
+    "device_kind",
     "enough_memory",
     "metered",
     "out_of_memory",
@@ -47,6 +48,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_kind(device: torch.device) -> str:
+    """The name of a kind of device, such as `NVIDIA H100 80GB HBM3` or `cpu`: others may give other last bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device, or the host, had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -56,7 +62,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(what: str, fix: str) -> Iterator[None]:
-    """Work inside that runs out of memory, on a device or the host, raises RetryError: `what`, in the allocator's words, `fix`."""
+    """Work inside that runs out of memory, of a device or the host, raises RetryError: `what`, the allocator's words, `fix`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

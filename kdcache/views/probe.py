@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.views.policy import PROBE_VERSION
 
-__all__ = ["GRID", "digest_sums", "digests", "fingerprint", "fold", "grids"]
+__all__ = ["GRID", "digest_sums", "digests", "fingerprint", "fold", "grid_means", "grid_sums", "grids"]
 
 GRID = 4  # cells a side
 
@@ -64,11 +64,23 @@ def fold(sums: Tensor) -> NDArray[np.uint32]:
 
 def grids(views: Tensor) -> NDArray[np.uint8]:
     """Means of the 4 x 4 grid cells of `views`, uint8 `[B, 3, S, S]`, over channels and pixels, floored: uint8 `[B, 16]`."""
-    batch, channels, side, _ = views.shape
-    edges = [side * i // GRID for i in range(GRID + 1)]
+    return grid_means(grid_sums(views), views.shape[-1], views.shape[1])
+
+
+def grid_sums(views: Tensor) -> Tensor:
+    """The sums that `grids` divides, over channels and pixels: int64 `[B, 4, 4]`, on the device of `views`."""
+    edges = _edges(views.shape[-1])
     columns = torch.stack([views[..., a:b].sum(dim=3, dtype=torch.int32) for a, b in itertools.pairwise(edges)], dim=3)
-    sums = torch.stack([columns[:, :, a:b].sum(dim=(1, 2)) for a, b in itertools.pairwise(edges)], dim=1)  # [B, 4, 4]
-    spans = np.diff(edges)
+    return torch.stack([columns[:, :, a:b].sum(dim=(1, 2)) for a, b in itertools.pairwise(edges)], dim=1)
+
+
+def grid_means(sums: Tensor, side: int, channels: int = 3) -> NDArray[np.uint8]:
+    """`grids` of views of `side` pixels, from their `grid_sums` on the host."""
+    spans = np.diff(_edges(side))
     areas = np.maximum(spans[:, None] * spans[None, :], 1) * channels
     means: NDArray[np.uint8] = (sums.cpu().numpy() // areas).astype(np.uint8)
-    return means.reshape(batch, GRID * GRID)
+    return means.reshape(len(sums), GRID * GRID)
+
+
+def _edges(side: int) -> list[int]:
+    return [side * i // GRID for i in range(GRID + 1)]
