@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdcache.system import transfer
+
 STAND_IN = torch.device("meta")  # shapes and dtypes without contents, with gradients
 
 _NO_KERNEL = {  # beside views
@@ -69,7 +71,11 @@ class _Counting(TorchDispatchMode):
         if target.type == "cpu":
             if not goes_on:
                 self.found.waits["a copy to the host"] += 1
-            return given[0] if name == "aten::copy_" else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            return (
+                given[0].fill_(1)
+                if name == "aten::copy_"
+                else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            )
         self.found.copies += 1
         if not goes_on:
             self.found.waits["a copy from the host"] += 1
@@ -129,5 +135,7 @@ def stand_in_gpu() -> Iterator[torch.device]:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
+        stack.enter_context(mock.patch.object(transfer, "_BESIDE", {STAND_IN.type}))
+        stack.enter_context(mock.patch.object(transfer, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype)))
         stack.enter_context(mock.patch.object(Tensor, "record_stream", return_value=None))
         yield STAND_IN

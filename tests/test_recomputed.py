@@ -1,4 +1,4 @@
-"""Protects `verify --replay` with the teacher at hand: an intact archive is never called damaged, and changed logits are found."""
+"""Protects `verify --replay` with the teacher at hand: intact archives are never called damaged, changed logits are found."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def _at_hand(made: tuple[nn.Module, Normalisation], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(recomputed, "load_teacher", lambda teacher: made)
 
 
-def dumped(path: Path, canvas: Canvas, made: Any, precision: Any = "fp32", noise: Noise | None | str = "measured") -> Archive:
+def dumped(path: Path, canvas: Canvas, made: Any, precision: Any = "fp32", noise: Noise | str | None = "measured") -> Archive:
     forward = Forward(*made, CPU, precision)
     if noise == "measured":
         noise = measured_noise(forward, canvas, POLICY, 8, Silent())
