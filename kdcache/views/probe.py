@@ -23,7 +23,7 @@ GRID = 4  # cells a side
 def _weights(words: int, device: torch.device) -> Tensor:
     """One odd 64-bit weight per word. Odd weights make sure that a change of one word changes the sum."""
     raw = np.random.Philox(key=np.array([0x6B64_6361_6368_6500, 1], np.uint64)).random_raw(words) | np.uint64(1)
-    return torch.from_numpy(raw.view(np.int64)).to(device)
+    return torch.from_numpy(raw.view(np.int64)).to(device)  # waited for, so that any stream may use the kept weights later
 
 
 def fingerprint(views: Tensor, version: int = PROBE_VERSION) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
