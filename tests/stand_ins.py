@@ -21,6 +21,7 @@ _NO_KERNEL = {  # beside views
 }
 _READS = {"aten::_local_scalar_dense": 1.0, "aten::is_nonzero": True, "aten::equal": True}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
+_TAKE_ALONG = {"aten::where", "aten::index", "aten::index_put", "aten::index_put_"}  # what of them is on the host is copied
 
 
 @dataclass
@@ -49,6 +50,10 @@ class _Counting(TorchDispatchMode):
         if away and name in _READS:
             self.found.waits[name] += 1
             return _READS[name]
+        if away and name in _TAKE_ALONG:
+            left = sum(tensor.device.type == "cpu" for tensor in given)
+            self.found.copies += left
+            self.found.waits += Counter({f"an operand of {name} on the host": left})  # keeps no zeros
         if name in _COPIES and (moved := self._moved(name, given, args, kwargs)) is not None:
             return moved
         result = function(*args, **kwargs)

@@ -20,7 +20,6 @@ from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import Precision
 from kdcache.views.policy import RendererChoice
-from kdcache.views.probe import grids
 
 __all__ = ["Forward", "batches", "last_linear", "write_shards"]
 
@@ -63,6 +62,8 @@ def write_shards(
                 renderer=renderer,
                 device=forward.device,
                 probe_version=writer.plan.probe_version,
+                grid=True,
+                progress=progress,
             )
             for item in rendered:
                 check()
@@ -125,7 +126,8 @@ class _ShardRows:
 
     def add(self, item: Rendered, logits: NDArray[np.float32], size: int) -> None:
         """Add the next batch of a shard of `size` rows."""
-        batch = (logits, item.rows.sample, item.digest, grids(item.images))
+        assert item.grid is not None
+        batch = (logits, item.rows.sample, item.digest, item.grid)
         if not self.columns:
             self.columns = tuple(np.empty((size, *part.shape[1:]), part.dtype) for part in batch)
         rows = slice(self._filled, self._filled + len(logits))

@@ -27,9 +27,6 @@ _AT_ONCE = (1 << 20, 1 << 29)  # bytes of sums at a time: a cache's worth, and w
 _WIDTHS = 32  # sums are compiled per line width, so widths are rounded up to multiples of this many pixels
 
 
-# A number as an operand of torch.where would be copied to a GPU, which the host waits for; so there is none in this package.
-
-
 def _triangle(x: Tensor) -> Tensor:
     return (1 - x).clamp(min=0)
 
@@ -46,6 +43,11 @@ _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.
 def can_resize(side: int, size: int, filter: str) -> bool:
     """Whether every crop of an image of `side` pixels can be resized here. A view's line takes at most 128 image lines."""
     return _most_taps(side / size, filter) <= _MAX_TAPS
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether work for the host is done in the way that suits it. Both ways give the same bytes."""
+    return device.type == "cpu"
 
 
 def _most_taps(scale: float, filter: str) -> int:
@@ -68,7 +70,7 @@ def crop_and_resize(
     across = _taps((left, right), int(widest[0]), dx, mirrored, side, size, filter)
     down = _taps((top, bottom), int(widest[1]), dy, None, side, size, filter)
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
-    step = max(1, _AT_ONCE[device.type != "cpu"] // (12 * side * max(side, size)))
+    step = max(1, _AT_ONCE[not _on_host(device)] // (12 * side * max(side, size)))
     tables = _LineSums(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
@@ -120,7 +122,7 @@ class _Taps:
     def window(self, chunk: slice, side: int) -> tuple["_Taps", slice]:
         """(taps of a part of the batch, the range of the `side` lines that it uses). Its taps count from the range's start."""
         first, high, low, used = self.first[chunk], self.high[chunk], self.low[chunk], self.used[chunk]
-        if first.device.type != "cpu":  # reading the values would make the host wait
+        if not _on_host(first.device):  # reading the values would make the host wait
             return _Taps(first, high, low, used, self.below), slice(0, side)
         taps, begin = max(1, int(used.max())), int(first.min())
         count = min(-(-(int(first.max()) + taps - begin) // _WIDTHS) * _WIDTHS, side)
@@ -165,7 +167,7 @@ def _taps(
     below = 0 if filter == "bilinear" else 1 << 21
     half = 1 << (_BITS - _LOW_BITS - 1)
     step = 1 / (1 << _LOW_BITS)
-    if device.type == "cpu":
+    if _on_host(device):
         used = ((whole != 0).any(dim=1) * torch.arange(1, taps + 1)).amax(dim=1).numpy()
     else:
         used = np.full(count, taps)
@@ -202,7 +204,7 @@ class _LineSums:
     def _bags(self, lines: Tensor, index: Tensor, *weights: Tensor) -> list[Tensor]:
         """For each of `weights`: weighted sums of table rows `index [B, S, 1 + taps]`, float32 `[B * S, 3 * D]`."""
         rows, columns, bag_size = lines.shape[0] * lines.shape[1], lines.shape[2] * lines.shape[3], index.shape[-1]
-        if self._device.type != "cpu":
+        if not _on_host(self._device):
             table = torch.ones(1 + rows, columns, device=self._device)
             table[1:].view(lines.shape).copy_(lines)
             index = index.view(-1, bag_size)
