@@ -35,16 +35,16 @@ _WORK_BYTES = 32  # for each byte of a view, while it is rendered
 _READERS = 4  # threads that read a canvas for which a GPU has no room
 
 
-def positions_at_once(policy: ViewPolicy, canvas_size: int, free: int) -> int:
-    """Number of positions that are rendered at once with that many bytes of memory `free`."""
+def positions_at_once(size: int, canvas_size: int, free: int) -> int:
+    """Number of views of `size` pixels that are rendered at once with that many bytes of memory `free`."""
     least, most = _AT_ONCE
-    wanted = min(max(least, _LARGE // (3 * policy.size**2)), most)
-    return max(1, min(wanted, int(_WORKING * free) // _bytes_each(policy, canvas_size)))
+    wanted = min(max(least, _LARGE // (3 * size**2)), most)
+    return max(1, min(wanted, int(_WORKING * free) // _bytes_each(size, canvas_size)))
 
 
 def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -> float:
     """Seconds for a view when as many as usual are rendered at once, from a canvas on the GPU."""
-    count = positions_at_once(policy, canvas_size, free_memory(device))
+    count = positions_at_once(policy.size, canvas_size, free_memory(device))
     table = policy.parameters(0, count, np.ones((count, 2), int))
     pixels = torch.zeros(1, 3, canvas_size, canvas_size, dtype=torch.uint8, device=device).expand(count, -1, -1, -1)
     seconds = []
@@ -57,19 +57,17 @@ def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -
     return min(seconds) / count
 
 
-def rendering_memory(canvas: Canvas, policy: ViewPolicy, device: torch.device) -> int:
-    """Bytes of a GPU that the canvas and rendering from it will take."""
-    free = free_memory(device)
-    kept = canvas.pixels.nbytes if _has_room(canvas, free) else 0
-    return kept + positions_at_once(policy, canvas.size, free - kept) * _bytes_each(policy, canvas.size)
+def rendering_memory(samples: int, canvas_size: int, size: int, device: torch.device) -> int:
+    """Bytes of a GPU that a canvas and rendering views of `size` pixels from it will take; 0 of other devices."""
+    if device.type != "cuda":
+        return 0
+    free, canvas = free_memory(device), samples * 3 * canvas_size**2
+    kept = canvas if canvas < _RESIDENT * free else 0
+    return kept + positions_at_once(size, canvas_size, free - kept) * _bytes_each(size, canvas_size)
 
 
-def _bytes_each(policy: ViewPolicy, canvas_size: int) -> int:
-    return 3 * (canvas_size**2 + _WORK_BYTES * policy.size**2)
-
-
-def _has_room(canvas: Canvas, free: int) -> bool:
-    return canvas.pixels.nbytes < _RESIDENT * free
+def _bytes_each(size: int, canvas_size: int) -> int:
+    return 3 * (canvas_size**2 + _WORK_BYTES * size**2)
 
 
 class Resident:
@@ -85,7 +83,7 @@ class Resident:
         """The pixels on `device`, or None where they have no room there."""
         if self._canvas is not canvas:  # decided only once, as later the pixels themselves use the memory
             self._canvas, self._pixels = canvas, None
-            if _has_room(canvas, free_memory(device)):
+            if canvas.pixels.nbytes < _RESIDENT * free_memory(device):
                 with warnings.catch_warnings(action="ignore"):  # torch warns of the read-only canvas, which is only read here
                     self._pixels = torch.from_numpy(canvas.pixels).to(device)
         return self._pixels
@@ -206,7 +204,7 @@ class _Rendering:
         self._tables, self._device, self._probe_version, self._grid = DrawTables(policy, canvas), device, probe_version, grid
         self._resident, self._pixels = resident, resident.pixels(canvas, device)
         self._reader = None if self._pixels is not None else _Reader(canvas.pixels, device, stack)
-        limit = positions_at_once(policy, canvas.size, free_memory(device))
+        limit = positions_at_once(policy.size, canvas.size, free_memory(device))
         self._chunks = _Chunks(items, min(limit, resident.limit or limit))
         self._planned: _Plan | None = None  # whose pixels are read while the last chunk is rendered and used
         self._stream = side_stream(device)

@@ -205,9 +205,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def room(device: str | torch.device, asked: int | None = None) -> int:
-    """Bytes for models in training: the requested amount, or most of the free memory."""
-    return asked or int(SHARE * available_memory(device))
+def room(device: str | torch.device, asked: int | None = None, taken: int = 0) -> int:
+    """Bytes for models in training: the requested amount, or most of the free memory of which `taken` bytes are for others."""
+    return asked or int(SHARE * max(0, available_memory(device) - taken))
 
 
 def available_memory(device: str | torch.device) -> int:

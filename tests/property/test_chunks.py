@@ -22,6 +22,7 @@ from kdcache.replay.chunks import Resident, positions_at_once, render_chunks, re
 from kdcache.replay.prefetch import Item, Rendered, render_batches
 from kdcache.system import gpu
 from kdcache.system.progress import Silent
+from kdcache.training.memory import room
 from kdcache.views import PRESETS, ViewPolicy, probe, render_positions, resample
 from kdcache.views.policy import PROBE_VERSION, InceptionCrop, PadCrop, RandAugment
 from kdcache.views.probe import digests, grids
@@ -220,18 +221,22 @@ def test_all_epochs_share_one_stream(canvas: Canvas) -> None:
 
 
 def test_less_memory_and_larger_views_mean_smaller_chunks() -> None:
-    pets, cifar = (PRESETS[name].settled() for name in ("pets", "cifar"))
-    assert positions_at_once(pets, 336, 80 << 30) == 1024
-    assert 200 < positions_at_once(pets, 336, 8 << 30) < 1024
-    assert positions_at_once(cifar, 32, 80 << 30) == 4096
-    assert positions_at_once(pets, 336, 0) == 1
+    assert positions_at_once(224, 336, 80 << 30) == 1024
+    assert 200 < positions_at_once(224, 336, 8 << 30) < 1024
+    assert positions_at_once(32, 32, 80 << 30) == 4096
+    assert positions_at_once(224, 336, 0) == 1
 
 
-@pytest.mark.usefixtures("idle_gpu")
-def test_rendering_takes_the_canvas_and_its_work_of_a_gpus_memory(canvas: Canvas, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_canvas = rendering_memory(canvas, ALL_PIECES, CPU)
-    monkeypatch.setattr(chunks, "_RESIDENT", 0.0)
-    assert with_canvas - rendering_memory(canvas, ALL_PIECES, CPU) == canvas.pixels.nbytes
+def test_the_canvas_and_rendering_are_taken_from_the_memory_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, free = torch.device("cuda"), 40 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 80 << 30))
+    canvas = 50_000 * 3 * 256**2
+    with_canvas = rendering_memory(50_000, 256, 224, device)
+    assert canvas < with_canvas < canvas + free / 4
+    assert 0 < rendering_memory(500_000, 256, 224, device) < free / 4, "what has no room on it is not kept there"
+    assert rendering_memory(50_000, 256, 224, CPU) == 0
+    assert room(device, None, with_canvas) == int(0.8 * (free - with_canvas))
+    assert room(device, 1 << 30, with_canvas) == 1 << 30
 
 
 # ---------------------------------------------------------------- what a GPU is asked to do
@@ -264,7 +269,7 @@ def launches(policy: ViewPolicy, size: int, items: list[Item], count: int) -> La
 @pytest.mark.usefixtures("idle_gpu")
 @pytest.mark.parametrize(("name", "size"), [("pets", 336), ("cifar", 32), ("digits", 32)])
 def test_a_batch_of_64_is_few_kernels_and_no_wait(name: str, size: int) -> None:
-    count = positions_at_once(PRESETS[name], size, 80 << 30)
+    count = positions_at_once(PRESETS[name].size, size, 80 << 30)
     order = np.random.default_rng(0).permutation(count)
     items = [(0, part) for part in np.split(order, count // 64)]
     found = launches(PRESETS[name].settled(), size, items, count)
