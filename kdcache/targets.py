@@ -140,9 +140,9 @@ class GlobalSmoothing(Control):
     """
 
     average: Literal["sorted-mean", "mean-entropy", "plain-mean"] = "sorted-mean"
-    # Found by `fit`: log C - H in nats at the tau it was fitted for, and log(d / (1 - d)) of the smoothing 1 - d with it.
-    deficit: float | None = dataclasses.field(default=None, metadata=FITTED)
-    log_odds: float | None = dataclasses.field(default=None, metadata=FITTED)
+    deficit: float | None = dataclasses.field(
+        default=None, metadata=FITTED
+    )  # log C - H in nats at the tau it was fitted for; found by `fit`
     smooths: ClassVar[bool] = True
 
     def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
@@ -161,21 +161,18 @@ class GlobalSmoothing(Control):
             raise ValueError("ls-global needs at least one row to average")
         mean = total / rows
         if self.average == "mean-entropy":
-            deficit = float(math.log(classes) - mean)
-        else:
-            mean = mean[mean > 0]
-            deficit = float((mean * np.log(mean * classes)).sum())
-        log_odds = _log_odds(torch.tensor(deficit, dtype=torch.float64).view(1), classes).item()
-        return dataclasses.replace(self, deficit=deficit, log_odds=log_odds)
+            return dataclasses.replace(self, deficit=float(math.log(classes) - mean))
+        mean = mean[mean > 0]
+        return dataclasses.replace(self, deficit=float((mean * np.log(mean * classes)).sum()))
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
-        if self.log_odds is None:
+        if self.deficit is None:
             raise UsageError(
                 "control ls-global was not fitted",
                 why="its strength is that of an archive's average softmax at tau",
                 fix="use what control.fit(archive.spread_logits(), tau) gives",
             )
-        return _smoothed(targets, self.log_odds)
+        return _smoothed(targets, _one_log_odds(self.deficit, targets.logits.shape[1]))
 
 
 @CONTROLS.register("bottom")
@@ -278,6 +275,12 @@ def _log_odds(deficit: Tensor, classes: int) -> Tensor:
     x = x - start
     odds = torch.addcmul(c0, x, torch.addcmul(c1, x, torch.addcmul(c2, x, c3)))
     return odds.masked_fill(deficit <= 0, -math.inf)
+
+
+@lru_cache(maxsize=256)
+def _one_log_odds(deficit: float, classes: int) -> float:
+    """`_log_odds` of a single deficit, solved once."""
+    return float(_log_odds(torch.tensor([deficit], dtype=torch.float64), classes))
 
 
 @lru_cache(maxsize=16)
