@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdcache.system import transfer
-
 STAND_IN = torch.device("meta")  # shapes and dtypes without contents, with gradients
 
 _NO_KERNEL = {  # beside views
@@ -23,6 +21,7 @@ _NO_KERNEL = {  # beside views
 }
 _READS = {"aten::_local_scalar_dense": 1.0, "aten::is_nonzero": True, "aten::equal": True}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
+_TAKE_ALONG = {"aten::where", "aten::index", "aten::index_put", "aten::index_put_"}  # what of them is on the host is copied
 
 
 @dataclass
@@ -51,6 +50,10 @@ class _Counting(TorchDispatchMode):
         if away and name in _READS:
             self.found.waits[name] += 1
             return _READS[name]
+        if away and name in _TAKE_ALONG:
+            left = sum(tensor.device.type == "cpu" for tensor in given)
+            self.found.copies += left
+            self.found.waits += Counter({f"an operand of {name} on the host": left})  # keeps no zeros
         if name in _COPIES and (moved := self._moved(name, given, args, kwargs)) is not None:
             return moved
         result = function(*args, **kwargs)
@@ -135,7 +138,5 @@ def stand_in_gpu() -> Iterator[torch.device]:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
-        stack.enter_context(mock.patch.object(transfer, "_BESIDE", {STAND_IN.type}))
-        stack.enter_context(mock.patch.object(transfer, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype)))
         stack.enter_context(mock.patch.object(Tensor, "record_stream", return_value=None))
         yield STAND_IN

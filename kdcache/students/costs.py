@@ -23,6 +23,7 @@ from kdcache.errors import NotFoundError
 from kdcache.methods import build
 from kdcache.models.creation import create_model
 from kdcache.models.names import resolve
+from kdcache.replay.chunks import rendering_memory, seconds_on_gpu
 from kdcache.replay.prefetch import choose_renderer
 from kdcache.replay.subject import Subject
 from kdcache.students.config import PlanConfig
@@ -153,7 +154,7 @@ def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | No
         step, test = _learning(name, counts.classes, size, same[0], seen, device)
         costs[kind] = StudentCost(name, len(same), seen, measured(step), test, memory)
 
-    free = room(device, config.room.memory)
+    free = room(device, config.room.memory, rendering_memory(counts.train, canvas, policy.size, device))
     groups = [group for stream in _streams(specs) for group in _packed([costs[_kind(each)] for each in stream], free)]
     shown, tests = epochs * counts.train, -(-epochs // config.grid.training.val_interval) * counts.test
     alone = [shown * one.views * (render + teacher + one.step) + tests * one.test for one in _each(groups)]
@@ -310,6 +311,8 @@ def _rendering(policy: ViewPolicy, canvas: int, config: PlanConfig, device: torc
     where = device if device.type == "cuda" else torch.device("cpu")
     batch = max(2, config.recipe.batch_size or usual_dump(device.type).batch_size)
     renderer = choose_renderer(config.drawing.renderer, policy, canvas, batch, where)
+    if where.type == "cuda" and renderer == "device":
+        return seconds_on_gpu(policy, canvas, where)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, canvas, canvas), dtype=np.uint8)
     table = policy.parameters(0, batch, np.ones((batch, 2), int))
     return _per_image(lambda count: digests(render_positions(pixels, table, np.arange(count), renderer, where)), batch, where)

@@ -31,6 +31,7 @@ from kdcache.models.creation import create_model, described, licence, load_weigh
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, public_name
 from kdcache.options import as_text
+from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
 from kdcache.replay.subject import Subject
@@ -110,10 +111,13 @@ def _distill(
         elif team.size > 1:
             progress.say(f"{team.size} processes: each has {specs[0].settings.batch_size // team.size} views of every batch")
         runtime = config.runtime
-        evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, team=together)
+        evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, device=device, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
-        available = room(device, runtime.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
+        rendering = rendering_memory(len(train), train.size, size, device)
+        available = room(device, runtime.memory, rendering)
+        if device.type == "cpu":
+            available //= team.size  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
         for number, group in enumerate(groups, 1):
             task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"

@@ -5,9 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Landing", "to_device"]
-
-_BESIDE = frozenset({"cuda"})  # devices that copy to pinned memory beside the host; of others the host waits for the copy
+__all__ = ["Landing", "to_device", "to_host"]
 
 
 def to_device(values: NDArray | Tensor, device: torch.device) -> Tensor:
@@ -21,6 +19,14 @@ def to_device(values: NDArray | Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def to_host(values: Tensor) -> Tensor:
+    """`values` in host memory: those of a GPU in pinned memory, and there when the work so far on this stream is done."""
+    if values.device.type == "cpu":
+        return values
+    pinned = values.device.type == "cuda"
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned).copy_(values, non_blocking=True)
+
+
 class Landing:
     """Tensors of a device on their way to the host.
 
@@ -30,9 +36,8 @@ class Landing:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        away = [tensor.device for tensor in tensors if tensor.device.type in _BESIDE]
-        self._tensors = [_begun(tensor) for tensor in tensors]
-        if away:
+        self._tensors = [to_host(tensor) for tensor in tensors]
+        if away := [tensor.device for tensor in tensors if tensor.device.type != "cpu"]:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(away[0]))
 
@@ -41,13 +46,3 @@ class Landing:
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
-
-
-def _begun(tensor: Tensor) -> Tensor:
-    if tensor.device.type not in _BESIDE:
-        return tensor.cpu()
-    return _pinned(tensor).copy_(tensor, non_blocking=True)
-
-
-def _pinned(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)

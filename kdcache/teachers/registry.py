@@ -73,7 +73,7 @@ class Exam(EvalSet):
 def _entropies(which: str, logits: Tensor) -> dict[str, float]:
     if not torch.isfinite(logits).all():
         return {f"{which}_entropy": math.nan, f"{which}_entropy_rest": math.nan}
-    h, rest = relative_entropy(logits.numpy())
+    h, rest = relative_entropy(logits.cpu().numpy())
     return {f"{which}_entropy": float(h.mean()), f"{which}_entropy_rest": float(rest.mean())}
 
 

@@ -20,7 +20,6 @@ from kdcache.system.transfer import Landing
 from kdcache.teachers.forward import Forward, batches
 from kdcache.training.devices import enough_memory
 from kdcache.views.policy import RendererChoice
-from kdcache.views.probe import grid_means, grid_sums
 
 __all__ = ["write_shards"]
 
@@ -47,7 +46,8 @@ def write_shards(
     assert policy is not None
     number, parts = share or (0, 1)
     mine = set(itertools.islice(writer.shards(), number, None, parts))
-    told = _Told(writer, mine, progress or Silent())
+    progress = progress or Silent()
+    told = _Told(writer, mine, progress)
     with enough_memory(
         f"no memory for batches of {batch_size} views on {forward.device}",
         fix="end what else uses that memory, and repeat the command: written shards are kept. The archive's batch size is fixed: "
@@ -66,6 +66,8 @@ def write_shards(
                     renderer=renderer,
                     device=forward.device,
                     probe_version=writer.plan.probe_version,
+                    grid=True,
+                    progress=progress,
                 )
                 for batch in _answered(rendered, forward, check):
                     view, block, claim = claimed.shards[0]
@@ -107,16 +109,16 @@ class _Begun:
     def __init__(self, item: Rendered, forward: Forward) -> None:
         self._item, self._forward = item, forward
         logits = forward.launch(item.images)
-        self._landing = Landing(logits, forward.finite(logits), grid_sums(item.images))
+        self._landing = Landing(logits, forward.finite(logits))
 
     def columns(self) -> Columns:
         """Wait for the results. Where some are not finite, repeat the batch in float32."""
         item = self._item
-        logits, finite, sums = self._landing.wait()
+        assert item.grid is not None
+        logits, finite = self._landing.wait()
         if not finite:
             logits = self._forward.in_float32(item.images).cpu()
-        channels, side = item.images.shape[1:3]
-        return logits.numpy(), item.rows.sample, item.digest, grid_means(sums, side, channels)
+        return logits.numpy(), item.rows.sample, item.digest, item.grid
 
 
 class _ShardRows:

@@ -307,7 +307,7 @@ class _Job:
         self.progress.say(f"tests: {self.tested.title}")
         for note in doubts(self.how_tested, self.tested, self.exact, self.test_canvas, model):
             self.progress.say(note)
-        return Exam(self.test_canvas, self.tested.policy, self.train_canvas, self.shown, self._ahead)
+        return Exam(self.test_canvas, self.tested.policy, self.train_canvas, self.shown, self._ahead | {"device": self.device})
 
     def train(self, durations: Sequence[int]) -> dict[int, Teacher]:
         """Train teachers of these durations in lockstep, each of which is recorded at its end."""

@@ -217,12 +217,12 @@ class Learner:
 
     @torch.no_grad()
     def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
-        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
+        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, of the weights or their mean."""
         model = self.average.module if averaged and self.average is not None else self.model
         model.eval()
         with self._precision():
             logits: Tensor = model(self.normalise(views.to(self.device)).contiguous(memory_format=self._format))
-        return logits.float().cpu()
+        return logits.float()
 
     def settle(self) -> None:
         """Before the epoch's test: what the processes of a team have each found of their parts becomes the same everywhere."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdcache.datasets.canvas import Canvas
-from kdcache.replay import prefetch
+from kdcache.replay import chunks, prefetch
 from kdcache.replay.prefetch import choose_renderer, render_batches
 from kdcache.views import PRESETS, ViewPolicy, fingerprint, render, render_positions
 from kdcache.views.device import _to_hsv, _to_rgb
@@ -128,7 +128,7 @@ def test_batches_rendered_ahead_on_a_gpu_are_the_cpus(
     canvas: Canvas, items: list[prefetch.Item], resident: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the canvas lies on the GPU (all of it, when there is room and use for it) or only what a batch needs."""
-    monkeypatch.setattr(prefetch, "_RESIDENT", resident)
+    monkeypatch.setattr(chunks, "_RESIDENT", resident)
     expected = list(render_batches(canvas, ALL_PIECES, items, renderer="reference"))
     found = list(render_batches(canvas, ALL_PIECES, items, renderer="device", device=GPU))
     assert all(batch.images.device.type == "cuda" for batch in found)
