@@ -7,11 +7,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError
+from kdcache.errors import RetryError, UsageError
 from kdcache.system.distributed import this_rank
 from kdcache.system.energy import Meter
 
-__all__ = ["metered", "resolve_device", "rng_states", "seed_of_process", "seeded", "set_rng_states"]
+__all__ = [
+    "enough_memory",
+    "metered",
+    "out_of_memory",
+    "resolve_device",
+    "rng_states",
+    "seed_of_process",
+    "seeded",
+    "set_rng_states",
+]
+
+# Most of torch's allocators raise a plain RuntimeError: those of a CPU (on Linux and Windows), of cuBLAS, cuDNN and Metal.
+_NO_MEMORY = ("you tried to allocate", "STATUS_ALLOC_FAILED", "out of memory")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,6 +45,26 @@ def resolve_device(name: str) -> torch.device:
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def enough_memory(what: str, fix: str) -> Iterator[None]:
+    """Work inside that runs out of memory, on a device or the host, raises RetryError: `what`, in the allocator's words, `fix`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        # CUDA's text goes on with the allocator's counters and with settings of its own.
+        why = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+        raise RetryError(what, why=why[:400] or "the system gave no more memory", fix=fix) from error
 
 
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
