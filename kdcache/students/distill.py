@@ -9,7 +9,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,10 +38,10 @@ from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.devices import enough_memory, metered, out_of_memory, resolve_device, seeded
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence
 from kdcache.training.tested import doubts as test_doubts
@@ -72,7 +72,11 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """
     progress = progress or Silent()
     device = resolve_device(config.runtime.device)  # better refused before anything is decoded
-    with joined(this_rank(), device) as team:
+    beforehand = enough_memory(  # what comes before training, or beside it
+        f"no memory is left on {device} or its host",
+        fix=f"end what else uses it, or train fewer students at once (--memory {max(1, room(device) >> 31)}GB)",
+    )
+    with joined(this_rank(), device) as team, beforehand:
         return _distill(config, workspace, progress if team.first else Silent(), device, team)
 
 
@@ -90,7 +94,7 @@ def _distill(
         progress.say(doubt)
     if epochs > archive.num_views:
         progress.say(f"{epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
-    fresh = team.shared([not (spec.folder / "summary.json").is_file() for spec in specs])[0]  # one opinion for all
+    fresh = team.shared([not _is_trained(spec) for spec in specs])[0]  # one opinion for all
     todo = [spec for spec, is_fresh in zip(specs, fresh, strict=True) if is_fresh]
     if len(todo) < len(specs):
         progress.say(f"{len(specs) - len(todo)} of {len(specs)} students are trained already")
@@ -112,9 +116,35 @@ def _distill(
         with team.apart() if together is ALONE else contextlib.nullcontext():
             for number, group in enumerate(groups, 1):
                 task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
-                _Lockstep(task, group, config, archive, second, train, evaluations, device, together, progress).run()
+
+                def trained(part: list[StudentSpec], task: str = task) -> None:
+                    with _enough_for_one(part, device, together):
+                        _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
+
+                in_halves_if_needed(group, trained, _is_trained, "students", progress)
     team.wait()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
+
+
+def _is_trained(spec: StudentSpec) -> bool:
+    return (spec.folder / "summary.json").is_file()
+
+
+def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device, team: Team) -> contextlib.AbstractContextManager[None]:
+    """Work that runs out of memory raises RetryError, unless its students can be divided: several, of a single process."""
+    size = specs[0].settings.batch_size
+    smaller = f"smaller batches: --batch-size {max(team.size, 2, size // 2)}"
+    if len(specs) > 1 and team.size > 1:
+        return enough_memory(
+            f"{len(specs)} students at once do not fit into the memory of {device}, with batches of {size}",
+            fix=f"fewer at once: --memory {max(1, room(device) >> 31)}GB (they go on from their last checkpoints), or {smaller}",
+        )
+    if len(specs) > 1:
+        return contextlib.nullcontext()
+    return enough_memory(
+        f"student {specs[0].title} does not fit into the memory of {device}, with batches of {size}",
+        fix=f"end what else uses it, or train it on {smaller} (--memory would only limit how many train at once)",
+    )
 
 
 def planned(config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace) -> list[StudentSpec]:
@@ -186,28 +216,44 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
-        self.students = [
-            _Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
-        ]
+        self.students: list[_Student] = []
+        with self._suspended_at_errors():
+            for spec in specs:
+                self.students.append(_Student(spec, config, archive, second, evaluations, self.stream, device, team, progress))
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
 
     def run(self) -> None:
-        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
-        with metered(self.device, share=this_rank().share) as meter:
-            try:
-                with stopped_between_steps() as check:
-                    self._train(self.team.checked(check), meter)
-            except Stopped:
-                learners = [student.learner for student in self.students]
-                self._charge([learner for learner in learners if learner.status == "training"], meter)
-                for learner in learners:
-                    learner.suspend()
-                raise
+        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each.
+
+        After an error that memory does not suffice, students are where they were before the step that failed, or have
+        their last checkpoint.
+        """
+        with (
+            metered(self.device, share=this_rank().share) as meter,
+            self._suspended_at_errors(meter),
+            stopped_between_steps() as check,
+        ):
+            self._train(self.team.checked(check), meter)
         if self.stream.drifted:
             self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
+
+    @contextlib.contextmanager
+    def _suspended_at_errors(self, meter: Meter | None = None) -> Iterator[None]:
+        """Write a checkpoint of every student and give its folder back, if what is inside is stopped or runs out of memory."""
+        try:
+            yield
+        except (Stopped, RuntimeError, MemoryError) as error:
+            if not isinstance(error, Stopped) and (self.team.size > 1 or not out_of_memory(error)):
+                raise  # other processes of the team are in the midst of a step
+            learners = [student.learner for student in self.students]
+            if meter is not None:
+                self._charge([learner for learner in learners if learner.status == "training"], meter)
+            for learner in learners:
+                learner.suspend()
+            raise
 
     def _charge(self, learners: Sequence[Learner], meter: Meter) -> None:
         """Count what all processes of the team have spent since the last time."""

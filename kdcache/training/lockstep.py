@@ -1,16 +1,57 @@
 """Lockstep training of several models from one stream: each batch is rendered once, for all models that are due."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
+
 from kdcache.replay.stream import Batch, ViewStream
 from kdcache.system.energy import Spent
+from kdcache.system.progress import Progress
+from kdcache.training.devices import out_of_memory
 from kdcache.training.learner import Learner
 
-__all__ = ["Pace", "charge", "in_lockstep"]
+__all__ = ["Pace", "charge", "in_halves_if_needed", "in_lockstep"]
 
 T = TypeVar("T")
+
+
+def in_halves_if_needed(
+    members: Sequence[T], train: Callable[[list[T]], None], over: Callable[[T], bool], name: str, progress: Progress
+) -> None:
+    """Train all `members` at once or, where their memory does not suffice, one half after the other.
+
+    train: trains members to their end. It leaves a checkpoint of each, and no reference to any of them, if it fails.
+    over: whether a member has been trained.
+    name: of several members, as the user knows them.
+    """
+    groups = [list(members)]
+    while groups:
+        group = groups.pop(0)
+        if not _ran_out(train, group):
+            continue
+        left = [member for member in group if not over(member)]
+        half = -(-len(left) // 2)
+        groups[:0] = [part for part in (left[:half], left[half:]) if part]
+        sizes = " and then ".join(str(len(part)) for part in groups[: 1 + (len(left) > 1)])
+        progress.say(f"out of memory with {len(group)} {name} at once: {sizes} go on from their last checkpoints")
+
+
+def _ran_out(train: Callable[[list[T]], None], group: list[T]) -> bool:
+    """Train a group; whether memory did not suffice for its several members, all of whose memory is given back then."""
+    try:
+        train(group)
+    except (RuntimeError, MemoryError) as error:
+        if len(group) == 1 or not out_of_memory(error):
+            raise
+    else:
+        return False
+    gc.collect()  # now, when nothing refers to the error any more, which refers to everything
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return True
 
 
 def in_lockstep(

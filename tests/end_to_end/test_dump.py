@@ -201,6 +201,7 @@ def test_processes_of_a_torchrun_divide_a_share_and_only_the_first_is_heard(home
 
 def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
