@@ -9,7 +9,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,13 +35,13 @@ from kdcache.students.records import write_args
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
-from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.training.devices import enough_memory, metered, out_of_memory, resolve_device, seeded
+from kdcache.training.devices import enough_memory, metered, resolve_device, seeded
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep
+from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep, suspended_at_errors
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence
 from kdcache.training.tested import doubts as test_doubts
@@ -121,7 +121,7 @@ def _distill(
                     with _enough_for_one(part, device, together):
                         _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
 
-                in_halves_if_needed(group, trained, _is_trained, "students", progress)
+                in_halves_if_needed(group, trained, _is_trained, "students", together, progress)
     team.wait()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
@@ -217,7 +217,7 @@ class _Lockstep:
         )
         _allow_open_files(len(specs))
         self.students: list[_Student] = []
-        with self._suspended_at_errors():
+        with suspended_at_errors(lambda: [student.learner for student in self.students], team):
             for spec in specs:
                 self.students.append(_Student(spec, config, archive, second, evaluations, self.stream, device, team, progress))
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
@@ -233,27 +233,16 @@ class _Lockstep:
         """
         with (
             metered(self.device, share=this_rank().share) as meter,
-            self._suspended_at_errors(meter),
+            suspended_at_errors(
+                lambda: [student.learner for student in self.students],
+                self.team,
+                lambda learners: self._charge(learners, meter),
+            ),
             stopped_between_steps() as check,
         ):
             self._train(self.team.checked(check), meter)
         if self.stream.drifted:
             self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
-
-    @contextlib.contextmanager
-    def _suspended_at_errors(self, meter: Meter | None = None) -> Iterator[None]:
-        """Write a checkpoint of every student and give its folder back, if what is inside is stopped or runs out of memory."""
-        try:
-            yield
-        except (Stopped, RuntimeError, MemoryError) as error:
-            if not isinstance(error, Stopped) and (self.team.size > 1 or not out_of_memory(error)):
-                raise  # other processes of the team are in the midst of a step
-            learners = [student.learner for student in self.students]
-            if meter is not None:
-                self._charge([learner for learner in learners if learner.status == "training"], meter)
-            for learner in learners:
-                learner.suspend()
-            raise
 
     def _charge(self, learners: Sequence[Learner], meter: Meter) -> None:
         """Count what all processes of the team have spent since the last time."""

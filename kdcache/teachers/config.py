@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -24,6 +24,17 @@ class TeacherAndData(Options):
 
     teacher: Annotated[str, Option(f"Alias (vit_s, rn50, ...), timm name, {MODEL_FORMS}.")]
     dataset: Annotated[str, Option("Dataset name, folder of images, torch/NAME, hf:ORG/NAME or module:function.")]
+
+
+class Processes(Options):
+    """What several processes do."""
+
+    panel: ClassVar[str] = "Where and how fast"
+
+    parallel: Annotated[
+        Literal["auto", "teachers", "batches"],
+        Option("What torchrun's processes divide [teachers, if there are as many as processes, or else each batch]."),
+    ] = "auto"
 
 
 class TeacherConfig(Options):
@@ -67,6 +78,7 @@ class TeacherConfig(Options):
     mean: Annotated[Triple | None, Option("Of pixels in [0, 1], that the checkpoint was trained with [the model's].")] = None
     std: Annotated[Triple | None, Option("Likewise.")] = None
     runtime: Runtime = Runtime()
+    processes: Processes = Processes()
     command: str = Field("", exclude=True)
 
 

@@ -40,7 +40,7 @@ from kdcache.models.names import folder_name, is_factory, is_reference, public_n
 from kdcache.models.preprocessing import preprocessing
 from kdcache.options import flag_of
 from kdcache.replay.prefetch import render_batches
-from kdcache.system.distributed import this_rank
+from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
@@ -435,7 +435,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
                 runtime=config.runtime,
                 command=config.command,
             )
-            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas)
+            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas, team=ALONE)
         lock.unlink(missing_ok=True)
     return teacher
 

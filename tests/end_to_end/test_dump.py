@@ -214,7 +214,7 @@ def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
 def test_a_missing_teacher_is_trained_by_one_process_while_others_wait(trained, tmp_path, monkeypatch):
     calls = []
 
-    def train(config, workspace, progress, *, source, canvas):
+    def train(config, workspace, progress, *, source, canvas, team):
         calls.append(config.subject.teacher)
         time.sleep(0.3)
         shutil.copytree(trained / "teachers", workspace.teachers, dirs_exist_ok=True)

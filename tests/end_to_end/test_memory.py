@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from kdcache.training import learner
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import same_run
+from tests.end_to_end.test_teachers import same_teacher
 
 
 def runs(home):
@@ -71,9 +73,11 @@ def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few
     done = kdcache("distill", "--epochs", "1", *FEW, "--archive", few_archive, "--home", few_home)
     assert done.status == 75
     error, why, fix = done.err.splitlines()[-3:]
-    assert error.startswith("error: student test_vit kd tau 1") and error.endswith("memory of cpu, with batches of 80")
+    assert error.startswith("error: student test_vit kd tau 1")
+    assert error.endswith("memory of cpu, with batches of 80")
     assert why == "why: CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert "--batch-size 40" in fix and "--memory" in fix
+    assert "--batch-size 40" in fix
+    assert "--memory" in fix
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, kdcache, exhausted):
@@ -81,3 +85,28 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, 
     done = kdcache("distill", "--epochs", "1", *FEW, "--tau", "1,2", "--archive", few_archive, "--home", few_home)
     assert done.status == 1
     assert "mat1 and mat2" in done.err
+
+
+@pytest.mark.slow
+def test_teachers_that_run_out_of_memory_are_divided_and_become_the_same(few_trained, kdcache, tmp_path, exhausted):
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    both = ["train-teacher", "--teacher", "test_vit", *place, "--from-scratch", "--batch-size", "80", "--epochs", "1,2"]
+    assert kdcache(*both, "--home", tmp_path / "alone").status == 0
+    seen = exhausted(2)
+    done = kdcache(*both, "--home", tmp_path / "home")
+    assert done.status == 0, done.err
+    assert "out of memory with 2 teachers at once: 1 and then 1 go on from their last checkpoints" in done.err
+    assert seen[-2] == 0, "what the first attempt held was given back"
+    for line in done.out.splitlines():
+        same_teacher(Path(line), tmp_path / "alone/teachers" / Path(line).name)
+
+
+def test_a_teacher_that_does_not_fit_can_be_trained_on_smaller_batches(few_trained, kdcache, tmp_path, exhausted):
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    exhausted(1)
+    one = ["train-teacher", "--teacher", "test_vit", *place, "--from-scratch", "--batch-size", "80", "--epochs", "1"]
+    done = kdcache(*one, "--home", tmp_path)
+    assert done.status == 75
+    error, _, fix = done.err.splitlines()[-3:]
+    assert error == "error: teacher test_vit does not fit into the memory of cpu, with batches of 80"
+    assert "--batch-size 40" in fix

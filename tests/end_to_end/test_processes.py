@@ -1,5 +1,6 @@
 """Several processes that torchrun starts together train what one process trains."""
 
+import json
 import os
 import re
 import signal
@@ -21,7 +22,9 @@ from kdcache.training.learner import Learner, _with_synchronised_norms
 from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
+from tests.end_to_end.test_teachers import same_teacher
 from tests.end_to_end.test_training_options import rows
+from tests.weights import save_weights
 
 SHORT = ["--epochs", "2", *FEW]
 
@@ -126,6 +129,49 @@ def test_processes_stop_together_and_go_on_together(few_home, few_archive, tmp_p
     two_processes(tmp_path / "whole", *grid[:-1], other)
     two_processes(tmp_path / "resumed", *grid)
     same_run(*(next(iter(runs(place).values())) for place in (home, other)))
+
+
+@pytest.fixture
+def teacher(few_trained, tmp_path):
+    """How to train teachers on `few_home`'s digits, from weights of other classes."""
+    model, _ = create_model("test_vit", 5, input_size=32)
+    save_weights(model, tmp_path / "five.safetensors")
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    start = ["--checkpoint", tmp_path / "five.safetensors", "--head-epochs", "1", "--batch-size", "80"]
+    return ["train-teacher", "--teacher", "test_vit", *place, *start]
+
+
+@pytest.mark.slow
+def test_processes_that_divide_every_batch_train_the_teacher_of_one(teacher, kdcache, tmp_path):
+    """Its head, too, which is trained first."""
+    several = [*teacher, "--epochs", "2", "--opt", "sgd", "--lr", "0.01", "--model-ema-decay", "0.9"]
+    assert kdcache(*several, "--home", tmp_path / "alone").status == 0
+    out, err = two_processes(tmp_path / "said", *several, "--home", tmp_path / "both")
+    assert "2 processes: each has 40 views of every batch" in err
+    ours, theirs = (next((tmp_path / home).glob("teachers/*")) for home in ("both", "alone"))
+    assert out.splitlines() == [str(ours)], "one of them speaks"
+    assert ours.name == theirs.name
+    assert json.loads((ours / "teacher.json").read_text())["processes"] == 2
+    for our, their in zip(rows(ours), rows(theirs), strict=True):
+        assert our["device_seconds"] > 0
+        without_costs(their)
+        compared = [key for key in their if key not in {"test_top1", "test_top5", "ema_top1"}]
+        assert [our[key] for key in compared] == pytest.approx([their[key] for key in compared], rel=2e-3, abs=2e-5)
+    for file in ("model.safetensors", "ema.safetensors", "head.safetensors"):
+        weights, expected = load_file(ours / file), load_file(theirs / file)
+        assert max(np.abs(weights[key] - expected[key]).max() for key in expected) < 1e-4, file
+
+
+@pytest.mark.slow
+def test_processes_divide_the_teachers_and_change_none_of_them(teacher, kdcache, tmp_path):
+    both = [*teacher, "--epochs", "1,2"]
+    alone = kdcache(*both, "--home", tmp_path / "alone")
+    assert alone.status == 0
+    out, err = two_processes(tmp_path / "said", *both, "--home", tmp_path / "both")
+    assert "2 processes: each trains 1 of 2 teachers" in err
+    assert [Path(line).name for line in out.splitlines()] == [Path(line).name for line in alone.out.splitlines()]
+    for line in out.splitlines():
+        same_teacher(Path(line), tmp_path / "alone/teachers" / Path(line).name)
 
 
 def _fail_in_the_third_step():
