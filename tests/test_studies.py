@@ -298,7 +298,7 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_name(name: str) -> None:
 
 # Options that a study does not have: it sets them itself for each job, or they are the machine's (set in the environment).
 OF_A_STUDY = {
-    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas"},
+    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--parallel"},
     "dump-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--teacher-folder", "--teacher-epochs", "--checkpoint"}
     | {"--classes", "--finetune", "--output", "--shard", "--start-view"},
     "distill": {"--dataset", "--strict", "--allow-drift", "--checkpoint-interval", "--memory", "--parallel"},

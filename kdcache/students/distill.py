@@ -4,11 +4,10 @@ Every combination of student, method, control and tau that shares an archive, a 
 batches, fetched, rendered and checked once. What each of them becomes is what it would have become alone.
 """
 
-import datetime
+import contextlib
 import itertools
 import math
 import resource
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,37 +17,32 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import kdcache
-from kdcache.archive import Ensemble, Licences
+from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
-from kdcache.errors import IncompatibleError, IntegrityError, UsageError
-from kdcache.methods import METHODS
-from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.models.creation import create_model, described, load_weights, timm_config, weights_digest
 from kdcache.models.heads import zero_head
-from kdcache.models.names import CONFIG, public_name
-from kdcache.options import as_text
+from kdcache.models.names import CONFIG
 from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
-from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
+from kdcache.replay.stream import Batch, CachedTargets, fit_control
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
+from kdcache.students.records import write_args
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
-from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.targets import CONTROLS
-from kdcache.training.config import Runtime
-from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.devices import enough_memory, metered, resolve_device, seeded
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep, suspended_at_errors
 from kdcache.training.memory import footprint, groups_that_fit, room
 from kdcache.training.metrics import agreement, divergence
 from kdcache.training.tested import doubts as test_doubts
@@ -79,7 +73,11 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """
     progress = progress or Silent()
     device = resolve_device(config.runtime.device)  # better refused before anything is decoded
-    with joined(this_rank(), device) as team:
+    beforehand = enough_memory(  # what comes before training, or beside it
+        f"no memory is left on {device} or its host",
+        fix=f"end what else uses it, or train fewer students at once (--memory {max(1, room(device) >> 31)}GB)",
+    )
+    with joined(this_rank(), device) as team, beforehand:
         return _distill(config, workspace, progress if team.first else Silent(), device, team)
 
 
@@ -97,7 +95,7 @@ def _distill(
         progress.say(doubt)
     if epochs > archive.num_views:
         progress.say(f"{epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
-    fresh = team.shared([not (spec.folder / "summary.json").is_file() for spec in specs])[0]  # one opinion for all
+    fresh = team.shared([not _is_trained(spec) for spec in specs])[0]  # one opinion for all
     todo = [spec for spec, is_fresh in zip(specs, fresh, strict=True) if is_fresh]
     if len(todo) < len(specs):
         progress.say(f"{len(specs) - len(todo)} of {len(specs)} students are trained already")
@@ -119,11 +117,38 @@ def _distill(
         if device.type == "cpu":
             available //= team.size  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
-        for number, group in enumerate(groups, 1):
-            task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
-            _Lockstep(task, group, config, archive, second, train, evaluations, device, together, progress).run()
+        with team.apart() if together is ALONE else contextlib.nullcontext():
+            for number, group in enumerate(groups, 1):
+                task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
+
+                def trained(part: list[StudentSpec], task: str = task) -> None:
+                    with _enough_for_one(part, device, together):
+                        _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
+
+                in_halves_if_needed(group, trained, _is_trained, "students", together, progress)
     team.wait()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
+
+
+def _is_trained(spec: StudentSpec) -> bool:
+    return (spec.folder / "summary.json").is_file()
+
+
+def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device, team: Team) -> contextlib.AbstractContextManager[None]:
+    """Work that runs out of memory raises RetryError, unless its students can be divided: several, of a single process."""
+    size = specs[0].settings.batch_size
+    smaller = f"smaller batches: --batch-size {max(team.size, 2, size // 2)}"
+    if len(specs) > 1 and team.size > 1:
+        return enough_memory(
+            f"{len(specs)} students at once do not fit into the memory of {device}, with batches of {size}",
+            fix=f"fewer at once: --memory {max(1, room(device) >> 31)}GB (they go on from their last checkpoints), or {smaller}",
+        )
+    if len(specs) > 1:
+        return contextlib.nullcontext()
+    return enough_memory(
+        f"student {specs[0].title} does not fit into the memory of {device}, with batches of {size}",
+        fix=f"end what else uses it, or train it on {smaller} (--memory would only limit how many train at once)",
+    )
 
 
 def planned(config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace) -> list[StudentSpec]:
@@ -195,26 +220,31 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
-        self.students = [
-            _Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
-        ]
+        self.students: list[_Student] = []
+        with suspended_at_errors(lambda: [student.learner for student in self.students], team):
+            for spec in specs:
+                self.students.append(_Student(spec, config, archive, second, evaluations, self.stream, device, team, progress))
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
 
     def run(self) -> None:
-        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
-        with metered(self.device, share=this_rank().share) as meter:
-            try:
-                with stopped_between_steps() as check:
-                    self._train(self.team.checked(check), meter)
-            except Stopped:
-                learners = [student.learner for student in self.students]
-                self._charge([learner for learner in learners if learner.status == "training"], meter)
-                for learner in learners:
-                    learner.suspend()
-                raise
+        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each.
+
+        After an error that memory does not suffice, students are where they were before the step that failed, or have
+        their last checkpoint.
+        """
+        with (
+            metered(self.device, share=this_rank().share) as meter,
+            suspended_at_errors(
+                lambda: [student.learner for student in self.students],
+                self.team,
+                lambda learners: self._charge(learners, meter),
+            ),
+            stopped_between_steps() as check,
+        ):
+            self._train(self.team.checked(check), meter)
         if self.stream.drifted:
             self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
 
@@ -230,6 +260,9 @@ class _Lockstep:
                 shown = [_Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
                 for student in due:
                     student.step(shown)
+                    if self.team.size == 1:
+                        check()
+                if self.team.size > 1:  # which takes an exchange, and so is asked once
                     check()
                 note = f"epoch {epoch + 1}/{self.epochs}, {pace.seconds_left:.0f} s left"
                 self.progress.update(self.task, pace.done, pace.total, note)
@@ -368,7 +401,7 @@ class _Student:
                 "test": tested.title,
                 "test_views": tested.model_dump(mode="json"),
             }
-            _write_args(spec, config, archive, second, team.size, about)
+            write_args(spec, config, archive, second, team.size, about)
 
     def step(self, shown: Sequence[_Shown]) -> None:
         """One step on the views of a batch's samples, as many of them as the method wants."""
@@ -401,94 +434,6 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     if recorded and recorded.digest != train.digest:
         progress.say("the decoded images differ from those of the dump; every view will be compared with what the teacher saw")
     return train, test
-
-
-def _write_args(
-    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, about: dict[str, Any]
-) -> None:
-    """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
-    file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
-    session = {
-        "allow_drift": config.allow_drift,
-        **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
-        **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
-        **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
-        "command": config.command,
-        "kdcache_version": kdcache.__version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    if file.is_file():
-        args = _read_args(file)
-        args.setdefault("resumed", []).append(session)
-        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
-        return
-    args = {
-        "archive": archive.location,
-        "archive_name": archive.name,
-        "archive_digest": archive.digest,
-        **_members(archive),
-        **({"second_archive": second.location, "second_archive_digest": second.digest} if second is not archive else {}),
-        "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
-        "teacher": "+".join(
-            member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
-        ),
-        "teacher_name": "+".join(
-            member.manifest.teacher.name if member.manifest.teacher else "unknown" for member in archive.members
-        ),
-        "student": public_name(spec.name),
-        **about,
-        **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
-        "licences": _licences(archive, second).model_dump(),
-        "method": METHODS.to_dict(spec.method),
-        "method_spec": METHODS.spec(spec.method),
-        "control": CONTROLS.to_dict(spec.control),
-        "control_spec": CONTROLS.spec(spec.control),
-        "tau": spec.tau,
-        **({} if spec.method.uses_tau else {"own_temperature": True}),
-        "seed": spec.seed,
-        "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.order_seed}, "
-        f"batches of {settings.batch_size}, the last one dropped",
-        **({} if spec.order_seed == spec.seed else {"share_order": True}),
-        **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
-        **({"head_init": settings.head_init} if spec.start.new_head else {}),
-        **settings.model_dump(mode="json", exclude={"head_init"}),
-        "decay_epochs": as_text(settings.decay_epochs),
-        "opt_betas": as_text(settings.opt_betas or ()),
-        **session,
-    }
-    write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
-
-
-def _licences(archive: Ensemble, second: Ensemble) -> Licences:
-    """Under what the data and the teachers' weights are that students learn from; unknown, where one of them is."""
-    known = [member.manifest.known_licences for each in (archive, second) for member in each.members]
-
-    def all_of(terms: Sequence[str | None]) -> str | None:
-        return None if None in terms else " and ".join(dict.fromkeys(filter(None, terms)))
-
-    return Licences(data=all_of([licences.data for licences in known]), weights=all_of([licences.weights for licences in known]))
-
-
-def _members(archive: Ensemble) -> dict[str, Any]:
-    """The archives of an ensemble and how they are averaged; of a single one there is no more to say."""
-    if len(archive.members) == 1:
-        return {}
-    described = [{"archive": m.location, "archive_name": m.name, "archive_digest": m.manifest.digest} for m in archive.members]
-    return {"archives": described, "average": archive.average}
-
-
-def _read_args(file: Path) -> dict[str, Any]:
-    try:
-        args = yaml.safe_load(file.read_text("utf-8"))
-        if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
-            return args
-        why = "it holds no configuration"
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
-    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
-    raise IntegrityError(
-        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
-    )
 
 
 def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int) -> None:

@@ -146,6 +146,8 @@ def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable
 
     def counter(uuid: str) -> JouleCounter:
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        if _is_divided(handle, nvml):  # the counter is of the whole GPU
+            return lambda: None
 
         def joules() -> float | None:
             try:
@@ -163,6 +165,14 @@ def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable
         return [counter(uuid) for uuid in uuids], nvml.nvmlShutdown
     except nvml.NVMLError:
         return [lambda: None], nvml.nvmlShutdown
+
+
+def _is_divided(handle: Any, nvml: Any) -> bool:
+    """Whether this is a GPU that is divided into parts (MIG), or such a part."""
+    try:
+        return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle)) or nvml.nvmlDeviceGetMigMode(handle)[0] == 1
+    except nvml.NVMLError:  # of most GPUs, which cannot be divided
+        return False
 
 
 class _Package:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -41,6 +41,17 @@ class TeacherAndData(Options):
 
     teacher: Annotated[str, Option(f"Alias (vit_s, rn50, ...), timm name, {MODEL_FORMS}.")]
     dataset: Annotated[str, Option("Dataset name, folder of images, torch/NAME, hf:ORG/NAME or module:function.")]
+
+
+class Processes(Options):
+    """What several processes do."""
+
+    panel: ClassVar[str] = "Where and how fast"
+
+    parallel: Annotated[
+        Literal["auto", "teachers", "batches"],
+        Option("What torchrun's processes divide [teachers, if there are as many as processes, or else each batch]."),
+    ] = "auto"
 
 
 class TeacherConfig(Options):
@@ -84,6 +95,7 @@ class TeacherConfig(Options):
     mean: Annotated[Triple | None, Option("Of pixels in [0, 1], that the checkpoint was trained with [the model's].")] = None
     std: Annotated[Triple | None, Option("Likewise.")] = None
     runtime: Runtime = Runtime()
+    processes: Processes = Processes()
     command: str = Field("", exclude=True)
 
 

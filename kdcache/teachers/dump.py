@@ -33,7 +33,7 @@ from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
-from kdcache.system.distributed import this_rank
+from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
@@ -355,7 +355,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
                 runtime=config.runtime,
                 command=config.command,
             )
-            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas)
+            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas, team=ALONE)
         lock.unlink(missing_ok=True)
     return teacher
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import RetryError, UsageError
-from kdcache.system.distributed import this_rank
+from kdcache.system.distributed import Rank, this_rank
 from kdcache.system.energy import Meter
 
 __all__ = [
@@ -26,19 +26,36 @@ __all__ = [
 # Most of torch's allocators raise a plain RuntimeError: those of a CPU (on Linux and Windows), of cuBLAS, cuDNN and Metal.
 _NO_MEMORY = ("you tried to allocate", "STATUS_ALLOC_FAILED", "out of memory")
 
+# What other kinds of devices lack.
+_UNSUPPORTED = {
+    "mps": "Metal has no float64, and random numbers of its own",
+    **dict.fromkeys(("xpu", "hpu", "xla", "npu", "mtia", "vulkan", "privateuseone"), "nothing has been tested there"),
+}
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is a GPU if there is one; of processes that torchrun started, each gets its own for `auto` and `cuda`.
 
-    Raises UsageError for a device that this machine lacks.
+    Raises UsageError for a device that this machine lacks, and for kinds of devices other than "cpu" and "cuda".
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and (local := this_rank().local) is not None:
-        name = f"cuda:{local}"
+    if name == "cpu:0":
+        name = "cpu"
+    kind = name.partition(":")[0]
+    if kind in _UNSUPPORTED:
+        raise UsageError(
+            f"device {name!r} is not supported",
+            why=f"{_UNSUPPORTED[kind]}; kdcache computes on CPUs, and on GPUs of NVIDIA and AMD (cuda)",
+            fix="use --device cpu",
+        )
+    if name == "cuda" and torch.cuda.is_available():
+        name = _own_gpu(this_rank(), torch.cuda.device_count())
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
+        if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index is not None):
+            raise ValueError("it is none of cpu, cuda, cuda:0, cuda:1, ...")
+        torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own errors
         raise UsageError(
             f"device {name!r} cannot be used",
@@ -51,6 +68,29 @@ def resolve_device(name: str) -> torch.device:
 def device_kind(device: torch.device) -> str:
     """The name of a kind of device, such as `NVIDIA H100 80GB HBM3` or `cpu`: others may give other last bits."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _own_gpu(rank: Rank, visible: int) -> str:
+    """The GPU of one of several processes, of those that it sees. UsageError where it cannot be told."""
+    if rank.of == 1 and rank.local is None:
+        return "cuda"
+    if visible == 1:  # as SLURM binds one to each process
+        return "cuda:0"
+    if rank.local is not None and rank.local < visible:
+        return f"cuda:{rank.local}"
+    if rank.local is None and rank.of <= visible:  # no two have the same one, on whatever machines they are
+        return f"cuda:{rank.number}"
+    if rank.local is not None:
+        raise UsageError(
+            f"process {rank.local} of this machine (LOCAL_RANK), and {visible} visible GPUs",
+            why="each process needs a GPU of its own",
+            fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
+        )
+    raise UsageError(
+        f"RANK={rank.number} WORLD_SIZE={rank.of} without LOCAL_RANK, and {visible} visible GPUs",
+        why="which of these GPUs is this process's own depends on how many processes each machine has",
+        fix="set LOCAL_RANK to its number on its machine (SLURM: export LOCAL_RANK=$SLURM_LOCALID), or start by torchrun",
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

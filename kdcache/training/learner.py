@@ -259,9 +259,11 @@ class Learner:
     def suspend(self) -> None:
         """Write a checkpoint of where it is now, and give the folder back. A step that was cut in two cannot be kept:
         then the last checkpoint stays."""
-        if self.status == "training" and self._whole and self.steps:
-            self._save()
-        self._release()
+        try:
+            if self.status == "training" and self._whole and self.steps:
+                self._save()
+        finally:
+            self._release()
 
     def _release(self) -> None:
         if self._lock is not None:

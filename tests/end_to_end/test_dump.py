@@ -201,6 +201,7 @@ def test_processes_of_a_torchrun_divide_a_share_and_only_the_first_is_heard(home
 
 def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
@@ -213,7 +214,7 @@ def test_each_process_of_a_torchrun_has_a_gpu_of_its_own(monkeypatch):
 def test_a_missing_teacher_is_trained_by_one_process_while_others_wait(trained, tmp_path, monkeypatch):
     calls = []
 
-    def train(config, workspace, progress, *, source, canvas):
+    def train(config, workspace, progress, *, source, canvas, team):
         calls.append(config.subject.teacher)
         time.sleep(0.3)
         shutil.copytree(trained / "teachers", workspace.teachers, dirs_exist_ok=True)
