@@ -110,7 +110,7 @@ class DumpRecipe(Options):
     view_seed: Annotated[Seed | None, Option("Seed of the views [0].")] = None
     batch_size: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        Option("Images per step [the archive's that is gone on with, or 256 on a GPU, 64 on a CPU].", short="-b"),
+        Option("Images per step [as the archive was begun, or 256 on a GPU, 64 on a CPU].", short="-b"),
     ] = None
     precision: Annotated[Precision | None, Option("Of the teacher [fp16 on a GPU, fp32 on a CPU].")] = None
     codec: Annotated[str, Option("How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16"

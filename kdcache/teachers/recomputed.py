@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from kdcache.errors import IncompatibleError
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.progress import Progress, Silent
+from kdcache.teachers.config import Precision
 from kdcache.teachers.forward import Forward, batches
 from kdcache.teachers.registry import Teacher, load_teacher
 from kdcache.training.devices import device_kind, enough_memory, resolve_device
@@ -23,7 +25,7 @@ from kdcache.workspace import Workspace, versions
 __all__ = ["matching_teacher", "replay_with_teacher"]
 
 FLOOR = 1e-3  # of a logit, beside codec and noise: other library versions move more than the noise of a few views shows
-ESTIMATED = 64  # views from which the effect of TF32 is estimated
+ESTIMATED = 64  # views from which the effect of half precision is estimated
 
 
 def replay_with_teacher(
@@ -68,10 +70,13 @@ def replay_with_teacher(
         stored = archive.stored(view, 0)
         difference = np.abs(np.concatenate(logits) - coding.decode(stored)[:rows]).max(axis=1)
         codec, noise = float(coding.max_error(stored).max()), card.known_noise
-        allowed = codec + FLOOR + 2 * (noise.max_logit_difference if noise else 0)
-        if noise is None and card.precision == "fp32" and difference.max() > allowed:
-            # It may have been computed with TF32, before float32 was IEEE's everywhere.
-            allowed = codec + FLOOR + 2 * _by_tf32(forward, first)
+        moved = noise.max_logit_difference if noise else 0.0
+        allowed = codec + FLOOR + 2 * moved  # both sides may be off by as much
+        if difference.max() > allowed and not (noise and card.precision == "fp32"):
+            # This device may be further off in half precision than the dump's. Float32 of unknown noise may have been computed
+            # with TF32, before it was IEEE's everywhere: that moves logits about as far as float16, which has as many bits.
+            here: tuple[Precision, ...] = (card.precision,) if card.precision != "fp32" else ("fp16", "bf16")
+            allowed = codec + FLOOR + 2 * max(moved, _moved(forward, first, here))
     largest = float(difference.max())
     result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {largest:.2g}, allowed {allowed:.2g}")
     if not largest <= allowed:
@@ -80,10 +85,10 @@ def replay_with_teacher(
     return result
 
 
-def _by_tf32(forward: Forward, views: Tensor) -> float:
-    """About how far TF32 moves this teacher's logits: as far as float16 does, whose numbers have as many bits."""
+def _moved(forward: Forward, views: Tensor, precisions: Sequence[Precision]) -> float:
+    """How far the first of these half precisions that stays finite moves this teacher's logits from those in float32."""
     exact = forward.in_float32(views)
-    for precision in ("fp16", "bf16"):  # some models leave the range of float16
+    for precision in precisions:
         half = Forward(forward.model, forward.normalise, forward.device, precision, forward.memory_format).launch(views)
         moved = float((half - exact).abs().max())
         if math.isfinite(moved):

@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from kdcache.archive import ArchiveWriter, open_archive
-from kdcache.models.creation import Normalisation
+from kdcache.models.creation import Normalisation, create_model
+from kdcache.replay.prefetch import Rendered
 from kdcache.system.interrupts import Stopped
 from kdcache.teachers import dump, shards
 from kdcache.teachers.config import USUAL, UsualDump
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.shards import write_shards
 from kdcache.views.policy import ViewPolicy
+from kdcache.views.probe import grids
 from tests.end_to_end.conftest import data_files
+from tests.squares import squares
 
 
 @pytest.fixture
@@ -271,3 +274,56 @@ def test_logits_of_another_device_are_not_called_damaged(few_home, few_archive, 
     assert "replay 20: DIFFERS" in differs.out
     assert "delete" not in differs.err
     assert np.isfinite(open_archive(few_archive).read(0, 0, 3).logits).all()
+
+
+# ---------------------------------------------------------------- with a GPU
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("precision", [pytest.param(name, marks=GPU) for name in ("fp16", "bf16", "fp32")])
+def test_dumps_on_one_gpu_are_equal_and_verified_there_and_on_the_cpu(few_home, kdcache, command, tmp_path, precision):
+    for name in ("a", "b"):
+        made = kdcache(*command, "--views", 2, "--device", "cuda", "--precision", precision, "-o", tmp_path / name)
+        assert made.status == 0, made.err
+    one, other = (open_archive(tmp_path / name).manifest for name in ("a", "b"))
+    assert one.digest == other.digest
+    assert one.teacher.batch_size == 256
+    assert one.teacher.memory_format == ("contiguous" if precision == "fp32" else "channels_last")  # of the patch embedding
+    assert one.teacher.noise.reference == ("float64" if precision == "fp32" else "float32")
+    for device in ("cuda", "cpu"):
+        checked = kdcache("verify", tmp_path / "a", "--replay", 160, "--device", device, "--home", few_home)
+        assert checked.status == 0, checked.out + checked.err
+        assert f"160 logit vectors recomputed on {device}" in checked.out
+
+
+@pytest.mark.parametrize("precision", [pytest.param(name, marks=GPU) for name in ("fp16", "fp32")])
+def test_on_a_gpu_nothing_is_waited_for_until_results_are_looked_at(canvas, precision):
+    gpu = torch.device("cuda")
+    model, _ = create_model("test_resnet", 3, input_size=20)
+    forward = Forward(model.eval().to(gpu), lambda views: views.float() / 255, gpu, precision)
+    images = torch.from_numpy(canvas.pixels[:8].copy()).to(gpu)
+    forward(images)
+    draws = ViewPolicy.load("none", size=20).parameters(0, 8, squares(8))
+    item = Rendered(images, np.zeros(8, np.uint32), draws, None, np.arange(8))
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        begun = shards._Begun(item, forward)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    logits, *_, grid = begun.columns()
+    np.testing.assert_array_equal(logits, forward(images))
+    np.testing.assert_array_equal(grid, grids(images))
+
+
+@pytest.mark.parametrize("share", [pytest.param(1e-4, marks=GPU)])
+def test_a_full_gpu_ends_a_dump_with_75(kdcache, command, tmp_path, share):
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(share)
+        failed = kdcache(*command, "--views", 1, "--device", "cuda", "-b", 160, "-o", tmp_path / "a")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert failed.status == 75, failed.err
+    assert [line.split(":")[0] for line in failed.err.splitlines()[-3:]] == ["error", "why", "fix"]
+    assert kdcache(*command, "--views", 1, "--device", "cuda", "-b", 160, "-o", tmp_path / "a").status == 0
