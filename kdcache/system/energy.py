@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["NOTHING", "UNKNOWN", "Meter", "Spent", "total"]
+__all__ = ["NOTHING", "SHARED_GPU", "UNKNOWN", "Meter", "Spent", "total"]
 
+SHARED_GPU = "KDCACHE_SHARED_GPU"  # in the environment of a job that may have others beside it on its GPU: its energy is unknown
 POWERCAP = Path("/sys/class/powercap")
 POLL = 10.0  # seconds; package counters wrap around after a minute of full load at the earliest
 MOST_WATTS = 1000.0  # of one package; if a pause is long enough for a wrap at this power, the energy is unknown

@@ -1,6 +1,7 @@
 """Devices that models are trained on: which one, what it uses, and the states of its random numbers."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kdcache.errors import RetryError, UsageError
 from kdcache.system.distributed import Rank, this_rank
-from kdcache.system.energy import Meter
+from kdcache.system.energy import SHARED_GPU, Meter
 
 __all__ = [
     "device_kind",
@@ -114,7 +115,12 @@ def enough_memory(what: str, fix: str) -> Iterator[None]:
 
 
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
-    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them."""
+    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them.
+
+    The joules of a GPU that other jobs of a study may share are unknown.
+    """
+    if SHARED_GPU in os.environ:
+        return Meter(share=share)
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
     return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
 
