@@ -23,7 +23,7 @@ from kdcache.archive import ArchiveWriter, Licences, open_archive
 from kdcache.datasets import canvas as canvas_module
 from kdcache.models.creation import Normalisation
 from kdcache.system.progress import Silent
-from kdcache.teachers import dump, shards, train
+from kdcache.teachers import dump, planning, shards
 from kdcache.teachers.config import DumpConfig
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.shards import write_shards
@@ -495,7 +495,7 @@ def test_a_first_dump_does_everything_once(tmp_path, monkeypatch):
 
     counts(dump, "plan_dump")
     counts(dump, "parse_dataset")
-    counts(train, "parse_dataset")
+    counts(planning, "parse_dataset")
     counts(workspace_module, "load_canvas")
     counts(canvas_module, "_digest")
     config = DumpConfig(teacher="test_vit", dataset="digits", views=1, teacher_epochs=1, device="cpu")
