@@ -245,9 +245,8 @@ def test_a_dump_that_will_not_fit_is_told_before_and_fills_the_disk_all_the_same
 def test_the_rows_of_a_shard_are_held_once():
     rows, classes, batch = 4096, 500, 128
     views = ViewPolicy.load("none", size=8).parameters(0, rows, squares(rows))
-    item = Rendered(
-        torch.zeros(batch, 3, 8, 8, dtype=torch.uint8), np.zeros(batch, np.uint32), views[:batch], None, np.arange(batch)
-    )
+    images, grid = torch.zeros(batch, 3, 8, 8, dtype=torch.uint8), np.zeros((batch, 16), np.uint8)
+    item = Rendered(images, np.zeros(batch, np.uint32), views[:batch], None, np.arange(batch), grid)
     logits = np.zeros((batch, classes), np.float32)
     tracemalloc.start()
     try:
