@@ -370,6 +370,7 @@ class _Job:
             batch_size=self.training.batch_size,
             seed=self.config.seed,
             device=str(self.device),
+            progress=self.progress,
             **self._ahead,
         )
 
