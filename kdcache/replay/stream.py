@@ -111,7 +111,6 @@ class ViewStream:
     """
 
     archive: AnyArchive | None = None
-    _progress: Progress | None = None
 
     def __init__(
         self,
@@ -123,6 +122,7 @@ class ViewStream:
         device: str = "cpu",
         workers: int = 0,
         renderer: RendererChoice = "auto",
+        progress: Progress | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         require_batch_size(batch_size, len(canvas), part[1])
@@ -130,6 +130,7 @@ class ViewStream:
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.device = torch.device(device)
         self.renderer = renderer
+        self._progress = progress
         self._resident = Resident()
 
     def __len__(self) -> int:
@@ -212,17 +213,22 @@ class CachedTargets(ViewStream):
         part: tuple[int, int] = (0, 1),
     ) -> None:
         policy = require_replayable(archive, canvas)
-        options: dict[str, Any] = {"device": device, "workers": workers, "renderer": renderer, "part": part}
+        options: dict[str, Any] = {
+            "device": device,
+            "workers": workers,
+            "renderer": renderer,
+            "progress": progress,
+            "part": part,
+        }
         super().__init__(canvas, policy, batch_size=batch_size, seed=seed, **options)
         self.archive = archive
         self.allow_drift = allow_drift
-        self._progress = progress
         self._drifted = 0
         self._next_epoch = 0
         self._second: CachedTargets | None = None
         if second is not None:
             require_second(Subject.of(archive), Subject.of(second))
-            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, progress=progress, **options)
+            self._second = CachedTargets(second, canvas, batch_size, seed, allow_drift=allow_drift, **options)
             self._second._resident = self._resident
 
     @property

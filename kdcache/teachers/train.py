@@ -241,6 +241,7 @@ class _Job:
             seed=self.plan.config.seed,
             device=str(self.device),
             part=(team.number, team.size),
+            progress=self.progress,
             **self._ahead,
         )
 

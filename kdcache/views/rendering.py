@@ -46,6 +46,7 @@ def render_positions(
 
     `table` holds all rows of the view. `pixels` may already be a tensor on `device`.
     """
+    positions = np.asarray(positions)
     wanted = with_partners(table, positions)
     rows, device = table[wanted], torch.device(device)
     if isinstance(pixels, Tensor):

@@ -60,7 +60,7 @@ def test_hours_are_those_of_the_speeds_that_were_measured(planned) -> None:
 def test_students_that_do_not_fit_take_turns(planned, monkeypatch) -> None:
     whole = planned()
     memory = whole["students"][0]["memory"]
-    monkeypatch.setattr(plan, "room", lambda device, asked: 2 * memory["kept"] + memory["passing"])
+    monkeypatch.setattr(plan, "room", lambda *_: 2 * memory["kept"] + memory["passing"])
     assert planned()["groups"] == [2, 1]
 
 
@@ -99,7 +99,7 @@ def test_a_dataset_that_is_not_there_is_not_fetched(planned, kdcache, tmp_path) 
 
 def test_little_room_is_said_and_refuses_nothing(kdcache, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(plan, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(plan, "room", lambda device, asked: 1000)
+    monkeypatch.setattr(plan, "room", lambda *_: 1000)
     outcome = kdcache(*GRID, "--home", tmp_path)
     assert outcome.status == 0
     assert "will be needed" in outcome.err
