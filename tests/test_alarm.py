@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from kdcache.errors import KdcacheError, RetryError, UsageError
 from kdcache.system import alarm
-from kdcache.system.alarm import Alarm
+from kdcache.system.alarm import Alarm, BrokenUpError
 from kdcache.system.interrupts import Stopped
 
 
@@ -133,3 +133,41 @@ def test_an_operation_that_waits_for_a_failed_process_is_broken_off(monkeypatch)
 
     _, second = team(failing(ValueError("early")), stuck)
     assert second.what == "process 0 of 2 failed: ValueError: early"
+
+
+def test_processes_leave_what_they_do_together_and_meet_again():
+    met = []
+
+    def leaves(own: Alarm) -> None:
+        own.wait()
+        own.break_up()
+        met.append(own.meet())
+        own.wait()
+
+    def waits(own: Alarm) -> None:
+        own.wait()
+        with pytest.raises(BrokenUpError):
+            own.wait()
+        assert own.is_broken_up
+        met.append(own.meet())
+        assert not own.is_broken_up
+        own.wait()
+
+    assert team(leaves, waits, waits) == [None] * 3
+    assert met == [1, 1, 1]
+
+
+def test_an_operation_that_waits_for_one_that_has_left_is_broken_off(monkeypatch):
+    monkeypatch.setattr(alarm, "LEAVE", 0.05)
+    broken = threading.Event()
+
+    def leaves(own: Alarm) -> None:
+        own.break_up()
+        own.meet()
+
+    def stuck(own: Alarm) -> None:
+        own._break_off = broken.set
+        assert broken.wait(10)
+        own.meet()
+
+    assert team(leaves, stuck) == [None, None]

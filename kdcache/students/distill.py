@@ -122,7 +122,7 @@ def _distill(
                 task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
 
                 def trained(part: list[StudentSpec], task: str = task) -> None:
-                    with _enough_for_one(part, device, together):
+                    with _enough_for_one(part, device):
                         _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
 
                 in_halves_if_needed(group, trained, _is_trained, "students", together, progress)
@@ -134,20 +134,15 @@ def _is_trained(spec: StudentSpec) -> bool:
     return (spec.folder / "summary.json").is_file()
 
 
-def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device, team: Team) -> contextlib.AbstractContextManager[None]:
-    """Work that runs out of memory raises RetryError, unless its students can be divided: several, of a single process."""
-    size = specs[0].settings.batch_size
-    smaller = f"smaller batches: --batch-size {max(team.size, 2, size // 2)}"
-    if len(specs) > 1 and team.size > 1:
-        return enough_memory(
-            f"{len(specs)} students at once do not fit into the memory of {device}, with batches of {size}",
-            fix=f"fewer at once: --memory {max(1, room(device) >> 31)}GB (they go on from their last checkpoints), or {smaller}",
-        )
+def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Work for a single student that runs out of memory raises RetryError. Several of them can still be divided."""
     if len(specs) > 1:
         return contextlib.nullcontext()
+    size = specs[0].settings.batch_size
     return enough_memory(
         f"student {specs[0].title} does not fit into the memory of {device}, with batches of {size}",
-        fix=f"end what else uses it, or train it on {smaller} (--memory would only limit how many train at once)",
+        fix=f"end what else uses it, or train it on smaller batches: --batch-size {max(2, size // 2)} "
+        "(--memory would only limit how many train at once)",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kdcache.errors import KdcacheError, RetryError
 
-__all__ = ["Alarm", "Store"]
+__all__ = ["Alarm", "BrokenUpError", "Store"]
 
 LOOK = 0.5  # seconds between two looks for a failure
 LEAVE = 5.0  # seconds in which a process may end by itself after another one has failed; then what it waits for is broken off
@@ -26,6 +26,10 @@ LAST_ANSWERS = 60.0  # seconds that the process with the store waits for the oth
 LONGEST_PAUSE = 0.5  # seconds between two looks at a count
 
 FAILED, HEARD, LEFT = "failed", "heard", "left"
+
+
+class BrokenUpError(RuntimeError):
+    """Another process has left what was done together, for a meeting."""
 
 
 class Store(Protocol):
@@ -46,7 +50,7 @@ class Alarm:
     def __init__(self, number: int, of: int, store: Store, break_off: Callable[[], None] = lambda: None) -> None:
         self._number, self._of, self._store, self._break_off = number, of, store, break_off
         self.agreed = False
-        self._waits = 0
+        self._meetings = self._waits = 0
         self._apart = False
         self._heard, self._left = threading.Event(), threading.Event()
 
@@ -80,15 +84,41 @@ class Alarm:
         self._apart = False
 
     def wait(self) -> None:
-        """Until all processes are here, however long that takes. Raises the error of one that fails meanwhile."""
+        """Until all processes are here, however long that takes.
+
+        Raises the error of one that fails meanwhile; BrokenUpError if one leaves what is done together.
+        """
         self._waits += 1
-        key = f"wait/{self._waits}"
+        self._wait(f"wait/{self._meetings}/{self._waits}", lambda: self.is_broken_up)
+
+    def break_up(self) -> None:
+        """Let all processes leave what they do together, by BrokenUpError or any other RuntimeError, for the next meeting."""
+        self._store.set(self._next_meeting, "asked for")
+
+    @property
+    def is_broken_up(self) -> bool:
+        """Whether some process has asked for a meeting, at which this one is not yet."""
+        return self._store.check([self._next_meeting])
+
+    def meet(self) -> int:
+        """Until all processes have left what they did together; the number of the meeting."""
+        self._wait(f"{self._next_meeting}/here", lambda: False)
+        self._meetings, self._waits = self._meetings + 1, 0
+        return self._meetings
+
+    @property
+    def _next_meeting(self) -> str:
+        return f"meeting/{self._meetings + 1}"
+
+    def _wait(self, key: str, in_vain: Callable[[], bool]) -> None:
         self._store.add(key, 1)
         for _ in _looks():
             if self._store.add(key, 0) >= self._of:
                 return
             if (failure := self._failure()) is not None:
                 raise failure
+            if in_vain():
+                raise BrokenUpError("another process has left")
 
     def linger(self) -> None:
         """The process that has the store ends last: others may still have questions."""
@@ -131,9 +161,14 @@ class Alarm:
                 self._store.add(HEARD, 1)
 
     def _watch(self) -> None:
+        asked = 0.0  # seconds in which this process did not leave for a meeting
         while (failure := self._failure()) is None:
             if self._left.wait(LOOK):
                 return
+            with contextlib.suppress(RuntimeError):
+                asked = asked + LOOK if self.is_broken_up else 0.0
+            if LEAVE <= asked < LEAVE + LOOK:
+                threading.Thread(target=self._break_off, daemon=True).start()
         self._hear()
         while self._apart:
             if self._left.wait(LOOK):

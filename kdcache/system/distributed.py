@@ -86,8 +86,10 @@ class Team:
     methods in the same order.
     """
 
-    def __init__(self, number: int = 0, size: int = 1, alarm: Alarm | None = None) -> None:
-        self.number, self.size, self._alarm = number, size, alarm
+    def __init__(
+        self, number: int = 0, size: int = 1, alarm: Alarm | None = None, connect: Callable[[int], None] = lambda meeting: None
+    ) -> None:
+        self.number, self.size, self._alarm, self._connect = number, size, alarm, connect
 
     @property
     def first(self) -> bool:
@@ -111,6 +113,22 @@ class Team:
         yield
         if self.first:
             self.wait()
+
+    @property
+    def is_broken_up(self) -> bool:
+        """Whether one of the processes has left what they did together."""
+        return self._alarm is not None and self._alarm.is_broken_up
+
+    def break_up(self) -> None:
+        """Leave what is done together, unfinished: whatever others wait for there ends with a RuntimeError."""
+        if self._alarm is not None:
+            self._alarm.break_up()
+            _break_off()
+
+    def meet(self) -> None:
+        """After that, and when nothing holds on to it any more, begin anew: all processes have to."""
+        if self._alarm is not None:
+            self._connect(self._alarm.meet())
 
     def shared(self, value: T) -> list[T]:
         """Everybody's `value`, in the order of the processes."""
@@ -215,10 +233,15 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Team]:
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix="see that MASTER_ADDR and MASTER_PORT can be reached from every node, and repeat the command",
         ) from error
+
+    def connect(meeting: int) -> None:
+        again = dist.PrefixStore(f"meeting {meeting}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=again, rank=rank.number, world_size=rank.of, timeout=PATIENCE)
+
     alarm = Alarm(rank.number, rank.of, aside, break_off=_abort)
     try:
         with alarm.watched():
-            team = Team(rank.number, rank.of, alarm)
+            team = Team(rank.number, rank.of, alarm, connect)
             _require_own_gpus(team, device)
             yield team
             team.wait()

@@ -265,6 +265,10 @@ class Learner:
         finally:
             self._release()
 
+    def abandon(self) -> None:
+        """Give the folder back with its last checkpoint."""
+        self._release()
+
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()

@@ -35,35 +35,36 @@ def in_halves_if_needed(
     over: whether a member has been trained.
     name: of several members, as the user knows them.
 
-    The several processes of a `team` could not agree to divide them, as the others wait for the one without memory in the
-    midst of a step: its error ends all of them.
+    The processes of a `team` divide their members together, if one of them runs out of memory: all go back to the members'
+    last checkpoints, as the others were in the midst of a step.
     """
-    if team.size > 1:
-        train(list(members))
-        return
     groups = [list(members)]
     while groups:
         group = groups.pop(0)
-        if not _ran_out(train, group):
+        if not _ran_out(train, group, team):
             continue
-        left = [member for member in group if not over(member)]
+        is_over = team.shared([over(member) for member in group])[0]
+        left = [member for member, done in zip(group, is_over, strict=True) if not done]
         half = -(-len(left) // 2)
-        groups[:0] = [part for part in (left[:half], left[half:]) if part]
-        sizes = " and then ".join(str(len(part)) for part in groups[: 1 + (len(left) > 1)])
+        parts = [part for part in (left[:half], left[half:]) if part]
+        sizes = " and then ".join(str(len(part)) for part in parts)
         progress.say(f"out of memory with {len(group)} {name} at once: {sizes} go on from their last checkpoints")
+        groups[:0] = parts
 
 
-def _ran_out(train: Callable[[list[T]], None], group: list[T]) -> bool:
+def _ran_out(train: Callable[[list[T]], None], group: list[T], team: Team) -> bool:
     """Train a group; whether memory did not suffice for its several members, all of whose memory is given back then."""
     try:
         train(group)
     except (RuntimeError, MemoryError) as error:
-        if len(group) == 1 or not out_of_memory(error):
+        if len(group) == 1 or not (out_of_memory(error) or team.is_broken_up):
             raise
     else:
         return False
+    team.break_up()
     gc.collect()  # now, when nothing refers to the error any more, which refers to everything
     torch.cuda.empty_cache()  # nothing, where there is no GPU
+    team.meet()
     return True
 
 
@@ -102,16 +103,19 @@ def suspended_at_errors(
 ) -> Iterator[None]:
     """Write a checkpoint of all learners, and give their folders back, where work inside is stopped or runs out of memory.
 
-    A learner in the midst of a step keeps its last checkpoint. `charged` is given those that still train, before that.
+    A learner in the midst of a step keeps its last checkpoint, as all of a team do that has no memory. `charged` is given
+    those that still train, before that.
     """
     try:
         yield
     except (Stopped, RuntimeError, MemoryError) as error:
-        if not isinstance(error, Stopped) and (team.size > 1 or not out_of_memory(error)):
-            raise  # other processes are in the midst of a step
-        charged([learner for learner in learners() if learner.status == "training"])
-        for learner in learners():
-            learner.suspend()
+        if isinstance(error, Stopped) or (out_of_memory(error) and team.size == 1):
+            charged([learner for learner in learners() if learner.status == "training"])
+            for learner in learners():
+                learner.suspend()
+        else:  # of a team, other processes are in the midst of a step
+            for learner in learners():
+                learner.abandon()
         raise
 
 

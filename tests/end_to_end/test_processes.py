@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
 from kdcache.system.distributed import Team
+from kdcache.training import learner
 from kdcache.training.learner import Learner, _with_synchronised_norms
 from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
@@ -174,13 +175,41 @@ def test_processes_divide_the_teachers_and_change_none_of_them(teacher, kdcache,
         same_teacher(Path(line), tmp_path / "alone/teachers" / Path(line).name)
 
 
+def _without_memory_once():
+    """In the second process, in the midst of a step of the second epoch."""
+    clip, count = learner.clip_per_layer, 0
+
+    def clipped(*arguments):
+        nonlocal count
+        count += 1
+        if count == 8 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return clip(*arguments)
+
+    learner.clip_per_layer = clipped
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_processes_divide_their_students_together_when_one_of_them_is_out_of_memory(few_home, few_archive, kdcache, tmp_path):
+    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,2,4", "--parallel", "batches", "--checkpoint-interval", "0"]
+    alone = tmp_path / "alone"
+    assert kdcache(*grid, "--home", alone).status == 0
+    _, err = two_processes(tmp_path / "said", *grid, "--home", few_home, prepare=_without_memory_once)
+    assert "out of memory with 3 students at once: 2 and then 1 go on from their last checkpoints" in err
+    assert len(runs(few_home)) == 3
+    for name, folder in runs(few_home).items():
+        for ours, theirs in zip(rows(folder), rows(runs(alone)[name]), strict=True):
+            assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=2e-3)
+
+
 def _fail_in_the_third_step():
     step = Learner.step
 
-    def failing(learner, *arguments):
-        if learner.steps == 2 and os.environ["RANK"] == "1":
+    def failing(self, *arguments):
+        if self.steps == 2 and os.environ["RANK"] == "1":
             raise ZeroDivisionError("division by zero")
-        step(learner, *arguments)
+        step(self, *arguments)
 
     Learner.step = failing
 
