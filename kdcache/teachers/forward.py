@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from kdcache.archive import ArchiveWriter
 from kdcache.datasets.canvas import Canvas
@@ -134,6 +135,10 @@ class _ShardRows:
         self._filled = rows.stop
 
 
+def _in_float32(features: Tensor) -> Tensor:
+    return features.float() if features.is_floating_point() else features
+
+
 def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Positions of a shard in batches from its start, so that restarts and other processes do not move the borders."""
     for start in range(positions.start, positions.stop, batch_size):
@@ -189,7 +194,8 @@ class Forward:
         if self._in_two_parts:
             with torch.autocast(self.device.type, dtype=dtype):
                 features = self.model.forward_features(x)  # type: ignore[operator]
-            logits = self.model.forward_head(features.float())  # type: ignore[operator]
+            # Of models that look at several scales at once (crossvit, coat), features are a list of tensors.
+            logits = self.model.forward_head(tree_map_only(Tensor, _in_float32, features))  # type: ignore[operator]
         else:
             with self._float32_head(x), torch.autocast(self.device.type, dtype=dtype):
                 logits = self.model(x)
