@@ -28,6 +28,10 @@ _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def _in_float32(features: Tensor) -> Tensor:
+    return features.float() if features.is_floating_point() else features
+
+
 def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Positions of a shard in batches from its start, so that restarts and other processes do not move the borders."""
     for start in range(positions.start, positions.stop, batch_size):
@@ -225,7 +229,3 @@ class Forward:
             yield
         finally:
             del head.forward  # restores the class's own method
-
-
-def _in_float32(features: Tensor) -> Tensor:
-    return features.float() if features.is_floating_point() else features
