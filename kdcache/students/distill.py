@@ -4,56 +4,38 @@ Every combination of student, method, control and tau that shares an archive, a 
 batches, fetched, rendered and checked once. What each of them becomes is what it would have become alone.
 """
 
-import datetime
 import itertools
 import math
 import resource
-import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-import kdcache
-from kdcache.archive import Ensemble, Licences
+from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
-from kdcache.errors import IncompatibleError, IntegrityError, UsageError
-from kdcache.methods import METHODS
-from kdcache.models.creation import create_model, described, licence, load_weights, timm_config, weights_digest
-from kdcache.models.heads import zero_head
-from kdcache.models.names import CONFIG, public_name
-from kdcache.options import as_text
+from kdcache.errors import IncompatibleError, UsageError
 from kdcache.replay.contact_sheet import contact_sheet
-from kdcache.replay.stream import ORDER_VERSION, Batch, CachedTargets, fit_control
+from kdcache.replay.stream import CachedTargets
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
+from kdcache.students.student import Shown, Student
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.targets import CONTROLS
-from kdcache.training.config import Runtime
-from kdcache.training.devices import metered, resolve_device, seeded
+from kdcache.training.devices import metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
 from kdcache.training.memory import footprint, groups_that_fit, room
-from kdcache.training.metrics import agreement, divergence
-from kdcache.training.tested import doubts as test_doubts
-from kdcache.training.tested import views_of_tests
-from kdcache.views.policy import ViewPolicy
-from kdcache.views.resample import resized
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["StudentResult", "StudentSpec", "distill"]
@@ -192,7 +174,7 @@ class _Lockstep:
         )
         _allow_open_files(len(specs))
         self.students = [
-            _Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
+            Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
         ]
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
@@ -223,7 +205,7 @@ class _Lockstep:
         for epoch, active, batches in in_lockstep(self.students, lambda student: student.learner, self.stream):
             begun = time.monotonic()
             for batch, due in batches:
-                shown = [_Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
+                shown = [Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
                 for student in due:
                     student.step(shown)
                     check()
@@ -283,104 +265,6 @@ def _allow_open_files(students: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-class _Shown:
-    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control,
-    images once for each size.
-
-    Images are this process's, targets of the whole batch.
-    """
-
-    def __init__(self, batch: Batch, team: Team, policy: ViewPolicy) -> None:
-        self.targets = cache(replace(batch, second=None).of_all(team).targets)
-        self.images = cache(lambda size: resized(batch.images, size, policy.filter))
-
-
-class _Student:
-    """One student: its learner, and how it turns a batch into a loss."""
-
-    def __init__(
-        self,
-        spec: StudentSpec,
-        config: DistillConfig,
-        archive: Ensemble,
-        second: Ensemble,
-        evaluations: EvalSets,
-        stream: CachedTargets,
-        device: torch.device,
-        team: Team,
-        progress: Progress,
-    ) -> None:
-        self.spec, self.size = spec, spec.size or stream.policy.size
-        views = spec.method.views_per_step
-        second = second if views == 2 else archive
-        fitted = fit_control(spec.control, archive, spec.tau)
-        other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
-        self.controls = (fitted, other)[:views]
-        self.state = spec.method.new_state().to(device)
-        optimizer = spec.method.new_optimizer(self.state)
-        with seeded(spec.seed):
-            start, classes = spec.start, archive.num_classes
-            model, normalise = create_model(
-                spec.name,
-                classes,
-                input_size=self.size,
-                pretrained=start.pretrained,
-                class_names=archive.class_names,
-                drop_path=spec.settings.drop_path,
-            )
-            redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
-        zero = start.new_head and spec.settings.head_init == "zero"
-        if zero:
-            zero_head(model, spec.name)
-        if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
-            progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")
-        if redrawn:
-            how = "zero" if zero else "random"
-            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at {how}")
-        tested = views_of_tests(spec.tested, spec.name, self.size, model)
-        self.evaluation = evaluations[tested.policy]
-        self.notes = [f"tests: {tested.title}", *test_doubts(spec.tested, tested, spec.name, evaluations.canvas, model)]
-        start_digest = weights_digest(model)
-        self.description = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
-        self.learner = Learner(
-            spec.folder,
-            model,
-            normalise,
-            spec.settings,
-            steps_per_epoch=len(stream),
-            seed=spec.seed,
-            device=device,
-            runtime=config.runtime,
-            learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
-            team=team,
-        )
-        if team.first:
-            made_as = timm_config(spec.name, model, normalise, tested.timm_fields(), self.size, archive.class_names)
-            if made_as is not None and not (spec.folder / CONFIG).is_file():
-                write_atomically(spec.folder / CONFIG, made_as)
-            about = {
-                "student_weights_sha256": start_digest,
-                **({"student_size": spec.size} if spec.size else {}),
-                "test": tested.title,
-                "test_views": tested.model_dump(mode="json"),
-            }
-            _write_args(spec, config, archive, second, team.size, about)
-
-    def step(self, shown: Sequence[_Shown]) -> None:
-        """One step on the views of a batch's samples, as many of them as the method wants."""
-        tau, shown = self.spec.tau, shown[: len(self.controls)]
-        targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
-        targets = replace(targets, second=second[0]) if second else targets
-        teacher = shown[0].targets(tau).logits
-        self.state.epoch = self.learner.epoch + 1
-
-        def measure(logits: Tensor) -> dict[str, Tensor]:
-            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
-            return figures | self.spec.method.figures(self.state)
-
-        self.learner.step([each.images(self.size) for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
-
-
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
     source = archive_source(archive, config.dataset)
     recorded = archive.manifest.canvas
@@ -397,94 +281,6 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     if recorded and recorded.digest != train.digest:
         progress.say("the decoded images differ from those of the dump; every view will be compared with what the teacher saw")
     return train, test
-
-
-def _write_args(
-    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, about: dict[str, Any]
-) -> None:
-    """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
-    file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
-    session = {
-        "allow_drift": config.allow_drift,
-        **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
-        **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
-        **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
-        "command": config.command,
-        "kdcache_version": kdcache.__version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    if file.is_file():
-        args = _read_args(file)
-        args.setdefault("resumed", []).append(session)
-        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
-        return
-    args = {
-        "archive": archive.location,
-        "archive_name": archive.name,
-        "archive_digest": archive.digest,
-        **_members(archive),
-        **({"second_archive": second.location, "second_archive_digest": second.digest} if second is not archive else {}),
-        "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
-        "teacher": "+".join(
-            member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
-        ),
-        "teacher_name": "+".join(
-            member.manifest.teacher.name if member.manifest.teacher else "unknown" for member in archive.members
-        ),
-        "student": public_name(spec.name),
-        **about,
-        **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
-        "licences": _licences(archive, second).model_dump(),
-        "method": METHODS.to_dict(spec.method),
-        "method_spec": METHODS.spec(spec.method),
-        "control": CONTROLS.to_dict(spec.control),
-        "control_spec": CONTROLS.spec(spec.control),
-        "tau": spec.tau,
-        **({} if spec.method.uses_tau else {"own_temperature": True}),
-        "seed": spec.seed,
-        "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.order_seed}, "
-        f"batches of {settings.batch_size}, the last one dropped",
-        **({} if spec.order_seed == spec.seed else {"share_order": True}),
-        **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
-        **({"head_init": settings.head_init} if spec.start.new_head else {}),
-        **settings.model_dump(mode="json", exclude={"head_init"}),
-        "decay_epochs": as_text(settings.decay_epochs),
-        "opt_betas": as_text(settings.opt_betas or ()),
-        **session,
-    }
-    write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
-
-
-def _licences(archive: Ensemble, second: Ensemble) -> Licences:
-    """Under what the data and the teachers' weights are that students learn from; unknown, where one of them is."""
-    known = [member.manifest.known_licences for each in (archive, second) for member in each.members]
-
-    def all_of(terms: Sequence[str | None]) -> str | None:
-        return None if None in terms else " and ".join(dict.fromkeys(filter(None, terms)))
-
-    return Licences(data=all_of([licences.data for licences in known]), weights=all_of([licences.weights for licences in known]))
-
-
-def _members(archive: Ensemble) -> dict[str, Any]:
-    """The archives of an ensemble and how they are averaged; of a single one there is no more to say."""
-    if len(archive.members) == 1:
-        return {}
-    described = [{"archive": m.location, "archive_name": m.name, "archive_digest": m.manifest.digest} for m in archive.members]
-    return {"archives": described, "average": archive.average}
-
-
-def _read_args(file: Path) -> dict[str, Any]:
-    try:
-        args = yaml.safe_load(file.read_text("utf-8"))
-        if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
-            return args
-        why = "it holds no configuration"
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
-    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
-    raise IntegrityError(
-        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
-    )
 
 
 def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int) -> None:

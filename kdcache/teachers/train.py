@@ -346,6 +346,9 @@ class _Job:
             if epochs
         }
 
+        for note in dict.fromkeys(note for learner in learners.values() for note in learner.notes):
+            self.progress.say(note)
+
         def keep_finished() -> None:
             for epochs, learner in learners.items():
                 if learner.status == "complete" and epochs not in made:

@@ -11,7 +11,7 @@ from kdcache.errors import UsageError
 from kdcache.system.distributed import this_rank
 from kdcache.system.energy import Meter
 
-__all__ = ["metered", "resolve_device", "rng_states", "seed_of_process", "seeded", "set_rng_states"]
+__all__ = ["metered", "resolve_device", "rng_states", "rng_states_from", "seed_of_process", "seeded", "set_rng_states"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,6 +55,7 @@ def seed_of_process(seed: int, number: int) -> int:
 
 
 def rng_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's own generators: the host's, and a GPU's if it is one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -65,3 +66,8 @@ def set_rng_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def rng_states_from(recorded: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """`recorded` states, perhaps of a machine with or without a GPU, for one whose states are `own`: those that lack stay."""
+    return [*recorded[: len(own)], *own[len(recorded) :]]

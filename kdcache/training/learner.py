@@ -30,7 +30,7 @@ from kdcache.training.checkpoint import (
     write_log,
 )
 from kdcache.training.config import StudentRuntime, TrainConfig
-from kdcache.training.devices import rng_states, seed_of_process, seeded, set_rng_states
+from kdcache.training.devices import rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import make_optimizer
 
@@ -102,6 +102,8 @@ class Learner:
         self._whole = True  # not in the midst of a step
         with seeded(seed if team.first else seed_of_process(seed, team.number)):
             self._rng = rng_states(device)
+        self.moved_from: str | None = None  # the kind of device that its checkpoint was written on, if it is another one
+        self.notes: list[str] = []  # on how it goes on, for whoever trains it
         self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
         self._start_epoch()
         self._lock = own_folder(folder) if team.first else None
@@ -280,6 +282,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "weights": weights["last"],
             "rng": rng,  # of every process
+            "device": self.device.type,
             "epoch": self.epoch,
             "steps": self.steps,
             "best_top1": self._best_top1,
@@ -313,7 +316,14 @@ class Learner:
             raise unusable_checkpoint(self.folder, error) from error
         rng = state["rng"] if isinstance(state["rng"][0], list) else [state["rng"]]  # earlier versions knew of one process
         if self._team.number < len(rng):  # one that has joined since draws from its start
-            self._rng = rng[self._team.number]
+            self._rng = rng_states_from(rng[self._team.number], self._rng)
+        written_on = state.get("device", "cpu" if len(rng[0]) == 1 else "cuda")
+        if written_on != self.device.type:
+            self.moved_from = written_on
+            self.notes.append(
+                f"a checkpoint written on a {written_on} goes on on a {self.device.type}: from here on, bits may differ from "
+                "those of a run on one of them"
+            )
         self.epoch, self.steps = state["epoch"], state["steps"]
         self._best_top1, self.rows = state["best_top1"], state["rows"]
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}

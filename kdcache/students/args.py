@@ -1,0 +1,121 @@
+"""`args.yaml`: the resolved configuration of one run, in its folder."""
+
+import datetime
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import kdcache
+from kdcache.archive import Ensemble, Licences
+from kdcache.errors import IntegrityError
+from kdcache.methods import METHODS
+from kdcache.models.creation import licence
+from kdcache.models.names import public_name
+from kdcache.options import as_text
+from kdcache.replay.stream import ORDER_VERSION
+from kdcache.students.config import DistillConfig
+from kdcache.students.grid import StudentSpec
+from kdcache.system.files import write_atomically
+from kdcache.targets import CONTROLS
+from kdcache.training.config import Runtime
+from kdcache.training.learner import Learner
+
+__all__ = ["write_args"]
+
+
+def write_args(
+    learner: Learner,
+    spec: StudentSpec,
+    config: DistillConfig,
+    archive: Ensemble,
+    second: Ensemble,
+    processes: int,
+    about: dict[str, Any],
+) -> None:
+    """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
+    file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
+    session = {
+        "allow_drift": config.allow_drift,
+        **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
+        **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
+        **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
+        **({"moved_from": learner.moved_from} if learner.moved_from else {}),  # another kind of device
+        "command": config.command,
+        "kdcache_version": kdcache.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if file.is_file():
+        args = _read_args(file)
+        args.setdefault("resumed", []).append(session)
+        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+        return
+    args = {
+        "archive": archive.location,
+        "archive_name": archive.name,
+        "archive_digest": archive.digest,
+        **_members(archive),
+        **({"second_archive": second.location, "second_archive_digest": second.digest} if second is not archive else {}),
+        "dataset": config.dataset or archive.manifest.provenance.get("dataset"),
+        "teacher": "+".join(
+            member.manifest.teacher.alias if member.manifest.teacher else "unknown" for member in archive.members
+        ),
+        "teacher_name": "+".join(
+            member.manifest.teacher.name if member.manifest.teacher else "unknown" for member in archive.members
+        ),
+        "student": public_name(spec.name),
+        **about,
+        **({"student_licence": licence(spec.name)} if spec.start.pretrained else {}),
+        "licences": _licences(archive, second).model_dump(),
+        "method": METHODS.to_dict(spec.method),
+        "method_spec": METHODS.spec(spec.method),
+        "control": CONTROLS.to_dict(spec.control),
+        "control_spec": CONTROLS.spec(spec.control),
+        "tau": spec.tau,
+        **({} if spec.method.uses_tau else {"own_temperature": True}),
+        "seed": spec.seed,
+        "batch_order": f"kdcache order {ORDER_VERSION}, seed {spec.order_seed}, "
+        f"batches of {settings.batch_size}, the last one dropped",
+        **({} if spec.order_seed == spec.seed else {"share_order": True}),
+        **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
+        **({"head_init": settings.head_init} if spec.start.new_head else {}),
+        **settings.model_dump(mode="json", exclude={"head_init"}),
+        "decay_epochs": as_text(settings.decay_epochs),
+        "opt_betas": as_text(settings.opt_betas or ()),
+        **session,
+    }
+    write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def _licences(archive: Ensemble, second: Ensemble) -> Licences:
+    """Under what the data and the teachers' weights are that students learn from; unknown, where one of them is."""
+    known = [member.manifest.known_licences for each in (archive, second) for member in each.members]
+
+    def all_of(terms: Sequence[str | None]) -> str | None:
+        return None if None in terms else " and ".join(dict.fromkeys(filter(None, terms)))
+
+    return Licences(data=all_of([licences.data for licences in known]), weights=all_of([licences.weights for licences in known]))
+
+
+def _members(archive: Ensemble) -> dict[str, Any]:
+    """The archives of an ensemble and how they are averaged; of a single one there is no more to say."""
+    if len(archive.members) == 1:
+        return {}
+    described = [{"archive": m.location, "archive_name": m.name, "archive_digest": m.manifest.digest} for m in archive.members]
+    return {"archives": described, "average": archive.average}
+
+
+def _read_args(file: Path) -> dict[str, Any]:
+    try:
+        args = yaml.safe_load(file.read_text("utf-8"))
+        if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
+            return args
+        why = "it holds no configuration"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
+    raise IntegrityError(
+        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
+    )
