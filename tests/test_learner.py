@@ -11,6 +11,7 @@ from kdcache.models.creation import Normalisation
 from kdcache.training import devices, learner
 from kdcache.training.config import TrainConfig
 from kdcache.training.learner import Learner
+from kdcache.training.timing import Timer
 
 HALF = Normalisation((0.5,) * 3, (0.5,) * 3)
 CPU = torch.device("cpu")
@@ -29,11 +30,13 @@ class Tiny(nn.Module):
         return self.drop(self.fc(x.mean(dim=(2, 3))))
 
 
-def made(folder: Path, device: torch.device = CPU, model: nn.Module | None = None, **config: Any) -> Learner:
+def made(
+    folder: Path, device: torch.device = CPU, model: nn.Module | None = None, timer: Timer | None = None, **config: Any
+) -> Learner:
     with devices.seeded(7):
         model = Tiny() if model is None else model
     settings = TrainConfig(**({"epochs": 1} | config))
-    return Learner(folder, model, HALF, settings, steps_per_epoch=50, seed=3, device=device)
+    return Learner(folder, model, HALF, settings, steps_per_epoch=50, seed=3, device=device, timer=timer)
 
 
 def step(one: Learner) -> Tensor:

@@ -33,6 +33,7 @@ from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.devices import rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import make_optimizer
+from kdcache.training.timing import Timer, timer_of
 
 __all__ = ["Learner", "clip_per_layer"]
 
@@ -60,7 +61,8 @@ class Learner:
     itself learns, by an optimiser of its own whose rate follows the same schedule.
 
     In a `team`, every process has the same model, steps on its part of each batch, and learns what one process would learn from
-    the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster.
+    the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster; `timer` measures its
+    steps, by default where they are done.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class Learner:
         runtime: StudentRuntime = USUAL,
         learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         team: Team = ALONE,
+        timer: Timer | None = None,
     ) -> None:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self._team, self._compiled = team, runtime.compile
+        self._timer = timer or timer_of(device)
         self._format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         if team.size > 1 and device.type == "cuda":
             model = _with_synchronised_norms(model)
@@ -135,13 +139,20 @@ class Learner:
 
     def charge(self, spent: Spent) -> None:
         """Count its part of what was spent since it was last charged into the epoch's costs."""
+        self._count_seconds()
         self._spent = spent if self._spent is None else self._spent + spent
         self._uncharged = 0.0
 
     @property
     def uncharged(self) -> float:
-        """Seconds in its own steps since it was last charged."""
+        """Seconds in its own steps since it was last charged; waits for steps that its device has not done yet."""
+        self._count_seconds()
         return self._uncharged
+
+    def _count_seconds(self) -> None:
+        taken = self._timer.read()
+        self._seconds += taken
+        self._uncharged += taken
 
     def step(
         self,
@@ -155,9 +166,19 @@ class Learner:
         their logits one below the other, and figures are those of the first. In a team, views are this process's part of the
         batch, and both functions get the logits of the whole.
         """
-        each = [views] if isinstance(views, Tensor) else list(views)
-        started = time.perf_counter()
         self._whole = False
+        with self._timer.running():
+            self._step([views] if isinstance(views, Tensor) else list(views), loss_of, measure)
+        self._count += 1
+        self.steps += 1
+        self._whole = True
+
+    def _step(
+        self,
+        each: list[Tensor],
+        loss_of: Callable[[Tensor], Tensor],
+        measure: Callable[[Tensor], dict[str, Tensor]],
+    ) -> None:
         share = self.config.rate(self.steps, self._steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
@@ -186,12 +207,6 @@ class Learner:
                 self._moments.append(each_row)
             for name, value in (figures | measure(logits)).items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-        self.steps += 1
-        taken = time.perf_counter() - started
-        self._seconds += taken
-        self._uncharged += taken
-        self._whole = True
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         """Logits of this process's part of each view."""
@@ -239,6 +254,7 @@ class Learner:
         rate = max(group["lr"] for group in self.optimizer.param_groups)  # of the head, if layers have their own
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": rate, **means}
         row |= tested
+        self._count_seconds()
         row["seconds"] = self._seconds
         row |= (self._spent or UNKNOWN).known()
         self.rows.append(row)
@@ -271,6 +287,7 @@ class Learner:
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
+        self._count_seconds()
         rng = self._team.shared(self._rng)
         if not self._team.first:
             return
