@@ -335,7 +335,7 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
             torch.cuda.synchronize()
 
     def bare() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.amp)):
             predicted = other(normalise(views))
         loss = method(predicted, targets)
         bare_learner.optimizer.zero_grad(set_to_none=True)

@@ -48,7 +48,7 @@ def write_args(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if file.is_file():
-        args = _read_args(file)
+        args = _read_args(file) | {"amp": learner.amp}  # of a run whose first session ended before its first checkpoint
         args.setdefault("resumed", []).append(session)
         write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
         return
@@ -82,6 +82,7 @@ def write_args(
         **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
         **({"head_init": settings.head_init} if spec.start.new_head else {}),
         **settings.model_dump(mode="json", exclude={"head_init"}),
+        "amp": learner.amp,
         "decay_epochs": as_text(settings.decay_epochs),
         "opt_betas": as_text(settings.opt_betas or ()),
         **session,

@@ -52,7 +52,7 @@ from kdcache.training.learner import Learner
 from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import doubts, model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_record, require_writable, versions
 
 __all__ = ["train_teacher", "train_teachers"]
 
@@ -235,7 +235,7 @@ class _Job:
         if head := self.head_epochs(epochs):
             begun |= {"head_epochs": head}
             if not epochs:  # else it is among the settings
-                begun |= {"batch_size": self.training.batch_size, **({"amp": True} if self.training.amp else {})}
+                begun |= self.training.model_dump(include={"batch_size", "amp"}, exclude_none=True)
         if (epochs or head) and self.new_head and self.training.head_init == "zero":
             begun |= {"head_init": "zero"}
         if epochs or head:
@@ -346,9 +346,6 @@ class _Job:
             if epochs
         }
 
-        for note in dict.fromkeys(note for learner in learners.values() for note in learner.notes):
-            self.progress.say(note)
-
         def keep_finished() -> None:
             for epochs, learner in learners.items():
                 if learner.status == "complete" and epochs not in made:
@@ -444,12 +441,14 @@ class _Job:
         settings: dict[str, Any] = {"epochs": 0}
         if epochs:
             settings = self.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": self.recipe_name}
+            settings["amp"] = read_record(folder / "summary.json").get("amp", False)  # as it was, whatever was asked for
         if self.new_head and (epochs or self.head_epochs(epochs)):
             settings["head_init"] = self.training.head_init
         mapped = None if epochs or self.head_epochs(epochs) else self._as_is.record()
         cost, head = cost_of(folder), read_head(folder)
         if head is not None:
             settings["head_top1"] = head.row["test_top1"]
+            settings.setdefault("amp", head.amp)
             cost = total([cost, head.spent]) if epochs else head.spent
         entropies = {
             "tau": 1.0,

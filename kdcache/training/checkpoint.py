@@ -22,6 +22,7 @@ __all__ = [
     "LOCK",
     "copied",
     "finite",
+    "on_host",
     "own_folder",
     "read_checkpoint",
     "unusable_checkpoint",
@@ -96,7 +97,29 @@ def write_log(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """The weights on the host, as files want them."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    state: dict[str, Tensor] = model.state_dict()
+    weights: dict[str, Tensor] = on_host(state)
+    devices = {tensor.device for tensor in state.values() if tensor.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    # Pinned memory is dear, and these may be kept for long.
+    return {key: value.clone() for key, value in weights.items()} if devices else weights
+
+
+def on_host(value: Any) -> Any:
+    """`value`, with copies on the host in the place of its tensors, and of those in its dicts, lists and tuples.
+
+    Copies of a GPU's tensors are in pinned memory, and complete when the GPU's current stream has got so far.
+    """
+    if isinstance(value, Mapping):
+        return {key: on_host(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(part) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    tensor = value.detach().contiguous()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def finite(value: float) -> float | None:

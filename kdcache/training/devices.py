@@ -11,7 +11,16 @@ from kdcache.errors import UsageError
 from kdcache.system.distributed import this_rank
 from kdcache.system.energy import Meter
 
-__all__ = ["metered", "resolve_device", "rng_states", "rng_states_from", "seed_of_process", "seeded", "set_rng_states"]
+__all__ = [
+    "computes_in_bf16",
+    "metered",
+    "resolve_device",
+    "rng_states",
+    "rng_states_from",
+    "seed_of_process",
+    "seeded",
+    "set_rng_states",
+]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,6 +42,14 @@ def resolve_device(name: str) -> torch.device:
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU with units for bf16, so that models are trained in it unless told otherwise."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:

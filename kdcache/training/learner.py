@@ -18,6 +18,7 @@ from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.energy import UNKNOWN, Spent
 from kdcache.system.files import write_atomically
+from kdcache.system.precision import ieee_float32
 from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
@@ -26,29 +27,20 @@ from kdcache.training.checkpoint import (
     own_folder,
     read_checkpoint,
     unusable_checkpoint,
-    write_checkpoint,
     write_log,
 )
+from kdcache.training.clipping import Clipping
 from kdcache.training.config import StudentRuntime, TrainConfig
-from kdcache.training.devices import rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
+from kdcache.training.devices import computes_in_bf16, rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
 from kdcache.training.metrics import mean_relative_entropy, moments
-from kdcache.training.optimizers import make_optimizer
+from kdcache.training.optimizers import Rates, load_state, make_optimizer, portable_state
 from kdcache.training.timing import Timer, timer_of
+from kdcache.training.writer import Writer
 
-__all__ = ["Learner", "clip_per_layer"]
+__all__ = ["Learner"]
 
 LOGIT_MOMENTS = "logit_moments.json"
 USUAL = StudentRuntime()
-
-
-@torch.no_grad()
-def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradient of every parameter tensor to an L2 norm of at most `max_norm`; returns the total norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    if max_norm is not None:  # all scales at once: of a GPU's kernels, each small one takes as long as a large one
-        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
-    return norms.square().sum().sqrt()
 
 
 class Learner:
@@ -90,9 +82,12 @@ class Learner:
         forward: Any = torch.compile(self.model) if runtime.compile else self.model
         self._trained = team.wrap(_EachView(forward), device)
         self.optimizer = make_optimizer(self.model, config)
+        self._rates = Rates(self.optimizer)
         self.average = _average(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
         self._learned = learned
+        self._learned_rates = None if learned is None else Rates(learned[1])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._clip = Clipping(self.parameters, config.clip_grad)
         self._steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.epochs
         self.steps = 0
@@ -109,8 +104,10 @@ class Learner:
         self.moved_from: str | None = None  # the kind of device that its checkpoint was written on, if it is another one
         self.notes: list[str] = []  # on how it goes on, for whoever trains it
         self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
+        self.amp = all(team.shared(computes_in_bf16(device))) if config.amp is None else config.amp
         self._start_epoch()
         self._lock = own_folder(folder) if team.first else None
+        self._writer = Writer(folder, device)
         self._restore()
         team.wait()  # before the first one writes what others still read
 
@@ -180,9 +177,8 @@ class Learner:
         measure: Callable[[Tensor], dict[str, Tensor]],
     ) -> None:
         share = self.config.rate(self.steps, self._steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
-        with self._own_rng():
+        self._rates.set(share)
+        with self._own_rng(), ieee_float32():
             self.model.train()
             inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
             with self._precision():
@@ -190,7 +186,7 @@ class Learner:
             outputs = [self._team.gather(logits) for logits in outputs]
             loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = clip_per_layer(self.parameters, self.config.clip_grad)
+            norm = self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
             if self._learned is not None:
@@ -205,8 +201,12 @@ class Learner:
             figures |= {"logit_mean": mean, "logit_std": std}
             if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
                 self._moments.append(each_row)
-            for name, value in (figures | measure(logits)).items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            figures |= measure(logits)
+            if self._sums.keys() == figures.keys():
+                torch._foreach_add_(list(self._sums.values()), [figures[name] for name in self._sums])
+            else:
+                for name, value in figures.items():
+                    self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         """Logits of this process's part of each view."""
@@ -223,21 +223,21 @@ class Learner:
         return outputs
 
     def _step_learned(self, share: float) -> None:
-        _, optimizer = self._learned  # type: ignore[misc]
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        assert self._learned is not None
+        assert self._learned_rates is not None
+        self._learned_rates.set(share)
+        self._learned[1].step()
+        self._learned[1].zero_grad(set_to_none=True)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.no_grad()
     def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
         """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
         model = self.average.module if averaged and self.average is not None else self.model
         model.eval()
-        with self._precision():
+        with self._precision(), ieee_float32():
             logits: Tensor = model(self.normalise(views.to(self.device)).contiguous(memory_format=self._format))
         return logits.float().cpu()
 
@@ -251,7 +251,7 @@ class Learner:
         """Log the epoch, with test figures if there are any; write a checkpoint if the last one is old or training over."""
         self._whole = False
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
-        rate = max(group["lr"] for group in self.optimizer.param_groups)  # of the head, if layers have their own
+        rate = max(self._rates.values)  # of the head, if layers have their own
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": rate, **means}
         row |= tested
         self._count_seconds()
@@ -282,8 +282,11 @@ class Learner:
         self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            self._writer.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
@@ -291,28 +294,33 @@ class Learner:
         rng = self._team.shared(self._rng)
         if not self._team.first:
             return
-        weights = {} if self._best is None else {"best": self._best}
-        weights["last"] = copied(self.model)
+        weights = {"last": self.model.state_dict()}
         if self.average is not None:
-            weights["ema"] = copied(self.average.module)
+            weights["ema"] = self.average.module.state_dict()
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "weights": weights["last"],
+            "optimizer": portable_state(self.optimizer, self._rates),
             "rng": rng,  # of every process
             "device": self.device.type,
+            "amp": self.amp,
             "epoch": self.epoch,
             "steps": self.steps,
             "best_top1": self._best_top1,
             "rows": self.rows,
-            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "sums": self._sums,
             "count": self._count,
             "seconds": self._seconds,
-            "moments": [part.cpu() for part in self._moments],
+            "moments": self._moments,
             "spent": None if self._spent is None else self._spent.known(),
-            "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
+            "learned": self._learned_state(),
             "average": None if self.average is None else self.average.state_dict(),
         }
-        write_checkpoint(self.folder, state, weights, self.rows)
+        self._writer.write(state, weights, self._best, self.rows)
+
+    def _learned_state(self) -> list[Any] | None:
+        if self._learned is None or self._learned_rates is None:
+            return None
+        module, optimizer = self._learned
+        return [module.state_dict(), portable_state(optimizer, self._learned_rates)]
 
     def _restore(self) -> None:
         state = read_checkpoint(self.folder)
@@ -320,11 +328,11 @@ class Learner:
             return
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self._learned is not None:
+            load_state(self.optimizer, state["optimizer"], self._rates)
+            if self._learned is not None and self._learned_rates is not None:
                 module, optimizer = self._learned
                 module.load_state_dict(state["learned"][0])
-                optimizer.load_state_dict(state["learned"][1])
+                load_state(optimizer, state["learned"][1], self._learned_rates)
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             best = self.folder / "best.safetensors"
@@ -341,6 +349,13 @@ class Learner:
                 f"a checkpoint written on a {written_on} goes on on a {self.device.type}: from here on, bits may differ from "
                 "those of a run on one of them"
             )
+        recorded = state.get("amp", bool(self.config.amp))  # earlier versions used it only where it was asked for
+        if recorded != self.amp:
+            names = {True: "bf16", False: "float32"}
+            self.notes.append(
+                f"it was begun in {names[recorded]} and goes on so; a new run on this device is in {names[self.amp]}"
+            )
+        self.amp = recorded
         self.epoch, self.steps = state["epoch"], state["steps"]
         self._best_top1, self.rows = state["best_top1"], state["rows"]
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
@@ -353,6 +368,7 @@ class Learner:
 
     def _finish(self, status: Literal["complete", "diverged"], **extra: str) -> None:
         self.status = status
+        self._writer.wait()
         if not self._team.first:
             return
         tests = [row for row in self.rows if math.isfinite(row.get("test_top1", math.nan))]
@@ -366,6 +382,7 @@ class Learner:
             "best_top1": best.get("test_top1"),
             "best_epoch": best.get("epoch"),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "amp": self.amp,
         }
         write_log(self.folder, self.rows)
         if status == "complete" and self._moments:
