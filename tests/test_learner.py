@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdcache.models.creation import Normalisation
 from kdcache.training import devices, learner
 from kdcache.training.config import TrainConfig
+from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
 from kdcache.training.timing import Timer
 
@@ -31,12 +32,17 @@ class Tiny(nn.Module):
 
 
 def made(
-    folder: Path, device: torch.device = CPU, model: nn.Module | None = None, timer: Timer | None = None, **config: Any
+    folder: Path,
+    device: torch.device = CPU,
+    model: nn.Module | None = None,
+    timer: Timer | None = None,
+    lanes: Lanes | None = None,
+    **config: Any,
 ) -> Learner:
     with devices.seeded(7):
         model = Tiny() if model is None else model
     settings = TrainConfig(**({"epochs": 1} | config))
-    return Learner(folder, model, HALF, settings, steps_per_epoch=50, seed=3, device=device, timer=timer)
+    return Learner(folder, model, HALF, settings, steps_per_epoch=50, seed=3, device=device, timer=timer, lanes=lanes)
 
 
 def step(one: Learner) -> Tensor:

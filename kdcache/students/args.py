@@ -23,7 +23,7 @@ from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
 from kdcache.training.learner import Learner
 
-__all__ = ["write_args"]
+__all__ = ["record_graph", "write_args"]
 
 
 def write_args(
@@ -41,6 +41,7 @@ def write_args(
         "allow_drift": config.allow_drift,
         **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
         **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
+        **({"graph": "off (--no-graph)"} if runtime.graph is False else {}),
         **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
         **({"moved_from": learner.moved_from} if learner.moved_from else {}),  # another kind of device
         "command": config.command,
@@ -88,6 +89,16 @@ def write_args(
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def record_graph(folder: Path, state: str) -> None:
+    """Add to `args.yaml` whether the present session replays its steps as a CUDA graph."""
+    file = folder / "args.yaml"
+    args = _read_args(file)
+    session = args["resumed"][-1] if args.get("resumed") else args
+    if session.get("graph") != state:
+        session["graph"] = state
+        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
 
 
 def _licences(archive: Ensemble, second: Ensemble) -> Licences:

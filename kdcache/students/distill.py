@@ -33,15 +33,17 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
 from kdcache.training.devices import metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
+from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep
-from kdcache.training.memory import footprint, groups_that_fit, room
+from kdcache.training.memory import Footprint, footprint, groups_that_fit, room
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["StudentResult", "StudentSpec", "distill"]
 
 
 MUCH_TESTING = 0.02  # of the time of an epoch
+MOST_LANES = 8  # streams of a GPU in which students step side by side
 OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
 
 
@@ -60,6 +62,12 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """
     progress = progress or Silent()
     device = resolve_device(config.runtime.device)  # better refused before anything is decoded
+    if config.runtime.graph and device.type != "cuda":
+        raise UsageError(
+            f"--graph on a {device.type}",
+            why="CUDA graphs are replayed by NVIDIA's and AMD's GPUs",
+            fix="leave --graph out; or name a GPU, if there is one: --device cuda",
+        )
     with joined(this_rank(), device) as team:
         return _distill(config, workspace, progress if team.first else Silent(), device, team)
 
@@ -125,10 +133,7 @@ def _groups(
         if len(together) == 1:
             groups.append(together)
             continue
-        needed = [
-            footprint(spec.name, num_classes, spec.size or size, spec.settings, views=spec.method.views_per_step, device=device)
-            for spec in together
-        ]
+        needed = _needed(together, num_classes, size, device)
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
         if total > available:
             progress.say(
@@ -137,6 +142,13 @@ def _groups(
             )
         groups += [together[part] for part in groups_that_fit(needed, available)]
     return groups
+
+
+def _needed(specs: Sequence[StudentSpec], num_classes: int, size: int, device: torch.device) -> list[Footprint]:
+    return [
+        footprint(spec.name, num_classes, spec.size or size, spec.settings, views=spec.method.views_per_step, device=device)
+        for spec in specs
+    ]
 
 
 class _Lockstep:
@@ -173,13 +185,25 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
+        lanes = self._lanes(specs, config)
         self.students = [
-            Student(spec, config, archive, second, evaluations, self.stream, device, team, progress) for spec in specs
+            Student(spec, config, archive, second, evaluations, self.stream, device, team, progress, lanes) for spec in specs
         ]
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
+
+    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig) -> Lanes | None:
+        """Streams for students whose steps are graphs: as many as there is memory for, as steps in each need their own."""
+        if self.device.type != "cuda" or config.runtime.graph is False:
+            return None
+        count = 1
+        if len(specs) > 1:
+            needed = _needed(specs, self.archive.num_classes, self.stream.policy.size, self.device)
+            spare = room(self.device, config.runtime.memory) - sum(each.kept for each in needed)
+            count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed)))
+        return Lanes.of(self.device, count)
 
     def run(self) -> None:
         """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
@@ -209,6 +233,8 @@ class _Lockstep:
                 for student in due:
                     student.step(shown)
                     check()
+                for news in dict.fromkeys(filter(None, [student.news() for student in due])):
+                    self.progress.say(news)
                 note = f"epoch {epoch + 1}/{self.epochs}, {pace.seconds_left:.0f} s left"
                 self.progress.update(self.task, pace.done, pace.total, note)
             learners = [student.learner for student in active]

@@ -9,18 +9,21 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.archive import Ensemble
+from kdcache.methods import METHODS, Method
 from kdcache.models.creation import create_model, described, load_weights, timm_config, weights_digest
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG
 from kdcache.replay.stream import Batch, CachedTargets, fit_control
-from kdcache.students.args import write_args
+from kdcache.students.args import record_graph, write_args
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec
 from kdcache.system.distributed import Team
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
+from kdcache.targets import Targets
 from kdcache.training.devices import seeded
 from kdcache.training.evaluation import EvalSets
+from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
 from kdcache.training.metrics import agreement, divergence
 from kdcache.training.tested import doubts as test_doubts
@@ -57,6 +60,7 @@ class Student:
         device: torch.device,
         team: Team,
         progress: Progress,
+        lanes: Lanes | None = None,
     ) -> None:
         self.spec, self.size = spec, spec.size or stream.policy.size
         views = spec.method.views_per_step
@@ -101,7 +105,13 @@ class Student:
             runtime=config.runtime,
             learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
             team=team,
+            lanes=lanes if _is_known(spec.method) else None,
         )
+        self._no_graph = (
+            "" if lanes is None or _is_known(spec.method) else f"off ({METHODS.spec(spec.method)} is not kdcache's own)"
+        )
+        self._graph = ""  # what was told of it
+        self._writes = team.first
         self.notes += self.learner.notes
         if team.first:
             made_as = timm_config(spec.name, model, normalise, tested.timm_fields(), self.size, archive.class_names)
@@ -117,14 +127,34 @@ class Student:
 
     def step(self, shown: Sequence[Shown]) -> None:
         """One step on the views of a batch's samples, as many of them as the method wants."""
-        tau, shown = self.spec.tau, shown[: len(self.controls)]
+        method, tau, shown = self.spec.method, self.spec.tau, shown[: len(self.controls)]
         targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
         targets = replace(targets, second=second[0]) if second else targets
         teacher = shown[0].targets(tau).logits
         self.state.epoch = self.learner.epoch + 1
 
-        def measure(logits: Tensor) -> dict[str, Tensor]:
-            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
-            return figures | self.spec.method.figures(self.state)
+        def loss_of(logits: Tensor, targets: Targets, teacher: Tensor) -> Tensor:
+            return method(logits, targets, self.state)
 
-        self.learner.step([each.images(self.size) for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
+        def measure(logits: Tensor, targets: Targets, teacher: Tensor) -> dict[str, Tensor]:
+            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
+            return figures | method.figures(self.state)
+
+        images = [each.images(self.size) for each in shown]
+        stage = min(self.state.epoch, method.ramp_epochs)  # from when on no loss of kdcache's depends on the epoch
+        self.learner.step(images, loss_of, measure, (targets, teacher), stage)
+
+    def news(self) -> str:
+        """What has become known of its CUDA graph and was not told yet; it is recorded in `args.yaml`."""
+        state = self._no_graph or self.learner.graph
+        if state == self._graph:
+            return ""
+        self._graph = state
+        if self._writes:
+            record_graph(self.spec.folder, state)
+        return f"steps are not replayed as CUDA graphs: {state[5:-1]}" if state.startswith("off") else ""
+
+
+def _is_known(method: Method) -> bool:
+    """Whether it is one of kdcache's methods, which depend on their targets, their state's parameters and the epoch alone."""
+    return type(method).__module__.startswith("kdcache.")

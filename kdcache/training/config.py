@@ -253,6 +253,12 @@ class StudentRuntime(Memory, Runtime):
     checkpoint_interval: Annotated[float, Field(ge=0), Option("Seconds between checkpoints.")] = 30.0
     channels_last: Annotated[bool, Option("Keep a pixel's channels together; suits GPUs.")] = False
     compile: Annotated[bool, Option("Compile the students (torch.compile).", former="compiled")] = False
+    graph: Annotated[
+        bool | None,
+        Option(
+            "Replay a student's step as a CUDA graph; off by itself where that would change a bit [on GPUs].", off="--no-graph"
+        ),
+    ] = None
     parallel: Annotated[
         Literal["auto", "students", "batches"],
         Option("What torchrun's processes divide [students, if there are as many as processes, or else each batch]."),

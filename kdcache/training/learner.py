@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,11 @@ from kdcache.training.checkpoint import (
 from kdcache.training.clipping import Clipping
 from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.devices import computes_in_bf16, rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
+from kdcache.training.graphs import GraphedStep, Lanes, Parts
 from kdcache.training.metrics import mean_relative_entropy, moments
-from kdcache.training.optimizers import Rates, load_state, make_optimizer, portable_state
+from kdcache.training.optimizers import Rates, capturable, load_state, make_optimizer, portable_state
 from kdcache.training.timing import Timer, timer_of
+from kdcache.training.wrapping import EachView, averaged, with_synchronised_norms
 from kdcache.training.writer import Writer
 
 __all__ = ["Learner"]
@@ -54,7 +56,7 @@ class Learner:
 
     In a `team`, every process has the same model, steps on its part of each batch, and learns what one process would learn from
     the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster; `timer` measures its
-    steps, by default where they are done.
+    steps, by default where they are done; with `lanes`, they are captured as a graph where that changes no bit of them.
     """
 
     def __init__(
@@ -71,19 +73,20 @@ class Learner:
         learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         team: Team = ALONE,
         timer: Timer | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self._team, self._compiled = team, runtime.compile
         self._timer = timer or timer_of(device)
         self._format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         if team.size > 1 and device.type == "cuda":
-            model = _with_synchronised_norms(model)
+            model = with_synchronised_norms(model)
         self.model = model.to(device, memory_format=self._format)  # type: ignore[call-overload]
         forward: Any = torch.compile(self.model) if runtime.compile else self.model
-        self._trained = team.wrap(_EachView(forward), device)
+        self._trained = team.wrap(EachView(forward), device)
         self.optimizer = make_optimizer(self.model, config)
         self._rates = Rates(self.optimizer)
-        self.average = _average(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
+        self.average = averaged(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
         self._learned = learned
         self._learned_rates = None if learned is None else Rates(learned[1])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -101,9 +104,11 @@ class Learner:
         self._whole = True  # not in the midst of a step
         with seeded(seed if team.first else seed_of_process(seed, team.number)):
             self._rng = rng_states(device)
+        self._graphed, self._no_graph = self._graphed_in(lanes) if lanes is not None else (None, "")
         self.moved_from: str | None = None  # the kind of device that its checkpoint was written on, if it is another one
         self.notes: list[str] = []  # on how it goes on, for whoever trains it
         self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
+        self._sums: dict[str, Tensor] = {}
         self.amp = all(team.shared(computes_in_bf16(device))) if config.amp is None else config.amp
         self._start_epoch()
         self._lock = own_folder(folder) if team.first else None
@@ -128,7 +133,10 @@ class Learner:
         return self._count
 
     def _start_epoch(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        if self._graphed is None:
+            self._sums = {}
+        elif self._sums:  # a graph adds to these very tensors
+            torch._foreach_zero_(list(self._sums.values()))
         self._count = 0
         self._seconds = 0.0
         self._spent: Spent | None = None
@@ -154,59 +162,127 @@ class Learner:
     def step(
         self,
         views: Tensor | Sequence[Tensor],
-        loss_of: Callable[[Tensor], Tensor],
-        measure: Callable[[Tensor], dict[str, Tensor]],
+        loss_of: Callable[..., Tensor],
+        measure: Callable[..., dict[str, Tensor]],
+        given: tuple[Any, ...] = (),
+        stage: Hashable = None,
     ) -> None:
         """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means.
 
         Of several such views, each goes through the model by itself (batch normalisation sees one at a time), `loss_of` gets
         their logits one below the other, and figures are those of the first. In a team, views are this process's part of the
         batch, and both functions get the logits of the whole.
+
+        Both functions are called with what is `given` after the logits. A learner with lanes wants all tensors that change from
+        step to step there, and a `stage` that changes when anything else does that they depend on.
         """
         self._whole = False
-        with self._timer.running():
-            self._step([views] if isinstance(views, Tensor) else list(views), loss_of, measure)
+
+        def work(inputs: tuple[list[Tensor], tuple[Any, ...]]) -> Tensor:
+            return self._work(inputs[0], lambda z: loss_of(z, *inputs[1]), lambda z: measure(z, *inputs[1]))
+
+        inputs = [views] if isinstance(views, Tensor) else list(views), given
+        with self._own_rng(), ieee_float32():
+            if self._graphed is None:
+                with self._timer.running():
+                    self._before_work()
+                    self._after_work(work(inputs))
+            else:
+                self._graphed(inputs, work, stage)
         self._count += 1
         self.steps += 1
         self._whole = True
 
-    def _step(
-        self,
-        each: list[Tensor],
-        loss_of: Callable[[Tensor], Tensor],
-        measure: Callable[[Tensor], dict[str, Tensor]],
-    ) -> None:
+    def _before_work(self) -> None:
         share = self.config.rate(self.steps, self._steps_per_epoch)
-        self._rates.set(share)
-        with self._own_rng(), ieee_float32():
-            self.model.train()
-            inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
-            with self._precision():
-                outputs = self._outputs(inputs)
-            outputs = [self._team.gather(logits) for logits in outputs]
-            loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = self._clip()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
-            if self._learned is not None:
-                self._step_learned(share)
-            if self.average is not None:
-                self.average.update(self.model)
+        for rates in (self._rates, self._learned_rates):
+            if rates is not None:
+                rates.set(share)
+        self.model.train()
+
+    def _work(
+        self, each: list[Tensor], loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]
+    ) -> Tensor:
+        """What the device does in a step; returns the logits' moments, `[2, B]`."""
+        inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
+        with self._precision():
+            outputs = self._outputs(inputs)
+        outputs = [self._team.gather(logits) for logits in outputs]
+        loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
+        if self.average is not None:
+            self.average.update(self.model)
         with torch.no_grad():
             logits = outputs[0].detach()
             each_row = moments(logits)
             mean, std = each_row.mean(dim=1)
             figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
-            figures |= {"logit_mean": mean, "logit_std": std}
-            if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
-                self._moments.append(each_row)
-            figures |= measure(logits)
+            figures |= {"logit_mean": mean, "logit_std": std} | measure(logits)
             if self._sums.keys() == figures.keys():
                 torch._foreach_add_(list(self._sums.values()), [figures[name] for name in self._sums])
             else:
                 for name, value in figures.items():
                     self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        return each_row
+
+    def _after_work(self, each_row: Tensor) -> None:
+        if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
+            self._moments.append(each_row if self._graphed is None else each_row.clone())
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] if self._learned is None else [self.optimizer, self._learned[1]]
+
+    @property
+    def graph(self) -> str:
+        """Whether steps are replayed as a graph: "on", "off (reason)", or "" where that is not known yet, or not wanted."""
+        return self._no_graph if self._graphed is None else self._graphed.state
+
+    def _graphed_in(self, lanes: Lanes) -> tuple[GraphedStep | None, str]:
+        """What captures the steps, or the reason why none can be captured."""
+        on_device = all(rates is None or rates.on_device for rates in (self._rates, self._learned_rates))
+        if self._team.size > 1:
+            return None, "off (several processes have a part of each batch)"
+        if self._compiled:
+            return None, "off (--compile makes graphs of its own)"
+        if not on_device:
+            return None, f"off (--opt {self.config.opt} takes its learning rate from the host)"
+        parts = Parts(
+            tensors=self._changing,
+            random=lambda: rng_states(self.device),
+            set_random=lambda states: set_rng_states(states, self.device),
+            forget=self._forget,
+            capturable=lambda: capturable(*self._optimizers),
+            timed=self._timer.running,
+            before=self._before_work,
+            after=self._after_work,
+        )
+        return GraphedStep(lanes, parts), ""
+
+    def _changing(self) -> list[Tensor]:
+        """All tensors that a step changes and leaves."""
+        modules = [
+            self.model,
+            *([] if self.average is None else [self.average]),
+            *([] if self._learned is None else self._learned[:1]),
+        ]
+        weights = [tensor.detach() for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        states = [value for optimizer in self._optimizers for state in optimizer.state.values() for value in state.values()]
+        return [*weights, *(value for value in states if isinstance(value, Tensor)), *self._sums.values()]
+
+    def _forget(self) -> None:
+        """Gradients, which a step leaves only where it fails."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _join(self) -> None:
+        """The current stream waits for the steps so far."""
+        if self._graphed is not None:
+            self._graphed.join()
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         """Logits of this process's part of each view."""
@@ -222,19 +298,13 @@ class Learner:
             ) from error
         return outputs
 
-    def _step_learned(self, share: float) -> None:
-        assert self._learned is not None
-        assert self._learned_rates is not None
-        self._learned_rates.set(share)
-        self._learned[1].step()
-        self._learned[1].zero_grad(set_to_none=True)
-
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.no_grad()
     def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
         """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
+        self._join()
         model = self.average.module if averaged and self.average is not None else self.model
         model.eval()
         with self._precision(), ieee_float32():
@@ -243,6 +313,7 @@ class Learner:
 
     def settle(self) -> None:
         """Before the epoch's test: what the processes of a team have each found of their parts becomes the same everywhere."""
+        self._join()
         self._team.average_buffers(self.model)
         if self.average is not None:
             self._team.average_buffers(self.average.module)
@@ -250,6 +321,7 @@ class Learner:
     def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
         """Log the epoch, with test figures if there are any; write a checkpoint if the last one is old or training over."""
         self._whole = False
+        self._join()
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
         rate = max(self._rates.values)  # of the head, if layers have their own
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": rate, **means}
@@ -290,6 +362,7 @@ class Learner:
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
+        self._join()
         self._count_seconds()
         rng = self._team.shared(self._rng)
         if not self._team.first:
@@ -403,27 +476,3 @@ class Learner:
         finally:
             self._rng = rng_states(self.device)
             set_rng_states(others, self.device)
-
-
-class _EachView(nn.Module):
-    """A model that is given several views, and sees each by itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        return [self.model(each) for each in views]
-
-
-def _with_synchronised_norms(model: nn.Module) -> nn.Module:
-    import timm.layers  # whose function knows timm's own norms too
-
-    converted: nn.Module = timm.layers.convert_sync_batchnorm(model)  # type: ignore[attr-defined, no-untyped-call]
-    return converted
-
-
-def _average(model: nn.Module, decay: float) -> Any:
-    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
-
-    return ModelEmaV3(model, decay=decay)
