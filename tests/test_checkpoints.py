@@ -170,3 +170,31 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(
     again = made(tmp_path)
     assert again.amp is bool(recorded)
     assert f"begun in {'bf16' if recorded else 'float32'}" in " ".join(again.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_checkpoint_is_of_one_moment(tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    one = made(tmp_path, gpu, amp=False)
+    for _ in range(3):
+        step(one)
+    expected = {name: value.cpu().clone() for name, value in one.model.state_dict().items()}
+    one._save()
+    for _ in range(20):
+        step(one)
+    one._writer.wait()
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert found["steps"] == 3
+    assert all(torch.equal(found["weights"][name], value) for name, value in expected.items())
+    assert all(isinstance(group["lr"], float) for group in found["optimizer"]["param_groups"])
+    assert all(value.device == CPU for state in found["optimizer"]["state"].values() for value in state.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_of_ampere_or_later_trains_in_bf16(tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    native = bool(torch.version.hip) or torch.cuda.get_device_properties(gpu).major >= 8
+    assert made(tmp_path, gpu).amp is computes_in_bf16(gpu) is native

@@ -268,6 +268,45 @@ def test_what_cannot_be_captured_goes_on_as_it_was(tmp_path: Path, lane: Any, mo
     assert equal(*found)
 
 
+class Counting(Net):
+    """Does something else from its 30th call on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1.0 if self.calls < 30 else 2.0)
+
+
+class Recorded(StandIn):
+    """Replays do what the model did when it was captured, as a graph does."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Again, Tensor]:
+        self.calls = self.model.calls
+        return super().capture(work)
+
+    def again(self, work: Callable[[], Tensor]) -> Tensor:
+        present, self.model.calls = self.model.calls, self.calls
+        result = work()
+        self.model.calls = present
+        return result
+
+    model: Counting
+
+
+def test_code_that_counts_its_calls_is_found_out(tmp_path: Path) -> None:
+    lane = Recorded()
+    with seeded(1):
+        lane.model = Counting()
+    one = student(tmp_path, lane.model, lanes=Lanes([lane]))  # type: ignore[list-item]
+    lane.model.calls = 20  # a replay calls no Python
+    train(one, 8)
+    assert one.graph == "on"
+    lane.model.calls = 29
+    train(one, graphs.PAUSE * 5 - 8, begin=8)
+    assert one.graph == "off (a replay of the same step gives other bits, found at step 20 of this session)"
+
+
 def test_random_numbers_of_a_host_make_dropout_impossible_to_capture(tmp_path: Path) -> None:
     one = made(tmp_path, lanes=Lanes([StandIn()]))  # type: ignore[list-item]
     for _ in range(6):

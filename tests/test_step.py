@@ -1,5 +1,6 @@
 """Protects a student's step on a GPU, without one: the host waits for nothing in it, and its small kernels are few."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,51 @@ def test_pixels_are_normalised_to_the_bits_they_always_had() -> None:
     views = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (normalise.mean, normalise.std))
     assert torch.equal(normalise(views), (views.float() - mean) / std)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_gpu_waits_for_nothing_in_a_step(tmp_path: Path, method: str, opt: str, amp: bool) -> None:
+    gpu, loss = torch.device("cuda"), METHODS.parse(method)
+    made, normalise = create_model("test_resnet", CLASSES, input_size=SIZE)
+    state = loss.new_state().to(gpu)
+    optimizer = loss.new_optimizer(state)
+    how: dict[str, Any] = {"learned": (state, optimizer)} if optimizer is not None else {}
+    settings = TrainConfig(epochs=1, opt=opt, amp=amp, model_ema_decay=0.9)
+    learner = Learner(tmp_path, made, normalise, settings, steps_per_epoch=9, seed=0, device=gpu, **how)
+    views = [torch.randint(0, 256, (ROWS, 3, SIZE, SIZE), dtype=torch.uint8, device=gpu) for _ in range(loss.views_per_step)]
+    logits, label = torch.randn(ROWS, CLASSES, device=gpu), torch.arange(ROWS, device=gpu)
+    targets = Targets(logits, 4.0, label, label, torch.rand(ROWS, device=gpu))
+    targets = targets if len(views) == 1 else replace(targets, second=targets)
+
+    def step() -> None:
+        learner.step(
+            views, lambda z: loss(z, targets, state), lambda z: {"agreement": agreement(z, logits)} | loss.figures(state)
+        )
+
+    step()
+    step()
+    torch.cuda.set_sync_debug_mode("error")  # type: ignore[no-untyped-call]
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_a_gpu_clips_as_a_cpu_does(max_norm: float) -> None:
+    shapes = [(7,), (3, 2000), (5, 4, 3, 3), ()]
+    on_host = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    there = [nn.Parameter(parameter.detach().to("cuda")) for parameter in on_host]
+    for one, other in zip(on_host, there, strict=True):
+        one.grad = torch.randn(one.shape)
+        other.grad = one.grad.to("cuda")
+    totals = [Clipping(parameters, max_norm)() for parameters in (on_host, there)]
+    torch.testing.assert_close(totals[1].cpu(), totals[0])
+    for one, other in zip(on_host, there, strict=True):
+        torch.testing.assert_close(other.grad.cpu(), one.grad)  # type: ignore[union-attr]

@@ -20,7 +20,8 @@ __all__ = ["GraphedStep", "Lane", "Lanes", "Parts"]
 T = TypeVar("T")
 
 WARM_UP = 3  # steps in which libraries choose their kernels and the optimiser makes its state, as torch's notes on graphs want
-PROOFS = 2  # steps that are done both ways: on the batch that the graph is captured with, and on another one
+PROOFS = 2  # steps that are done both ways at first: on the batch that the graph is captured with, and on another one
+PAUSE = 4  # times as many steps until the next one is: code that counts its calls may change what it does
 
 
 class Replayable(Protocol):
@@ -108,7 +109,7 @@ class GraphedStep:
     def __init__(self, lanes: Lanes, parts: Parts) -> None:
         self._lanes, self._lane, self._parts = lanes, next(lanes), parts
         self.state = ""
-        self._steps = self._proofs = 0
+        self._steps = self._proofs = self._due = 0
         self._held: Any = None
         self._done: Any = None
         self._graph: Replayable | None = None
@@ -131,13 +132,16 @@ class GraphedStep:
             self._parts.before()
             if self._steps <= WARM_UP:
                 result = self._warmed_up(work)
-            elif self._graph is not None and self._output is not None and self._stage == stage and self._proofs == PROOFS:
+            elif self._graph is not None and self._output is not None and self._may_replay(stage):
                 self._graph.replay()
                 result = self._output
             else:
                 result = self._proven(work, stage)
             self._parts.after(result)
         self._done = lane.reached()
+
+    def _may_replay(self, stage: Hashable) -> bool:
+        return self._stage == stage and self._proofs == PROOFS and self._steps < self._due
 
     def join(self) -> None:
         """The current stream goes on when the steps so far are done: before anybody else uses what they change."""
@@ -204,7 +208,8 @@ class GraphedStep:
             if not _same(expected, [*tensors, self._output]) or not _same(drawn_after, parts.random()):
                 back_to(start, drawn)
                 steady = _same(expected, [*tensors, work(held)])
-                raise _UnequalError(f"{'a replay' if steady else 'a second run'} of the same step gives other bits")
+                since = f", found at step {self._steps} of this session" if self.state == "on" else ""
+                raise _UnequalError(f"{'a replay' if steady else 'a second run'} of the same step gives other bits{since}")
         except Exception as error:  # each library has its own errors in a capture
             parts.forget()
             self._off(str(error) if isinstance(error, _UnequalError) else _first_line(error))
@@ -212,9 +217,9 @@ class GraphedStep:
                 return result
             back_to(expected, drawn_after)
             return expected[-1]
-        self._proofs += 1
+        self._proofs = min(self._proofs + 1, PROOFS)
         if self._proofs == PROOFS:
-            self.state = "on"
+            self.state, self._due = "on", PAUSE * self._steps
         return self._output
 
     def _capture(self, work: Callable[[], Tensor], stage: Hashable) -> None:

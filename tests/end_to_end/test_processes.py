@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
-from kdcache.training.learner import _with_synchronised_norms
+from kdcache.training.wrapping import with_synchronised_norms
 from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
@@ -120,7 +120,7 @@ def test_norms_that_processes_share_keep_the_models_weights():
     for name in ("resnet18", "efficientnet_b0"):  # torch's norms, and timm's own with their activation
         model, _ = create_model(name, 10, input_size=32)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        shared = _with_synchronised_norms(model)
+        shared = with_synchronised_norms(model)
         assert sum(isinstance(each, torch.nn.SyncBatchNorm) for each in shared.modules()) > 10
         assert not any(type(each) is torch.nn.BatchNorm2d for each in shared.modules())
         after = shared.state_dict()
