@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdcache.training import optimizers
 
-AUTOCAST, GENERATOR = torch.autocast, torch.Generator
+TENSOR = torch.tensor
 STAND_IN = torch.device("meta")  # shapes and dtypes without contents, with gradients
 
 _NO_KERNEL = {  # beside views
@@ -93,9 +93,15 @@ def _launches_of(name: str, args: Any, made: list[Tensor]) -> int:
 
 def launched(work: Callable[[], object]) -> Launches:
     """What `work` starts on the stand-in. A copy that is not `non_blocking` is waited for; what is read from it is made up."""
-    with _Counting() as counting:
+    with _Counting() as counting, mock.patch.object(torch, "tensor", _tensor):
         work()
     return counting.found
+
+
+def _tensor(data: Any, *, device: Any = None, **named: Any) -> Tensor:
+    """As `torch.tensor`, whose copy to a device is seen here: it is made on the host, and waited for."""
+    made = TENSOR(data, **named)
+    return made if device is None else made.to(device)
 
 
 class Event:
@@ -127,13 +133,17 @@ class Stream:
         return Event()
 
 
-def _autocast(device_type: str, *arguments: Any, **named: Any) -> Any:
+class _Autocast(torch.autocast):
     """The stand-in has none: what it would launch in bf16 is counted in float32."""
-    return contextlib.nullcontext() if device_type == STAND_IN.type else AUTOCAST(device_type, *arguments, **named)
+
+    def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any) -> None:
+        there = device_type == STAND_IN.type
+        super().__init__("cpu" if there else device_type, dtype, enabled and not there, **more)
 
 
-def _generator(device: Any = "cpu") -> torch.Generator:
-    return GENERATOR("cpu" if torch.device(device) == STAND_IN else device)
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu" if torch.device(device) == STAND_IN else device)
 
 
 @contextlib.contextmanager
@@ -154,8 +164,8 @@ def stand_in_gpu() -> Iterator[torch.device]:
         fusing = importlib.import_module("torch.optim.optimizer")
         stack.enter_context(mock.patch.object(fusing, "_get_fused_kernels_supported_devices", return_value=devices))
         stack.enter_context(mock.patch.object(optimizers, "FUSED_ON", set(devices)))
-        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
-        stack.enter_context(mock.patch.object(torch, "Generator", _generator))
+        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
