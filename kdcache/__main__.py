@@ -1,3 +1,5 @@
 from kdcache.cli import main
+from kdcache.system.peak import tell_peak
 
+tell_peak()
 main()

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -123,11 +124,10 @@ class InstanceSmoothing(Control):
     smooths: ClassVar[bool] = True
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
-        z = targets.logits.double() / targets.tau
-        log_p = z - z.logsumexp(dim=1, keepdim=True)
+        log_p = torch.log_softmax(targets.logits.double() / targets.tau, dim=1)
         # log C - H directly, since the difference of two nearly equal numbers would lose it at large tau.
-        deficit = (log_p.exp() * (log_p + math.log(z.shape[1]))).sum(dim=1)
-        return _smoothed(targets, match_entropy(deficit, z.shape[1]))
+        deficit = (log_p.exp() * (log_p + math.log(log_p.shape[1]))).sum(dim=1)
+        return _smoothed(targets, _log_odds(deficit, log_p.shape[1]))
 
 
 @CONTROLS.register("ls-global")
@@ -172,8 +172,7 @@ class GlobalSmoothing(Control):
                 why="its strength is that of an archive's average softmax at tau",
                 fix="use what control.fit(archive.spread_logits(), tau) gives",
             )
-        deficit = torch.full((len(targets.logits),), self.deficit, dtype=torch.float64, device=targets.logits.device)
-        return _smoothed(targets, match_entropy(deficit, targets.logits.shape[1]))
+        return _smoothed(targets, _one_log_odds(self.deficit, targets.logits.shape[1]))
 
 
 @CONTROLS.register("bottom")
@@ -253,34 +252,89 @@ def _require_rest(name: str, k: int, classes: int, purpose: str) -> None:
 
 
 def match_entropy(deficit: Tensor, classes: int) -> Tensor:
-    """d = 1 - alpha of the label smoothing whose entropy is log C - `deficit`: float64 `[B]`.
+    """d = 1 - alpha of the label smoothing whose entropy is log C - `deficit`: float64 `[B]`, with a relative error below 1e-13.
 
     The smoothed vector has 1 - alpha + alpha/C at the top and alpha/C elsewhere, and its deficit is
-    D(d) = (1 + d(C-1))/C log1p(d(C-1)) + (C-1)/C (1-d) log1p(-d), strictly increasing from 0 to log C on [0, 1].
-    Bisection in float64 on log d keeps its relative accuracy where d is tiny, that is at large tau.
+    D(d) = (1 + d(C-1))/C log(1 + d(C-1)) + (C-1)/C (1-d) log(1-d), strictly increasing from 0 to log C on [0, 1].
     """
-    deficit = deficit.double().clamp(0.0, math.log(classes))
-    rest = classes - 1
-
-    def of(d: Tensor) -> Tensor:
-        left = torch.where(d < 1, (1 - d) * torch.log1p(-d.clamp(max=1 - 1e-16)), 0.0)
-        return (1 + d * rest) / classes * torch.log1p(d * rest) + rest / classes * left
-
-    low, high = torch.full_like(deficit, -60.0), torch.zeros_like(deficit)  # log d
-    for _ in range(64):
-        middle = (low + high) / 2
-        below = of(middle.exp()) < deficit
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return torch.where(deficit > 0, ((low + high) / 2).exp(), 0.0)
+    return torch.sigmoid(_log_odds(deficit, classes))
 
 
-def _smoothed(targets: Targets, d: Tensor) -> Targets:
+def _log_odds(deficit: Tensor, classes: int) -> Tensor:
+    """log(d / (1 - d)) of `match_entropy`: float64 `[B]`, -inf where `deficit` is not positive.
+
+    It is a smooth function of log(D / (log C - D)), and interpolated in a table of it: a handful of kernels on a GPU, which no
+    value makes the host wait for. Neither end loses accuracy: not a tiny d, as at large tau, nor a tiny 1 - d.
+    """
+    if classes < 2:
+        return torch.full_like(deficit, -math.inf, dtype=torch.float64)
+    knots, cubics = _inverse_on(deficit.device, classes)
+    deficit = deficit.double().clamp(max=math.log(classes))
+    x = (deficit / (math.log(classes) - deficit)).log().clamp(*_ends(classes))
+    start, c0, c1, c2, c3 = cubics.index_select(0, torch.searchsorted(knots, x, right=True)).unbind(1)
+    x = x - start
+    odds = torch.addcmul(c0, x, torch.addcmul(c1, x, torch.addcmul(c2, x, c3)))
+    return odds.masked_fill(deficit <= 0, -math.inf)
+
+
+@lru_cache(maxsize=256)
+def _one_log_odds(deficit: float, classes: int) -> float:
+    """`_log_odds` of a single deficit, solved once."""
+    return float(_log_odds(torch.tensor([deficit], dtype=torch.float64), classes))
+
+
+@lru_cache(maxsize=16)
+def _inverse_on(device: torch.device, classes: int) -> tuple[Tensor, Tensor]:
+    x, cubics = _inverse(classes)
+    # Waited for, once, so that any stream may use them later.
+    return torch.from_numpy(x[1:-1].copy()).to(device), torch.from_numpy(cubics).to(device)
+
+
+def _ends(classes: int) -> tuple[float, float]:
+    x, _ = _inverse(classes)
+    return float(x[0]), float(x[-1])
+
+
+@lru_cache(maxsize=16)
+def _inverse(classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Knots x `[n]` of log(D / (log C - D)), and `[n - 1, 5]` for each interval: its first knot, and the cubic from there whose
+    values and slopes at both ends are those of log(d / (1 - d)).
+    """
+    odds = np.linspace(-60.0, 30 * math.log(10), 1 << 15)  # beyond, d or 1 - d is nothing beside what float32 logits hold
+    d, rest, log_alpha = 1 / (1 + np.exp(-odds)), classes - 1, -np.logaddexp(0, odds)
+    alpha = np.exp(log_alpha)
+    small = d < 0.03
+    # (1 + x) log(1 + x) - x of both terms of D, whose -x cancel: a sum of products that are never negative.
+    of_rest = np.where(small, _bent(np.where(small, -d, 0)), alpha * log_alpha + d)
+    deficit = (_bent(rest * d) + rest * of_rest) / classes
+    share = alpha * rest / classes
+    entropy = -(1 - share) * np.log1p(-share) - share * (log_alpha - math.log(classes))
+    x = np.log(deficit) - np.log(entropy)
+    slope = rest / classes * (np.log1p(rest * d) - log_alpha) * d * alpha  # of the deficit, by the log odds
+    slope = 1 / (slope * (1 / deficit + 1 / entropy))
+    width, secant = np.diff(x), np.diff(odds) / np.diff(x)
+    second = (3 * secant - 2 * slope[:-1] - slope[1:]) / width
+    third = (slope[:-1] + slope[1:] - 2 * secant) / width**2
+    return x, np.stack([x[:-1], odds[:-1], slope[:-1], second, third], axis=1)
+
+
+def _bent(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1 + x) log(1 + x) - x for x > -1, by its series where the difference would lose digits."""
+    near = np.where(np.abs(x) < 0.03, x, 0.0)
+    series = np.zeros_like(near)
+    for k in range(12, 1, -1):
+        series = (series + (-1) ** k / (k * (k - 1))) * near
+    return np.where(np.abs(x) < 0.03, series * near, (1 + x) * np.log1p(x) - x)
+
+
+def _smoothed(targets: Targets, log_odds: Tensor | float) -> Targets:
     """Targets whose softmax at their tau is the smoothed one: the top logit is tau log(1 + C d / (1 - d)), the others 0."""
-    classes = targets.logits.shape[1]
-    top = targets.tau * torch.log1p(classes * d / (1 - d).clamp(min=1e-30))
     logits = torch.zeros_like(targets.logits, dtype=torch.promote_types(targets.logits.dtype, torch.float32))
-    logits.scatter_(1, targets.logits.argmax(dim=1, keepdim=True), top.to(logits.dtype)[:, None])
-    return targets.with_logits(logits)
+    best, classes = targets.logits.argmax(dim=1, keepdim=True), targets.logits.shape[1]
+    if isinstance(log_odds, float):
+        return targets.with_logits(logits.scatter_(1, best, targets.tau * math.log1p(classes * math.exp(log_odds))))
+    top = targets.tau * torch.log1p(classes * log_odds.exp())
+    return targets.with_logits(logits.scatter_(1, best, top.to(logits.dtype)[:, None]))
 
 
 def _signed(value: int) -> int:

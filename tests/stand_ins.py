@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdcache.training import optimizers
 
-TENSOR = torch.tensor
+TENSOR, AUTOCAST = torch.tensor, torch.autocast.__init__
 STAND_IN = torch.device("meta")  # shapes and dtypes without contents, with gradients
 
 _NO_KERNEL = {  # beside views
@@ -25,6 +25,7 @@ _NO_KERNEL = {  # beside views
 }
 _READS = {"aten::_local_scalar_dense": 1.0, "aten::is_nonzero": True, "aten::equal": True}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
+_TAKE_ALONG = {"aten::where", "aten::index", "aten::index_put", "aten::index_put_"}  # what of them is on the host is copied
 
 
 @dataclass
@@ -53,6 +54,10 @@ class _Counting(TorchDispatchMode):
         if away and name in _READS:
             self.found.waits[name] += 1
             return _READS[name]
+        if away and name in _TAKE_ALONG:
+            left = sum(tensor.device.type == "cpu" for tensor in given)
+            self.found.copies += left
+            self.found.waits += Counter({f"an operand of {name} on the host": left})  # keeps no zeros
         if name in _COPIES and (moved := self._moved(name, given, args, kwargs)) is not None:
             return moved
         if away and name.startswith("aten::_fused_"):  # which `meta` has no form of; they return nothing
@@ -76,7 +81,11 @@ class _Counting(TorchDispatchMode):
         if target.type == "cpu":
             if not goes_on:
                 self.found.waits["a copy to the host"] += 1
-            return given[0] if name == "aten::copy_" else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            return (
+                given[0].fill_(1)
+                if name == "aten::copy_"
+                else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            )
         self.found.copies += 1
         if not goes_on:
             self.found.waits["a copy from the host"] += 1
@@ -133,12 +142,10 @@ class Stream:
         return Event()
 
 
-class _Autocast(torch.autocast):
-    """The stand-in has none: what it would launch in bf16 is counted in float32."""
-
-    def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any) -> None:
-        there = device_type == STAND_IN.type
-        super().__init__("cpu" if there else device_type, dtype, enabled and not there, **more)
+def _autocast(self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any) -> None:
+    """The stand-in has no autocast: what it would launch in bf16 is counted in float32."""
+    there = device_type == STAND_IN.type
+    AUTOCAST(self, "cpu" if there else device_type, dtype, enabled and not there, **more)
 
 
 class _Generator(torch.Generator):
@@ -164,7 +171,7 @@ def stand_in_gpu() -> Iterator[torch.device]:
         fusing = importlib.import_module("torch.optim.optimizer")
         stack.enter_context(mock.patch.object(fusing, "_get_fused_kernels_supported_devices", return_value=devices))
         stack.enter_context(mock.patch.object(optimizers, "FUSED_ON", set(devices)))
-        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))

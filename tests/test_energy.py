@@ -54,13 +54,13 @@ def zones(tmp_path: Path) -> Zones:
 
 
 class Nvml:
-    """A module like pynvml, of GPUs with so many millijoules; None: without a counter."""
+    """A module like pynvml, of GPUs with so many millijoules; None: without a counter. Those in `divided` have parts (MIG)."""
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, gpus: dict[str, int | None], *, driver: bool = True) -> None:
-        self.gpus, self.driver, self.open = gpus, driver, 0
+    def __init__(self, gpus: dict[str, int | None], *, driver: bool = True, divided: tuple[str, ...] = ()) -> None:
+        self.gpus, self.driver, self.open, self.divided = gpus, driver, 0, divided
 
     def nvmlInit(self) -> None:  # noqa: N802
         if not self.driver:
@@ -74,6 +74,14 @@ class Nvml:
         if uuid not in self.gpus:
             raise self.NVMLError("Not Found")
         return uuid
+
+    def nvmlDeviceIsMigDeviceHandle(self, handle: str) -> int:  # noqa: N802
+        return int(handle.startswith("MIG-"))
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:  # noqa: N802
+        if not self.divided:
+            raise self.NVMLError("Not Supported")
+        return (int(handle in self.divided),) * 2
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
         value = self.gpus[handle]
@@ -183,7 +191,14 @@ def test_only_the_gpus_that_are_named_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "nvml", [Nvml({}, driver=False), Nvml({"GPU-a": 1}), Nvml({"GPU-a": 1, "GPU-b": None})], ids=["driver", "MIG", "old"]
+    "nvml",
+    [
+        Nvml({}, driver=False),
+        Nvml({"GPU-a": 1}),
+        Nvml({"GPU-a": 1, "GPU-b": None}),
+        Nvml({"GPU-a": 1, "GPU-b": 1}, divided=("GPU-b",)),
+    ],
+    ids=["driver", "unknown", "old", "MIG"],
 )
 def test_gpus_without_a_counter_are_unknown(tmp_path: Path, nvml: Nvml) -> None:
     with Meter(["GPU-a", "GPU-b"], powercap=tmp_path, nvml=nvml) as meter:

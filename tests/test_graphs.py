@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from kdcache.methods import build
-from kdcache.students.args import record_graph
+from kdcache.students.records import record_graph
 from kdcache.targets import Targets
 from kdcache.training import graphs, optimizers
 from kdcache.training.devices import seeded

@@ -39,6 +39,21 @@ def test_lists_of_tensors_of_other_shapes_are_a_kernel_each() -> None:
     assert (one_by_one.kernels, at_once.kernels) == (5, 1)
 
 
+def test_operands_that_torch_copies_by_itself_are_counted() -> None:
+    with stand_in_gpu() as gpu:
+        x = torch.ones(4, device=gpu)
+
+        def work() -> None:
+            torch.where(x > 0, x, torch.tensor(0.0))
+            torch.where(x > 0, x, 0.0)  # a number that is made on the device
+            x[torch.tensor([1, 2])]
+            x.clamp(min=0) + 1.0  # a number that the kernel is given
+
+        found = launched(work)
+    assert found.copies == 2
+    assert found.waits == {"an operand of aten::where on the host": 1, "an operand of aten::index on the host": 1}
+
+
 def test_work_on_the_host_is_no_launch() -> None:
     found = launched(lambda: (torch.ones(3) + 1).sum().item())
     assert (found.kernels, found.copies, sum(found.waits.values())) == (0, 0, 0)

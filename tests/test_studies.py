@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
-from kdcache.study import running
+from kdcache.study import running, slots
 from kdcache.study.jobs import Job, StudyPlan, plan_study
 from kdcache.study.schema import Cost, DumpSpec, StatsSpec, StudentsSpec, TrainSpec, find_study, load_study, shipped
 from kdcache.workspace import Workspace
@@ -298,7 +298,7 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_name(name: str) -> None:
 
 # Options that a study does not have: it sets them itself for each job, or they are the machine's (set in the environment).
 OF_A_STUDY = {
-    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas"},
+    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--parallel"},
     "dump-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--teacher-folder", "--teacher-epochs", "--checkpoint"}
     | {"--classes", "--finetune", "--output", "--shard", "--start-view"},
     "distill": {"--dataset", "--strict", "--allow-drift", "--checkpoint-interval", "--memory", "--parallel"},
@@ -385,26 +385,28 @@ def test_without_snakemake_it_says_what_to_install(planned, tmp_path: Path, monk
 
 def test_jobs_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(running, "PATIENCE", 0.01)
+    monkeypatch.setattr(slots, "PATIENCE", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
-    assert running.gpus() == ["2", "GPU-abc"]
-    with running.gpu_slot(running.gpus()) as (first, _):
-        with running.gpu_slot(running.gpus()) as (second, _):
-            assert {first, second} == {"2", "GPU-abc"}
+    assert slots.gpus() == ["2", "GPU-abc"]
+    with slots.gpu_slot(slots.gpus()) as first:
+        with slots.gpu_slot(slots.gpus()) as second:
+            assert {first.gpu, second.gpu} == {"2", "GPU-abc"}
             third: list[str] = []
 
             def wait() -> None:
-                with running.gpu_slot(running.gpus()) as (slot, _):
-                    third.append(slot)
+                with slots.gpu_slot(slots.gpus()) as slot:
+                    third.append(slot.gpu)
 
             waiting = threading.Thread(target=wait)
             waiting.start()
             time.sleep(0.1)
             assert third == []
         waiting.join(timeout=10)
-        assert third == [second]
+        assert third == [second.gpu]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert running.gpus() == []
+    assert slots.gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234,0,MIG-1234,-1,2")
+    assert slots.gpus() == ["MIG-1234", "0"], "CUDA sees nothing from the first on that is no GPU"
 
 
 def test_jobs_at_once_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

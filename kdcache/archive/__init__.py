@@ -1,11 +1,13 @@
 """Archives of teacher logits: the names that other packages import. Nothing here needs torch."""
 
 from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
+from kdcache.archive.format.devices import DEVICE, shards_by_device
 from kdcache.archive.format.manifest import (
     ArchivePlan,
     CanvasCard,
     Licences,
     LogitMoments,
+    MemoryFormat,
     Noise,
     Statistics,
     TauDetail,
@@ -28,6 +30,7 @@ from kdcache.archive.writing.writer import ArchiveWriter, sweep
 
 __all__ = [
     "COST",
+    "DEVICE",
     "LAYOUTS",
     "MAX_ROWS",
     "PAPER_TAUS",
@@ -45,6 +48,7 @@ __all__ = [
     "Layout",
     "Licences",
     "LogitMoments",
+    "MemoryFormat",
     "Noise",
     "Rows",
     "Statistics",
@@ -64,6 +68,7 @@ __all__ = [
     "new_plan",
     "open_archive",
     "recorded_plan",
+    "shards_by_device",
     "stored_bytes",
     "sweep",
     "write_archive",

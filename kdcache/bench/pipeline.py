@@ -24,7 +24,8 @@ from kdcache.replay.prefetch import choose_renderer, render_batches
 from kdcache.replay.stream import Batch, CachedTargets
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets
-from kdcache.teachers.forward import Forward, write_shards
+from kdcache.teachers.forward import Forward
+from kdcache.teachers.shards import write_shards
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner
@@ -289,9 +290,9 @@ def _stream_step(seconds: float, folder: Path, progress: Progress) -> list[Resul
 class _Random(Forward):
     """A teacher with no cost."""
 
-    def __call__(self, views: Tensor) -> np.ndarray:
+    def launch(self, views: Tensor) -> Tensor:
         rng = np.random.default_rng(len(views))
-        return rng.normal(0, 3, (len(views), 10)).astype(np.float32)
+        return torch.from_numpy(rng.normal(0, 3, (len(views), 10)).astype(np.float32))
 
 
 def _archive(path: Path, canvas: Canvas, policy: ViewPolicy) -> Archive:

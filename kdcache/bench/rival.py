@@ -24,7 +24,8 @@ from kdcache.methods import build
 from kdcache.models.creation import create_model
 from kdcache.replay.stream import Batch, CachedTargets
 from kdcache.system.progress import Progress
-from kdcache.teachers.forward import Forward, write_shards
+from kdcache.teachers.forward import Forward
+from kdcache.teachers.shards import write_shards
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner

@@ -57,11 +57,13 @@ def train_teacher(
     config: ConfigOption = None,
 ) -> None:
     """Finetune teachers, train them from scratch, or take trained weights. Prints each one's folder; nothing is trained twice."""
+    from kdcache.system.distributed import this_rank
     from kdcache.teachers.train import train_teachers
 
-    with bars() as progress:
-        teachers = train_teachers(options, workspace(home, data_dir, skip_corrupt), progress)
-    for teacher in teachers:
+    place, speaker = workspace(home, data_dir, skip_corrupt), this_rank().first
+    with bars(quiet=not speaker) as progress:
+        teachers = train_teachers(options, place, progress)
+    for teacher in teachers if speaker else ():
         print(teacher.folder)
 
 

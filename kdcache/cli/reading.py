@@ -28,6 +28,7 @@ ArchiveArgument = Annotated[str, typer.Argument(help="Folder, name below archive
 
 def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
     """Say what an archive is. --json prints the whole manifest."""
+    from kdcache.archive import shards_by_device
 
     opened = find_archive(archive)
     manifest = opened.manifest
@@ -51,10 +52,11 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
             ["teacher's top-1", f"{_percent(teacher.top1_clean)} clean, {_percent(statistics.top1_views)} on these views"]
         )
         rows.append(["teacher's test images", teacher.test_title])
-        if teacher.noise:
-            rows.append(
-                ["teacher's noise", f"mean KL to float32 {teacher.noise.kl_mean:.2g} nats over {teacher.noise.views} views"]
-            )
+        if noise := teacher.known_noise:
+            better = noise.reference or "float32"
+            rows.append(["teacher's noise", f"mean KL to {better} {noise.kl_mean:.2g} nats over {noise.views} views"])
+    if kinds := shards_by_device(manifest):
+        rows.append(["computed on", ", ".join(f"{kind} ({count:,} shards)" for kind, count in kinds.items())])
     known = manifest.known_licences
     rows.append(["licences", f"data {known.data or 'unknown'}, teacher's weights {known.weights or 'unknown'}"])
     if part := manifest.subset_of:
@@ -170,6 +172,7 @@ def verify(
         Path | None, typer.Option("--signed-by", help="Also check the signature, by this public key in PEM.")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    device: Annotated[str, Of("RenderOptions", "device")] = "auto",
     renderer: Annotated[Any, Of("RenderOptions", "renderer")] = "auto",
     skip_corrupt: SkipCorruptOption = False,
     as_json: JsonOption = False,
@@ -190,7 +193,7 @@ def verify(
             recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt)
             canvas = place.canvas(archive_source(opened, dataset), "train", recorded.size if recorded else None, progress)
             teacher = matching_teacher(opened, place, progress)
-            results.append(replay_with_teacher(opened, canvas, replay, teacher, progress, renderer=renderer))
+            results.append(replay_with_teacher(opened, canvas, replay, teacher, progress, device=device, renderer=renderer))
     if as_json:
         print_json(
             [

@@ -7,7 +7,7 @@ import typer
 
 from kdcache.cli.options import DataDirOption, DryRunOption, HomeOption, JsonOption, command_line, workspace
 from kdcache.cli.output import bars, print_json
-from kdcache.errors import printable
+from kdcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from kdcache.study.jobs import StudyPlan
@@ -34,8 +34,13 @@ def run(
     file: StudyArgument,
     smoke: SmokeOption = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Jobs that run at once [one for each GPU; with --profile, what it says]")
+        int | None,
+        typer.Option("--jobs", min=1, help="Jobs that run at once [as many as GPUs have places for; with --profile, its own]"),
     ] = None,
+    jobs_per_gpu: Annotated[
+        str,
+        typer.Option("--jobs-per-gpu", metavar="N|auto", help="Jobs that share a GPU, as far as its memory is known to suffice."),
+    ] = "auto",
     profile: Annotated[str | None, typer.Option("--profile", help="A profile of Snakemake; slurm: kdcache's own.")] = None,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
@@ -44,6 +49,7 @@ def run(
     """Run what is missing of a study. The last line is its report; after a change, run it again: only what is new is done."""
     from kdcache.study.running import run_study
 
+    most = _jobs_per_gpu(jobs_per_gpu)
     place = workspace(home, data_dir)
     found, study, planned = _planned(file, smoke, place)
     if dry_run:
@@ -51,9 +57,23 @@ def run(
         return
     with bars() as progress:
         progress.say(f"{study.title} ({study.paper}): {study.question}")
-        made = run_study(planned, place, progress, file=found, jobs=jobs, profile=profile, command=command_line())
+        made = run_study(
+            planned, place, progress, file=found, jobs=jobs, jobs_per_gpu=most, profile=profile, command=command_line()
+        )
     for path in made:
         print(path)
+
+
+def _jobs_per_gpu(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise UsageError(
+            f"--jobs-per-gpu {text}",
+            why="it is a number of jobs, from 1 on, or auto",
+            fix="--jobs-per-gpu auto, or 1 for no sharing",
+        )
+    return int(text)
 
 
 def plan(

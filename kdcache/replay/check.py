@@ -3,6 +3,7 @@
 import shlex
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.archive import AnyArchive, Archive, Failure, Verification
@@ -88,6 +89,7 @@ def replay(
     progress: Progress | None = None,
     *,
     renderer: RendererChoice = "auto",
+    device: torch.device | str = "cpu",
 ) -> Verification:
     """Render `views` randomly chosen views again, and compare their digests with the archive's."""
     policy, progress = require_replayable(archive, canvas), progress or Silent()
@@ -99,7 +101,7 @@ def replay(
         view = archive.views[number]
         positions = np.sort(chosen[chosen // archive.num_samples == number] % archive.num_samples)
         items = [(view, positions[i : i + 64]) for i in range(0, len(positions), 64)]
-        for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer):
+        for item in render_batches(canvas, policy, items, archive=archive, renderer=renderer, device=device):
             differs = _differing(item)
             if differs.any():
                 if diagnosis is None:  # one diagnosis is enough, since it is slow

@@ -1,46 +1,33 @@
-"""Rendering of batches ahead of the model: in worker processes on the CPU, or on a side stream of the GPU."""
+"""Rendering of batches ahead of the model: in worker processes on the CPU, or in chunks on a GPU."""
 
 import itertools
+import os
 import signal
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcache.archive import AnyArchive, Rows
+from kdcache.archive import AnyArchive
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import KdcacheError, UsageError, unknown_name
-from kdcache.views.policy import PROBE_VERSION, RendererChoice, ViewPolicy, ViewTable
-from kdcache.views.probe import digest_sums, digests, fold
+from kdcache.replay.chunks import Resident, render_chunks, seconds_on_gpu
+from kdcache.replay.rendered import DrawTables, Item, Rendered
+from kdcache.system.progress import Progress, Silent
+from kdcache.views.policy import PROBE_VERSION, RendererChoice, ViewPolicy
+from kdcache.views.probe import digests, grids
 from kdcache.views.rendering import Renderer, render_positions
 from kdcache.views.resample import can_resize
 
-__all__ = ["Item", "Rendered", "choose_renderer", "render_batches"]
+__all__ = ["Item", "Rendered", "Resident", "choose_renderer", "render_batches"]
 
-Item = tuple[int, NDArray[np.int64]]  # a view, and positions in it
-
-_AHEAD = 2  # batches that a GPU renders in advance
-_RESIDENT = 0.5  # share of a GPU's free memory that a canvas may take
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A batch without targets: `images` uint8 `[B, 3, S, S]`, their digests uint32 `[B]`, draws, and the archive's rows."""
-
-    images: Tensor
-    digest: NDArray[np.uint32]
-    rows: ViewTable
-    stored: Rows | None
-    positions: NDArray[np.int64]
+_CPU = torch.device("cpu")
 
 
 def render_batches(
@@ -53,29 +40,39 @@ def render_batches(
     renderer: RendererChoice = "auto",
     device: torch.device | str = "cpu",
     probe_version: int = PROBE_VERSION,
-    resident: "Resident | None" = None,
+    grid: bool = False,
+    resident: Resident | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Rendered]:
-    """Render batches of (view, positions) in order, with the archive's rows if one is given.
+    """Render batches of (view, positions) in order, with the archive's rows if one is given, and grid means with `grid`.
 
-    On a CPU, `workers` processes render ahead, and the images stay in host memory. On a GPU, the device renderer renders
-    ahead, from a canvas that `resident` keeps on it between calls. This process reads `items` only as far as rendering has
-    got. Digests have the archive's probe version, or without an archive `probe_version`.
+    On a CPU, `workers` processes render ahead, and the images stay in host memory (pinned if `device` is a GPU). On a GPU, the
+    device renderer renders some thousand positions at once ahead, from a canvas that `resident` keeps on it between calls,
+    and each batch is a slice of them. With "auto", a GPU's views are rendered by workers on the CPU if these are faster, which
+    `progress` is told. This process reads `items` only as far as rendering has got. Digests have the archive's probe
+    version, or without an archive `probe_version`.
     """
     device, items = torch.device(device), iter(items)
-    if device.type != "cuda":  # other accelerators lack float64 or are untested, so their views are rendered on the CPU
-        device = torch.device("cpu")
     if archive:
         probe_version = archive.manifest.probe_version
     first = next(items, None)
     if first is None:
         return
     items = itertools.chain([first], items)
-    chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), device, workers)
-    if device.type == "cuda" and chosen == "device":
-        yield from _on_gpu(canvas, policy, items, archive, device, probe_version, resident or Resident())
+    where = _drawn_on(device, renderer, policy, canvas.size, workers, progress or Silent())
+    chosen = choose_renderer(renderer, policy, canvas.size, len(first[1]), where, workers)
+    if where.type == "cuda" and chosen == "device":
+        options: dict[str, Any] = {"archive": archive, "device": where, "probe_version": probe_version, "grid": grid}
+        yield from render_chunks(canvas, policy, items, resident=resident or Resident(), **options)
         return
-    renderings = _Renderings(canvas, policy, archive, chosen, probe_version)
-    loader = DataLoader(renderings, batch_size=None, num_workers=workers, sampler=items, worker_init_fn=_outlive_signals)
+    loader = DataLoader(
+        _Renderings(canvas, policy, archive, chosen, probe_version, grid),
+        batch_size=None,
+        num_workers=workers,
+        sampler=items,
+        worker_init_fn=_outlive_signals,
+        pin_memory=device.type == "cuda",
+    )
     for item in loader:
         if isinstance(item, KdcacheError):
             raise item
@@ -88,27 +85,21 @@ def _outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _DrawTables:
-    """Tables of draws by view. The last one is kept, since consecutive batches are of one view."""
-
-    def __init__(self, policy: ViewPolicy, canvas: Canvas) -> None:
-        self._policy, self._canvas = policy, canvas
-        self._last: ViewTable | None = None
-
-    def __getitem__(self, view: int) -> ViewTable:
-        if self._last is None or self._last.view != view:
-            self._last = self._policy.parameters(view, len(self._canvas), self._canvas.sizes)
-        return self._last
-
-
 class _Renderings(Dataset[Rendered | KdcacheError]):
     """Rendered batches as a dataset, indexed by (view, positions), for torch's worker processes."""
 
     def __init__(
-        self, canvas: Canvas, policy: ViewPolicy, archive: AnyArchive | None, renderer: Renderer, probe_version: int
+        self,
+        canvas: Canvas,
+        policy: ViewPolicy,
+        archive: AnyArchive | None,
+        renderer: Renderer,
+        probe_version: int,
+        grid: bool,
     ) -> None:
-        self._canvas, self._archive, self._renderer, self._probe_version = canvas, archive, renderer, probe_version
-        self._tables = _DrawTables(policy, canvas)
+        self._canvas, self._archive, self._renderer = canvas, archive, renderer
+        self._probe_version, self._grid = probe_version, grid
+        self._tables = DrawTables(policy, canvas)
 
     def __getitem__(self, item: Item) -> Rendered | KdcacheError:
         view, positions = item
@@ -119,59 +110,8 @@ class _Renderings(Dataset[Rendered | KdcacheError]):
         except KdcacheError as error:
             # The error is returned, as the loader would re-raise it as another type in the main process.
             return error
-        return Rendered(images, digests(images, self._probe_version), table[positions], stored, positions)
-
-
-class Resident:
-    """The pixels of a canvas for a GPU: on it, if they take at most half of its free memory, else in host memory."""
-
-    def __init__(self) -> None:
-        self._pixels: Tensor | NDArray[np.uint8] | None = None
-
-    def pixels(self, canvas: Canvas, device: torch.device) -> Tensor | NDArray[np.uint8]:
-        if self._pixels is None:  # decide only once, as later the pixels themselves use the memory
-            self._pixels = canvas.pixels
-            if canvas.pixels.nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-                with warnings.catch_warnings(action="ignore"):  # torch warns of the read-only canvas, which is only read here
-                    self._pixels = torch.from_numpy(canvas.pixels).to(device)
-        return self._pixels
-
-
-def _on_gpu(
-    canvas: Canvas,
-    policy: ViewPolicy,
-    items: Iterator[Item],
-    archive: AnyArchive | None,
-    device: torch.device,
-    probe_version: int,
-    resident: Resident,
-) -> Iterator[Rendered]:
-    """Render on a side stream, some batches ahead of the model's stream, which waits for each batch."""
-    tables, pixels = _DrawTables(policy, canvas), resident.pixels(canvas, device)
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    started: deque[tuple[Tensor, Tensor, ViewTable, NDArray[np.int64], torch.cuda.Event]] = deque()
-
-    def start(view: int, positions: NDArray[np.int64]) -> None:
-        table = tables[view]
-        with torch.cuda.stream(side):
-            images = render_positions(pixels, table, positions, "device", device)
-            sums = digest_sums(images, probe_version)
-            on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
-            started.append((images, on_host, table[positions], positions, side.record_event()))
-
-    for item in itertools.islice(items, 1 + _AHEAD):
-        start(*item)
-    while started:
-        images, sums, rows, positions, done = started.popleft()
-        stored = archive.take(rows.view, positions).load() if archive else None
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        images.record_stream(current)
-        done.synchronize()  # digests need it; usually no wait, as rendering is ahead
-        yield Rendered(images, fold(sums), rows, stored, positions)
-        for item in itertools.islice(items, 1):
-            start(*item)
+        means = grids(images) if self._grid else None
+        return Rendered(images, digests(images, self._probe_version), table[positions], stored, positions, means)
 
 
 def choose_renderer(
@@ -198,13 +138,59 @@ def choose_renderer(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if workers else threads)
-        return _fastest(policy, canvas_size, min(batch_size, 64 if policy.size <= 64 else 16), device, torch.get_num_threads())
+        return _fastest(policy, canvas_size, min(batch_size, _tried(policy)), device, torch.get_num_threads()).renderer
     finally:
         torch.set_num_threads(threads)
 
 
+def _drawn_on(
+    device: torch.device, renderer: RendererChoice, policy: ViewPolicy, canvas_size: int, workers: int, progress: Progress
+) -> torch.device:
+    """Where views for a model on `device` are drawn: on it if it is a GPU, unless "auto" finds the workers to be faster.
+
+    Other accelerators lack float64 or are untested, so their views are drawn on the CPU.
+    """
+    if device.type != "cuda":
+        return _CPU
+    if renderer != "auto" or not workers or not can_resize(canvas_size, policy.size, policy.filter):
+        return device
+    return _CPU if _workers_are_faster(policy, canvas_size, device, workers, progress) else device
+
+
+_SAID: set[tuple[str, int]] = set()  # policies and numbers of workers
+
+
+def _workers_are_faster(policy: ViewPolicy, canvas_size: int, device: torch.device, workers: int, progress: Progress) -> bool:
+    gpu = _fastest(policy, canvas_size, _tried(policy), device, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        cpu = _fastest(policy, canvas_size, _tried(policy), _CPU, 1)
+    finally:
+        torch.set_num_threads(threads)
+    parallel = min(workers, max(1, (os.cpu_count() or 2) - 1))  # as one more core is this process's own
+    faster = cpu.seconds / parallel < gpu.seconds
+    if faster and (policy.digest, workers) not in _SAID:
+        _SAID.add((policy.digest, workers))
+        progress.say(
+            f"views are drawn by {workers} processes on the CPU, {parallel / cpu.seconds:.0f} a second, as the GPU draws "
+            f"{1 / gpu.seconds:.0f} (--renderer device draws them on the GPU)"
+        )
+    return faster
+
+
+def _tried(policy: ViewPolicy) -> int:
+    """Views that are drawn for a choice."""
+    return 64 if policy.size <= 64 else 16
+
+
+class _Fastest(NamedTuple):
+    renderer: Renderer
+    seconds: float  # for a view
+
+
 @lru_cache(maxsize=64)
-def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, threads: int) -> Renderer:
+def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torch.device, threads: int) -> _Fastest:
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, canvas_size, canvas_size), dtype=np.uint8)
     table, positions = policy.parameters(0, batch_size, np.ones((batch_size, 2), int)), np.arange(batch_size)
 
@@ -214,7 +200,7 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
             started = time.perf_counter()
             views = render_positions(pixels, table, positions, renderer, device).cpu()
             seconds.append(time.perf_counter() - started)
-        return min(seconds), views
+        return min(seconds) / batch_size, views
 
     reference_seconds, expected = draw("reference")
     try:
@@ -225,5 +211,7 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
     if wrong:
         text = f"the device renderer {wrong} on this {device.type}; the reference is used. Please report this."
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-        return "reference"
-    return "device" if device.type == "cuda" or device_seconds < reference_seconds else "reference"
+        return _Fastest("reference", reference_seconds)
+    if device.type == "cuda":
+        return _Fastest("device", seconds_on_gpu(policy, canvas_size, device))
+    return min(_Fastest("device", device_seconds), _Fastest("reference", reference_seconds), key=lambda each: each.seconds)

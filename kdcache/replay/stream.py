@@ -20,6 +20,7 @@ from kdcache.replay.prefetch import Rendered, Resident, render_batches
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.system.distributed import Team
 from kdcache.system.progress import Progress
+from kdcache.system.transfer import to_device
 from kdcache.targets import Control, Targets, averaged, row_keys
 from kdcache.views.policy import RendererChoice, ViewPolicy
 
@@ -74,9 +75,7 @@ class Batch:
         return replace(self, **whole)
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {
-            key: value.to(device, non_blocking=True) for key, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {key: to_device(value, device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         if self.second is not None:
             moved["second"] = self.second.to(device)
         return replace(self, **moved)
@@ -112,6 +111,7 @@ class ViewStream:
     """
 
     archive: AnyArchive | None = None
+    _progress: Progress | None = None
 
     def __init__(
         self,
@@ -163,6 +163,7 @@ class ViewStream:
             renderer=self.renderer,
             device=self.device,
             resident=self._resident,
+            progress=self._progress,
         ):
             yield self._batch(item).to(self.device)
 

@@ -67,5 +67,5 @@ def require_batch_size(batch_size: int, num_samples: int, parts: int = 1) -> Non
         raise UsageError(
             f"batch size {batch_size} with {parts} processes",
             why="each of them takes an equal part of every batch",
-            fix=f"use --batch-size {max(parts, batch_size // parts * parts)}, or --parallel students",
+            fix=f"use --batch-size {max(parts, batch_size // parts * parts)}, or --parallel students (or teachers)",
         )

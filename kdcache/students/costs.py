@@ -23,15 +23,16 @@ from kdcache.errors import NotFoundError
 from kdcache.methods import build
 from kdcache.models.creation import create_model
 from kdcache.models.names import resolve
+from kdcache.replay.chunks import rendering_memory, seconds_on_gpu
 from kdcache.replay.prefetch import choose_renderer
 from kdcache.replay.subject import Subject
 from kdcache.students.config import PlanConfig
 from kdcache.students.grid import StudentSpec, doubts, plan_ahead
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import Targets
-from kdcache.teachers.config import DumpRecipe
+from kdcache.teachers.config import DumpRecipe, usual_dump
 from kdcache.teachers.dump import free_bytes
-from kdcache.teachers.forward import Forward
+from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import resolve_device, seeded
 from kdcache.training.learner import Learner
@@ -153,7 +154,7 @@ def plan_costs(config: PlanConfig, workspace: Workspace, progress: Progress | No
         step, test = _learning(name, counts.classes, size, same[0], seen, device)
         costs[kind] = StudentCost(name, len(same), seen, measured(step), test, memory)
 
-    free = room(device, config.room.memory)
+    free = room(device, config.room.memory, rendering_memory(counts.train, canvas, policy.size, device))
     groups = [group for stream in _streams(specs) for group in _packed([costs[_kind(each)] for each in stream], free)]
     shown, tests = epochs * counts.train, -(-epochs // config.grid.training.val_interval) * counts.test
     alone = [shown * one.views * (render + teacher + one.step) + tests * one.test for one in _each(groups)]
@@ -308,8 +309,10 @@ def _per_image(work: Callable[[int], object], batch_size: int, device: torch.dev
 
 def _rendering(policy: ViewPolicy, canvas: int, config: PlanConfig, device: torch.device) -> float:
     where = device if device.type == "cuda" else torch.device("cpu")
-    batch = max(2, config.recipe.batch_size)
+    batch = max(2, config.recipe.batch_size or usual_dump(device.type).batch_size)
     renderer = choose_renderer(config.drawing.renderer, policy, canvas, batch, where)
+    if where.type == "cuda" and renderer == "device":
+        return seconds_on_gpu(policy, canvas, where)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, canvas, canvas), dtype=np.uint8)
     table = policy.parameters(0, batch, np.ones((batch, 2), int))
     return _per_image(lambda count: digests(render_positions(pixels, table, np.arange(count), renderer, where)), batch, where)
@@ -320,13 +323,14 @@ def _views(count: int, size: int, device: torch.device) -> Tensor:
 
 
 def _teacher(name: str, classes: int, size: int, recipe: DumpRecipe, device: torch.device) -> float:
+    usual = usual_dump(device.type)
+    batch_size, precision = recipe.batch_size or usual.batch_size, recipe.precision or usual.precision
     with seeded(0):
         model, normalise = create_model(name, classes, input_size=size)
-        views = _views(recipe.batch_size, size, device)
-    forward = Forward(
-        model.eval().to(device), normalise, device, recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
-    )
-    return _per_image(lambda count: forward(views[:count]), recipe.batch_size, device)
+        views = _views(batch_size, size, device)
+    model = model.eval().to(device)
+    forward = Forward(model, normalise, device, precision, suited_memory_format(model, size, device, precision))
+    return _per_image(lambda count: forward(views[:count]), batch_size, device)
 
 
 def _learning(name: str, classes: int, size: int, config: TrainConfig, seen: int, device: torch.device) -> tuple[float, float]:

@@ -4,6 +4,7 @@ Every combination of student, method, control and tau that shares an archive, a 
 batches, fetched, rendered and checked once. What each of them becomes is what it would have become alone.
 """
 
+import contextlib
 import itertools
 import math
 import resource
@@ -19,6 +20,7 @@ import torch
 from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
+from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import CachedTargets
 from kdcache.replay.subject import Subject
@@ -28,14 +30,14 @@ from kdcache.students.student import Shown, Student
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
-from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.training.devices import metered, resolve_device
+from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep, suspended_at_errors
 from kdcache.training.memory import Footprint, footprint, groups_that_fit, room
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
@@ -68,7 +70,11 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
             why="CUDA graphs are replayed by NVIDIA's and AMD's GPUs",
             fix="leave --graph out; or name a GPU, if there is one: --device cuda",
         )
-    with joined(this_rank(), device) as team:
+    beforehand = enough_memory(  # what comes before training, or beside it
+        f"no memory is left on {device} or its host",
+        fix=f"end what else uses it, or train fewer students at once (--memory {max(1, room(device) >> 31)}GB)",
+    )
+    with joined(this_rank(), device) as team, beforehand:
         return _distill(config, workspace, progress if team.first else Silent(), device, team)
 
 
@@ -86,7 +92,7 @@ def _distill(
         progress.say(doubt)
     if epochs > archive.num_views:
         progress.say(f"{epochs} epochs over {archive.num_views} views: the views are shown again, each cycle in a new order")
-    fresh = team.shared([not (spec.folder / "summary.json").is_file() for spec in specs])[0]  # one opinion for all
+    fresh = team.shared([not _is_trained(spec) for spec in specs])[0]  # one opinion for all
     todo = [spec for spec, is_fresh in zip(specs, fresh, strict=True) if is_fresh]
     if len(todo) < len(specs):
         progress.say(f"{len(specs) - len(todo)} of {len(specs)} students are trained already")
@@ -100,16 +106,46 @@ def _distill(
         elif team.size > 1:
             progress.say(f"{team.size} processes: each has {specs[0].settings.batch_size // team.size} views of every batch")
         runtime = config.runtime
-        evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, team=together)
+        evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, device=device, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
-        available = room(device, runtime.memory) // (team.size if device.type == "cpu" else 1)  # of a host, for all of them
+        rendering = rendering_memory(len(train), train.size, size, device)
+        available = room(device, runtime.memory, rendering)
+        if device.type == "cpu":
+            available //= team.size  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
-        for number, group in enumerate(groups, 1):
-            task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
-            _Lockstep(task, group, config, archive, second, train, evaluations, device, together, progress).run()
+        with team.apart() if together is ALONE else contextlib.nullcontext():
+            for number, group in enumerate(groups, 1):
+                task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
+
+                def trained(part: list[StudentSpec], task: str = task) -> None:
+                    with _enough_for_one(part, device, together):
+                        _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
+
+                in_halves_if_needed(group, trained, _is_trained, "students", together, progress)
     team.wait()
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
+
+
+def _is_trained(spec: StudentSpec) -> bool:
+    return (spec.folder / "summary.json").is_file()
+
+
+def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device, team: Team) -> contextlib.AbstractContextManager[None]:
+    """Work that runs out of memory raises RetryError, unless its students can be divided: several, of a single process."""
+    size = specs[0].settings.batch_size
+    smaller = f"smaller batches: --batch-size {max(team.size, 2, size // 2)}"
+    if len(specs) > 1 and team.size > 1:
+        return enough_memory(
+            f"{len(specs)} students at once do not fit into the memory of {device}, with batches of {size}",
+            fix=f"fewer at once: --memory {max(1, room(device) >> 31)}GB (they go on from their last checkpoints), or {smaller}",
+        )
+    if len(specs) > 1:
+        return contextlib.nullcontext()
+    return enough_memory(
+        f"student {specs[0].title} does not fit into the memory of {device}, with batches of {size}",
+        fix=f"end what else uses it, or train it on {smaller} (--memory would only limit how many train at once)",
+    )
 
 
 def planned(config: DistillConfig, archive: Ensemble, second: Ensemble, workspace: Workspace) -> list[StudentSpec]:
@@ -185,38 +221,45 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
-        lanes = self._lanes(specs, config)
-        self.students = [
-            Student(spec, config, archive, second, evaluations, self.stream, device, team, progress, lanes) for spec in specs
-        ]
+        lanes = self._lanes(specs, config, train)
+        self.students: list[Student] = []
+        with suspended_at_errors(lambda: [student.learner for student in self.students], team):
+            for spec in specs:
+                shared = (archive, second, evaluations, self.stream, device, team, progress, lanes)
+                self.students.append(Student(spec, config, *shared))
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
 
-    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig) -> Lanes | None:
+    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig, train: Canvas) -> Lanes | None:
         """Streams for students whose steps are graphs: as many as there is memory for, as steps in each need their own."""
         if self.device.type != "cuda" or config.runtime.graph is False:
             return None
-        count = 1
+        count, size = 1, self.stream.policy.size
         if len(specs) > 1:
-            needed = _needed(specs, self.archive.num_classes, self.stream.policy.size, self.device)
-            spare = room(self.device, config.runtime.memory) - sum(each.kept for each in needed)
+            needed = _needed(specs, self.archive.num_classes, size, self.device)
+            rendering = rendering_memory(len(train), train.size, size, self.device)
+            spare = room(self.device, config.runtime.memory, rendering) - sum(each.kept for each in needed)
             count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed)))
         return Lanes.of(self.device, count)
 
     def run(self) -> None:
-        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each."""
-        with metered(self.device, share=this_rank().share) as meter:
-            try:
-                with stopped_between_steps() as check:
-                    self._train(self.team.checked(check), meter)
-            except Stopped:
-                learners = [student.learner for student in self.students]
-                self._charge([learner for learner in learners if learner.status == "training"], meter)
-                for learner in learners:
-                    learner.suspend()
-                raise
+        """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each.
+
+        After an error that memory does not suffice, students are where they were before the step that failed, or have
+        their last checkpoint.
+        """
+        with (
+            metered(self.device, share=this_rank().share) as meter,
+            suspended_at_errors(
+                lambda: [student.learner for student in self.students],
+                self.team,
+                lambda learners: self._charge(learners, meter),
+            ),
+            stopped_between_steps() as check,
+        ):
+            self._train(self.team.checked(check), meter)
         if self.stream.drifted:
             self.progress.say(f"{self.stream.drifted} views had drifted within the allowed levels")
 
@@ -232,9 +275,12 @@ class _Lockstep:
                 shown = [Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
                 for student in due:
                     student.step(shown)
-                    check()
+                    if self.team.size == 1:
+                        check()
                 for news in dict.fromkeys(filter(None, [student.news() for student in due])):
                     self.progress.say(news)
+                if self.team.size > 1:  # which takes an exchange, and so is asked once
+                    check()
                 note = f"epoch {epoch + 1}/{self.epochs}, {pace.seconds_left:.0f} s left"
                 self.progress.update(self.task, pace.done, pace.total, note)
             learners = [student.learner for student in active]

@@ -14,9 +14,9 @@ from kdcache.models.creation import create_model, described, load_weights, timm_
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG
 from kdcache.replay.stream import Batch, CachedTargets, fit_control
-from kdcache.students.args import record_graph, write_args
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec
+from kdcache.students.records import record_graph, write_args
 from kdcache.system.distributed import Team
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress

@@ -12,23 +12,27 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from kdcache.errors import IncompleteError, NotFoundError, UsageError, printable
+from kdcache.errors import IncompleteError, NotFoundError, RetryError, UsageError, printable
 from kdcache.study.jobs import Job, StudyPlan
 from kdcache.study.schema import shipped_folder
+from kdcache.study.slots import JOBS_PER_GPU, gpu_slot, gpus, measured
+from kdcache.system.energy import SHARED_GPU
 from kdcache.system.files import write_atomically
 from kdcache.system.locks import locked_by_family
+from kdcache.system.peak import PEAK_FILE, read_peak
 from kdcache.system.progress import Progress, Silent
 from kdcache.workspace import Workspace, read_record
 
-__all__ = ["Place", "command_of", "gpu_slot", "gpus", "run_job", "run_study", "study_place"]
+__all__ = ["Place", "command_of", "run_job", "run_study", "study_place"]
 
 LAST_LINES = 8  # of a failed job's log
 THREADS = "KDCACHE_THREADS"  # of each job
@@ -40,7 +44,6 @@ LIBRARIES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-PATIENCE = 1.0  # seconds between two looks for a free GPU
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Place:
 
     def log(self, job: str) -> Path:
         return self.folder / "logs" / f"{job}.log"
+
+    def peak(self, job: str) -> Path:
+        """Where a running job leaves what it took of a GPU."""
+        return self.folder / f".{job}.peak"
+
+    def known(self, job: str) -> dict[str, Any] | None:
+        """The record of a finished job."""
+        return read_record(self.record(job)) if self.record(job).is_file() else None
 
     def outputs(self, job: str) -> list[str] | None:
         """What a finished job has made; None if it is not finished, or if any of that is not there any more."""
@@ -104,15 +115,20 @@ def run_study(
     *,
     file: Path,
     jobs: int | None = None,
+    jobs_per_gpu: int | None = None,
     profile: str | None = None,
     command: str = "kdcache study run",
 ) -> list[str]:
-    """Run what is missing of a study by Snakemake; what its last jobs made. IncompleteError if any job failed."""
+    """Run what is missing of a study by Snakemake; what its last jobs made. IncompleteError if any job failed.
+
+    jobs_per_gpu: how many may share a GPU, as far as its memory suffices; None: a few.
+    """
     progress = progress or Silent()
     if importlib.util.find_spec("snakemake") is None:
         raise NotFoundError("Snakemake is not installed", why="it runs the jobs of a study", fix="pip install 'kdcache[grid]'")
     if plan.missing:
         raise plan.missing[0]
+    jobs_per_gpu = jobs_per_gpu or (JOBS_PER_GPU if profile is None else 1)  # a cluster gives each job a GPU of its own
     place = study_place(plan.name, workspace)
     place.folder.mkdir(parents=True, exist_ok=True)
     lock = place.folder / ".lock"
@@ -131,12 +147,13 @@ def run_study(
             "home": str(workspace.home.absolute()),
             "data_dir": str(workspace.data_dir.absolute()) if workspace.data_dir else None,
             "directory": str(Path.cwd()),
+            "jobs_per_gpu": jobs_per_gpu,
         }
         write_atomically(place.plan, json.dumps(settings | plan.as_json(), indent=1).encode())
         todo = [job for job in plan.jobs if not place.done(job.id)]
         progress.say(f"{len(plan.jobs) - len(todo)} of {len(plan.jobs)} jobs are done already; logs: {place.folder / 'logs'}")
         if todo:
-            _snakemake(place, held, jobs, profile)
+            _snakemake(place, held, jobs, jobs_per_gpu, profile)
         failed = [job for job in plan.jobs if not place.done(job.id) and all(map(place.done, job.after))]
         if failed:
             _tell(failed, plan, place, workspace, progress, command)
@@ -144,18 +161,18 @@ def run_study(
     return [path for job in last for path in place.outputs(job.id) or ()]
 
 
-def _snakemake(place: Place, lock: int, jobs: int | None, profile: str | None) -> None:
-    devices = gpus()
+def _snakemake(place: Place, lock: int, jobs: int | None, jobs_per_gpu: int, profile: str | None) -> None:
+    slots = len(gpus()) * jobs_per_gpu  # those without room wait for it by themselves
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
     call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     environment = os.environ | threads_for(1)
     if profile is None:
-        at_once = jobs or max(1, len(devices))
+        at_once = jobs or max(1, slots)
         environment |= threads_for(at_once)
         call += ["--cores", str(at_once), "--retries", "1", "--quiet", "all"]
-        call += ["--resources", f"gpu={len(devices)}"] if devices else []
+        call += ["--resources", f"gpu={slots}"] if slots else []
     else:
         ours = shipped_folder() / "profiles" / profile
         call += ["--profile", str(ours) if ours.is_dir() and not Path(profile).is_dir() else profile]
@@ -230,13 +247,13 @@ def _tail(log: Path) -> list[str]:
 
 
 def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int:
-    """Run one job of a plan as a process of its own, on a GPU that no other has; its exit status. 0: it is done and recorded."""
+    """Run one job of a plan as a process of its own, with a place on a GPU; its exit status. 0: it is done and recorded."""
     progress = progress or Silent()
     plan, place = read_record(plan_file), Place(plan_file.absolute().parent)
     known = {field.name for field in fields(Job)}  # plans that were written before have more
-    jobs = ({key: value for key, value in stored.items() if key in known} for stored in plan["jobs"])
-    job = next((Job(**stored) for stored in jobs if stored["id"] == name), None)
-    if job is None:
+    stored = (Job(**{key: value for key, value in each.items() if key in known}) for each in plan["jobs"])
+    jobs = {each.id: each for each in stored}
+    if (job := jobs.get(name)) is None:
         raise NotFoundError(f"no job {name}", why=f"{plan_file} has none of that name", fix="use one of those that it lists")
 
     def not_done(other: str) -> list[str]:
@@ -263,13 +280,21 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
         if job.alone:
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
             locks.append(held.enter_context(_waited_for(shared, students)))
-        environment = _own_environment()
-        if job.needs_gpu and (devices := gpus()):
-            environment["CUDA_VISIBLE_DEVICES"], slot = held.enter_context(gpu_slot(devices))
-            locks.append(slot)
-        progress.say(f"started: {job.title} (log: {place.log(name)})")
         begun = time.monotonic()
-        status, printed = _call(arguments, environment, Path(plan["directory"]), place.log(name), locks)
+
+        def call(environment: dict[str, str], *more: int) -> tuple[int, str]:
+            progress.say(f"started: {job.title} (log: {place.log(name)})")
+            own = _own_environment() | {PEAK_FILE: str(place.peak(name))} | environment
+            return _call(arguments, own, Path(plan["directory"]), place.log(name), [*locks, *more])
+
+        devices = gpus() if job.needs_gpu else []
+        if devices:
+            needed = partial(measured, job, jobs, place.known)
+            status, printed = _on_gpu(call, devices, needed, plan.get("jobs_per_gpu", 1), job.title, progress)
+        else:
+            status, printed = call({})
+        peak = read_peak(place.peak(name))
+        place.peak(name).unlink(missing_ok=True)
     if status:
         progress.say(f"failed with exit status {status}: {job.title} (log: {place.log(name)})")
         return status
@@ -279,11 +304,31 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
         "title": job.title,
         "outputs": _outputs(job, arguments, printed, Path(plan["directory"])),
         "seconds": round(seconds, 1),
+        **({} if peak is None else {"gpu_bytes": peak}),
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_atomically(place.record(name), json.dumps(record, indent=1).encode())
     progress.say(f"done in {seconds:.0f} s: {job.title}")
     return 0
+
+
+def _on_gpu(
+    call: Callable[..., tuple[int, str]],
+    devices: Sequence[str],
+    needed: Callable[[], int | None],
+    most: int,
+    title: str,
+    progress: Progress,
+) -> tuple[int, str]:
+    """Call with a place on a GPU; once more with a GPU to itself, if memory did not suffice beside other jobs."""
+    with gpu_slot(devices, needed, most=most) as slot:
+        shared = {} if slot.claim is None else {SHARED_GPU: "1"}
+        status, printed = call({"CUDA_VISIBLE_DEVICES": slot.gpu} | shared, slot.lock)
+    if slot.claim is None or status != RetryError.exit_code:
+        return status, printed
+    progress.say(f"exit status {status} beside other jobs on GPU {slot.gpu}; it is tried again on a GPU of its own: {title}")
+    with gpu_slot(devices, needed, most=most, alone=True) as slot:
+        return call({"CUDA_VISIBLE_DEVICES": slot.gpu}, slot.lock)
 
 
 def _call(
@@ -323,33 +368,3 @@ def _outputs(job: Job, arguments: Sequence[str], printed: str, directory: Path) 
     if job.kind == "stats":
         return [arguments[arguments.index("--plot") + 1]]
     return [str(directory / printed.splitlines()[-1])]
-
-
-# ---------------------------------------------------------------- GPUs
-
-
-def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in {"", "-1"}]
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        return []  # and torch, which takes seconds to import, would say no more
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def gpu_slot(devices: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """One of these GPUs, which is not given to another job of this user on this machine until it is given back; and its lock."""
-    # Within two jobs of SLURM, GPU 0 is not the same one.
-    folder = Path(tempfile.gettempdir()) / "-".join(["kdcache-gpus", str(os.getuid()), os.environ.get("SLURM_JOB_ID", "")])
-    folder.mkdir(mode=0o700, exist_ok=True)
-    while True:
-        for gpu in devices:
-            with locked_by_family(folder / f"{_plain(gpu)}.lock", wait=False) as held:
-                if held is not None:
-                    yield gpu, held
-                    return
-        time.sleep(PATIENCE)

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import os
+import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,14 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdcache.errors import RetryError, UsageError
+from kdcache.system.alarm import Alarm
 from kdcache.system.interrupts import Stopped
 
 __all__ = ["ALONE", "Rank", "Team", "joined", "this_rank"]
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(days=7)  # the first process may decode a dataset meanwhile; torchrun ends all if one of them fails
+PATIENCE = datetime.timedelta(minutes=30)  # of one exchange; what may take longer is waited for by `Team.wait`
+CLOSING = 10.0  # seconds, after a failure
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# What starters other than torchrun call a process's number, and its number on its machine and how many there are.
+STARTERS = (
+    ("SLURM_PROCID", "SLURM_LOCALID", "LOCAL_WORLD_SIZE"),  # SLURM tells how many in a text for all nodes
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,22 @@ class Rank:
 
 
 def this_rank() -> Rank:
-    """As RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment say; the only process where they are not set."""
+    """As RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment say; the only process where they are not set.
+
+    Where the last two are missing, the variables of SLURM or MPI count, if they speak of the same RANK.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Rank(here=1)
+    names = list(NAMES)
+    if "LOCAL_RANK" not in os.environ:
+        same = (others for number, *others in STARTERS if os.environ.get(number) == os.environ["RANK"])
+        names[2:] = next((others for others in same if others[0] in os.environ), NAMES[2:])
     try:
-        rank = Rank(*(int(os.environ[name]) if name in os.environ else None for name in NAMES))  # type: ignore[arg-type]
-        if not 0 <= rank.number < rank.of or rank.here == 0:
+        rank = Rank(*(int(os.environ[name]) if name in os.environ else None for name in names))  # type: ignore[arg-type]
+        if not 0 <= rank.number < rank.of or (rank.here is not None and rank.here < 1) or (rank.local or 0) < 0:
             raise ValueError
     except ValueError:
-        told = " ".join(f"{name}={os.environ[name]}" for name in NAMES if name in os.environ)
+        told = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
         raise UsageError(
             f"{told} in the environment",
             why="they number the processes of a job, from 0 to WORLD_SIZE - 1",
@@ -68,8 +86,8 @@ class Team:
     methods in the same order.
     """
 
-    def __init__(self, number: int = 0, size: int = 1) -> None:
-        self.number, self.size = number, size
+    def __init__(self, number: int = 0, size: int = 1, alarm: Alarm | None = None) -> None:
+        self.number, self.size, self._alarm = number, size, alarm
 
     @property
     def first(self) -> bool:
@@ -77,9 +95,13 @@ class Team:
         return self.number == 0
 
     def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            dist.barrier()
+        """Until all are here, however long that takes. Raises the error of one that fails meanwhile."""
+        if self._alarm is not None:
+            self._alarm.wait()
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Work inside needs no other process, and goes on if one of them fails."""
+        return contextlib.nullcontext() if self._alarm is None else self._alarm.apart()
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -157,6 +179,8 @@ class Team:
             except Stopped:
                 asked = True
             if self.any(asked):
+                if self._alarm is not None:
+                    self._alarm.agree()
                 raise Stopped
 
         return together
@@ -182,14 +206,62 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Team]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, *_ = next(dist.rendezvous("env://", rank.number, rank.of, timeout=PATIENCE))  # type: ignore[attr-defined]
+        aside = dist.PrefixStore("kdcache", store.clone())  # type: ignore[attr-defined] # a connection that torch never waits on
+        dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.of, timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise RetryError(
             f"process {rank.number} of {rank.of} did not meet the others",
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix="see that MASTER_ADDR and MASTER_PORT can be reached from every node, and repeat the command",
         ) from error
+    alarm = Alarm(rank.number, rank.of, aside, break_off=_abort)
     try:
-        yield Team(rank.number, rank.of)
+        with alarm.watched():
+            team = Team(rank.number, rank.of, alarm)
+            _require_own_gpus(team, device)
+            yield team
+            team.wait()
+            alarm.agree()
     finally:
-        dist.destroy_process_group()
+        if alarm.agreed:
+            dist.destroy_process_group()
+            if rank.first:
+                alarm.linger()
+        else:
+            _break_off()
+
+
+def _require_own_gpus(team: Team, device: torch.device) -> None:
+    """Refuse two processes on one GPU, which NCCL cannot connect."""
+    if device.type != "cuda":
+        return
+    own = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    everybody = team.shared(own)
+    if everybody.count(own) > 1:
+        both = " and ".join(str(number) for number, other in enumerate(everybody) if other == own)
+        raise UsageError(
+            f"processes {both} have the same GPU, {device} of {socket.gethostname()}",
+            why="each process needs a GPU of its own",
+            fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
+        )
+
+
+def _break_off() -> None:
+    """Leave the others without waiting for what they owe: on GPUs, leaving in order would."""
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            _abort()
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+    ending = threading.Thread(target=leave, daemon=True)
+    ending.start()
+    ending.join(CLOSING)
+
+
+def _abort() -> None:
+    """End what this process and its GPU wait for."""
+    if dist.group.WORLD is not None:
+        dist.group.WORLD.abort()

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["NOTHING", "UNKNOWN", "Meter", "Spent", "total"]
+__all__ = ["NOTHING", "SHARED_GPU", "UNKNOWN", "Meter", "Spent", "total"]
 
+SHARED_GPU = "KDCACHE_SHARED_GPU"  # in the environment of a job that may have others beside it on its GPU: its energy is unknown
 POWERCAP = Path("/sys/class/powercap")
 POLL = 10.0  # seconds; package counters wrap around after a minute of full load at the earliest
 MOST_WATTS = 1000.0  # of one package; if a pause is long enough for a wrap at this power, the energy is unknown
@@ -146,6 +147,8 @@ def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable
 
     def counter(uuid: str) -> JouleCounter:
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        if _is_divided(handle, nvml):  # the counter is of the whole GPU
+            return lambda: None
 
         def joules() -> float | None:
             try:
@@ -163,6 +166,14 @@ def _gpus(uuids: Sequence[str], nvml: Any) -> tuple[list[JouleCounter], Callable
         return [counter(uuid) for uuid in uuids], nvml.nvmlShutdown
     except nvml.NVMLError:
         return [lambda: None], nvml.nvmlShutdown
+
+
+def _is_divided(handle: Any, nvml: Any) -> bool:
+    """Whether this is a GPU that is divided into parts (MIG), or such a part."""
+    try:
+        return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle)) or nvml.nvmlDeviceGetMigMode(handle)[0] == 1
+    except nvml.NVMLError:  # of most GPUs, which cannot be divided
+        return False
 
 
 class _Package:

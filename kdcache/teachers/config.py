@@ -1,8 +1,9 @@
 """What `train-teacher` and `dump-teacher` are asked for. Nothing here needs torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -10,7 +11,7 @@ from kdcache.archive import ArchivePlan, new_plan
 from kdcache.options import LARGEST_INTEGER, Option, Options, Share, Triple, Usual, integers
 from kdcache.training.config import MODEL_FORMS, HowTested, Runtime, Training, ViewOptions
 
-__all__ = ["DumpConfig", "DumpRecipe", "TeacherAndData", "TeacherConfig"]
+__all__ = ["USUAL", "DumpConfig", "DumpRecipe", "Precision", "TeacherAndData", "TeacherConfig", "UsualDump", "usual_dump"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
@@ -19,11 +20,38 @@ Durations = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class UsualDump:
+    """With what a kind of device computes logits, unless told otherwise."""
+
+    precision: Precision
+    batch_size: int
+
+
+USUAL = {"cuda": UsualDump("fp16", 256), "cpu": UsualDump("fp32", 64)}
+
+
+def usual_dump(device_type: str) -> UsualDump:
+    """That of a GPU for `cuda`, and a CPU's for all else."""
+    return USUAL.get(device_type, USUAL["cpu"])
+
+
 class TeacherAndData(Options):
     """A model as a teacher of a dataset."""
 
     teacher: Annotated[str, Option(f"Alias (vit_s, rn50, ...), timm name, {MODEL_FORMS}.")]
     dataset: Annotated[str, Option("Dataset name, folder of images, torch/NAME, hf:ORG/NAME or module:function.")]
+
+
+class Processes(Options):
+    """What several processes do."""
+
+    panel: ClassVar[str] = "Where and how fast"
+
+    parallel: Annotated[
+        Literal["auto", "teachers", "batches"],
+        Option("What torchrun's processes divide [teachers, if there are as many as processes, or else each batch]."),
+    ] = "auto"
 
 
 class TeacherConfig(Options):
@@ -67,6 +95,7 @@ class TeacherConfig(Options):
     mean: Annotated[Triple | None, Option("Of pixels in [0, 1], that the checkpoint was trained with [the model's].")] = None
     std: Annotated[Triple | None, Option("Likewise.")] = None
     runtime: Runtime = Runtime()
+    processes: Processes = Processes()
     command: str = Field("", exclude=True)
 
 
@@ -79,7 +108,10 @@ class DumpRecipe(Options):
         Option("Views of every sample; more than before appends [the dataset's recipe]."),
     ] = None
     view_seed: Annotated[Seed | None, Option("Seed of the views [0].")] = None
-    batch_size: Annotated[int, Field(ge=1), Option("Images per step.", short="-b")] = 64
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Option("Images per step [as the archive was begun, or 256 on a GPU, 64 on a CPU].", short="-b"),
+    ] = None
     precision: Annotated[Precision | None, Option("Of the teacher [fp16 on a GPU, fp32 on a CPU].")] = None
     codec: Annotated[str, Option("How logits are stored: i16 or f16 (2 bytes), f32, u8 (1 byte).")] = "i16"
     layout: Annotated[str, Option("How files are laid out: zarr, hdf5, webdataset.")] = "zarr"

@@ -2,17 +2,13 @@
 
 import contextlib
 import datetime
-import hashlib
-import json
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kdcache.archive import (
@@ -22,7 +18,6 @@ from kdcache.archive import (
     ArchiveWriter,
     CanvasCard,
     Licences,
-    Noise,
     TeacherCard,
     open_archive,
     recorded_plan,
@@ -31,27 +26,27 @@ from kdcache.archive import (
 )
 from kdcache.codecs import CODECS
 from kdcache.datasets import DATASETS, Source, UsersOwn
-from kdcache.datasets.canvas import Canvas, canvas_path, require_intact
+from kdcache.datasets.canvas import canvas_path, require_intact
 from kdcache.datasets.classes import say_classes
-from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
+from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
-from kdcache.models.names import folder_name, is_factory, is_reference, public_name, resolve
-from kdcache.models.preprocessing import preprocessing
+from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
-from kdcache.replay.prefetch import render_batches
-from kdcache.system.distributed import this_rank
+from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
-from kdcache.teachers.config import DumpConfig, Precision, TeacherConfig
-from kdcache.teachers.forward import Forward, batches, write_shards
+from kdcache.teachers.config import DumpConfig, TeacherConfig, usual_dump
+from kdcache.teachers.forward import Forward, suited_memory_format
+from kdcache.teachers.noise import measured_noise
+from kdcache.teachers.plans import DumpPlan, begun_once, folder_of, going_on, squashed_before
 from kdcache.teachers.registry import Teacher, doubt, find_teacher, load_teacher, teacher_at
+from kdcache.teachers.shards import write_shards
 from kdcache.teachers.train import train_teachers
 from kdcache.training.config import ViewOptions
-from kdcache.training.devices import metered, resolve_device
-from kdcache.training.tested import drawable_filter
+from kdcache.training.devices import device_kind, enough_memory, metered, resolve_device
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable, versions
 
@@ -65,48 +60,7 @@ __all__ = [
     "sketch_dump",
 ]
 
-NOISE_VIEWS = 256
 HEAD_START = 60.0  # seconds
-
-
-@dataclass(frozen=True)
-class DumpPlan:
-    """What a dump writes, as far as that is known before there is a teacher."""
-
-    config: DumpConfig
-    source: Source
-    exact: str  # the teacher's exact name
-    policy: ViewPolicy
-    canvas: Canvas
-    views: int
-    precision: Precision
-
-    def of(self, teacher: Teacher) -> "DumpPlan":
-        """This plan with views as the teacher's configuration wants them, where the policy leaves that open."""
-        if self.policy.filter != "auto":
-            return self
-        stated = teacher.record.get("interpolation")
-        if stated is None:  # an older record; a function's model was trained on bilinear views then
-            stated = "bilinear" if is_factory(self.exact) else preprocessing(self.exact, self.policy.size).interpolation
-        own = drawable_filter(self.exact, stated)
-        return replace(self, policy=self.policy.settled(own))
-
-    def archive_name(self, teacher: Teacher | None) -> str:
-        """The archive's name, by all that decides on its logits; without a teacher it is not the final one."""
-        recipe = self.config.recipe
-        decisive = [
-            self.canvas.card.digest,
-            self.canvas.digest,
-            self.policy.settled().digest,
-            teacher.record["weights_sha256"] if teacher else None,
-            self.precision,
-            recipe.batch_size,
-            recipe.codec,
-            recipe.layout,
-            recipe.shard_rows,
-        ]
-        digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]
-        return f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}--{digest}"
 
 
 def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) -> str:
@@ -118,8 +72,8 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
         teacher = existing_teacher(plan, workspace, progress)
-        plan = _continuing(plan.of(teacher), teacher, workspace, progress) if teacher else plan
-        path, views = _folder(plan, teacher, workspace), plan.views
+        plan = going_on(plan, teacher, workspace, progress) if teacher else plan
+        path, views = folder_of(plan, teacher, workspace), plan.views
         samples, classes = len(plan.canvas), plan.canvas.card.class_names
         missing = "weights as they are would be tested first" if _epochs(config, source) == 0 else "it would be trained first"
         trained = teacher.folder if teacher else f"none yet: {missing}"
@@ -185,8 +139,9 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
     canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress, tell=this_rank().first)
-    precision = recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
-    return DumpPlan(config, source, exact, policy, canvas, recipe.views or source.recipe.student_epochs, precision)
+    usual, views = usual_dump(device.type), recipe.views or source.recipe.student_epochs
+    precision, batch_size = recipe.precision or usual.precision, recipe.batch_size or usual.batch_size
+    return DumpPlan(config, source, exact, policy, canvas, views, precision, batch_size)
 
 
 def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -> Teacher | None:
@@ -216,49 +171,6 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
     return teacher
 
 
-def _continuing(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress: Progress) -> DumpPlan:
-    """The plan with view policy version 1, where the archive that it names was begun so and goes on; and a note where not.
-
-    An archive in the folder --output goes on as it was begun. One that has the same recipe but for the version goes on if all
-    photographs are square, as its views are the same then.
-    """
-    if plan.policy.version == 1:
-        return plan
-    before = replace(plan, policy=plan.policy.as_version_1())
-    # Version 1 knew no filter of the model: its presets are bilinear.
-    candidates = [before, replace(before, policy=before.policy.model_copy(update={"filter": "bilinear"}))]
-    spec = plan.config.recipe.shown.policy or plan.source.recipe.policy
-    for candidate in candidates:
-        path = _folder(candidate, teacher, workspace)
-        recorded = None
-        with contextlib.suppress(IntegrityError):  # a damaged archive is told when it is written
-            recorded = recorded_plan(path) if path.is_dir() else None
-        if recorded is None or recorded.policy != candidate.policy:
-            continue
-        if plan.config.output is not None or (plan.canvas.all_square and candidate.policy.filter == plan.policy.filter):
-            progress.say(f"{path} has view policy version 1, and goes on with it")
-            return candidate
-        again = f"--policy {spec}{',' if ':' in spec else ':'}version=1"
-        new = f"resized {plan.policy.filter}" if plan.canvas.all_square else "in the photographs' own proportions"
-        progress.say(f"{path} has these views in version 1: a new archive gets views {new}; {again} goes on with the old one")
-    return plan
-
-
-def _squashed_before(plan: DumpPlan, teacher: Teacher) -> str | None:
-    """A note on a teacher that learned from squashed photographs, where this dump shows them in their own proportions."""
-    learned = teacher.record["training"].get("policy", {}).get("version", 2)
-    if learned != 1 or plan.policy.version == 1 or plan.canvas.all_square:
-        return None
-    return (
-        f"teacher {teacher.folder} was trained on squashed photographs (view policy version 1), and sees them in their own "
-        "proportions now; train-teacher trains one on these"
-    )
-
-
-def _folder(plan: DumpPlan, teacher: Teacher | None, workspace: Workspace) -> Path:
-    return plan.config.output or workspace.archives / plan.archive_name(teacher)
-
-
 def _epochs(config: DumpConfig, source: Source) -> int:
     """For how long a teacher that is missing would be trained, as far as this configuration and the dataset say."""
     if config.teacher_epochs is not None:
@@ -274,32 +186,33 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     progress = progress or Silent()
     plan = plan_dump(config, workspace, progress)
     teacher = ensured_teacher(plan, workspace, progress)
-    plan = _continuing(plan.of(teacher), teacher, workspace, progress)
-    if note := _squashed_before(plan, teacher):
-        progress.say(note)
-    path = _folder(plan, teacher, workspace)
-    if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
-        archive = open_archive(path)
-        if archive.num_views >= plan.views:
-            sweep(path)
-            progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
-            _say_unrecorded(plan.source, archive, progress)
-            progress.say(_top1(archive))
-            return path
-    require_intact(plan.canvas)
-    device = resolve_device(config.runtime.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # else every process takes memory of the first GPU
-    model, normalise = load_teacher(teacher)
-    forward = Forward(model.to(device), normalise, device, plan.precision)
-    writer = _writer(plan, teacher, path, forward, progress)
+    with begun_once(plan, teacher, workspace, progress) as plan:
+        if note := squashed_before(plan, teacher):
+            progress.say(note)
+        path = folder_of(plan, teacher, workspace)
+        if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
+            archive = open_archive(path)
+            if archive.num_views >= plan.views:
+                sweep(path)
+                progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
+                _say_unrecorded(plan.source, archive, progress)
+                progress.say(_top1(archive))
+                return path
+        require_intact(plan.canvas)
+        device = resolve_device(config.runtime.device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # else every process takes memory of the first GPU
+        with enough_memory(
+            f"no memory for the teacher on {device}", fix="end what else uses that memory, and repeat the command"
+        ):
+            writer, forward = _begun(plan, teacher, path, device, progress)
     with metered(device, share=this_rank().share) as meter:
-        writer.count_costs(meter.lap)
+        writer.count_costs(meter.lap, device_kind(device))
         write_shards(
             writer,
             forward,
             plan.canvas,
-            batch_size=config.recipe.batch_size,
+            batch_size=plan.batch_size,
             start_view=config.start_view,
             share=_own_share(config.shard),
             workers=config.runtime.workers,
@@ -317,9 +230,11 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     return path
 
 
-def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, progress: Progress) -> ArchiveWriter:
-    """The writer of the archive in `path`, begun or resumed; says which teacher it is of, and how much is missing."""
-    config, recipe, record, device = plan.config, plan.config.recipe, teacher.record, forward.device
+def _begun(
+    plan: DumpPlan, teacher: Teacher, path: Path, device: torch.device, progress: Progress
+) -> tuple[ArchiveWriter, Forward]:
+    """The writer of the archive in `path`, begun or resumed, and the teacher; says which it is, and how much is missing."""
+    config, recipe, record = plan.config, plan.config.recipe, teacher.record
     terms = record.get("weights_licence") or _timm_licence(record)
     progress.say(f"teacher: {config.subject.teacher} = {record['name']} from {teacher.folder}, {plan.precision}")
     progress.say(f"its weights: sha256 {record['weights_sha256'][:12]}..., licence {terms or 'unknown'}")
@@ -330,6 +245,10 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
         progress.say(text)
     recorded = recorded_plan(path)
     begun = recorded.teacher if recorded else None
+    model, normalise = load_teacher(teacher)
+    model = model.to(device)
+    suited = begun.memory_format if begun else suited_memory_format(model, plan.policy.size, device, plan.precision)
+    forward = Forward(model, normalise, device, plan.precision, suited)
     stated = plan.source.licence if isinstance(plan.source, UsersOwn) else None
     writer = ArchiveWriter(
         path,
@@ -352,10 +271,11 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
             mean=tuple(record["mean"]),
             std=tuple(record["std"]),
             precision=plan.precision,
-            batch_size=recipe.batch_size,
+            batch_size=plan.batch_size,
+            memory_format=suited,
             training=record["training"],
             top1_clean=record["top1_clean"],
-            noise=begun.noise if begun and begun.noise else _noise(forward, plan, recipe.batch_size),
+            noise=begun.noise if begun else measured_noise(forward, plan.canvas, plan.policy, plan.batch_size, progress),
             weights_licence=terms,
             test_views=record.get("test_views"),
         ),
@@ -364,7 +284,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
             "command": config.command,
             "dataset": DATASETS.spec(plan.source),  # as it is found from any working directory
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_kind(device),
             "versions": versions(),
             **({TEACHER_COST: record["cost"]} if "cost" in record else {}),
         },
@@ -374,7 +294,7 @@ def _writer(plan: DumpPlan, teacher: Teacher, path: Path, forward: Forward, prog
     rows = sum(len(writer.positions(block)) for _, block in writer.missing())
     row_bytes = stored_bytes(writer.plan) // (writer.plan.num_views * writer.plan.num_samples)
     _warn_of_little_room(path, rows * row_bytes, progress)
-    return writer
+    return writer, forward
 
 
 def _say_unrecorded(source: Source, archive: Archive, progress: Progress) -> None:
@@ -435,7 +355,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
                 runtime=config.runtime,
                 command=config.command,
             )
-            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas)
+            (teacher,) = train_teachers(training, workspace, progress, source=plan.source, canvas=plan.canvas, team=ALONE)
         lock.unlink(missing_ok=True)
     return teacher
 
@@ -453,22 +373,3 @@ def _own_share(share: tuple[int, int] | None) -> tuple[int, int] | None:
         return None
     rank = this_rank()
     return share[0] * rank.of + rank.number, share[1] * rank.of
-
-
-def _noise(forward: Forward, plan: DumpPlan, batch_size: int) -> Noise:
-    """How far the precision of the dump is from float32, over the first few hundred views."""
-    count = min(NOISE_VIEWS, len(plan.canvas))
-    if forward.precision == "fp32" and forward.device.type == "cpu":  # the same computation, which a CPU repeats bit by bit
-        return Noise(views=count, kl_mean=0.0, kl_max=0.0, max_logit_difference=0.0)
-    exact = Forward(forward.model, forward.normalise, forward.device, "fp32")
-    items = [(0, rows) for rows in batches(range(count), batch_size)]
-    pairs = [(forward(r.images), exact(r.images)) for r in render_batches(plan.canvas, plan.policy, items, device=forward.device)]
-    used, reference = (torch.from_numpy(np.concatenate(side)).double() for side in zip(*pairs, strict=True))
-    log_p, log_q = reference.log_softmax(dim=1), used.log_softmax(dim=1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)
-    return Noise(
-        views=count,
-        kl_mean=kl.mean().item(),
-        kl_max=kl.max().item(),
-        max_logit_difference=(reference - used).abs().max().item(),
-    )

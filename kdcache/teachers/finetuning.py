@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.replay.stream import ViewStream
+from kdcache.system.distributed import Team, this_rank
 from kdcache.system.energy import UNKNOWN, Spent, total
-from kdcache.system.interrupts import Stopped, stopped_between_steps
+from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
 from kdcache.teachers.registry import Exam
 from kdcache.training.devices import metered
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_lockstep
+from kdcache.training.lockstep import Pace, charge, in_lockstep, suspended_at_errors
 from kdcache.workspace import read_record
 
 __all__ = ["cost_of", "finetune", "finished_row"]
@@ -28,47 +29,54 @@ def finetune(
     tests: Exam,
     smoothing: float,
     keep_finished: Callable[[], None],
+    team: Team,
     progress: Progress,
 ) -> None:
     """Train all `learners` to their end. `keep_finished` is called after each epoch, in which some may have ended."""
     for note in dict.fromkeys(note for learner in learners for note in learner.notes):
         progress.say(note)
     pace, early, seen = Pace(learners), Pace(learners), 0
-    with metered(learners[0].device) as meter:
-        try:
-            with stopped_between_steps() as check:
-                for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
-                    for batch, due in epochs_batches:
 
-                        def loss_of(logits: Tensor, labels: Tensor = batch.label_a) -> Tensor:
-                            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    def charged(some: Sequence[Learner]) -> None:
+        charge(some, total(team.shared(meter.lap())))
 
-                        for learner in due:
-                            learner.step(batch.images, loss_of, lambda logits: {})
-                            check()
-                        seen += 1
-                        if seen == 2:
-                            early = Pace(learners)  # the first batches of all take longer
-                        elif seen == 12:
-                            left = _duration(early.seconds_left)
-                            progress.say(f"training takes about {left} more, without the tests after epochs")
-                        progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
-                    testing = [learner for learner in active if learner.tests_next]
-                    tested = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
-                    for learner, row in tested.items():
-                        of = learner.config.epochs
-                        if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
-                            row |= tests.on_views(learner.predict)
-                            check()
-                    charge(active, meter.lap())
-                    for learner in active:
-                        learner.end_epoch(tested.get(learner, {}), view=epoch)
-                    keep_finished()
-        except Stopped:
-            charge([learner for learner in learners if learner.status == "training"], meter.lap())
-            for learner in learners:
-                learner.suspend()
-            raise
+    with (
+        metered(learners[0].device, share=this_rank().share) as meter,
+        suspended_at_errors(lambda: learners, team, charged),
+        stopped_between_steps() as own_check,
+    ):
+        check = team.checked(own_check)
+        for epoch, active, epochs_batches in in_lockstep(learners, lambda learner: learner, stream):
+            for batch, due in epochs_batches:
+                whole = team.gather(batch.label_a)
+
+                def loss_of(logits: Tensor, labels: Tensor = whole) -> Tensor:
+                    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+                for learner in due:
+                    learner.step(batch.images, loss_of, lambda logits: {})
+                    if team.size == 1:
+                        check()
+                if team.size > 1:  # which takes an exchange, and so is asked once
+                    check()
+                seen += 1
+                if seen == 2:
+                    early = Pace(learners)  # the first batches of all take longer
+                elif seen == 12:
+                    left = _duration(early.seconds_left)
+                    progress.say(f"training takes about {left} more, without the tests after epochs")
+                progress.update("train teacher", pace.done, pace.total, f"{pace.seconds_left:.0f} s left")
+            testing = [learner for learner in active if learner.tests_next]
+            tested = dict(zip(testing, tests.tested(testing, check) if testing else (), strict=True))
+            for learner, row in tested.items():
+                of = learner.config.epochs
+                if epoch + 1 == of or (epoch + 1) % -(-of // REPORTS) == 0:
+                    row |= tests.on_views(learner.predict)
+                    check()
+            charged(active)
+            for learner in active:
+                learner.end_epoch(tested.get(learner, {}), view=epoch)
+            keep_finished()
 
 
 def _duration(seconds: float) -> str:

@@ -1,137 +1,31 @@
-"""Forward passes of a teacher over rendered views, shard by shard, into an archive."""
+"""Forward passes of a teacher over rendered views: in the wanted precision, on the wanted device."""
 
-import collections
 import contextlib
+import copy
 import itertools
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from kdcache.archive import ArchiveWriter
-from kdcache.datasets.canvas import Canvas
+from kdcache.archive import MemoryFormat
 from kdcache.models.creation import Normalisation
 from kdcache.models.heads import SelectedOutputs
-from kdcache.replay.prefetch import Rendered, render_batches
-from kdcache.system.interrupts import stopped_between_steps
-from kdcache.system.progress import Progress, Silent
+from kdcache.system.precision import ieee_float32
+from kdcache.system.transfer import to_device
 from kdcache.teachers.config import Precision
-from kdcache.views.policy import RendererChoice
-from kdcache.views.probe import grids
 
-__all__ = ["Forward", "batches", "last_linear", "write_shards"]
+__all__ = ["Forward", "batches", "last_linear", "suited_memory_format", "with_half_weights"]
 
-
-def write_shards(
-    writer: ArchiveWriter,
-    forward: "Forward",
-    canvas: Canvas,
-    *,
-    batch_size: int,
-    start_view: int = 0,
-    share: tuple[int, int] | None = None,
-    workers: int = 0,
-    renderer: RendererChoice = "auto",
-    progress: Progress | None = None,
-) -> None:
-    """Write the missing shards that no other process has claimed, from `start_view` on and then from the first view.
-
-    A shard is claimed when rendering, which runs ahead across shards, reaches it. No batch crosses a shard's border. With
-    `share` (i, n), only shards whose running number modulo n is i are written; other processes leave these alone.
-    """
-    progress = progress or Silent()
-    policy = writer.plan.policy
-    assert policy is not None
-    number, parts = share or (0, 1)
-    mine = set(itertools.islice(writer.shards(), number, None, parts))
-    total = sum(len(writer.positions(block)) for _, block in mine)
-    done = total - sum(len(writer.positions(block)) for _, block in mine.intersection(writer.missing()))
-    started, at_start = time.monotonic(), done
-    while missing := mine.intersection(writer.missing()):  # repeat for shards that another process left unwritten
-        order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
-        with stopped_between_steps() as check, contextlib.ExitStack() as claims:
-            claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
-            rows = _ShardRows()
-            rendered = render_batches(
-                canvas,
-                policy,
-                claimed,
-                workers=workers,
-                renderer=renderer,
-                device=forward.device,
-                probe_version=writer.plan.probe_version,
-            )
-            for item in rendered:
-                check()
-                view, block, claim = claimed.shards[0]
-                size = len(writer.positions(block))
-                rows.add(item, forward(item.images), size)
-                if len(rows) < size:
-                    continue
-                if not writer.finished(view, block):  # another process may finish it where locks do not exclude that
-                    writer.write(view, block, *rows.columns)
-                claim.close()
-                claimed.shards.popleft()
-                rows = _ShardRows()
-                done += size
-                speed = (done - at_start) / max(time.monotonic() - started, 1e-9)
-                progress.update("dump", done, total, f"{speed:.0f} views/s")
-            check()
-        if not claimed.any:
-            break
-
-
-class _Claimed:
-    """Batches (view, positions) of all shards that can be claimed. A shard is claimed at its first batch."""
-
-    def __init__(
-        self,
-        writer: ArchiveWriter,
-        order: Sequence[tuple[int, int]],
-        batch_size: int,
-        claims: contextlib.ExitStack,
-        *,
-        owned: bool,
-    ) -> None:
-        self._writer, self._order, self._batch_size, self._claims, self._owned = writer, order, batch_size, claims, owned
-        self.shards: collections.deque[tuple[int, int, contextlib.ExitStack]] = collections.deque()  # claimed, not written
-        self.any = False
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        for view, block in self._order:
-            claim = self._claims.enter_context(contextlib.ExitStack())
-            if claim.enter_context(self._writer.claim(view, block, owned=self._owned)):
-                self.any = True
-                self.shards.append((view, block, claim))
-                for rows in batches(self._writer.positions(block), self._batch_size):
-                    yield view, rows
-            else:
-                claim.close()
-
-
-class _ShardRows:
-    """The rows of one shard, collected batch by batch. Each row is copied once; pixels are not kept."""
-
-    def __init__(self) -> None:
-        self.columns: tuple[NDArray, ...] = ()  # logits, sample numbers, digests, grids
-        self._filled = 0
-
-    def __len__(self) -> int:
-        """Number of rows so far."""
-        return self._filled
-
-    def add(self, item: Rendered, logits: NDArray[np.float32], size: int) -> None:
-        """Add the next batch of a shard of `size` rows."""
-        batch = (logits, item.rows.sample, item.digest, grids(item.images))
-        if not self.columns:
-            self.columns = tuple(np.empty((size, *part.shape[1:]), part.dtype) for part in batch)
-        rows = slice(self._filled, self._filled + len(logits))
-        for column, part in zip(self.columns, batch, strict=True):
-            column[rows] = part
-        self._filled = rows.stop
+_CASTING = frozenset({"cuda"})  # devices for which weights are cast to half precision once, not in every pass
+_TRIED = 8  # views from which is seen whether half-precision weights change a bit
+_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Their `forward` gives the weights to one operation, to which autocast casts them. Subclasses may compute with them before.
+_CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def batches(positions: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
@@ -165,44 +59,158 @@ def last_linear(model: nn.Module, x: Tensor, *, gives_logits: bool = False) -> n
     return layer if not gives_logits or (output.shape == logits.shape and unchanged) else None
 
 
+@torch.inference_mode()
+def suited_memory_format(model: nn.Module, size: int, device: torch.device, precision: Precision) -> MemoryFormat:
+    """How the pixels of a batch had best lie in memory: for convolutions in half precision on a GPU with channels last.
+
+    Tensor cores compute convolutions so; otherwise each of them transposes its input first. Models that cannot run so, since
+    they `view` what only lies so without it, keep the usual format.
+    """
+    convolves = any(weight.ndim == 4 for weight in model.parameters())
+    if device.type != "cuda" or precision == "fp32" or not convolves:
+        return "contiguous"
+    return "channels_last" if _runs_with_channels_last(model, size, device, precision) else "contiguous"
+
+
+@torch.inference_mode()
+def _runs_with_channels_last(model: nn.Module, size: int, device: torch.device, precision: Precision) -> bool:
+    x = torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    try:
+        with torch.autocast(device.type, dtype=_HALF[precision]):
+            model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    finally:
+        model.to(memory_format=torch.contiguous_format)
+    return True
+
+
+def with_half_weights(model: nn.Module, dtype: torch.dtype, but: nn.Module | None = None) -> nn.Module:
+    """A copy of `model` whose convolutions and linear layers, all `but` one, have weights of `dtype`. The rest is shared.
+
+    Under autocast it gives the model's outputs bit for bit, as autocast casts the same weights, but in every pass. A model
+    that computes with a layer's weights itself may differ.
+    """
+    usual = {"weight", "bias"}  # others, and hooks, make the weights of each pass from something else
+    layers = [
+        layer
+        for layer in model.modules()
+        if type(layer) in _CAST_LAYERS and layer is not but and not layer._forward_pre_hooks and set(layer._parameters) <= usual
+    ]
+    cast = {id(tensor) for layer in layers for tensor in layer.parameters(recurse=False)}
+    others = set(model.modules()).difference(layers)
+    cast -= {id(tensor) for layer in others for tensor in layer.parameters(recurse=False)}  # one weight of two layers
+    kept = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    memo = {
+        key: nn.Parameter(tensor.detach().to(dtype), requires_grad=False) if key in cast else tensor
+        for key, tensor in kept.items()
+    }
+    return copy.deepcopy(model, memo)
+
+
 class Forward:
     """Maps uint8 views to float32 logits on the device, in the wanted precision, with the classifier head in float32.
 
     The head is timm's `forward_head`. In a model without one it is the last linear layer that runs, if it has one output
-    per class. Without such a layer, the whole model runs in the wanted precision.
+    per class. Without such a layer, the whole model runs in the wanted precision. Wherever float32 is meant it is IEEE's.
     """
 
-    def __init__(self, model: nn.Module, normalise: Normalisation, device: torch.device, precision: Precision) -> None:
-        self.model, self.normalise, self.device = model, normalise, device
+    def __init__(
+        self,
+        model: nn.Module,
+        normalise: Normalisation,
+        device: torch.device,
+        precision: Precision,
+        memory_format: MemoryFormat = "contiguous",
+    ) -> None:
+        self.model: nn.Module = model.to(memory_format=_FORMATS[memory_format])
+        self.normalise, self.device = normalise, device
         self.precision: Precision = precision
+        self.memory_format: MemoryFormat = memory_format
         self._in_two_parts = all(callable(getattr(model, part, None)) for part in ("forward_features", "forward_head"))
-        self._head: nn.Linear | None = None
-        self._searched = False
+        self._half: nn.Module | None = None  # what runs in half precision
+        self._head: nn.Linear | None = None  # the layer in it that stays in float32, of a model in one part
+
+    def __call__(self, views: Tensor) -> NDArray[np.float32]:
+        """Logits float32 `[B, C]`, waited for. A batch with non-finite logits in half precision is repeated in float32."""
+        logits = self.launch(views)
+        if not self.finite(logits):
+            logits = self.in_float32(views)
+        array: NDArray[np.float32] = logits.cpu().numpy()
+        return array
 
     @torch.inference_mode()
-    def __call__(self, views: Tensor) -> NDArray[np.float32]:
-        """Logits float32 `[B, C]`. A batch with non-finite logits in half precision is repeated in float32."""
-        x = self.normalise(views.to(self.device, non_blocking=True))
+    def launch(self, views: Tensor) -> Tensor:
+        """Logits float32 `[B, C]` on the device, which may still compute them. In half precision, some may not be finite."""
         if self.precision == "fp32":
-            return self._numpy(self.model(x))
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        if self._in_two_parts:
-            with torch.autocast(self.device.type, dtype=dtype):
-                features = self.model.forward_features(x)  # type: ignore[operator]
-            logits = self.model.forward_head(features.float())  # type: ignore[operator]
-        else:
-            with self._float32_head(x), torch.autocast(self.device.type, dtype=dtype):
-                logits = self.model(x)
-        if not torch.isfinite(logits).all():
-            logits = self.model(x)
-        return self._numpy(logits)
+            return self.in_float32(views)
+        x = self._inputs(views)
+        if self._half is None:
+            self._prepare_half(x[:_TRIED])
+        assert self._half is not None
+        return self._in_half(self._half, self._head, x)
+
+    @torch.inference_mode()
+    def in_float32(self, views: Tensor) -> Tensor:
+        """Logits float32 `[B, C]` on the device, by the whole model in IEEE float32."""
+        with ieee_float32():
+            logits: Tensor = self.model(self._inputs(views)).float()
+        return logits
+
+    @torch.inference_mode()
+    def finite(self, logits: Tensor) -> Tensor:
+        """Whether logits need no repetition in float32: a bool on the device. What float32 gives is never repeated."""
+        return torch.isfinite(logits).all() if self.precision != "fp32" else torch.ones((), dtype=torch.bool)
+
+    def _inputs(self, views: Tensor) -> Tensor:
+        return self.normalise(to_device(views, self.device)).contiguous(memory_format=_FORMATS[self.memory_format])
+
+    def _in_half(self, model: nn.Module, head: nn.Linear | None, x: Tensor) -> Tensor:
+        """Logits of normalised images. `model` is the teacher, or its copy with half-precision weights."""
+        autocast = torch.autocast(self.device.type, dtype=_HALF[self.precision])
+        if not self._in_two_parts:
+            with ieee_float32(), self._float32(head), autocast:
+                logits: Tensor = model(x)
+            return logits.float()
+        with autocast:
+            features = model.forward_features(x)  # type: ignore[operator]
+        with ieee_float32():
+            # Of models that look at several scales at once (crossvit, coat), features are a list of tensors.
+            logits = self.model.forward_head(tree_map_only(Tensor, _in_float32, features))  # type: ignore[operator]
+        return logits.float()
+
+    def _prepare_half(self, x: Tensor) -> None:
+        """Find the head, and cast weights for good where that changes no logit of the normalised images `x`.
+
+        A GPU reads the weights of a small batch for longer than it computes with them.
+        """
+        self._half, self._head = self.model, None if self._in_two_parts else last_linear(self.model, x[:1])
+        if self.device.type not in _CASTING:
+            return
+        try:
+            copied, head = self._with_half_weights()
+            same = torch.equal(self._in_half(copied, head, x), self._in_half(self.model, self._head, x))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model may refuse to be copied, or do more with its weights than layers do
+            same = False
+        if same:
+            self._half, self._head = copied, head
+
+    def _with_half_weights(self) -> tuple[nn.Module, nn.Linear | None]:
+        """The copy with half-precision weights, and the layer in it that stays in float32."""
+        copied = with_half_weights(self.model, _HALF[self.precision], but=self._head)
+        place = next((name for name, layer in self.model.named_modules() if layer is self._head), None)
+        head = None if place is None else copied.get_submodule(place)
+        assert head is None or isinstance(head, nn.Linear)
+        return copied, head
 
     @contextlib.contextmanager
-    def _float32_head(self, x: Tensor) -> Iterator[None]:
-        """Run the last linear layer in float32 meanwhile, also under autocast."""
-        if not self._searched:
-            self._head, self._searched = last_linear(self.model, x[:1]), True
-        head = self._head
+    def _float32(self, head: nn.Linear | None) -> Iterator[None]:
+        """Run this layer in float32 meanwhile, also under autocast."""
         if head is None:
             yield
             return
@@ -218,7 +226,6 @@ class Forward:
         finally:
             del head.forward  # restores the class's own method
 
-    @staticmethod
-    def _numpy(logits: Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = logits.float().cpu().numpy()
-        return array
+
+def _in_float32(features: Tensor) -> Tensor:
+    return features.float() if features.is_floating_point() else features

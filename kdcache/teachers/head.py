@@ -4,6 +4,7 @@ The model is in evaluation mode and does not change; its last linear layer is tr
 kept in the folders of all teachers that start with it, so that an interrupted command repeats no more than this.
 """
 
+import itertools
 import json
 import math
 import time
@@ -25,7 +26,8 @@ from kdcache.models.creation import Normalisation
 from kdcache.models.heads import zero_head
 from kdcache.replay.prefetch import render_batches
 from kdcache.replay.stream import ViewStream, epoch_positions
-from kdcache.system.energy import Spent
+from kdcache.system.distributed import Team, this_rank
+from kdcache.system.energy import Spent, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
@@ -69,9 +71,8 @@ def read_head(folder: Path) -> Head | None:
         with safe_open(file, "pt") as kept:
             known = kept.metadata()
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        return Head(
-            tensors, json.loads(known["row"]), Spent.of(json.loads(known["spent"])), json.loads(known.get("amp", "false"))
-        )
+        spent, amp = Spent.of(json.loads(known["spent"])), bool(json.loads(known.get("amp", "false")))
+        return Head(tensors, json.loads(known["row"]), spent, amp)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"{file} is damaged",
@@ -133,9 +134,12 @@ def train_head(
     settings: TrainConfig,
     smoothing: float,
     tests: Exam,
+    team: Team,
     progress: Progress,
 ) -> Head:
     """Train the last linear layer of the model called `name`, in place, and keep it in all `folders`.
+
+    Each process of the `team` computes the features of its part of every batch, and all of them learn from all.
 
     Each epoch has fresh views of `stream`; where its policy leaves nothing to chance, features are computed once.
     IncompatibleError for a model without such a layer, and for features that are not finite.
@@ -143,15 +147,17 @@ def train_head(
     device = stream.device
     model.to(device).eval()
     place, layer = linear_head(model, name, stream.policy.size, device)
-    amp = computes_in_bf16(device) if settings.amp is None else settings.amp
+    amp = all(team.shared(computes_in_bf16(device))) if settings.amp is None else settings.amp
     features = _Features(model, normalise, layer, device, amp)
-    total = settings.epochs * len(stream)
-    with ExitStack() as owned, metered(device) as meter:
-        for folder in folders:
+    steps = settings.epochs * len(stream)
+    own = folders if team.first else ()
+    with ExitStack() as owned, metered(device, share=this_rank().share) as meter:
+        for folder in own:
             owned.enter_context(own_folder(folder))
         optimizer, started = make_optimizer(layer, settings), time.monotonic()
-        with stopped_between_steps() as check:
-            for step, (inputs, labels) in enumerate(_inputs(stream, features, settings.epochs, check)):
+        with stopped_between_steps() as own_check:
+            check = team.checked(own_check)
+            for step, (inputs, labels) in enumerate(_inputs(stream, features, settings.epochs, team, check)):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * settings.rate(step, len(stream))
                 loss = F.cross_entropy(layer(inputs).float(), labels, label_smoothing=smoothing)
@@ -159,8 +165,8 @@ def train_head(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 check()
-                left = (time.monotonic() - started) / (step + 1) * (total - step - 1)
-                progress.update("train head", step + 1, total, f"{left:.0f} s left")
+                left = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
+                progress.update("train head", step + 1, steps, f"{left:.0f} s left")
             forward = Forward(model, normalise, device, "fp32")
             row = tests.of(lambda views: torch.from_numpy(forward(views)))
             check()
@@ -171,8 +177,8 @@ def train_head(
                 fix="check the weights that it starts from, or finetune all of it from the start: --head-epochs 0",
             )
         tensors = {f"{place}.{key}": value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
-        head = Head(tensors, row, meter.lap() * (1 / len(folders)), amp)
-        for folder in folders:
+        head = Head(tensors, row, total(team.shared(meter.lap())) * (1 / len(folders)), amp)
+        for folder in own:
             head.write(folder)
             (folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's
     return head
@@ -199,27 +205,35 @@ class _Features:
         return seen[-1].detach().float()
 
 
-def _inputs(stream: ViewStream, features: _Features, epochs: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+def _inputs(
+    stream: ViewStream, features: _Features, epochs: int, team: Team, check: Callable[[], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and labels of every batch of all epochs."""
     canvas = stream.canvas
     if not stream.policy.is_fixed or 4 * len(canvas) * features.width > KEPT_BYTES:
         for epoch in range(epochs):
             for batch in stream.epoch(epoch):
-                yield features(batch.images), batch.label_a
+                yield team.gather(features(batch.images)), team.gather(batch.label_a)
         return
-    kept, labels = _of_all(stream, features, canvas, check)
+    kept, labels = _of_all(stream, features, canvas, team, check)
     for epoch in range(epochs):
         order = torch.from_numpy(epoch_positions(len(canvas), stream.seed, epoch))[: len(stream) * stream.batch_size]
         for part in torch.split(order, stream.batch_size):
             yield kept[part].to(stream.device), labels[part].to(stream.device)
 
 
-def _of_all(stream: ViewStream, features: _Features, canvas: Canvas, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def _of_all(
+    stream: ViewStream, features: _Features, canvas: Canvas, team: Team, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Features float32 `[N, F]` and labels `[N]` of all samples, on the host."""
     kept = torch.empty(len(canvas), features.width)
     items = [(0, rows) for rows in batches(range(len(canvas)), stream.batch_size)]
     ahead: dict[str, Any] = {"workers": stream.workers, "renderer": stream.renderer, "device": stream.device}
-    for item in render_batches(canvas, stream.policy, items, **ahead):
-        kept[torch.from_numpy(item.rows.sample)] = features(item.images).cpu()
-        check()
+    own: list[tuple[Tensor, Tensor]] = []
+    for item in render_batches(canvas, stream.policy, items[team.number :: team.size], **ahead):
+        own.append((torch.from_numpy(item.rows.sample), features(item.images).cpu()))
+        if team.size == 1:  # processes with fewer batches would not take part in the check
+            check()
+    for samples, values in itertools.chain(*team.shared(own)):
+        kept[samples] = values
     return kept, torch.from_numpy(canvas.labels)

@@ -19,6 +19,7 @@ from kdcache.models.creation import Normalisation, load_weights, weights_digest
 from kdcache.models.names import kept, public_name
 from kdcache.replay.prefetch import render_batches
 from kdcache.stats import relative_entropy
+from kdcache.system.distributed import ALONE, Team
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
 from kdcache.teachers.as_is import create_recorded
@@ -52,8 +53,10 @@ class Exam(EvalSet):
     contain such views too, so their own figures are close to these.
     """
 
-    def __init__(self, test: Canvas, tested: ViewPolicy, train: Canvas, shown: ViewPolicy, ahead: Any) -> None:
-        super().__init__(test, tested, **ahead)
+    def __init__(
+        self, test: Canvas, tested: ViewPolicy, train: Canvas, shown: ViewPolicy, ahead: Any, team: Team = ALONE
+    ) -> None:
+        super().__init__(test, tested, team=team, **ahead)
         items = [(0, rows) for rows in batches(range(min(REPORT_VIEWS, len(train))), 256)]
         self._views = [item.images for item in render_batches(train, shown, items, **ahead)]
 
@@ -66,14 +69,14 @@ class Exam(EvalSet):
 
     def of(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """All metrics of a model that is not in training, on the test images and the training views."""
-        clean = torch.cat([predict(views) for views in self._kept or self._render()])
+        clean = self._whole([predict(views) for views in self._kept or self._render()])
         return self.metrics(clean) | self.on_views(predict)
 
 
 def _entropies(which: str, logits: Tensor) -> dict[str, float]:
     if not torch.isfinite(logits).all():
         return {f"{which}_entropy": math.nan, f"{which}_entropy_rest": math.nan}
-    h, rest = relative_entropy(logits.numpy())
+    h, rest = relative_entropy(logits.cpu().numpy())
     return {f"{which}_entropy": float(h.mean()), f"{which}_entropy_rest": float(rest.mean())}
 
 

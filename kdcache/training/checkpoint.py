@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdcache.errors import IntegrityError, RetryError
 from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.transfer import to_host
 
 __all__ = [
     "CHECKPOINT",
@@ -117,9 +118,8 @@ def on_host(value: Any) -> Any:
         return type(value)(on_host(part) for part in value)
     if not isinstance(value, Tensor):
         return value
-    tensor = value.detach().contiguous()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return copy.copy_(tensor, non_blocking=True)
+    copy = to_host(value.detach())
+    return copy.clone(memory_format=torch.contiguous_format) if value.device.type == "cpu" else copy
 
 
 def finite(value: float) -> float | None:

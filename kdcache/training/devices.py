@@ -1,19 +1,23 @@
 """Devices that models are trained on: which one, what it uses, and the states of its random numbers."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError
-from kdcache.system.distributed import this_rank
-from kdcache.system.energy import Meter
+from kdcache.errors import RetryError, UsageError
+from kdcache.system.distributed import Rank, this_rank
+from kdcache.system.energy import SHARED_GPU, Meter
 
 __all__ = [
     "computes_in_bf16",
+    "device_kind",
+    "enough_memory",
     "metered",
+    "out_of_memory",
     "resolve_device",
     "rng_states",
     "rng_states_from",
@@ -22,19 +26,39 @@ __all__ = [
     "set_rng_states",
 ]
 
+# Most of torch's allocators raise a plain RuntimeError: those of a CPU (on Linux and Windows), of cuBLAS, cuDNN and Metal.
+_NO_MEMORY = ("you tried to allocate", "STATUS_ALLOC_FAILED", "out of memory")
+
+# What other kinds of devices lack.
+_UNSUPPORTED = {
+    "mps": "Metal has no float64, and random numbers of its own",
+    **dict.fromkeys(("xpu", "hpu", "xla", "npu", "mtia", "vulkan", "privateuseone"), "nothing has been tested there"),
+}
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is a GPU if there is one; of processes that torchrun started, each gets its own for `auto` and `cuda`.
 
-    Raises UsageError for a device that this machine lacks.
+    Raises UsageError for a device that this machine lacks, and for kinds of devices other than "cpu" and "cuda".
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and (local := this_rank().local) is not None:
-        name = f"cuda:{local}"
+    if name == "cpu:0":
+        name = "cpu"
+    kind = name.partition(":")[0]
+    if kind in _UNSUPPORTED:
+        raise UsageError(
+            f"device {name!r} is not supported",
+            why=f"{_UNSUPPORTED[kind]}; kdcache computes on CPUs, and on GPUs of NVIDIA and AMD (cuda)",
+            fix="use --device cpu",
+        )
+    if name == "cuda" and torch.cuda.is_available():
+        name = _own_gpu(this_rank(), torch.cuda.device_count())
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # `meta` makes tensors, but has nothing in them
+        if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index is not None):
+            raise ValueError("it is none of cpu, cuda, cuda:0, cuda:1, ...")
+        torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own errors
         raise UsageError(
             f"device {name!r} cannot be used",
@@ -42,6 +66,54 @@ def resolve_device(name: str) -> torch.device:
             fix="use --device cpu, or --device auto for whatever there is",
         ) from None
     return device
+
+
+def device_kind(device: torch.device) -> str:
+    """The name of a kind of device, such as `NVIDIA H100 80GB HBM3` or `cpu`: others may give other last bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _own_gpu(rank: Rank, visible: int) -> str:
+    """The GPU of one of several processes, of those that it sees. UsageError where it cannot be told."""
+    if rank.of == 1 and rank.local is None:
+        return "cuda"
+    if visible == 1:  # as SLURM binds one to each process
+        return "cuda:0"
+    if rank.local is not None and rank.local < visible:
+        return f"cuda:{rank.local}"
+    if rank.local is None and rank.of <= visible:  # no two have the same one, on whatever machines they are
+        return f"cuda:{rank.number}"
+    if rank.local is not None:
+        raise UsageError(
+            f"process {rank.local} of this machine (LOCAL_RANK), and {visible} visible GPUs",
+            why="each process needs a GPU of its own",
+            fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
+        )
+    raise UsageError(
+        f"RANK={rank.number} WORLD_SIZE={rank.of} without LOCAL_RANK, and {visible} visible GPUs",
+        why="which of these GPUs is this process's own depends on how many processes each machine has",
+        fix="set LOCAL_RANK to its number on its machine (SLURM: export LOCAL_RANK=$SLURM_LOCALID), or start by torchrun",
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def enough_memory(what: str, fix: str) -> Iterator[None]:
+    """Work inside that runs out of memory, of a device or the host, raises RetryError: `what`, the allocator's words, `fix`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        # CUDA's text goes on with the allocator's counters and with settings of its own.
+        why = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+        raise RetryError(what, why=why[:400] or "the system gave no more memory", fix=fix) from error
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -53,7 +125,12 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
-    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them."""
+    """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them.
+
+    The joules of a GPU that other jobs of a study may share are unknown.
+    """
+    if SHARED_GPU in os.environ:
+        return Meter(share=share)
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
     return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor
 from kdcache.datasets.canvas import Canvas
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.distributed import ALONE, Team
+from kdcache.system.gpu import free_memory
+from kdcache.system.transfer import to_device, to_host
 from kdcache.training.learner import Learner
-from kdcache.training.metrics import calibration_error, top_k
+from kdcache.training.memory import SHARE
+from kdcache.training.metrics import calibration_error, share_in_top
 from kdcache.views.policy import RendererChoice, ViewPolicy
 
 __all__ = ["EvalSet", "EvalSets", "evaluated"]
 
 KEPT_BYTES = 2 << 30
+KEPT_ON_GPU = (1 - SHARE) / 2  # share of a GPU's free memory for views that are kept there: half of what models leave
+LOGITS_BYTES = 512 << 20  # of a test, that stay on a GPU until its end
 
 
 class EvalSets:
@@ -26,21 +32,31 @@ class EvalSets:
     All of them together keep no more rendered views than one alone would.
     """
 
-    def __init__(self, canvas: Canvas, *, workers: int = 0, renderer: RendererChoice = "auto", team: Team = ALONE) -> None:
-        self.canvas, self._options = canvas, {"workers": workers, "renderer": renderer, "team": team}
+    def __init__(
+        self,
+        canvas: Canvas,
+        *,
+        workers: int = 0,
+        renderer: RendererChoice = "auto",
+        device: torch.device | str = "cpu",
+        team: Team = ALONE,
+    ) -> None:
+        self.canvas = canvas
+        self._options: Any = {"workers": workers, "renderer": renderer, "device": device, "team": team}
         self._made: dict[str, EvalSet] = {}
 
     def __getitem__(self, policy: ViewPolicy) -> "EvalSet":
         if policy.digest not in self._made:
             keep = KEPT_BYTES - sum(each.kept_bytes for each in self._made.values())
-            self._made[policy.digest] = EvalSet(self.canvas, policy, keep=keep, **self._options)  # type: ignore[arg-type]
+            self._made[policy.digest] = EvalSet(self.canvas, policy, keep=keep, **self._options)
         return self._made[policy.digest]
 
 
 class EvalSet:
     """The test split as the views of a test policy: rendered once and kept, or each time again above `keep` bytes.
 
-    Each process of a `team` tests a part of it, and all get the figures of the whole.
+    Views for models on a GPU `device` are rendered there, and kept there if they take little of its memory, else in pinned
+    memory of the host. Each process of a `team` tests a part of them, and all get the figures of the whole.
     """
 
     def __init__(
@@ -51,10 +67,11 @@ class EvalSet:
         batch_size: int = 256,
         workers: int = 0,
         renderer: RendererChoice = "auto",
+        device: torch.device | str = "cpu",
         team: Team = ALONE,
         keep: int = KEPT_BYTES,
     ) -> None:
-        self._team = team
+        self._team, device = team, torch.device(device)
         self.labels = torch.from_numpy(canvas.labels)
         order = np.argsort(policy.parameters(0, len(canvas), canvas.sizes).sample)
         starts = range(0, len(canvas), batch_size)
@@ -62,12 +79,17 @@ class EvalSet:
         items = [(0, order[start : start + batch_size]) for start in starts[team.number :: team.size]]
 
         def render() -> Iterator[Tensor]:
-            return (item.images for item in render_batches(canvas, policy, items, workers=workers, renderer=renderer))
+            rendered = render_batches(canvas, policy, items, workers=workers, renderer=renderer, device=device)
+            return (item.images for item in rendered)
 
         self._render = render
         nbytes = len(canvas) * 3 * policy.size**2
         self.kept_bytes = nbytes if nbytes <= keep else 0
-        self._kept = list(render()) if self.kept_bytes else None
+        self._kept: list[Tensor] | None = None
+        if self.kept_bytes:
+            on_device = device.type == "cuda" and nbytes / team.size <= KEPT_ON_GPU * free_memory(device)
+            self._kept = [to_device(views, device) if on_device else to_host(views) for views in render()]
+            _settle(device)
 
     def tested(self, learners: Sequence[Learner], check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
         """`metrics` of each learner's model. `ema_top1` is the top-1 of its averaged weights, if it keeps any.
@@ -76,37 +98,51 @@ class EvalSet:
         """
         logits: list[list[Tensor]] = [[] for _ in learners]
         averaged: list[list[Tensor]] = [[] for _ in learners]
+        device = learners[0].device
         for learner in learners:
             learner.settle()
         for views in self._kept or self._render():
-            views = views.to(learners[0].device)  # one copy for all learners
+            views = to_device(views, device)  # one copy for all learners
             for learner, part, other in zip(learners, logits, averaged, strict=True):
-                part.append(learner.predict(views))
+                part.append(self._until_the_end(learner.predict(views), len(learners)))
                 if learner.average is not None:
-                    other.append(learner.predict(views, averaged=True))
+                    other.append(self._until_the_end(learner.predict(views, averaged=True), len(learners)))
             if self._team.size == 1:  # processes with fewer batches would not take part in the check
                 check()
+        _settle(device)
         figures = [self.metrics(self._whole(part)) for part in logits]
         for row, other, learner in zip(figures, averaged, learners, strict=True):
             if learner.average is not None:
                 row["ema_top1"] = self.metrics(self._whole(other))["test_top1"]
         return figures
 
+    def _until_the_end(self, logits: Tensor, learners: int) -> Tensor:
+        """Logits of a batch: where they are, or on their way to the host if all of the test would take much of a GPU's memory."""
+        much = 4 * logits.shape[1] * len(self.labels) * learners > LOGITS_BYTES
+        return to_host(logits) if much else logits
+
     def _whole(self, part: list[Tensor]) -> Tensor:
         """Logits `[N, C]` of all batches. Process r of n has computed the batches r, r + n, r + 2n, ..."""
-        parts = self._team.shared(part)
+        parts = [part] if self._team.size == 1 else self._team.shared([logits.cpu() for logits in part])
         return torch.cat([parts[batch % len(parts)][batch // len(parts)] for batch in range(self._batches)])
 
     def metrics(self, logits: Tensor) -> dict[str, float]:
         """Metrics of `logits [N, C]` on the test split; all NaN if a logit is not finite."""
-        if not torch.isfinite(logits).all():
-            return dict.fromkeys(("test_top1", "test_top5", "test_loss", "test_ece"), math.nan)
-        return {
-            "test_top1": top_k(logits, self.labels, 1),
-            "test_top5": top_k(logits, self.labels, 5),
-            "test_loss": F.cross_entropy(logits, self.labels).item(),
-            "test_ece": calibration_error(logits, self.labels),
+        labels = to_device(self.labels, logits.device)
+        figures = {
+            "test_top1": 100.0 * share_in_top(logits, labels, 1).double(),
+            "test_top5": 100.0 * share_in_top(logits, labels, 5).double(),
+            "test_loss": F.cross_entropy(logits, labels).double(),
+            "test_ece": calibration_error(logits, labels),
         }
+        *values, finite = torch.stack([*figures.values(), torch.isfinite(logits).all().double()]).tolist()
+        return dict(zip(figures, values if finite else [math.nan] * len(values), strict=True))
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until what was copied to the host is there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def evaluated(

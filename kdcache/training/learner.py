@@ -303,13 +303,13 @@ class Learner:
 
     @torch.no_grad()
     def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
-        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, on the CPU, of the weights or their mean."""
+        """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, of the weights or their mean."""
         self._join()
         model = self.average.module if averaged and self.average is not None else self.model
         model.eval()
         with self._precision(), ieee_float32():
             logits: Tensor = model(self.normalise(views.to(self.device)).contiguous(memory_format=self._format))
-        return logits.float().cpu()
+        return logits.float()
 
     def settle(self) -> None:
         """Before the epoch's test: what the processes of a team have each found of their parts becomes the same everywhere."""
@@ -349,9 +349,11 @@ class Learner:
     def suspend(self) -> None:
         """Write a checkpoint of where it is now, and give the folder back. A step that was cut in two cannot be kept:
         then the last checkpoint stays."""
-        if self.status == "training" and self._whole and self.steps:
-            self._save()
-        self._release()
+        try:
+            if self.status == "training" and self._whole and self.steps:
+                self._save()
+        finally:
+            self._release()
 
     def _release(self) -> None:
         try:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.models.creation import create_model
+from kdcache.system.gpu import free_memory
 from kdcache.training.config import StudentRuntime, TrainConfig
 from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner
@@ -204,17 +205,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def room(device: str | torch.device, asked: int | None = None) -> int:
-    """Bytes for models in training: the requested amount, or most of the free memory."""
-    return asked or int(SHARE * available_memory(device))
+def room(device: str | torch.device, asked: int | None = None, taken: int = 0) -> int:
+    """Bytes for models in training: the requested amount, or most of the free memory of which `taken` bytes are for others."""
+    return asked or int(SHARE * max(0, available_memory(device) - taken))
 
 
 def available_memory(device: str | torch.device) -> int:
     """Bytes that this process can still allocate on a device; on the host within the limits of its control groups."""
     device = torch.device(device)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # plus torch's own free blocks
+        return free_memory(device)
     return min([psutil.virtual_memory().available, *_control_groups()])
 
 

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["agreement", "calibration_error", "divergence", "mean_relative_entropy", "moments", "top_k"]
+__all__ = ["agreement", "calibration_error", "divergence", "mean_relative_entropy", "moments", "share_in_top"]
 
 
-def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Percent of rows whose label is among the `k` largest logits, or among all classes if there are fewer."""
+def share_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Share of rows whose label is among the `k` largest logits, or among all classes if there are fewer: float32, 0-d."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return 100.0 * (best == labels[:, None]).any(dim=1).float().mean().item()
+    return (best == labels[:, None]).any(dim=1).float().mean()
 
 
 def agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -37,10 +37,15 @@ def moments(logits: Tensor) -> Tensor:
     return torch.stack((mean, std))
 
 
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error in percent: mean |accuracy - confidence| over equal-width bins (Guo et al. 2017, eq. 5)."""
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Expected calibration error in percent: mean |accuracy - confidence| over equal-width bins (Guo et al. 2017, eq. 5).
+
+    A 0-d float64 tensor.
+    """
     confidence, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
     correct = (predicted == labels).float()
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).scatter_add_(0, which, correct - confidence)
-    return 100.0 * gaps.abs().sum().item() / len(labels)
+    which = (confidence * bins).long().clamp(0, bins - 1)  # NaN becomes any number
+    # In float64 on a GPU, which adds in any order.
+    dtype = torch.float32 if logits.device.type == "cpu" else torch.float64
+    gaps = torch.zeros(bins, dtype=dtype, device=logits.device).scatter_add_(0, which, (correct - confidence).to(dtype))
+    return 100.0 * gaps.abs().sum().double() / len(labels)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from kdcache.system.transfer import to_device
 from kdcache.views import reference
 from kdcache.views.policy import JITTER_NONE, RANDAUGMENT_OPERATIONS, UNIT, RandAugment, ViewTable
 from kdcache.views.resample import crop_and_resize
@@ -38,26 +39,26 @@ class _GroupedViews:
 
     def __init__(self, views: Tensor) -> None:
         self._views = views
-        self._rows = np.arange(len(views))  # row of the batch at each place
+        self.rows = np.arange(len(views))  # row of the batch at each place
 
-    def grouped(self, codes: NDArray) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
-        """For each occurring code: the code, its rows, and their views, which may be changed in place."""
+    def grouped(self, codes: NDArray) -> Iterator[tuple[int, slice, Tensor]]:
+        """For each occurring code: the code, the places of its views, and the views, which may be changed in place."""
         self._move(np.argsort(codes, kind="stable"))
-        values, starts = np.unique(codes[self._rows], return_index=True)
+        values, starts = np.unique(codes[self.rows], return_index=True)
         for value, start, stop in zip(values.tolist(), starts, [*starts[1:], len(codes)], strict=True):
-            yield value, self._rows[start:stop], self._views[start:stop]
+            yield value, slice(start, stop), self._views[start:stop]
 
     def views(self) -> Tensor:
         """All views in row order."""
-        self._move(np.arange(len(self._rows)))
+        self._move(np.arange(len(self.rows)))
         return self._views
 
     def _move(self, rows: NDArray[np.int64]) -> None:
-        if not np.array_equal(rows, self._rows):
+        if not np.array_equal(rows, self.rows):
             place = np.empty_like(rows)
-            place[self._rows] = np.arange(len(rows))
-            self._views = self._views.index_select(0, _on(self._views, place[rows]))
-            self._rows = rows
+            place[self.rows] = np.arange(len(rows))
+            self._views = self._views.index_select(0, to_device(place[rows], self._views.device))
+            self.rows = rows
 
 
 def _number(value: float, like: Tensor) -> Tensor:
@@ -65,16 +66,13 @@ def _number(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _on(views: Tensor, array: NDArray) -> Tensor:
-    return torch.from_numpy(array).to(views.device, non_blocking=True)
-
-
 # ---------------------------------------------------------------- RandAugment
 
 
 def _randaugment(batch: _GroupedViews, operations: NDArray[np.uint8], signs: NDArray[np.int8], options: RandAugment) -> None:
     """Apply one RandAugment operation to each view. Views with the same operation are done together."""
-    for code, _, views in batch.grouped(operations.astype(np.int64) * 2 + (signs > 0)):
+    positive = (signs > 0) & (operations <= _LAST_SIGNED)
+    for code, _, views in batch.grouped(operations.astype(np.int64) * 2 + positive):
         operation, sign = code // 2, 2 * (code % 2) - 1
         if operation:
             views.copy_(_OPERATIONS[operation](views, operation, sign, options))
@@ -94,6 +92,7 @@ def _nearest_map(operation: int, sign: int, options: RandAugment, size: int, dev
     """(source of each pixel, mask of pixels from outside). Found by applying the reference to an image of pixel numbers."""
     numbers = Image.fromarray(np.arange(size * size, dtype=np.int32).reshape(size, size))
     moved = np.asarray(reference.augment(numbers, operation, sign, options.model_copy(update={"fill": -1}))).reshape(-1)
+    # Waited for, unlike all other copies: whatever stream uses the kept maps later finds them there.
     return torch.from_numpy(np.maximum(moved, 0).astype(np.int64)).to(device), torch.from_numpy(moved < 0).to(device)
 
 
@@ -155,7 +154,7 @@ def _equalize(x: Tensor, operation: int, sign: int, options: RandAugment) -> Ten
     counts = torch.zeros(channels, 256, dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, flat, torch.ones((), dtype=torch.int64, device=x.device).expand(flat.shape))
     values = torch.arange(256, device=x.device)
-    last = torch.where(counts > 0, values, 0).amax(dim=1, keepdim=True)
+    last = (values * (counts > 0)).amax(dim=1, keepdim=True)
     step = (flat.shape[1] - counts.gather(1, last)) // 255
     divisor = step.clamp(min=1)
     flattened = ((divisor // 2 + counts.cumsum(dim=1) - counts) // divisor).clamp(max=255)
@@ -226,6 +225,7 @@ _OPERATIONS: tuple[Callable[[Tensor, int, int, RandAugment], Tensor], ...] = (
     _equalize,
 )
 assert len(_OPERATIONS) == RANDAUGMENT_OPERATIONS
+_LAST_SIGNED = 9  # operations after it do the same whatever the sign
 
 
 # ---------------------------------------------------------------- colour jitter, erasing
@@ -233,9 +233,13 @@ assert len(_OPERATIONS) == RANDAUGMENT_OPERATIONS
 
 def _jitter(batch: _GroupedViews, operations: NDArray[np.uint8], factors: NDArray[np.int32]) -> None:
     """Apply one operation of the colour jitter to each view."""
-    for operation, rows, views in batch.grouped(operations):
+    amounts: Tensor | None = None  # in the order of the grouped views
+    for operation, places, views in batch.grouped(operations):
         if operation != JITTER_NONE:
-            amount = _on(views, factors[rows, operation]).view(-1, 1, 1, 1)
+            if amounts is None:
+                own = np.take_along_axis(factors, operations.clip(max=3).astype(np.int64)[:, None], axis=1)
+                amounts = to_device(own[batch.rows], views.device).view(-1, 1, 1, 1)
+            amount = amounts[places]
             views.copy_(_hue(views, amount) if operation == 3 else _COLOURS[operation](views, amount / UNIT))
 
 
@@ -258,8 +262,8 @@ def _to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sector = torch.where(is_red, blue - green, torch.where(is_green, from_green, from_blue))
     turned = (sector.double() / _number(6, sector.double()) + 1.0).fmod(1.0).float()
     grey = value == lowest
-    hue = torch.where(grey, 0, (turned.double() * 255.0).clamp(0, 255)).int()
-    saturation = torch.where(grey, 0, ((spread / value.float()).double() * 255.0).clamp(0, 255)).int()
+    hue = (turned.double() * 255.0).clamp_(0, 255).masked_fill_(grey, 0).int()
+    saturation = ((spread / value.float()).double() * 255.0).clamp_(0, 255).masked_fill_(grey, 0).int()
     return hue, saturation, value
 
 
@@ -288,8 +292,8 @@ def _to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 def _erased(views: Tensor, boxes: NDArray[np.int32], fill: tuple[int, ...]) -> Tensor:
     """Views with the boxes `[B, 4]` filled with `fill`."""
-    colour = torch.tensor(fill, dtype=torch.uint8, device=views.device).view(1, 3, 1, 1)
-    return torch.where(inside_boxes(_on(views, boxes), views.shape[-1]), colour, views)
+    colour = to_device(np.array(fill, np.uint8), views.device).view(1, 3, 1, 1)
+    return torch.where(inside_boxes(to_device(boxes, views.device), views.shape[-1]), colour, views)
 
 
 def inside_boxes(boxes: Tensor, size: int) -> Tensor:

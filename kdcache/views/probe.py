@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.views.policy import PROBE_VERSION
 
-__all__ = ["GRID", "digest_sums", "digests", "fingerprint", "fold", "grids"]
+__all__ = ["GRID", "digest_sums", "digests", "fingerprint", "fold", "grid_means", "grid_sums", "grids"]
 
 GRID = 4  # cells a side
 
@@ -23,7 +23,7 @@ GRID = 4  # cells a side
 def _weights(words: int, device: torch.device) -> Tensor:
     """One odd 64-bit weight per word. Odd weights make sure that a change of one word changes the sum."""
     raw = np.random.Philox(key=np.array([0x6B64_6361_6368_6500, 1], np.uint64)).random_raw(words) | np.uint64(1)
-    return torch.from_numpy(raw.view(np.int64)).to(device)
+    return torch.from_numpy(raw.view(np.int64)).to(device)  # waited for, so that any stream may use the kept weights later
 
 
 def fingerprint(views: Tensor, version: int = PROBE_VERSION) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
@@ -50,9 +50,13 @@ def digest_sums(views: Tensor, version: int = PROBE_VERSION) -> Tensor:
         flat = flat.clone()
     words = flat.view(word)
     weights = _weights(words.shape[1], views.device)
-    if words.device.type == "cpu":  # several times as fast as torch, which copies all words
+    if _on_host(words):  # several times as fast as torch, which copies all words
         return torch.from_numpy(np.einsum("bw,w->b", words.numpy(), weights.numpy()))
     return (words.long() * weights).sum(dim=1)
+
+
+def _on_host(words: Tensor) -> bool:
+    return words.device.type == "cpu"
 
 
 def fold(sums: Tensor) -> NDArray[np.uint32]:
@@ -64,11 +68,23 @@ def fold(sums: Tensor) -> NDArray[np.uint32]:
 
 def grids(views: Tensor) -> NDArray[np.uint8]:
     """Means of the 4 x 4 grid cells of `views`, uint8 `[B, 3, S, S]`, over channels and pixels, floored: uint8 `[B, 16]`."""
-    batch, channels, side, _ = views.shape
-    edges = [side * i // GRID for i in range(GRID + 1)]
+    return grid_means(grid_sums(views), views.shape[-1])
+
+
+def grid_sums(views: Tensor) -> Tensor:
+    """The sums of `grids` over each cell, int64 `[B, 4, 4]`, on the device of `views`."""
+    edges = _edges(views.shape[-1])
     columns = torch.stack([views[..., a:b].sum(dim=3, dtype=torch.int32) for a, b in itertools.pairwise(edges)], dim=3)
-    sums = torch.stack([columns[:, :, a:b].sum(dim=(1, 2)) for a, b in itertools.pairwise(edges)], dim=1)  # [B, 4, 4]
-    spans = np.diff(edges)
-    areas = np.maximum(spans[:, None] * spans[None, :], 1) * channels
+    return torch.stack([columns[:, :, a:b].sum(dim=(1, 2)) for a, b in itertools.pairwise(edges)], dim=1)
+
+
+def grid_means(sums: Tensor, side: int) -> NDArray[np.uint8]:
+    """Floored means uint8 `[B, 16]` of the `sums [B, 4, 4]` over the cells of views with that `side`."""
+    spans = np.diff(_edges(side))
+    areas = np.maximum(spans[:, None] * spans[None, :], 1) * 3
     means: NDArray[np.uint8] = (sums.cpu().numpy() // areas).astype(np.uint8)
-    return means.reshape(batch, GRID * GRID)
+    return means.reshape(len(sums), GRID * GRID)
+
+
+def _edges(side: int) -> list[int]:
+    return [side * i // GRID for i in range(GRID + 1)]

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.system.transfer import to_device
 from kdcache.views import device, reference
 from kdcache.views.policy import MIX_CUTMIX, MIX_MIXUP, UNIT, ViewTable
 
-__all__ = ["Renderer", "render", "render_positions"]
+__all__ = ["Renderer", "picked", "render", "render_positions", "with_partners"]
 
 Renderer = Literal["reference", "device"]
 
@@ -45,20 +46,29 @@ def render_positions(
 
     `table` holds all rows of the view. `pixels` may already be a tensor on `device`.
     """
-    positions = np.asarray(positions)
-    alone = table.partner[positions] < 0
-    wanted = np.unique(np.concatenate([positions, (positions ^ 1)[~alone]]))
-    rows = table[wanted]
+    wanted = with_partners(table, positions)
+    rows, device = table[wanted], torch.device(device)
     if isinstance(pixels, Tensor):
-        views = render(pixels[torch.from_numpy(rows.sample).to(pixels.device)].to(device), rows, renderer)
+        views = render(to_device(pixels.index_select(0, to_device(rows.sample, pixels.device)), device), rows, renderer)
     elif renderer == "reference":  # it takes one image at a time, so no copy is needed
         drawn = reference.draw((pixels[sample] for sample in rows.sample), rows)
-        views = _mix(torch.from_numpy(drawn).to(device), rows)
+        views = _mix(to_device(drawn, device), rows)
     else:
-        views = render(torch.from_numpy(pixels[rows.sample]).to(device), rows, renderer)
-    if np.array_equal(wanted, positions):
+        views = render(to_device(pixels[rows.sample], device), rows, renderer)
+    return picked(views, wanted, positions)
+
+
+def with_partners(table: ViewTable, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions to render for `positions`: they and those of their mixing partners, each once, in ascending order."""
+    mixed = table.partner[positions] >= 0
+    return np.unique(np.concatenate([positions, (positions ^ 1)[mixed]]))
+
+
+def picked(views: Tensor, rendered: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+    """The views at `positions`, of `views` at the ascending positions `rendered`."""
+    if np.array_equal(rendered, positions):
         return views
-    return views[torch.from_numpy(np.searchsorted(wanted, positions)).to(views.device)]
+    return views.index_select(0, to_device(np.searchsorted(rendered, positions), views.device))
 
 
 def _mix(views: Tensor, rows: ViewTable) -> Tensor:
@@ -78,14 +88,15 @@ def _mix(views: Tensor, rows: ViewTable) -> Tensor:
         chosen = rows.mix[mixed] == kind
         if not chosen.any():
             continue
-        own, other = (torch.from_numpy(index[chosen]).to(views.device) for index in (mixed, beside))
+        columns = mixed[chosen], beside[chosen], rows.lam_units[mixed[chosen]], rows.cut[mixed[chosen]]
+        drawn = to_device(np.column_stack(columns), views.device)
+        own, other, boxes = drawn[:, 0], drawn[:, 1], drawn[:, 3:]
         if kind == MIX_MIXUP:
-            share = torch.from_numpy(rows.lam_units[mixed[chosen]]).to(views.device).view(-1, 1, 1, 1)
+            share = drawn[:, 2].int().view(-1, 1, 1, 1)
             # (a L + b (UNIT - L) + UNIT / 2) / UNIT, with b moved out of the division
             partner = views[other].int()
             blended = views[own].int().sub_(partner).mul_(share).add_(UNIT // 2).bitwise_right_shift_(16).add_(partner)
             out[own] = blended.to(torch.uint8)
         else:
-            boxes = torch.from_numpy(rows.cut[mixed[chosen]]).to(views.device)
             out[own] = torch.where(device.inside_boxes(boxes, views.shape[-1]), views[other], views[own])
     return out

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcache.system.transfer import to_device
 from kdcache.views.policy import UNIT
 
 __all__ = ["can_resize", "crop_and_resize", "resized"]
@@ -27,13 +28,13 @@ _WIDTHS = 32  # sums are compiled per line width, so widths are rounded up to mu
 
 
 def _triangle(x: Tensor) -> Tensor:
-    return torch.where(x < 1, 1 - x, 0)
+    return (1 - x).clamp(min=0)
 
 
 def _cubic(x: Tensor) -> Tensor:
     a = -0.5
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    return torch.where(x < 1, near, far.masked_fill_(x >= 2, 0))
 
 
 _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.0, _triangle), "bicubic": (2.0, _cubic)}
@@ -42,6 +43,11 @@ _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {"bilinear": (1.
 def can_resize(side: int, size: int, filter: str) -> bool:
     """Whether every crop of an image of `side` pixels can be resized here. A view's line takes at most 128 image lines."""
     return _most_taps(side / size, filter) <= _MAX_TAPS
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether work for the host is done in the way that suits it. Both ways give the same bytes."""
+    return device.type == "cpu"
 
 
 def _most_taps(scale: float, filter: str) -> int:
@@ -59,12 +65,12 @@ def crop_and_resize(
     side, device = images.shape[-1], images.device
     if side == size and (box == [0, 0, UNIT, UNIT]).all():
         return _moved(images, flip, shift)  # the weights below give the same, only slower
-    across, down = (
-        _taps(box[:, axis::2], shift[:, axis], flip if axis == 0 else np.zeros_like(flip), side, size, filter, device)
-        for axis in (0, 1)
-    )
+    widest = (box[:, 2:] - box[:, :2]).max(axis=0)
+    left, top, right, bottom, dx, dy, mirrored = to_device(np.column_stack([box, shift, flip]), device).unbind(1)
+    across = _taps((left, right), int(widest[0]), dx, mirrored, side, size, filter)
+    down = _taps((top, bottom), int(widest[1]), dy, None, side, size, filter)
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
-    step = max(1, _AT_ONCE[device.type != "cpu"] // (12 * side * max(side, size)))
+    step = max(1, _AT_ONCE[not _on_host(device)] // (12 * side * max(side, size)))
     tables = _LineSums(device)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
@@ -87,14 +93,14 @@ def resized(images: Tensor, size: int, filter: str) -> Tensor:
 
 def _moved(images: Tensor, flip: NDArray[np.bool_], shift: NDArray[np.int32]) -> Tensor:
     """Images mirrored and shifted, with black borders."""
-    mirrored = torch.where(torch.from_numpy(flip).to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
     side = images.shape[-1]
     shift = shift.clip(-side, side)  # larger shifts give the same black view
     reach = int(np.abs(shift).max())
+    turned, x, y = to_device(np.column_stack([flip, shift + reach]).astype(np.int64), images.device).unbind(1)
+    mirrored = torch.where(turned.bool().view(-1, 1, 1, 1), images.flip(3), images)
     if not reach:
         return mirrored
     windows = F.pad(mirrored, [reach] * 4).unfold(2, side, 1).unfold(3, side, 1)  # [B, 3, shifts, shifts, side, side]
-    x, y = torch.from_numpy(shift.T.astype(np.int64)).to(images.device) + reach
     return windows[torch.arange(len(images), device=images.device), :, y, x]
 
 
@@ -116,7 +122,7 @@ class _Taps:
     def window(self, chunk: slice, side: int) -> tuple["_Taps", slice]:
         """(taps of a part of the batch, the range of the `side` lines that it uses). Its taps count from the range's start."""
         first, high, low, used = self.first[chunk], self.high[chunk], self.low[chunk], self.used[chunk]
-        if first.device.type != "cpu":  # reading the values would make the host wait
+        if not _on_host(first.device):  # reading the values would make the host wait
             return _Taps(first, high, low, used, self.below), slice(0, side)
         taps, begin = max(1, int(used.max())), int(first.min())
         count = min(-(-(int(first.max()) + taps - begin) // _WIDTHS) * _WIDTHS, side)
@@ -125,50 +131,46 @@ class _Taps:
 
 
 def _taps(
-    edges: NDArray[np.int32],
-    shift: NDArray[np.int32],
-    flip: NDArray[np.bool_],
-    side: int,
-    size: int,
-    filter: str,
-    device: torch.device,
+    edges: tuple[Tensor, Tensor], widest: int, shift: Tensor, flip: Tensor | None, side: int, size: int, filter: str
 ) -> _Taps:
-    """Pillow's weights for boxes with these `edges [B, 2]`, in the order of the shifted and mirrored lines.
+    """Pillow's weights for boxes with these `edges` (int32 `[B]` each, at most `widest` apart), in the order of the shifted
+    and mirrored lines.
 
     All float64 operations are in Pillow's order (precompute_coeffs in Resample.c), so that each rounds alike.
     """
     radius, weight = _FILTERS[filter]
-    widest = int((edges[:, 1] - edges[:, 0]).max()) / UNIT * side
-    taps = _most_taps(widest / size, filter)
+    device, count, pixels = shift.device, len(shift), widest / UNIT * side
+    taps = _most_taps(pixels / size, filter)
     if taps > _MAX_TAPS:
-        raise ValueError(f"a crop box of {widest:.0f} pixels needs {taps} lines for one of a view of {size} pixels")
-    low_edge, high_edge = (torch.from_numpy(edges).to(device).double() * side / UNIT).float().unbind(1)  # float32, as in Pillow
+        raise ValueError(f"a crop box of {pixels:.0f} pixels needs {taps} lines for one of a view of {size} pixels")
+    low_edge, high_edge = ((edge.double() * side / UNIT).float() for edge in edges)  # float32, as in Pillow
     # The divisor is a tensor, since a GPU would multiply by the reciprocal of a plain number, and that rounds differently.
     scale = ((high_edge - low_edge).double() / torch.full((), size, dtype=torch.float64, device=device))[:, None]
     stretch = scale.clamp(min=1.0)
     support = radius * stretch
-    line = torch.arange(size, device=device) + torch.from_numpy(shift).to(device)[:, None]
+    line = torch.arange(size, device=device) + shift[:, None]
     inside = (line >= 0) & (line < size)
-    line = torch.where(torch.from_numpy(flip).to(device)[:, None], size - 1 - line, line)
+    if flip is not None:
+        line = torch.where(flip.bool()[:, None], size - 1 - line, line)
     center = low_edge.double()[:, None] + (line + 0.5) * scale
     first = (center - support + 0.5).trunc().clamp(min=0)
     last = (center + support + 0.5).trunc().clamp(max=side)
     position = torch.arange(taps, dtype=torch.float64, device=device) + first[..., None]
     weights = weight(((position - center[..., None] + 0.5) * (1.0 / stretch)[..., None]).abs())
-    weights = torch.where(position < last[..., None], weights, 0)
+    weights.masked_fill_(position >= last[..., None], 0)
     total = torch.zeros_like(first)
     for tap in range(taps):  # in order, since the rounding of a float64 sum depends on it
         total += weights[..., tap]
-    scaled = weights / torch.where(total == 0, 1, total)[..., None] * (1 << _BITS)
-    whole = ((scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc() * inside[..., None]).int()
+    scaled = weights / total.masked_fill_(total == 0, 1)[..., None] * (1 << _BITS)
+    whole = ((scaled + scaled.sign() * 0.5).trunc() * inside[..., None]).int()
 
     below = 0 if filter == "bilinear" else 1 << 21
     half = 1 << (_BITS - _LOW_BITS - 1)
     step = 1 / (1 << _LOW_BITS)
-    if device.type == "cpu":
+    if _on_host(device):
         used = ((whole != 0).any(dim=1) * torch.arange(1, taps + 1)).amax(dim=1).numpy()
     else:
-        used = np.full(len(edges), taps)
+        used = np.full(count, taps)
     return _Taps(
         first.clamp(max=side - 1).int(),
         F.pad((whole >> _LOW_BITS).float(), (1, 0), value=(1 << 23) + below + half),
@@ -202,7 +204,7 @@ class _LineSums:
     def _bags(self, lines: Tensor, index: Tensor, *weights: Tensor) -> list[Tensor]:
         """For each of `weights`: weighted sums of table rows `index [B, S, 1 + taps]`, float32 `[B * S, 3 * D]`."""
         rows, columns, bag_size = lines.shape[0] * lines.shape[1], lines.shape[2] * lines.shape[3], index.shape[-1]
-        if self._device.type != "cpu":
+        if not _on_host(self._device):
             table = torch.ones(1 + rows, columns, device=self._device)
             table[1:].view(lines.shape).copy_(lines)
             index = index.view(-1, bag_size)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,10 +24,17 @@ _SERVER.set_forkserver_preload(
 
 
 class Forked:
-    """Runs one command line; `out` and `err` are files."""
+    """Runs one command line, after `prepare` (a function of a module); `out` and `err` are files."""
 
-    def __init__(self, *arguments: object, out: Path, err: Path, environment: Mapping[str, str] | None = None) -> None:
-        told = (list(map(str, arguments)), dict(environment or os.environ), str(Path.cwd()), str(out), str(err))
+    def __init__(
+        self,
+        *arguments: object,
+        out: Path,
+        err: Path,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        told = (list(map(str, arguments)), dict(environment or os.environ), str(Path.cwd()), str(out), str(err), prepare)
         self.out, self.err = out, err
         self._process = _SERVER.Process(target=_main, args=told)
         self._process.start()
@@ -87,16 +94,20 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def _main(arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
+def _main(
+    arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str, prepare: Callable[[], None] | None
+) -> None:
     files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in (out, err)]
-    _become(arguments, environment, folder, *files)
+    _become(arguments, environment, folder, *files, prepare=prepare)
 
 
 def _piped(arguments: list[str], environment: dict[str, str], folder: str, out: Connection, err: Connection) -> None:
     _become(arguments, environment, folder, *(os.dup(end.fileno()) for end in (out, err)))
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, *files: int) -> None:
+def _become(
+    arguments: list[str], environment: dict[str, str], folder: str, *files: int, prepare: Callable[[], None] | None = None
+) -> None:
     from kdcache.cli import main
 
     os.environ.clear()
@@ -106,4 +117,6 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, *fil
         os.dup2(file, number)
         os.close(file)
     sys.argv = ["kdcache", *arguments]
+    if prepare is not None:
+        prepare()
     main()

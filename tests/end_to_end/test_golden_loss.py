@@ -12,7 +12,8 @@ from kdcache.datasets import DATASETS
 from kdcache.models.creation import create_model
 from kdcache.students.config import DistillConfig
 from kdcache.students.distill import distill
-from kdcache.teachers.forward import Forward, write_shards
+from kdcache.teachers.forward import Forward
+from kdcache.teachers.shards import write_shards
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 
@@ -32,10 +33,11 @@ LOSSES: dict[tuple[float, str], float] = {
 class _Brightness(Forward):
     """A teacher whose logits are a fixed function of the view: how bright each of ten horizontal bands is."""
 
-    def __call__(self, views):
+    def launch(self, views):
         bands = np.linspace(0, views.shape[2], 11).astype(int)
         grey = views.double().mean(dim=1).numpy()
-        return np.stack([grey[:, a:b].mean(axis=(1, 2)) / 16 for a, b in itertools.pairwise(bands)], axis=1).astype("f4")
+        means = [grey[:, a:b].mean(axis=(1, 2)) / 16 for a, b in itertools.pairwise(bands)]
+        return torch.from_numpy(np.stack(means, axis=1).astype("f4"))
 
 
 @pytest.mark.parametrize("taus", [(20.0,), pytest.param((1.0, 20.0), marks=pytest.mark.exhaustive)], ids=str)

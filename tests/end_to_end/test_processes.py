@@ -1,10 +1,13 @@
 """Several processes that torchrun starts together train what one process trains."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,15 @@ import yaml
 from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
+from kdcache.system.distributed import Team
+from kdcache.training.learner import Learner
 from kdcache.training.wrapping import with_synchronised_norms
 from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
+from tests.end_to_end.test_teachers import same_teacher
 from tests.end_to_end.test_training_options import rows
+from tests.weights import save_weights
 
 SHORT = ["--epochs", "2", *FEW]
 
@@ -36,7 +43,7 @@ def torchrun(*arguments, **options):
     )
 
 
-def two_processes(folder: Path, *arguments):
+def two_processes(folder: Path, *arguments, prepare=None, statuses=(0, 0)):
     """Two processes, told what torchrun tells those that it starts; what both wrote to stdout, and to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,10 +55,11 @@ def two_processes(folder: Path, *arguments):
             out=folder / f"{rank}.out",
             err=folder / f"{rank}.err",
             environment={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+            prepare=prepare,
         )
         for rank in "01"
     ]
-    assert [process.end() for process in processes] == [0, 0], [process.err.read_text() for process in processes]
+    assert tuple(process.end(60) for process in processes) == statuses, [process.err.read_text() for process in processes]
     return ["".join(getattr(process, name).read_text() for process in processes) for name in ("out", "err")]
 
 
@@ -73,6 +81,13 @@ def test_processes_divide_the_students_and_change_none_of_them(few_home, few_arc
         same_run(folder, runs(alone)[name])
 
 
+def _count_questions():
+    """Say at the end, when the processes wait for each other, how often they asked each other until then."""
+    asked, any_of, wait = [], Team.any, Team.wait
+    Team.any = lambda team, mine: asked.append(mine) or any_of(team, mine)
+    Team.wait = lambda team: wait(team) or (asked and print(f"asked {len(asked)} times", file=sys.stderr))
+
+
 @pytest.mark.slow
 def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_archive, kdcache, tmp_path):
     """Also of methods that relate samples or classes of a batch, learn something themselves, or see two views."""
@@ -80,8 +95,10 @@ def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_
     grid += ["--parallel", "batches", "--opt", "sgd", "--lr", "0.01", "--model-ema-decay", "0.9"]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
-    _, err = two_processes(tmp_path / "said", *grid, "--home", few_home)
+    _, err = two_processes(tmp_path / "said", *grid, "--home", few_home, prepare=_count_questions)
     assert "2 processes: each has 40 views of every batch" in err
+    # Once a batch, and each of four students whether it is time for a checkpoint, after the first of two epochs.
+    assert set(re.findall(r"asked (\d+) times", err)) == {"8"}
     assert len(runs(few_home)) == 4
     for name, folder in runs(few_home).items():
         other = runs(alone)[name]
@@ -113,6 +130,73 @@ def test_processes_stop_together_and_go_on_together(few_home, few_archive, tmp_p
     two_processes(tmp_path / "whole", *grid[:-1], other)
     two_processes(tmp_path / "resumed", *grid)
     same_run(*(next(iter(runs(place).values())) for place in (home, other)))
+
+
+@pytest.fixture
+def teacher(few_trained, tmp_path):
+    """How to train teachers on `few_home`'s digits, from weights of other classes."""
+    model, _ = create_model("test_vit", 5, input_size=32)
+    save_weights(model, tmp_path / "five.safetensors")
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    start = ["--checkpoint", tmp_path / "five.safetensors", "--head-epochs", "1", "--batch-size", "80"]
+    return ["train-teacher", "--teacher", "test_vit", *place, *start]
+
+
+@pytest.mark.slow
+def test_processes_that_divide_every_batch_train_the_teacher_of_one(teacher, kdcache, tmp_path):
+    """Its head, too, which is trained first."""
+    several = [*teacher, "--epochs", "2", "--opt", "sgd", "--lr", "0.01", "--model-ema-decay", "0.9"]
+    assert kdcache(*several, "--home", tmp_path / "alone").status == 0
+    out, err = two_processes(tmp_path / "said", *several, "--home", tmp_path / "both")
+    assert "2 processes: each has 40 views of every batch" in err
+    ours, theirs = (next((tmp_path / home).glob("teachers/*")) for home in ("both", "alone"))
+    assert out.splitlines() == [str(ours)], "one of them speaks"
+    assert ours.name == theirs.name
+    assert json.loads((ours / "teacher.json").read_text())["processes"] == 2
+    for our, their in zip(rows(ours), rows(theirs), strict=True):
+        assert our["device_seconds"] > 0
+        without_costs(their)
+        compared = [key for key in their if key not in {"test_top1", "test_top5", "ema_top1"}]
+        assert [our[key] for key in compared] == pytest.approx([their[key] for key in compared], rel=2e-3, abs=2e-5)
+    for file in ("model.safetensors", "ema.safetensors", "head.safetensors"):
+        weights, expected = load_file(ours / file), load_file(theirs / file)
+        assert max(np.abs(weights[key] - expected[key]).max() for key in expected) < 1e-4, file
+
+
+@pytest.mark.slow
+def test_processes_divide_the_teachers_and_change_none_of_them(teacher, kdcache, tmp_path):
+    both = [*teacher, "--epochs", "1,2"]
+    alone = kdcache(*both, "--home", tmp_path / "alone")
+    assert alone.status == 0
+    out, err = two_processes(tmp_path / "said", *both, "--home", tmp_path / "both")
+    assert "2 processes: each trains 1 of 2 teachers" in err
+    assert [Path(line).name for line in out.splitlines()] == [Path(line).name for line in alone.out.splitlines()]
+    for line in out.splitlines():
+        same_teacher(Path(line), tmp_path / "alone/teachers" / Path(line).name)
+
+
+def _fail_in_the_third_step():
+    step = Learner.step
+
+    def failing(learner, *arguments):
+        if learner.steps == 2 and os.environ["RANK"] == "1":
+            raise ZeroDivisionError("division by zero")
+        step(learner, *arguments)
+
+    Learner.step = failing
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_which_name_it(few_home, few_archive, tmp_path):
+    grid = ["distill", *SHORT, "--archive", few_archive, "--parallel", "batches", "--home", few_home]
+    begun = time.monotonic()
+    two_processes(tmp_path / "said", *grid, prepare=_fail_in_the_third_step, statuses=(75, 1))
+    assert time.monotonic() - begun < 60
+    first, second = ((tmp_path / "said" / f"{rank}.err").read_text() for rank in "01")
+    assert "error: ZeroDivisionError: division by zero" in second
+    assert "error: process 1 of 2 failed: ZeroDivisionError: division by zero" in first
+    assert "why: this one cannot go on without it" in first
+    assert "Traceback" not in first + second
 
 
 def test_norms_that_processes_share_keep_the_models_weights():

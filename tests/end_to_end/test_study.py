@@ -20,8 +20,9 @@ import yaml
 from kdcache import __version__
 from kdcache.errors import UsageError
 from kdcache.study.jobs import Job, StudyPlan, plan_study
-from kdcache.study.running import PATIENCE, run_study, study_place
+from kdcache.study.running import run_study, study_place
 from kdcache.study.schema import load_study, shipped_folder
+from kdcache.study.slots import PATIENCE
 from kdcache.system.locks import locked_by_family
 from kdcache.workspace import Workspace
 from tests.end_to_end.conftest import start, until

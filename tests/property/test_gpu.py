@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from kdcache.datasets.canvas import Canvas
-from kdcache.replay import prefetch
-from kdcache.replay.prefetch import choose_renderer, render_batches
+from kdcache.replay import chunks, prefetch
+from kdcache.replay.prefetch import Rendered, choose_renderer, render_batches
+from kdcache.targets import Targets, control, match_entropy
+from kdcache.training import evaluation
+from kdcache.training.evaluation import EvalSet
 from kdcache.views import PRESETS, ViewPolicy, fingerprint, render, render_positions
 from kdcache.views.device import _to_hsv, _to_rgb
 from kdcache.views.policy import RANDAUGMENT_OPERATIONS, UNIT, ColorJitter, Mix, RandAugment, RandomErasing
@@ -38,7 +42,7 @@ def assert_gpu_draws_the_same(policy: ViewPolicy, side: int, count: int, view: i
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_gpu_draws_the_presets_as_a_cpu_does(name: str) -> None:
-    policy = PRESETS[name]
+    policy = PRESETS[name].settled()
     for view in range(3):
         assert_gpu_draws_the_same(policy, *((40, 101) if policy.size < 100 else (336, 24)), view=view)
 
@@ -118,21 +122,91 @@ def test_auto_is_the_device_renderer_on_a_gpu() -> None:
     prefetch._fastest.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # the two renderers differ
-        for policy in (PRESETS["pets"], PRESETS["cifar"], ALL_PIECES):
+        for policy in (PRESETS["pets"].settled(), PRESETS["cifar"], ALL_PIECES):
             assert choose_renderer("auto", policy, 336 if policy.size > 100 else 40, 64, GPU) == "device"
 
 
+@pytest.mark.parametrize("positions", [1, 9, 1000])
 @pytest.mark.parametrize("resident", [0.5, 0.0])
 @pytest.mark.parametrize("items", [BATCHES, BATCHES[-1:]], ids=["most of the canvas", "little of it"])
 def test_batches_rendered_ahead_on_a_gpu_are_the_cpus(
-    canvas: Canvas, items: list[prefetch.Item], resident: float, monkeypatch: pytest.MonkeyPatch
+    canvas: Canvas, items: list[prefetch.Item], resident: float, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the canvas lies on the GPU (all of it, when there is room and use for it) or only what a batch needs."""
-    monkeypatch.setattr(prefetch, "_RESIDENT", resident)
-    expected = list(render_batches(canvas, ALL_PIECES, items, renderer="reference"))
-    found = list(render_batches(canvas, ALL_PIECES, items, renderer="device", device=GPU))
-    assert all(batch.images.device.type == "cuda" for batch in found)
+    """Wherever chunks end, and whether the canvas lies on the GPU or is read for each chunk by threads."""
+    monkeypatch.setattr(chunks, "_RESIDENT", resident)
+    monkeypatch.setattr(chunks, "_AT_ONCE", (positions, positions))
+    expected = list(render_batches(canvas, ALL_PIECES, items, renderer="reference", grid=True))
+    found = list(render_batches(canvas, ALL_PIECES, items, renderer="device", device=GPU, grid=True))
+    assert all(batch.images.device.type == "cuda" and batch.images.is_contiguous() for batch in found)
     assert_same_batches(iter(found), iter(expected))
+    for batch, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(batch.grid, other.grid)
+
+
+def many(count: int, side: int) -> Any:
+    """A canvas of so many pictures in memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+    sized = SimpleNamespace(pixels=pixels, size=side, sizes=squares(count))
+    return type("Many", (SimpleNamespace,), {"__len__": lambda self: count})(**vars(sized))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_thousand_shuffled_positions_are_rendered_at_once(name: str) -> None:
+    """The sizes of chunks that are used, on which alone it may depend that a GPU's memory is read where it should be."""
+    policy = PRESETS[name].settled()
+    canvas = many(1500, 40)
+    order = np.random.default_rng(1).permutation(1500)
+    items = [(2, part) for part in np.split(order, range(64, 1500, 64))]
+    found = torch.cat([batch.images.cpu() for batch in render_batches(canvas, policy, items, renderer="device", device=GPU)])
+    table = policy.parameters(2, 1500, canvas.sizes)
+    some = np.arange(0, 1500, 31)
+    assert torch.equal(found[some], render_positions(canvas.pixels, table, order[some], "reference"))
+
+
+def test_rendering_never_waits_for_the_gpu(canvas: Canvas) -> None:
+    items = [(view, np.arange(23)) for view in range(4)]
+    resident = chunks.Resident()
+
+    def rendered() -> list[Rendered]:
+        return list(render_batches(canvas, ALL_PIECES, items, renderer="device", device=GPU, grid=True, resident=resident))
+
+    rendered()  # copies the canvas and what is kept for each operation
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rendered()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_epochs_share_one_stream_and_its_memory(canvas: Canvas) -> None:
+    taken, resident = [], chunks.Resident()
+    for epoch in range(5):
+        items = [(epoch, np.arange(start, start + 2)) for start in range(0, 22, 2)]
+        for batch in render_batches(canvas, ALL_PIECES, items, renderer="device", device=GPU, resident=resident):
+            batch.images.float().sum()
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[1:] == [taken[1]] * 4
+
+
+def test_too_large_a_chunk_for_the_memory_is_halved() -> None:
+    """Views of 224 px, a thousand of which take some GB while they are rendered, in 1 GB."""
+    policy, canvas, resident = PRESETS["imagenet"].settled(), many(1024, 40), chunks.Resident()
+    items = [(0, np.arange(start, start + 32)) for start in range(0, 1024, 32)]
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 30)) / total)
+    try:
+        batches = render_batches(canvas, policy, items, renderer="device", device=GPU, resident=resident)
+        found = [batch.images[0].cpu() for batch in batches]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert resident.limit is not None
+    assert 32 <= resident.limit < 1024
+    starts = np.arange(0, 1024, 32)
+    table = policy.parameters(0, 1024, canvas.sizes)
+    assert torch.equal(torch.stack(found), render_positions(canvas.pixels, table, starts, "reference"))
 
 
 def test_batches_stay_what_they_were_while_later_ones_are_rendered(canvas: Canvas) -> None:
@@ -157,6 +231,37 @@ def test_batches_on_a_gpu_come_with_the_archives_rows(dump: Any) -> None:
         assert batch.stored is not None
         np.testing.assert_array_equal(batch.digest, batch.stored.digest)
         np.testing.assert_array_equal(batch.stored.logits, dump.logits[view, positions])
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_tests_on_a_gpu_have_the_cpus_views_and_figures(canvas: Canvas, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "KEPT_ON_GPU", 0.1 if on_gpu else 0.0)
+    policy = ViewPolicy.load("none", size=16)
+    here, there = EvalSet(canvas, policy, batch_size=5), EvalSet(canvas, policy, batch_size=5, device=GPU)
+    assert there._kept is not None
+    assert here._kept is not None
+    assert all(views.is_cuda if on_gpu else views.is_pinned() for views in there._kept)
+    assert torch.equal(torch.cat(there._kept).cpu(), torch.cat(here._kept))
+    logits = torch.randn(len(canvas), 7)
+    expected = here.metrics(logits)
+    assert there.metrics(logits.to(GPU)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 37, 1000])
+def test_smoothing_on_a_gpu_is_the_cpus_and_waits_for_nothing(classes: int) -> None:
+    deficits = torch.linspace(0, 1, 400, dtype=torch.float64).pow(8) * float(np.log(classes))
+    expected = match_entropy(deficits, classes)
+    there = deficits.to(GPU)
+    torch.testing.assert_close(match_entropy(there, classes).cpu(), expected, rtol=1e-12, atol=0)
+    chosen, targets = control("ls-instance"), Targets(torch.randn(64, classes, device=GPU), 4.0)
+    keys = torch.zeros(64, 2, dtype=torch.int64, device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        smoothed = chosen(targets, keys)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu = chosen(targets.to("cpu"), keys.cpu())
+    torch.testing.assert_close(smoothed.logits.cpu(), on_cpu.logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 45])

@@ -1,7 +1,9 @@
 """Protects the controls: equal entropies where they promise them, and shuffles that depend on nothing but their key."""
 
 import math
+from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from scipy import stats as statistics
 from kdcache.errors import UsageError
 from kdcache.stats import matched_smoothing
 from kdcache.targets import Control, Targets, averaged, control, match_entropy, row_keys
+from tests.stand_ins import launched, stand_in_gpu
 
 PAPER_TAUS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 40.0)  # of the temperature study
 TAUS = st.sampled_from(PAPER_TAUS)
@@ -78,6 +81,51 @@ def test_match_entropy_finds_the_label_smoothing_of_the_same_entropy(logits: NDA
     smoothed = np.repeat((1 - d)[:, None] / classes, classes, axis=1)
     smoothed[:, 0] += d
     np.testing.assert_allclose(statistics.entropy(smoothed, axis=1), entropy(logits, tau), rtol=0, atol=1e-9)
+
+
+def exact_deficit(d: Any, classes: int) -> Any:
+    rest = classes - 1
+    return ((1 + d * rest) * mpmath.log(1 + d * rest) + rest * (1 - d) * mpmath.log(1 - d)) / classes
+
+
+@given(classes=st.integers(2, 21841), magnitude=st.floats(-60, 36))
+def test_match_entropy_is_exact_at_any_strength(classes: int, magnitude: float) -> None:
+    """From a d that float64 sums lose entirely (deficits of 1e-50 and less) to an alpha at float64's last bit."""
+    with mpmath.workdps(130):
+        d = 1 / (1 + mpmath.exp(-mpmath.mpf(magnitude)))
+        deficit = exact_deficit(d, classes)
+        given = float(deficit)
+        found = match_entropy(torch.tensor([given], dtype=torch.float64), classes).item()
+        # What the rounding of the deficit itself moves, to either side.
+        slope = (classes - 1) / mpmath.mpf(classes) * (mpmath.log(1 + d * (classes - 1)) - mpmath.log(1 - d))
+        rounding = abs(mpmath.mpf(given) - deficit) / slope
+        assert abs(found - d) <= 1e-13 * d + 2 * rounding
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_match_entropy_is_at_least_as_accurate_as_bisection(classes: int) -> None:
+    """For deficits from 1e-14, of a large tau, to log C."""
+    deficits = np.geomspace(1e-14, math.log(classes) * (1 - 1e-12), 40)
+    found = match_entropy(torch.from_numpy(deficits), classes).tolist()
+    with mpmath.workdps(60):
+        for deficit, d in zip(deficits, found, strict=True):
+            low, high = mpmath.mpf(-60), mpmath.mpf(0)  # log d
+            for _ in range(80):
+                middle = (low + high) / 2
+                low, high = (middle, high) if exact_deficit(mpmath.exp(middle), classes) < deficit else (low, middle)
+            assert d == pytest.approx(float(mpmath.exp(high)), rel=1e-12, abs=0)
+
+
+def test_smoothing_is_few_kernels_and_no_wait() -> None:
+    fitted = control("ls-global").fit([np.random.default_rng(0).normal(0, 3, (9, 1000)).astype(np.float32)], 4.0)
+    with stand_in_gpu() as gpu:
+        targets = Targets(torch.empty(64, 1000, device=gpu), 4.0)
+        for chosen, most in ((control("ls-instance"), 40), (fitted, 5)):
+            chosen(targets, keys(64))  # puts the table on the device, once
+            found = launched(lambda chosen=chosen: chosen(targets, keys(64)))
+            assert found.kernels <= most
+            assert found.copies == 0
+            assert not found.waits
 
 
 @pytest.mark.parametrize("classes", [2, 37, 1000])

@@ -27,6 +27,7 @@ __all__ = [
     "Licences",
     "LogitMoments",
     "Manifest",
+    "MemoryFormat",
     "Noise",
     "ShardRecord",
     "Statistics",
@@ -67,6 +68,9 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
 class FileRecord(_Record):
     path: str
     bytes: int = Field(ge=0, le=INT64)
@@ -95,12 +99,14 @@ class CanvasCard(_Record):
 
 
 class Noise(_Record):
-    """Distance of the stored logits from a float32 repetition of the teacher, over `views` views at tau 1."""
+    """Distance of the stored logits from those that the teacher gives in a better precision, over `views` views at tau 1."""
 
     views: int
     kl_mean: float  # nats
     kl_max: float
     max_logit_difference: float
+    # What half precision and float32 were compared with. Older records do not say: theirs of float32 is 0, and means nothing.
+    reference: Literal["float32", "float64"] | None = Field(None, exclude_if=_left_out(None))
 
 
 class TeacherCard(_Record):
@@ -112,11 +118,17 @@ class TeacherCard(_Record):
     std: tuple[float, ...]
     precision: Literal["fp32", "fp16", "bf16"]
     batch_size: int = Field(ge=1)
+    memory_format: MemoryFormat = Field("contiguous", exclude_if=_left_out("contiguous"))  # of a batch's pixels
     training: dict[str, Any] | None = None  # the settings that train-teacher recorded
     top1_clean: float | None = None  # percent, on the clean test images
     noise: Noise | None = None
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
     test_views: TestViews | None = Field(None, exclude_if=_left_out(None))  # None: the whole images, made square
+
+    @property
+    def known_noise(self) -> Noise | None:
+        """The noise, if it was measured: dumps in float32 used to record 0, which was not."""
+        return self.noise if self.noise and (self.noise.reference or self.precision != "fp32") else None
 
     @property
     def test_title(self) -> str:

@@ -123,6 +123,8 @@ def facts(a: Archive, b: Archive) -> Iterator[Fact]:
     yield fact("weights", s and s.weights_sha256, t and t.weights_sha256, "other contents")
     yield fact("precision", s and s.precision, t and t.precision, "other contents")
     yield fact("batch size", s and s.batch_size, t and t.batch_size, "other contents", "changes last bits at most")
+    if any(card.memory_format != "contiguous" for card in (s, t) if card):
+        yield fact("memory format", s and s.memory_format, t and t.memory_format, "other contents", "changes last bits at most")
     yield fact("codec", _component(m.codec), _component(n.codec), "other form")
     yield fact("layout", _component(m.layout), _component(n.layout), "other form")
     yield fact("shard rows", m.shard_rows, n.shard_rows, "other form")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from kdcache.archive.format.devices import shards_by_device
 from kdcache.archive.format.manifest import (
     CARD_NAME,
     CROISSANT_NAME,
@@ -100,6 +101,8 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
         rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} % ({teacher.test_title})"
     if statistics.top1_views is not None:
         rows["teacher's top-1, these views (dominant label)"] = f"{statistics.top1_views:.2f} %"
+    if kinds := shards_by_device(manifest):
+        rows["computed on"] = ", ".join(f"{markdown_escaped(kind)} ({count:,} shards)" for kind, count in kinds.items())
     if policy:
         rows["view policy"] = (
             f"version {policy.version}, digest `{policy.digest[:16]}...`, {policy.size} px, in full in `kdcache.json`"

@@ -154,11 +154,20 @@ def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Se
 def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> None:
     was, now = (_normalised(archive_plan.identity) for archive_plan in (earlier, plan))
     for key in (key for key in ArchivePlan.model_fields if now.get(key) != was.get(key)):
+        theirs, ours = _differing(was.get(key), now.get(key))
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
-            why=f"it has {json.dumps(was.get(key))[:160]}, this dump has {json.dumps(now.get(key))[:160]}",
+            why=f"it has {json.dumps(theirs)[:160]}, this dump has {json.dumps(ours)[:160]}",
             fix="write to another folder, or delete that one",
         )
+
+
+def _differing(was: Any, now: Any) -> tuple[Any, Any]:
+    """Both values; of two records, the fields that differ."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return was, now
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return tuple({name: record[name] for name in names if name in record} for record in (was, now))  # type: ignore[return-value]
 
 
 def _normalised(identity: dict[str, Any]) -> dict[str, Any]:

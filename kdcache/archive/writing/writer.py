@@ -7,12 +7,14 @@ the presence of a data file. `finalize` turns the sidecars into the manifest, wh
 Who begins, extends or finishes a dump holds the archive's lock meanwhile; who writes a shard holds the shard's.
 """
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kdcache.archive.format.cost import COST, DumpCost
+from kdcache.archive.format.devices import DEVICE, DEVICES, device_shards, device_table
 from kdcache.archive.format.manifest import (
     CLOSING,
     MANIFEST_NAME,
@@ -152,6 +155,7 @@ class ArchiveWriter:
     def _start(self, store: LocalStore, plan: ArchivePlan, samples: dict[str, Any] | None) -> None:
         self.store = store
         self._lap: Callable[[], Spent] | None = None
+        self._device: str | None = None
         self._done: dict[tuple[int, int], ShardRecord] = {}
         covered = store.exists(MANIFEST_NAME) and open_archive(store.root).num_views >= plan.num_views
         with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
@@ -195,9 +199,12 @@ class ArchiveWriter:
             elif earlier is not None and begun_plan(store) != plan:
                 store.write(PLAN, text)
 
-    def count_costs(self, lap: Callable[[], Spent]) -> None:
-        """Record what each further shard takes: what `lap` gives each time that one is about to be finished."""
-        self._lap = lap
+    def count_costs(self, lap: Callable[[], Spent], device: str | None = None) -> None:
+        """Record what each further shard takes: what `lap` gives each time that one is about to be finished.
+
+        `device` is the kind of device that computes these shards.
+        """
+        self._lap, self._device = lap, device
 
     def _collect(self) -> None:
         """Take note of shards that were finished meanwhile, by this process or another."""
@@ -327,17 +334,31 @@ class ArchiveWriter:
             )
         if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
             cost = DumpCost(record.rows, self._lap())
-            self.store.write(f"{COSTS}/{view}-{block}.json", json.dumps(cost.record()).encode())
+            taken = cost.record() | ({DEVICE: self._device} if self._device is not None else {})
+            self.store.write(f"{COSTS}/{view}-{block}.json", json.dumps(taken).encode())
         self.store.write(_sidecar(view, block), record.model_dump_json().encode())
         self._done[view, block] = record
 
-    def _costs(self) -> dict[str, Any]:
-        """What all processes have recorded of these shards, and what was known of earlier views."""
-        found = []
+    def _taken(self) -> dict[str, Any]:
+        """What all processes have recorded of these shards, and what was known of earlier views: costs, and kinds of device."""
+        provenance, blocks, costs = self.plan.provenance, self.plan.num_blocks, []
+        numbers = range(self.plan.views.start * blocks, self.plan.views.stop * blocks)
+        kinds = dict.fromkeys(numbers, provenance.get(DEVICE, "unknown"))
+        for kind, ranges in device_shards(provenance, numbers).items():
+            kinds |= dict.fromkeys(itertools.chain(*ranges), kind)
         for name in self.store.names(COSTS, ".json"):
-            with suppress(IntegrityError, ValueError):  # of passes whose record is damaged the costs are not known
-                found.append(DumpCost.of(json.loads(self.store.read(name))))
-        return {COST: sum(found, DumpCost.of(self.plan.provenance.get(COST))).record()} if found else {}
+            with suppress(IntegrityError, ValueError):  # of passes whose record is damaged nothing is known
+                record = json.loads(self.store.read(name))
+                costs.append(DumpCost.of(record))
+                view, block = map(int, Path(name).stem.split("-"))
+                if isinstance(record, dict) and DEVICE in record:
+                    kinds[view * blocks + block] = record[DEVICE]
+        taken: dict[str, Any] = {}
+        if costs:
+            taken[COST] = sum(costs, DumpCost.of(provenance.get(COST))).record()
+        if len(set(kinds.values())) > 1:
+            taken[DEVICES] = device_table(kinds)
+        return taken
 
     def finalize(self, progress: Progress | None = None, *, statistics: Statistics | None = None) -> Archive:
         """Write the manifest and return the archive. Raises IncompleteError while shards are missing.
@@ -364,7 +385,7 @@ class ArchiveWriter:
         return archive if archive is not None and archive.num_views >= self.plan.num_views else None
 
     def _finalize(self, progress: Progress, statistics: Statistics | None) -> Archive:
-        missing, costs = self.missing(), self._costs()
+        missing, taken = self.missing(), self._taken()
         if missing:
             shown = ", ".join(f"view {view} block {block}" for view, block in missing[:4])
             raise IncompleteError(
@@ -384,7 +405,7 @@ class ArchiveWriter:
         table_name = f"shards-{digest[:8]}.jsonl"
         table = "".join(shard.model_dump_json() + "\n" for shard in shards).encode()
         draft = Manifest(
-            **dict(self.plan) | {"provenance": self.plan.provenance | costs},
+            **dict(self.plan) | {"provenance": self.plan.provenance | taken},
             digest=digest,
             policy_digest=self.plan.policy.digest if self.plan.policy else None,
             files=(),

@@ -1,4 +1,4 @@
-"""`args.yaml`: the resolved configuration of one run, in its folder."""
+"""The record of a run: its resolved configuration, `args.yaml`."""
 
 import datetime
 import shlex

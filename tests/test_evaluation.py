@@ -1,0 +1,60 @@
+"""Protects tests of models in training: figures are those of all logits together, and a GPU is waited for once."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.datasets.canvas import Canvas
+from kdcache.training import evaluation
+from kdcache.training.evaluation import EvalSet
+from kdcache.views import ViewPolicy
+from tests.stand_ins import launched, stand_in_gpu
+
+POLICY = ViewPolicy.load("none", size=16)
+
+
+def model(device: torch.device | str, outputs: list[Tensor] | None = None) -> Any:
+    """What a test needs of a learner: it answers with `outputs`, one batch after another, or with any logits on its device."""
+    answers = iter(outputs or [])
+
+    def predict(views: Tensor, *, averaged: bool = False) -> Tensor:
+        return next(answers) if outputs else torch.empty(len(views), 7, device=device)
+
+    return SimpleNamespace(device=torch.device(device), average=None, settle=lambda: None, predict=predict)
+
+
+def test_figures_are_those_of_all_logits(canvas: Canvas) -> None:
+    tests = EvalSet(canvas, POLICY, batch_size=5)
+    logits, labels = torch.randn(len(canvas), 7, generator=torch.Generator().manual_seed(0)), torch.from_numpy(canvas.labels)
+    [row] = tests.tested([model("cpu", list(logits.split(5)))])
+    confidence, best = torch.softmax(logits, dim=1).max(dim=1)
+    assert row["test_top1"] == 100.0 * (best == labels).float().mean().item()
+    assert row["test_top5"] == 100.0 * (logits.topk(5).indices == labels[:, None]).any(dim=1).float().mean().item()
+    assert row["test_loss"] == F.cross_entropy(logits, labels).item()
+    gaps = np.bincount((confidence * 15).long(), (best == labels).double() - confidence, minlength=15)
+    assert row["test_ece"] == pytest.approx(100 * np.abs(gaps).sum() / len(labels), rel=1e-5)
+    assert tests.metrics(logits) == row
+
+
+def test_one_logit_that_is_not_finite_leaves_no_figure(canvas: Canvas) -> None:
+    logits = torch.zeros(len(canvas), 7)
+    logits[3, 2] = math.inf
+    assert all(map(math.isnan, EvalSet(canvas, POLICY).metrics(logits).values()))
+
+
+@pytest.mark.parametrize("much", [False, True])
+def test_a_gpu_is_waited_for_once_for_each_model(canvas: Canvas, much: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches there are; logits of many models and classes wait in the host's memory for the end."""
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 0 if much else 1 << 20)
+    tests = EvalSet(canvas, POLICY, batch_size=2)
+    assert tests._kept is not None
+    with stand_in_gpu() as gpu:
+        tests._kept = [views.to(gpu) for views in tests._kept]
+        found = launched(lambda: tests.tested([model(gpu), model(gpu)]))
+    assert found.waits == ({} if much else {"a copy to the host": 2})
