@@ -2,6 +2,7 @@
 copy and wait for."""
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdcache.training import optimizers
+
+TENSOR, AUTOCAST = torch.tensor, torch.autocast.__init__
 STAND_IN = torch.device("meta")  # shapes and dtypes without contents, with gradients
 
 _NO_KERNEL = {  # beside views
@@ -56,12 +60,15 @@ class _Counting(TorchDispatchMode):
             self.found.waits += Counter({f"an operand of {name} on the host": left})  # keeps no zeros
         if name in _COPIES and (moved := self._moved(name, given, args, kwargs)) is not None:
             return moved
+        if away and name.startswith("aten::_fused_"):  # which `meta` has no form of; they return nothing
+            self.found.by_operation[name] += 1
+            return None
         result = function(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name in _NO_KERNEL or all(tensor.device.type == "cpu" for tensor in (*given, *made)):
             return result
         if not any(each.alias_info is not None and not each.alias_info.is_write for each in function._schema.returns):
-            self.found.by_operation[name] += 1
+            self.found.by_operation[name] += _launches_of(name, args, made)
         return result
 
     def _moved(self, name: str, given: list[Tensor], args: Any, kwargs: Any) -> Tensor | None:
@@ -85,11 +92,25 @@ class _Counting(TorchDispatchMode):
         return given[0] if name == "aten::copy_" else torch.empty_like(source, device=target, dtype=kwargs.get("dtype"))
 
 
+def _launches_of(name: str, args: Any, made: list[Tensor]) -> int:
+    """One; but for an operation on lists of tensors, one for each tensor where those that belong together differ in strides."""
+    lists = [each for each in args if isinstance(each, list) and each and isinstance(each[0], Tensor)]
+    together = zip(*lists, strict=True)
+    fast = all(len({(tensor.shape, tensor.stride()) for tensor in tensors}) == 1 for tensors in together)
+    return 1 if not name.startswith("aten::_foreach_") or fast else len(lists[0])
+
+
 def launched(work: Callable[[], object]) -> Launches:
     """What `work` starts on the stand-in. A copy that is not `non_blocking` is waited for; what is read from it is made up."""
-    with _Counting() as counting:
+    with _Counting() as counting, mock.patch.object(torch, "tensor", _tensor):
         work()
     return counting.found
+
+
+def _tensor(data: Any, *, device: Any = None, **named: Any) -> Tensor:
+    """As `torch.tensor`, whose copy to a device is seen here: it is made on the host, and waited for."""
+    made = TENSOR(data, **named)
+    return made if device is None else made.to(device)
 
 
 class Event:
@@ -121,6 +142,17 @@ class Stream:
         return Event()
 
 
+def _autocast(self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any) -> None:
+    """The stand-in has no autocast: what it would launch in bf16 is counted in float32."""
+    there = device_type == STAND_IN.type
+    AUTOCAST(self, "cpu" if there else device_type, dtype, enabled and not there, **more)
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu" if torch.device(device) == STAND_IN else device)
+
+
 @contextlib.contextmanager
 def stand_in_gpu() -> Iterator[torch.device]:
     """`STAND_IN`, with streams, events and pinned memory that do nothing."""
@@ -134,7 +166,13 @@ def stand_in_gpu() -> Iterator[torch.device]:
         "synchronize": lambda *_: None,
         "mem_get_info": lambda *_: (64 << 30, 80 << 30),
     }
+    devices = ["meta", "cuda"]
     with contextlib.ExitStack() as stack:
+        fusing = importlib.import_module("torch.optim.optimizer")
+        stack.enter_context(mock.patch.object(fusing, "_get_fused_kernels_supported_devices", return_value=devices))
+        stack.enter_context(mock.patch.object(optimizers, "FUSED_ON", set(devices)))
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))

@@ -481,6 +481,15 @@ def test_runs_of_before_have_the_defaults_of_newer_options(make_run: RunFolders,
     }
 
 
+def test_bf16_tells_runs_apart_and_how_they_were_run_does_not(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(90.0)  # of a version that had bf16 only where it was asked for
+    make_run(91.0, seed=1, amp=False, graph="on")
+    make_run(92.0, seed=2, amp=False, graph="off (--no-graph)")
+    assert {row.setting for row in table_of(tmp_path).rows} == {""}
+    make_run(93.0, amp=True)
+    assert {row.setting for row in table_of(tmp_path).rows} >= {"amp False", "amp True"}
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_of_many_rows_the_best_taus_are_counted(make_run: RunFolders, tmp_path: Path) -> None:
     for number in range(5):

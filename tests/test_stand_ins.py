@@ -25,6 +25,20 @@ def test_kernels_copies_and_waits_are_counted() -> None:
     assert found.waits == {"a copy from the host": 1, "aten::_local_scalar_dense": 1, "a copy to the host": 1}
 
 
+def test_a_tensor_made_of_numbers_is_a_copy_that_is_waited_for() -> None:
+    with stand_in_gpu() as gpu:
+        found = launched(lambda: torch.tensor([1.0, 2.0], device=gpu))
+    assert (found.copies, found.waits) == (1, {"a copy from the host": 1})
+
+
+def test_lists_of_tensors_of_other_shapes_are_a_kernel_each() -> None:
+    with stand_in_gpu() as gpu:
+        tensors = [torch.empty(number + 1, device=gpu) for number in range(5)]
+        one_by_one = launched(lambda: torch._foreach_mul_(tensors, list(torch.empty(5, device=gpu).unbind())))
+        at_once = launched(lambda: torch._foreach_mul_(tensors, 2.0))
+    assert (one_by_one.kernels, at_once.kernels) == (5, 1)
+
+
 def test_operands_that_torch_copies_by_itself_are_counted() -> None:
     with stand_in_gpu() as gpu:
         x = torch.ones(4, device=gpu)

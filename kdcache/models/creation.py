@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,15 @@ class Normalisation:
 
     def __call__(self, views: Tensor) -> Tensor:
         """Normalise views, uint8 `[B, 3, S, S]`, for the model: float32 `[B, 3, S, S]`."""
-        mean = torch.tensor(self.mean, device=views.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=views.device).view(1, -1, 1, 1) * 255
-        return (views.float() - mean) / std
+        return (views.float() - _of_pixels(self.mean, views.device)) / _of_pixels(self.std, views.device)
+
+
+@lru_cache(maxsize=64)
+def _of_pixels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Each channel's number of pixels in [0, 255], float32 `[1, C, 1, 1]`; copied to a device once, as a copy makes the host
+    wait for whatever the device is doing."""
+    with torch.inference_mode(False):
+        return (torch.tensor(values).view(1, -1, 1, 1) * 255).to(device, non_blocking=True)
 
 
 def note(name: str) -> str | None:

@@ -33,7 +33,7 @@ ROW_FIELDS = ("dataset", "teacher", "student", "method", "control", "setting")
 RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch_size", "opt", "lr", "weight_decay")
 FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
-_HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_interval", "host", "hostname"}
+_HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_interval", "host", "hostname", "graph"}
 _WHERE = {"home", "data_dir", "out", "output", "run", "run_name"}
 _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
@@ -42,6 +42,7 @@ _CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this or
 # For args.yaml of before, which lack the newer options, and for what is only written where it is not usual.
 BEFORE = {
     **TrainConfig(epochs=1).model_dump(mode="json", exclude=set(RunArgs.model_fields)),
+    "amp": False,  # where nobody asked, a run records what its device made of it
     "opt_betas": "",
     "head_init": "timm",
     "test": WHOLE.title,

@@ -10,51 +10,42 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
-from kdcache.models.creation import create_model, described, load_weights, timm_config, weights_digest
-from kdcache.models.heads import zero_head
-from kdcache.models.names import CONFIG
 from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
-from kdcache.replay.stream import Batch, CachedTargets, fit_control
+from kdcache.replay.stream import CachedTargets
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
-from kdcache.students.records import write_args
+from kdcache.students.student import Shown, Student
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
 from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
-from kdcache.training.devices import enough_memory, metered, resolve_device, seeded
+from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
+from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep, suspended_at_errors
-from kdcache.training.memory import footprint, groups_that_fit, room
-from kdcache.training.metrics import agreement, divergence
-from kdcache.training.tested import doubts as test_doubts
-from kdcache.training.tested import views_of_tests
-from kdcache.views.policy import ViewPolicy
-from kdcache.views.resample import resized
+from kdcache.training.memory import Footprint, footprint, groups_that_fit, room
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["StudentResult", "StudentSpec", "distill"]
 
 
 MUCH_TESTING = 0.02  # of the time of an epoch
+MOST_LANES = 8  # streams of a GPU in which students step side by side
 OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
 
 
@@ -73,6 +64,12 @@ def distill(config: DistillConfig, workspace: Workspace, progress: Progress | No
     """
     progress = progress or Silent()
     device = resolve_device(config.runtime.device)  # better refused before anything is decoded
+    if config.runtime.graph and device.type != "cuda":
+        raise UsageError(
+            f"--graph on a {device.type}",
+            why="CUDA graphs are replayed by NVIDIA's and AMD's GPUs",
+            fix="leave --graph out; or name a GPU, if there is one: --device cuda",
+        )
     beforehand = enough_memory(  # what comes before training, or beside it
         f"no memory is left on {device} or its host",
         fix=f"end what else uses it, or train fewer students at once (--memory {max(1, room(device) >> 31)}GB)",
@@ -167,10 +164,7 @@ def _groups(
         if len(together) == 1:
             groups.append(together)
             continue
-        needed = [
-            footprint(spec.name, num_classes, spec.size or size, spec.settings, views=spec.method.views_per_step, device=device)
-            for spec in together
-        ]
+        needed = _needed(together, num_classes, size, device)
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
         if total > available:
             progress.say(
@@ -179,6 +173,13 @@ def _groups(
             )
         groups += [together[part] for part in groups_that_fit(needed, available)]
     return groups
+
+
+def _needed(specs: Sequence[StudentSpec], num_classes: int, size: int, device: torch.device) -> list[Footprint]:
+    return [
+        footprint(spec.name, num_classes, spec.size or size, spec.settings, views=spec.method.views_per_step, device=device)
+        for spec in specs
+    ]
 
 
 class _Lockstep:
@@ -215,14 +216,28 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
-        self.students: list[_Student] = []
+        lanes = self._lanes(specs, config, train)
+        self.students: list[Student] = []
         with suspended_at_errors(lambda: [student.learner for student in self.students], team):
             for spec in specs:
-                self.students.append(_Student(spec, config, archive, second, evaluations, self.stream, device, team, progress))
+                shared = (archive, second, evaluations, self.stream, device, team, progress, lanes)
+                self.students.append(Student(spec, config, *shared))
         for note in dict.fromkeys(note for student in self.students for note in student.notes):
             progress.say(note)
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
+
+    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig, train: Canvas) -> Lanes | None:
+        """Streams for students whose steps are graphs: as many as there is memory for, as steps in each need their own."""
+        if self.device.type != "cuda" or config.runtime.graph is False:
+            return None
+        count, size = 1, self.stream.policy.size
+        if len(specs) > 1:
+            needed = _needed(specs, self.archive.num_classes, size, self.device)
+            rendering = rendering_memory(len(train), train.size, size, self.device)
+            spare = room(self.device, config.runtime.memory, rendering) - sum(each.kept for each in needed)
+            count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed)))
+        return Lanes.of(self.device, count)
 
     def run(self) -> None:
         """Train all students to their end. Ctrl-C and SIGTERM are obeyed between two steps, after a checkpoint of each.
@@ -252,11 +267,13 @@ class _Lockstep:
         for epoch, active, batches in in_lockstep(self.students, lambda student: student.learner, self.stream):
             begun = time.monotonic()
             for batch, due in batches:
-                shown = [_Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
+                shown = [Shown(each, self.team, self.stream.policy) for each in (batch, batch.second) if each is not None]
                 for student in due:
                     student.step(shown)
                     if self.team.size == 1:
                         check()
+                for news in dict.fromkeys(filter(None, [student.news() for student in due])):
+                    self.progress.say(news)
                 if self.team.size > 1:  # which takes an exchange, and so is asked once
                     check()
                 note = f"epoch {epoch + 1}/{self.epochs}, {pace.seconds_left:.0f} s left"
@@ -313,104 +330,6 @@ def _allow_open_files(students: int) -> None:
                 fix="train fewer at once (give --tau, --method, --control or --student fewer values), or raise ulimit -n",
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-class _Shown:
-    """One view of a batch's samples, as its students share it: targets are made once for each temperature and control,
-    images once for each size.
-
-    Images are this process's, targets of the whole batch.
-    """
-
-    def __init__(self, batch: Batch, team: Team, policy: ViewPolicy) -> None:
-        self.targets = cache(replace(batch, second=None).of_all(team).targets)
-        self.images = cache(lambda size: resized(batch.images, size, policy.filter))
-
-
-class _Student:
-    """One student: its learner, and how it turns a batch into a loss."""
-
-    def __init__(
-        self,
-        spec: StudentSpec,
-        config: DistillConfig,
-        archive: Ensemble,
-        second: Ensemble,
-        evaluations: EvalSets,
-        stream: CachedTargets,
-        device: torch.device,
-        team: Team,
-        progress: Progress,
-    ) -> None:
-        self.spec, self.size = spec, spec.size or stream.policy.size
-        views = spec.method.views_per_step
-        second = second if views == 2 else archive
-        fitted = fit_control(spec.control, archive, spec.tau)
-        other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
-        self.controls = (fitted, other)[:views]
-        self.state = spec.method.new_state().to(device)
-        optimizer = spec.method.new_optimizer(self.state)
-        with seeded(spec.seed):
-            start, classes = spec.start, archive.num_classes
-            model, normalise = create_model(
-                spec.name,
-                classes,
-                input_size=self.size,
-                pretrained=start.pretrained,
-                class_names=archive.class_names,
-                drop_path=spec.settings.drop_path,
-            )
-            redrawn = load_weights(model, start.file, replace_head=True) if start.file is not None else []
-        zero = start.new_head and spec.settings.head_init == "zero"
-        if zero:
-            zero_head(model, spec.name)
-        if team.size > 1 and device.type != "cuda" and any(isinstance(each, _BatchNorm) for each in model.modules()):
-            progress.say(f"{spec.name}: on a {device.type}, batch normalisation sees each process's part of a batch only")
-        if redrawn:
-            how = "zero" if zero else "random"
-            progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at {how}")
-        tested = views_of_tests(spec.tested, spec.name, self.size, model)
-        self.evaluation = evaluations[tested.policy]
-        self.notes = [f"tests: {tested.title}", *test_doubts(spec.tested, tested, spec.name, evaluations.canvas, model)]
-        start_digest = weights_digest(model)
-        self.description = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
-        self.learner = Learner(
-            spec.folder,
-            model,
-            normalise,
-            spec.settings,
-            steps_per_epoch=len(stream),
-            seed=spec.seed,
-            device=device,
-            runtime=config.runtime,
-            learned=(self.state, optimizer) if self.state is not None and optimizer is not None else None,
-            team=team,
-        )
-        if team.first:
-            made_as = timm_config(spec.name, model, normalise, tested.timm_fields(), self.size, archive.class_names)
-            if made_as is not None and not (spec.folder / CONFIG).is_file():
-                write_atomically(spec.folder / CONFIG, made_as)
-            about = {
-                "student_weights_sha256": start_digest,
-                **({"student_size": spec.size} if spec.size else {}),
-                "test": tested.title,
-                "test_views": tested.model_dump(mode="json"),
-            }
-            write_args(spec, config, archive, second, team.size, about)
-
-    def step(self, shown: Sequence[_Shown]) -> None:
-        """One step on the views of a batch's samples, as many of them as the method wants."""
-        tau, shown = self.spec.tau, shown[: len(self.controls)]
-        targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
-        targets = replace(targets, second=second[0]) if second else targets
-        teacher = shown[0].targets(tau).logits
-        self.state.epoch = self.learner.epoch + 1
-
-        def measure(logits: Tensor) -> dict[str, Tensor]:
-            figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
-            return figures | self.spec.method.figures(self.state)
-
-        self.learner.step([each.images(self.size) for each in shown], lambda z: self.spec.method(z, targets, self.state), measure)
 
 
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:

@@ -21,12 +21,19 @@ from kdcache.students.grid import StudentSpec
 from kdcache.system.files import write_atomically
 from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
+from kdcache.training.learner import Learner
 
-__all__ = ["write_args"]
+__all__ = ["record_graph", "write_args"]
 
 
 def write_args(
-    spec: StudentSpec, config: DistillConfig, archive: Ensemble, second: Ensemble, processes: int, about: dict[str, Any]
+    learner: Learner,
+    spec: StudentSpec,
+    config: DistillConfig,
+    archive: Ensemble,
+    second: Ensemble,
+    processes: int,
+    about: dict[str, Any],
 ) -> None:
     """The resolved configuration of one run, `args.yaml`; a run that goes on adds to it what may differ from the beginning."""
     file, settings, runtime = spec.folder / "args.yaml", spec.settings, config.runtime
@@ -34,13 +41,15 @@ def write_args(
         "allow_drift": config.allow_drift,
         **runtime.model_dump(mode="json", include=set(Runtime.model_fields)),
         **runtime.model_dump(mode="json", include={"channels_last", "compile"}, exclude_defaults=True),
+        **({"graph": "off (--no-graph)"} if runtime.graph is False else {}),
         **({"processes": processes} if processes > 1 else {}),  # that had a part of every batch
+        **({"moved_from": learner.moved_from} if learner.moved_from else {}),  # another kind of device
         "command": config.command,
         "kdcache_version": kdcache.__version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if file.is_file():
-        args = _read_args(file)
+        args = _read_args(file) | {"amp": learner.amp}  # of a run whose first session ended before its first checkpoint
         args.setdefault("resumed", []).append(session)
         write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
         return
@@ -74,11 +83,22 @@ def write_args(
         **({} if spec.start.name == "random" else {"init": spec.start.name, "init_sha256": spec.start.sha256}),
         **({"head_init": settings.head_init} if spec.start.new_head else {}),
         **settings.model_dump(mode="json", exclude={"head_init"}),
+        "amp": learner.amp,
         "decay_epochs": as_text(settings.decay_epochs),
         "opt_betas": as_text(settings.opt_betas or ()),
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def record_graph(folder: Path, state: str) -> None:
+    """Add to `args.yaml` whether the present session replays its steps as a CUDA graph."""
+    file = folder / "args.yaml"
+    args = _read_args(file)
+    session = args["resumed"][-1] if args.get("resumed") else args
+    if session.get("graph") != state:
+        session["graph"] = state
+        write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
 
 
 def _licences(archive: Ensemble, second: Ensemble) -> Licences:

@@ -33,6 +33,8 @@ def finetune(
     progress: Progress,
 ) -> None:
     """Train all `learners` to their end. `keep_finished` is called after each epoch, in which some may have ended."""
+    for note in dict.fromkeys(note for learner in learners for note in learner.notes):
+        progress.say(note)
     pace, early, seen = Pace(learners), Pace(learners), 0
 
     def charged(some: Sequence[Learner]) -> None:

@@ -35,7 +35,7 @@ from kdcache.teachers.forward import Forward, batches, last_linear
 from kdcache.teachers.registry import Exam
 from kdcache.training.checkpoint import LOCK, own_folder
 from kdcache.training.config import TrainConfig
-from kdcache.training.devices import metered
+from kdcache.training.devices import computes_in_bf16, metered
 from kdcache.training.optimizers import make_optimizer
 
 __all__ = ["HEAD", "Head", "head_settings", "linear_head", "read_head", "train_head"]
@@ -52,12 +52,13 @@ class Head:
     tensors: dict[str, Tensor]
     row: dict[str, float]
     spent: Spent
+    amp: bool = False  # whether its features were computed in bf16
 
     def put_into(self, model: nn.Module) -> None:
         model.load_state_dict(self.tensors, strict=False)
 
     def write(self, folder: Path) -> None:
-        known = {"row": json.dumps(self.row), "spent": json.dumps(self.spent.known())}
+        known = {"row": json.dumps(self.row), "spent": json.dumps(self.spent.known()), "amp": json.dumps(self.amp)}
         write_atomically(folder / HEAD, save(self.tensors, known))
 
 
@@ -70,7 +71,8 @@ def read_head(folder: Path) -> Head | None:
         with safe_open(file, "pt") as kept:
             known = kept.metadata()
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        return Head(tensors, json.loads(known["row"]), Spent.of(json.loads(known["spent"])))
+        spent, amp = Spent.of(json.loads(known["spent"])), bool(json.loads(known.get("amp", "false")))
+        return Head(tensors, json.loads(known["row"]), spent, amp)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"{file} is damaged",
@@ -79,7 +81,7 @@ def read_head(folder: Path) -> Head | None:
         ) from error
 
 
-def head_settings(epochs: int, batch_size: int, amp: bool) -> TrainConfig:
+def head_settings(epochs: int, batch_size: int, amp: bool | None) -> TrainConfig:
     """How a head is trained: AdamW at a rate for weights that start from nothing, along a cosine."""
     return TrainConfig(epochs=epochs, batch_size=batch_size, amp=amp, lr=RATE, weight_decay=0.0)
 
@@ -145,7 +147,8 @@ def train_head(
     device = stream.device
     model.to(device).eval()
     place, layer = linear_head(model, name, stream.policy.size, device)
-    features = _Features(model, normalise, layer, device, settings.amp)
+    amp = all(team.shared(computes_in_bf16(device))) if settings.amp is None else settings.amp
+    features = _Features(model, normalise, layer, device, amp)
     steps = settings.epochs * len(stream)
     own = folders if team.first else ()
     with ExitStack() as owned, metered(device, share=this_rank().share) as meter:
@@ -174,7 +177,7 @@ def train_head(
                 fix="check the weights that it starts from, or finetune all of it from the start: --head-epochs 0",
             )
         tensors = {f"{place}.{key}": value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
-        head = Head(tensors, row, total(team.shared(meter.lap())) * (1 / len(folders)))
+        head = Head(tensors, row, total(team.shared(meter.lap())) * (1 / len(folders)), amp)
         for folder in own:
             head.write(folder)
             (folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's

@@ -182,7 +182,7 @@ class TeacherPlan:
         if head := self.head_epochs(epochs):
             begun |= {"head_epochs": head}
             if not epochs:  # else it is among the settings
-                begun |= {"batch_size": self.training.batch_size, **({"amp": True} if self.training.amp else {})}
+                begun |= self.training.model_dump(include={"batch_size", "amp"}, exclude_none=True)
         if (epochs or head) and self.new_head and self.training.head_init == "zero":
             begun |= {"head_init": "zero"}
         if epochs or head:

@@ -40,7 +40,7 @@ from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, suspended_at_errors
 from kdcache.training.tested import doubts
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, versions
+from kdcache.workspace import Workspace, dataset_label, read_record, versions
 
 __all__ = ["train_teacher", "train_teachers"]
 
@@ -311,12 +311,14 @@ class _Job:
         settings: dict[str, Any] = {"epochs": 0}
         if epochs:
             settings = plan.settings[epochs].model_dump(mode="json", exclude={"head_init"}) | {"recipe": plan.recipe_name}
+            settings["amp"] = read_record(folder / "summary.json").get("amp", False)  # as it was, whatever was asked for
         if plan.new_head and (epochs or plan.head_epochs(epochs)):
             settings["head_init"] = plan.training.head_init
         mapped = plan.taken.record() if plan.taken is not None and not epochs and not plan.head_epochs(0) else None
         cost, head = cost_of(folder), read_head(folder)
         if head is not None:
             settings["head_top1"] = head.row["test_top1"]
+            settings.setdefault("amp", head.amp)
             cost = total([cost, head.spent]) if epochs else head.spent
         entropies = {
             "tau": 1.0,

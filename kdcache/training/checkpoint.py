@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from kdcache.errors import IntegrityError, RetryError
 from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.transfer import to_host
 
 __all__ = [
     "CHECKPOINT",
     "LOCK",
     "copied",
     "finite",
+    "on_host",
     "own_folder",
     "read_checkpoint",
     "unusable_checkpoint",
@@ -96,7 +98,28 @@ def write_log(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """The weights on the host, as files want them."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    state: dict[str, Tensor] = model.state_dict()
+    weights: dict[str, Tensor] = on_host(state)
+    devices = {tensor.device for tensor in state.values() if tensor.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    # Pinned memory is dear, and these may be kept for long.
+    return {key: value.clone() for key, value in weights.items()} if devices else weights
+
+
+def on_host(value: Any) -> Any:
+    """`value`, with copies on the host in the place of its tensors, and of those in its dicts, lists and tuples.
+
+    Copies of a GPU's tensors are in pinned memory, and complete when the GPU's current stream has got so far.
+    """
+    if isinstance(value, Mapping):
+        return {key: on_host(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(part) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    copy = to_host(value.detach())
+    return copy.clone(memory_format=torch.contiguous_format) if value.device.type == "cpu" else copy
 
 
 def finite(value: float) -> float | None:

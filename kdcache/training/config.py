@@ -48,7 +48,13 @@ class Training(Options):
     ] = "cosine"
     decay_epochs: Annotated[Integers, Option("Epochs after which the step schedule lowers the rate, such as 150,180,210.")] = ()
     decay_rate: Annotated[float, Field(gt=0, le=1), Option("What the rate is multiplied by there.")] = 0.1
-    amp: Annotated[bool, Option("Run models in bf16 where that is safe; losses and weights stay float32.")] = False
+    amp: Annotated[
+        bool | None,
+        Option(
+            "Run models in bf16 where that is safe; losses and weights stay float32 [on GPUs that compute in bf16].",
+            off="--no-amp",
+        ),
+    ] = None  # which is settled, and recorded, where the device is known: a plan does not know it
     model_ema_decay: Annotated[
         Annotated[float, Field(gt=0, lt=1)] | None,
         Option("Also keep and test a moving average of the weights, such as 0.999.", former="ema_decay"),
@@ -138,6 +144,7 @@ class TrainConfig(Training):
     def identity(self) -> dict[str, Any]:
         """Tells two trainings apart: an option that is added later leaves the identity of trainings without it as it was.
 
+        It says what was asked for, not what a machine makes of it: `amp` is in it where it was asked for.
         Options have their former names here, by which the folders of runs and teachers are found. `head_init` is not among
         them: it decides on trainings with a new head only, and whether a training has one is known to its caller.
         """
@@ -246,6 +253,12 @@ class StudentRuntime(Memory, Runtime):
     checkpoint_interval: Annotated[float, Field(ge=0), Option("Seconds between checkpoints.")] = 30.0
     channels_last: Annotated[bool, Option("Keep a pixel's channels together; suits GPUs.")] = False
     compile: Annotated[bool, Option("Compile the students (torch.compile).", former="compiled")] = False
+    graph: Annotated[
+        bool | None,
+        Option(
+            "Replay a student's step as a CUDA graph; off by itself where that would change a bit [on GPUs].", off="--no-graph"
+        ),
+    ] = None
     parallel: Annotated[
         Literal["auto", "students", "batches"],
         Option("What torchrun's processes divide [students, if there are as many as processes, or else each batch]."),

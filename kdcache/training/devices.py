@@ -13,12 +13,14 @@ from kdcache.system.distributed import Rank, this_rank
 from kdcache.system.energy import SHARED_GPU, Meter
 
 __all__ = [
+    "computes_in_bf16",
     "device_kind",
     "enough_memory",
     "metered",
     "out_of_memory",
     "resolve_device",
     "rng_states",
+    "rng_states_from",
     "seed_of_process",
     "seeded",
     "set_rng_states",
@@ -114,6 +116,14 @@ def enough_memory(what: str, fix: str) -> Iterator[None]:
         raise RetryError(what, why=why[:400] or "the system gave no more memory", fix=fix) from error
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU with units for bf16, so that models are trained in it unless told otherwise."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
     """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them.
 
@@ -139,6 +149,7 @@ def seed_of_process(seed: int, number: int) -> int:
 
 
 def rng_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's own generators: the host's, and a GPU's if it is one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -149,3 +160,8 @@ def set_rng_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def rng_states_from(recorded: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """`recorded` states, perhaps of a machine with or without a GPU, for one whose states are `own`: those that lack stay."""
+    return [*recorded[: len(own)], *own[len(recorded) :]]

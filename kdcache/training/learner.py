@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.energy import UNKNOWN, Spent
 from kdcache.system.files import write_atomically
+from kdcache.system.precision import ieee_float32
 from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
@@ -26,28 +27,22 @@ from kdcache.training.checkpoint import (
     own_folder,
     read_checkpoint,
     unusable_checkpoint,
-    write_checkpoint,
     write_log,
 )
+from kdcache.training.clipping import Clipping
 from kdcache.training.config import StudentRuntime, TrainConfig
-from kdcache.training.devices import rng_states, seed_of_process, seeded, set_rng_states
+from kdcache.training.devices import computes_in_bf16, rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
+from kdcache.training.graphs import GraphedStep, Lanes, Parts
 from kdcache.training.metrics import mean_relative_entropy, moments
-from kdcache.training.optimizers import make_optimizer
+from kdcache.training.optimizers import Rates, capturable, load_state, make_optimizer, portable_state
+from kdcache.training.timing import Timer, timer_of
+from kdcache.training.wrapping import EachView, averaged, with_synchronised_norms
+from kdcache.training.writer import Writer
 
-__all__ = ["Learner", "clip_per_layer"]
+__all__ = ["Learner"]
 
 LOGIT_MOMENTS = "logit_moments.json"
 USUAL = StudentRuntime()
-
-
-@torch.no_grad()
-def clip_per_layer(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradient of every parameter tensor to an L2 norm of at most `max_norm`; returns the total norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    if max_norm is not None:  # all scales at once: of a GPU's kernels, each small one takes as long as a large one
-        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
-    return norms.square().sum().sqrt()
 
 
 class Learner:
@@ -60,7 +55,8 @@ class Learner:
     itself learns, by an optimiser of its own whose rate follows the same schedule.
 
     In a `team`, every process has the same model, steps on its part of each batch, and learns what one process would learn from
-    the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster.
+    the whole; the first one writes. `runtime` says how often it writes, and what makes its steps faster; `timer` measures its
+    steps, by default where they are done; with `lanes`, they are captured as a graph where that changes no bit of them.
     """
 
     def __init__(
@@ -76,19 +72,25 @@ class Learner:
         runtime: StudentRuntime = USUAL,
         learned: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         team: Team = ALONE,
+        timer: Timer | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.folder, self.config, self.normalise, self.device = folder, config, normalise, device
         self._team, self._compiled = team, runtime.compile
+        self._timer = timer or timer_of(device)
         self._format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         if team.size > 1 and device.type == "cuda":
-            model = _with_synchronised_norms(model)
+            model = with_synchronised_norms(model)
         self.model = model.to(device, memory_format=self._format)  # type: ignore[call-overload]
         forward: Any = torch.compile(self.model) if runtime.compile else self.model
-        self._trained = team.wrap(_EachView(forward), device)
+        self._trained = team.wrap(EachView(forward), device)
         self.optimizer = make_optimizer(self.model, config)
-        self.average = _average(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
+        self._rates = Rates(self.optimizer)
+        self.average = averaged(self.model, config.model_ema_decay) if config.model_ema_decay is not None else None
         self._learned = learned
+        self._learned_rates = None if learned is None else Rates(learned[1])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._clip = Clipping(self.parameters, config.clip_grad)
         self._steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.epochs
         self.steps = 0
@@ -102,9 +104,15 @@ class Learner:
         self._whole = True  # not in the midst of a step
         with seeded(seed if team.first else seed_of_process(seed, team.number)):
             self._rng = rng_states(device)
+        self._graphed, self._no_graph = self._graphed_in(lanes) if lanes is not None else (None, "")
+        self.moved_from: str | None = None  # the kind of device that its checkpoint was written on, if it is another one
+        self.notes: list[str] = []  # on how it goes on, for whoever trains it
         self._moments: list[Tensor] = []  # of views of the last epoch, [2, B] of each batch
+        self._sums: dict[str, Tensor] = {}
+        self.amp = all(team.shared(computes_in_bf16(device))) if config.amp is None else config.amp
         self._start_epoch()
         self._lock = own_folder(folder) if team.first else None
+        self._writer = Writer(folder, device)
         self._restore()
         team.wait()  # before the first one writes what others still read
 
@@ -125,7 +133,10 @@ class Learner:
         return self._count
 
     def _start_epoch(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        if self._graphed is None:
+            self._sums = {}
+        elif self._sums:  # a graph adds to these very tensors
+            torch._foreach_zero_(list(self._sums.values()))
         self._count = 0
         self._seconds = 0.0
         self._spent: Spent | None = None
@@ -133,63 +144,145 @@ class Learner:
 
     def charge(self, spent: Spent) -> None:
         """Count its part of what was spent since it was last charged into the epoch's costs."""
+        self._count_seconds()
         self._spent = spent if self._spent is None else self._spent + spent
         self._uncharged = 0.0
 
     @property
     def uncharged(self) -> float:
-        """Seconds in its own steps since it was last charged."""
+        """Seconds in its own steps since it was last charged; waits for steps that its device has not done yet."""
+        self._count_seconds()
         return self._uncharged
+
+    def _count_seconds(self) -> None:
+        taken = self._timer.read()
+        self._seconds += taken
+        self._uncharged += taken
 
     def step(
         self,
         views: Tensor | Sequence[Tensor],
-        loss_of: Callable[[Tensor], Tensor],
-        measure: Callable[[Tensor], dict[str, Tensor]],
+        loss_of: Callable[..., Tensor],
+        measure: Callable[..., dict[str, Tensor]],
+        given: tuple[Any, ...] = (),
+        stage: Hashable = None,
     ) -> None:
         """One optimiser step on uint8 `views [B, 3, S, S]`; `measure` adds figures of the logits to the epoch's means.
 
         Of several such views, each goes through the model by itself (batch normalisation sees one at a time), `loss_of` gets
         their logits one below the other, and figures are those of the first. In a team, views are this process's part of the
         batch, and both functions get the logits of the whole.
+
+        Both functions are called with what is `given` after the logits. A learner with lanes wants all tensors that change from
+        step to step there, and a `stage` that changes when anything else does that they depend on.
         """
-        each = [views] if isinstance(views, Tensor) else list(views)
-        started = time.perf_counter()
         self._whole = False
+
+        def work(inputs: tuple[list[Tensor], tuple[Any, ...]]) -> Tensor:
+            return self._work(inputs[0], lambda z: loss_of(z, *inputs[1]), lambda z: measure(z, *inputs[1]))
+
+        inputs = [views] if isinstance(views, Tensor) else list(views), given
+        with self._own_rng(), ieee_float32():
+            if self._graphed is None:
+                with self._timer.running():
+                    self._before_work()
+                    self._after_work(work(inputs))
+            else:
+                self._graphed(inputs, work, stage)
+        self._count += 1
+        self.steps += 1
+        self._whole = True
+
+    def _before_work(self) -> None:
         share = self.config.rate(self.steps, self._steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * share * group.get("lr_scale", 1.0)
-        with self._own_rng():
-            self.model.train()
-            inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
-            with self._precision():
-                outputs = self._outputs(inputs)
-            outputs = [self._team.gather(logits) for logits in outputs]
-            loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = clip_per_layer(self.parameters, self.config.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
-            if self._learned is not None:
-                self._step_learned(share)
-            if self.average is not None:
-                self.average.update(self.model)
+        for rates in (self._rates, self._learned_rates):
+            if rates is not None:
+                rates.set(share)
+        self.model.train()
+
+    def _work(
+        self, each: list[Tensor], loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]
+    ) -> Tensor:
+        """What the device does in a step; returns the logits' moments, `[2, B]`."""
+        inputs = [self.normalise(views).contiguous(memory_format=self._format) for views in each]
+        with self._precision():
+            outputs = self._outputs(inputs)
+        outputs = [self._team.gather(logits) for logits in outputs]
+        loss = loss_of(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # now: models in training side by side would each keep theirs
+        if self.average is not None:
+            self.average.update(self.model)
         with torch.no_grad():
             logits = outputs[0].detach()
             each_row = moments(logits)
             mean, std = each_row.mean(dim=1)
             figures = {"train_loss": loss.detach(), "grad_norm": norm, "student_entropy": mean_relative_entropy(logits)}
-            figures |= {"logit_mean": mean, "logit_std": std}
-            if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
-                self._moments.append(each_row)
-            for name, value in (figures | measure(logits)).items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-        self.steps += 1
-        taken = time.perf_counter() - started
-        self._seconds += taken
-        self._uncharged += taken
-        self._whole = True
+            figures |= {"logit_mean": mean, "logit_std": std} | measure(logits)
+            if self._sums.keys() == figures.keys():
+                torch._foreach_add_(list(self._sums.values()), [figures[name] for name in self._sums])
+            else:
+                for name, value in figures.items():
+                    self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        return each_row
+
+    def _after_work(self, each_row: Tensor) -> None:
+        if self.epoch + 1 == self.config.epochs and sum(part.shape[1] for part in self._moments) < MAX_ROWS:
+            self._moments.append(each_row if self._graphed is None else each_row.clone())
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] if self._learned is None else [self.optimizer, self._learned[1]]
+
+    @property
+    def graph(self) -> str:
+        """Whether steps are replayed as a graph: "on", "off (reason)", or "" where that is not known yet, or not wanted."""
+        return self._no_graph if self._graphed is None else self._graphed.state
+
+    def _graphed_in(self, lanes: Lanes) -> tuple[GraphedStep | None, str]:
+        """What captures the steps, or the reason why none can be captured."""
+        on_device = all(rates is None or rates.on_device for rates in (self._rates, self._learned_rates))
+        if self._team.size > 1:
+            return None, "off (several processes have a part of each batch)"
+        if self._compiled:
+            return None, "off (--compile makes graphs of its own)"
+        if not on_device:
+            return None, f"off (--opt {self.config.opt} takes its learning rate from the host)"
+        parts = Parts(
+            tensors=self._changing,
+            random=lambda: rng_states(self.device),
+            set_random=lambda states: set_rng_states(states, self.device),
+            forget=self._forget,
+            capturable=lambda: capturable(*self._optimizers),
+            timed=self._timer.running,
+            before=self._before_work,
+            after=self._after_work,
+        )
+        return GraphedStep(lanes, parts), ""
+
+    def _changing(self) -> list[Tensor]:
+        """All tensors that a step changes and leaves."""
+        modules = [
+            self.model,
+            *([] if self.average is None else [self.average]),
+            *([] if self._learned is None else self._learned[:1]),
+        ]
+        weights = [tensor.detach() for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        states = [value for optimizer in self._optimizers for state in optimizer.state.values() for value in state.values()]
+        return [*weights, *(value for value in states if isinstance(value, Tensor)), *self._sums.values()]
+
+    def _forget(self) -> None:
+        """Gradients, which a step leaves only where it fails."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _join(self) -> None:
+        """The current stream waits for the steps so far."""
+        if self._graphed is not None:
+            self._graphed.join()
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         """Logits of this process's part of each view."""
@@ -205,27 +298,22 @@ class Learner:
             ) from error
         return outputs
 
-    def _step_learned(self, share: float) -> None:
-        _, optimizer = self._learned  # type: ignore[misc]
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.no_grad()
     def predict(self, views: Tensor, *, averaged: bool = False) -> Tensor:
         """Logits float32 `[B, C]` of uint8 `views [B, 3, S, S]` in evaluation mode, of the weights or their mean."""
+        self._join()
         model = self.average.module if averaged and self.average is not None else self.model
         model.eval()
-        with self._precision():
+        with self._precision(), ieee_float32():
             logits: Tensor = model(self.normalise(views.to(self.device)).contiguous(memory_format=self._format))
         return logits.float()
 
     def settle(self) -> None:
         """Before the epoch's test: what the processes of a team have each found of their parts becomes the same everywhere."""
+        self._join()
         self._team.average_buffers(self.model)
         if self.average is not None:
             self._team.average_buffers(self.average.module)
@@ -233,10 +321,12 @@ class Learner:
     def end_epoch(self, tested: dict[str, float], **figures: float) -> None:
         """Log the epoch, with test figures if there are any; write a checkpoint if the last one is old or training over."""
         self._whole = False
+        self._join()
         means = {name: (value / self._count).item() for name, value in self._sums.items()}
-        rate = max(group["lr"] for group in self.optimizer.param_groups)  # of the head, if layers have their own
+        rate = max(self._rates.values)  # of the head, if layers have their own
         row: dict[str, float] = {"epoch": self.epoch, **figures, "lr": rate, **means}
         row |= tested
+        self._count_seconds()
         row["seconds"] = self._seconds
         row |= (self._spent or UNKNOWN).known()
         self.rows.append(row)
@@ -270,35 +360,46 @@ class Learner:
         self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            self._writer.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
+        self._join()
+        self._count_seconds()
         rng = self._team.shared(self._rng)
         if not self._team.first:
             return
-        weights = {} if self._best is None else {"best": self._best}
-        weights["last"] = copied(self.model)
+        weights = {"last": self.model.state_dict()}
         if self.average is not None:
-            weights["ema"] = copied(self.average.module)
+            weights["ema"] = self.average.module.state_dict()
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "weights": weights["last"],
+            "optimizer": portable_state(self.optimizer, self._rates),
             "rng": rng,  # of every process
+            "device": self.device.type,
+            "amp": self.amp,
             "epoch": self.epoch,
             "steps": self.steps,
             "best_top1": self._best_top1,
             "rows": self.rows,
-            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "sums": self._sums,
             "count": self._count,
             "seconds": self._seconds,
-            "moments": [part.cpu() for part in self._moments],
+            "moments": self._moments,
             "spent": None if self._spent is None else self._spent.known(),
-            "learned": None if self._learned is None else [part.state_dict() for part in self._learned],
+            "learned": self._learned_state(),
             "average": None if self.average is None else self.average.state_dict(),
         }
-        write_checkpoint(self.folder, state, weights, self.rows)
+        self._writer.write(state, weights, self._best, self.rows)
+
+    def _learned_state(self) -> list[Any] | None:
+        if self._learned is None or self._learned_rates is None:
+            return None
+        module, optimizer = self._learned
+        return [module.state_dict(), portable_state(optimizer, self._learned_rates)]
 
     def _restore(self) -> None:
         state = read_checkpoint(self.folder)
@@ -306,11 +407,11 @@ class Learner:
             return
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self._learned is not None:
+            load_state(self.optimizer, state["optimizer"], self._rates)
+            if self._learned is not None and self._learned_rates is not None:
                 module, optimizer = self._learned
                 module.load_state_dict(state["learned"][0])
-                optimizer.load_state_dict(state["learned"][1])
+                load_state(optimizer, state["learned"][1], self._learned_rates)
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             best = self.folder / "best.safetensors"
@@ -319,7 +420,21 @@ class Learner:
             raise unusable_checkpoint(self.folder, error) from error
         rng = state["rng"] if isinstance(state["rng"][0], list) else [state["rng"]]  # earlier versions knew of one process
         if self._team.number < len(rng):  # one that has joined since draws from its start
-            self._rng = rng[self._team.number]
+            self._rng = rng_states_from(rng[self._team.number], self._rng)
+        written_on = state.get("device", "cpu" if len(rng[0]) == 1 else "cuda")
+        if written_on != self.device.type:
+            self.moved_from = written_on
+            self.notes.append(
+                f"a checkpoint written on a {written_on} goes on on a {self.device.type}: from here on, bits may differ from "
+                "those of a run on one of them"
+            )
+        recorded = state.get("amp", bool(self.config.amp))  # earlier versions used it only where it was asked for
+        if recorded != self.amp:
+            names = {True: "bf16", False: "float32"}
+            self.notes.append(
+                f"it was begun in {names[recorded]} and goes on so; a new run on this device is in {names[self.amp]}"
+            )
+        self.amp = recorded
         self.epoch, self.steps = state["epoch"], state["steps"]
         self._best_top1, self.rows = state["best_top1"], state["rows"]
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
@@ -332,6 +447,7 @@ class Learner:
 
     def _finish(self, status: Literal["complete", "diverged"], **extra: str) -> None:
         self.status = status
+        self._writer.wait()
         if not self._team.first:
             return
         tests = [row for row in self.rows if math.isfinite(row.get("test_top1", math.nan))]
@@ -345,6 +461,7 @@ class Learner:
             "best_top1": best.get("test_top1"),
             "best_epoch": best.get("epoch"),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "amp": self.amp,
         }
         write_log(self.folder, self.rows)
         if status == "complete" and self._moments:
@@ -365,27 +482,3 @@ class Learner:
         finally:
             self._rng = rng_states(self.device)
             set_rng_states(others, self.device)
-
-
-class _EachView(nn.Module):
-    """A model that is given several views, and sees each by itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        return [self.model(each) for each in views]
-
-
-def _with_synchronised_norms(model: nn.Module) -> nn.Module:
-    import timm.layers  # whose function knows timm's own norms too
-
-    converted: nn.Module = timm.layers.convert_sync_batchnorm(model)  # type: ignore[attr-defined, no-untyped-call]
-    return converted
-
-
-def _average(model: nn.Module, decay: float) -> Any:
-    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
-
-    return ModelEmaV3(model, decay=decay)

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
 from kdcache.system.distributed import Team
-from kdcache.training import learner
-from kdcache.training.learner import Learner, _with_synchronised_norms
+from kdcache.training.clipping import Clipping
+from kdcache.training.learner import Learner
+from kdcache.training.wrapping import with_synchronised_norms
 from tests.end_to_end.conftest import FEW, until, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
@@ -177,7 +178,7 @@ def test_processes_divide_the_teachers_and_change_none_of_them(teacher, kdcache,
 
 def _without_memory_once():
     """In the second process, in the midst of a step of the second epoch."""
-    clip, count = learner.clip_per_layer, 0
+    clip, count = Clipping.__call__, 0
 
     def clipped(*arguments):
         nonlocal count
@@ -186,7 +187,7 @@ def _without_memory_once():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return clip(*arguments)
 
-    learner.clip_per_layer = clipped
+    Clipping.__call__ = clipped
 
 
 @pytest.mark.exhaustive
@@ -232,7 +233,7 @@ def test_norms_that_processes_share_keep_the_models_weights():
     for name in ("resnet18", "efficientnet_b0"):  # torch's norms, and timm's own with their activation
         model, _ = create_model(name, 10, input_size=32)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        shared = _with_synchronised_norms(model)
+        shared = with_synchronised_norms(model)
         assert sum(isinstance(each, torch.nn.SyncBatchNorm) for each in shared.modules()) > 10
         assert not any(type(each) is torch.nn.BatchNorm2d for each in shared.modules())
         after = shared.state_dict()

@@ -12,10 +12,12 @@ from kdcache.errors import UsageError
 from kdcache.models.creation import Normalisation, create_model
 from kdcache.report import collect, summarise
 from kdcache.training.config import TrainConfig
+from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
+from tests.test_graphs import StandIn
 from tests.weights import save_weights
 
 SHORT = ["--student", "test_vit", "--batch-size", "719"]  # two steps an epoch
@@ -173,6 +175,29 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(tmp_path):
     again = learner()
     assert again.steps == 1
     assert torch.equal(step(again), expected)
+
+
+def test_a_graph_wants_a_gpu(few_home, kdcache):
+    refused = kdcache("distill", *FEW, "--graph", "--device", "cpu", "--home", few_home)
+    assert refused.status == 2
+    assert "--graph on a cpu" in refused.err
+    assert not list(few_home.glob("runs/*/test_*"))
+
+
+def test_students_whose_steps_are_replayed_become_what_they_are_without(few_home, few_archive, kdcache, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdcache.training.optimizers.FUSED_ON", {"cpu"})
+    how = ["--method", "kd,ctkd", "--tau", "4", "--student", "test_vit", "--epochs", "2", "--batch-size", "32"]
+    arguments = ["distill", *how, "--archive", few_archive]
+    whole = tmp_path / "whole"
+    assert kdcache(*arguments, "--home", whole).status == 0
+    monkeypatch.setattr("kdcache.students.distill._Lockstep._lanes", lambda self, specs, config: Lanes([StandIn()]))
+    monkeypatch.setattr("kdcache.training.graphs.WARM_UP", 1)
+    said = kdcache(*arguments, "--home", few_home)
+    assert said.status == 0, said.err
+    for run in few_home.glob("runs/*/test_vit--*"):
+        same_run(run, whole / run.relative_to(few_home))
+        assert yaml.safe_load((run / "args.yaml").read_text())["graph"] == "on"
+    assert "not replayed" not in said.err
 
 
 @pytest.mark.exhaustive
