@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdcache.training import learner
+from kdcache.training.clipping import Clipping
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_teachers import same_teacher
@@ -23,7 +24,7 @@ def exhausted(monkeypatch):
     alive: list[weakref.ref] = []
 
     def at(*steps: int, kind=torch.OutOfMemoryError, text="CUDA out of memory. Tried to allocate 2.00 GiB."):
-        count, clip, make = 0, learner.clip_per_layer, learner.make_optimizer
+        count, clip, make = 0, Clipping.__call__, learner.make_optimizer
         seen: list[int] = []
 
         def clipped(*arguments):
@@ -39,7 +40,7 @@ def exhausted(monkeypatch):
             alive.append(weakref.ref(model))
             return make(model, config)
 
-        monkeypatch.setattr(learner, "clip_per_layer", clipped)
+        monkeypatch.setattr(Clipping, "__call__", clipped)
         monkeypatch.setattr(learner, "make_optimizer", made)
         return seen
 
