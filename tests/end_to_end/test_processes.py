@@ -44,7 +44,7 @@ def torchrun(*arguments, **options):
     )
 
 
-def two_processes(folder: Path, *arguments, prepare=None, statuses=(0, 0)):
+def two_processes(folder: Path, *arguments, prepare=None, statuses=(0, 0), gpus=""):
     """Two processes, told what torchrun tells those that it starts; what both wrote to stdout, and to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +55,7 @@ def two_processes(folder: Path, *arguments, prepare=None, statuses=(0, 0)):
             *arguments,
             out=folder / f"{rank}.out",
             err=folder / f"{rank}.err",
-            environment={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+            environment={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": gpus},
             prepare=prepare,
         )
         for rank in "01"
@@ -226,6 +226,29 @@ def test_a_process_that_fails_ends_the_others_which_name_it(few_home, few_archiv
     assert "error: process 1 of 2 failed: ZeroDivisionError: division by zero" in first
     assert "why: this one cannot go on without it" in first
     assert "Traceback" not in first + second
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+@pytest.mark.gpu
+@pytest.mark.parametrize(("prepare", "statuses"), [(_fail_in_the_third_step, (75, 1)), (_without_memory_once, (0, 0))])
+def test_gpus_that_wait_for_one_that_failed_are_set_free(few_home, few_archive, tmp_path, prepare, statuses):
+    """By NCCL, a kernel that waits for another GPU waits for ever: it is broken off."""
+    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,2,4", "--parallel", "batches", "--home", few_home]
+    begun = time.monotonic()
+    _, err = two_processes(tmp_path / "said", *grid, prepare=prepare, statuses=statuses, gpus="0,1")
+    assert time.monotonic() - begun < 60
+    assert ("out of memory with 3 students" if statuses == (0, 0) else "process 1 of 2 failed: ZeroDivisionError") in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+def test_processes_on_one_gpu_are_refused_by_name(few_home, few_archive, tmp_path):
+    grid = ["distill", *SHORT, "--archive", few_archive, "--home", few_home]
+    _, err = two_processes(tmp_path / "said", *grid, statuses=(2, 2), gpus="0")
+    assert "error: processes 0 and 1 have the same GPU" in err
 
 
 def test_norms_that_processes_share_keep_the_models_weights():
