@@ -203,7 +203,7 @@ def create_model(
     except Exception as error:  # architectures raise different errors for an unsupported size
         if isinstance(error, TypeError) and "drop_path_rate" in str(error):
             raise _no_drop_path(name, sized["drop_path_rate"], "its architecture has no stochastic depth") from error
-        raise _impossible(name, num_classes, input_size, error) from error
+        raise _impossible(name, num_classes, input_size, error, own=own_size(name)) from error
     try:
         if pretrained:
             torch.set_rng_state(random_state)  # undo the trial's use of random numbers, for a reproducible new classifier
@@ -247,13 +247,14 @@ def _no_drop_path(name: str, drop_path: float, why: str) -> UsageError:
     return UsageError(f"--drop-path {drop_path:g} with {public_name(name)}", why=why, fix="leave --drop-path out")
 
 
-def _impossible(name: str, num_classes: int, input_size: int, error: Exception) -> KdcacheError:
+def _impossible(name: str, num_classes: int, input_size: int, error: Exception, own: int | None = None) -> KdcacheError:
     if isinstance(error, KdcacheError):
         return error
+    other = "choose another input size with --size" if own in {None, input_size} else f"use its own input size, --size {own}"
     return IncompatibleError(
         f"model {name!r} cannot be made for {input_size} px and {num_classes} classes",
         why=first_line(error),
-        fix="choose another input size with --size, or another model",
+        fix=f"{other}, or another model",
     )
 
 
