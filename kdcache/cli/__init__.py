@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from kdcache.errors import KdcacheError, RetryError, UsageError
+from kdcache.errors import KdcacheError, NotFoundError, RetryError, UsageError
 
 __all__ = ["main", "run"]
 
@@ -25,9 +25,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
-    import typer
+    try:
+        import typer
 
-    from kdcache.cli.app import command
+        from kdcache.cli.app import command
+    except ImportError as error:
+        return _report(_missing(error), NotFoundError.exit_code)
 
     debug = "--debug" in argv or bool(os.environ.get("KDCACHE_DEBUG"))
     arguments = [argument for argument in argv if argument != "--debug"]
@@ -53,6 +56,8 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ImportError) and not (error.name or "").startswith("kdcache"):
+            return _report(_missing(error), NotFoundError.exit_code)
         from pydantic import ValidationError
 
         if isinstance(error, OSError) and error.errno is not None:
@@ -74,7 +79,8 @@ def run(argv: list[str]) -> int:
 
             wrong = wrong_option(error)
             return _report(wrong, wrong.exit_code)
-        bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: repeat with --debug and report it"
+        fix = "repeat with --debug and report it, with what kdcache doctor prints"
+        bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: {fix}"
         return _report(bug, 1)
 
 
@@ -88,6 +94,15 @@ def _unread() -> bool:
 def _report(message: object, status: int) -> int:
     print(message, file=sys.stderr)
     return status
+
+
+def _missing(error: ImportError) -> NotFoundError:
+    """A library that kdcache requires and that is not there, or broken."""
+    return NotFoundError(
+        f"{error.name or 'a library'} cannot be imported",
+        why=str(error) or type(error).__name__,
+        fix=f"{sys.executable} -m pip install --upgrade kdcache; kdcache doctor says which libraries are missing or broken",
+    )
 
 
 def _usage(error: object) -> str:

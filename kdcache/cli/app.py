@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import kdcache
-from kdcache.cli import making, planning, reading, sharing, studies
+from kdcache.cli import machine, making, planning, reading, sharing, studies
 from kdcache.cli.commands import Commands
 
 __all__ = ["command"]
@@ -50,7 +50,8 @@ def command() -> Commands:
         "Read": _named(reading.ls, reading.info, reading.stats, reading.view, reading.verify, sharing.diff),
         "Share": _named(sharing.push, sharing.pull, sharing.sign, sharing.export),
         "Study": {"study": study},
-        "Lists": _named(reading.models, reading.datasets, reading.methods, reading.policy, reading.bench),
+        "Lists": _named(reading.models, reading.datasets, reading.methods, reading.policy),
+        "This machine": _named(machine.doctor, machine.bench),
     }
     return group
 

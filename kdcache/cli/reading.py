@@ -1,4 +1,4 @@
-"""Commands that only look: archives, lists, benchmarks."""
+"""Commands that only look: archives, lists."""
 
 import dataclasses
 import inspect
@@ -407,25 +407,3 @@ def methods(
         print_table(["what", name], [list(pair) for pair in zip(columns, rows[0], strict=True)])
     else:  # in a list, the first paragraph will do
         print_table(columns, [[" ".join(str(cell).split("\n\n")[0].split()) for cell in row] for row in rows])
-
-
-def bench(
-    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, methods, distill, rival, study, or all.")] = "all",
-    seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure kdcache against what does the same work without it (the bare model, a memory map), as ratios within this run."""
-    from kdcache.bench import run_benchmarks
-
-    with bars() as progress:
-        results = run_benchmarks(which, seconds, progress)
-    if as_json:
-        print_json([vars(result) for result in results])
-        return
-    print_table(
-        ["benchmark", "measured", "against", "value", "bound", ""],
-        [
-            [r.name, r.measured, r.against, f"{r.value:.3f}", f"{r.bound:g}", "ok" if r.value <= r.bound else "MISSED"]
-            for r in results
-        ],
-    )
