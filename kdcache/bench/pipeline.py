@@ -20,7 +20,7 @@ from kdcache.datasets import DATASETS
 from kdcache.datasets.canvas import Canvas
 from kdcache.methods import build
 from kdcache.models.creation import create_model
-from kdcache.replay.prefetch import choose_renderer, render_batches
+from kdcache.replay.prefetch import choose_renderer
 from kdcache.replay.stream import Batch, CachedTargets
 from kdcache.system.progress import Progress
 from kdcache.targets import Targets
@@ -31,7 +31,7 @@ from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner
 from kdcache.training.metrics import agreement, divergence
 from kdcache.views.policy import InceptionCrop, Mix, PadCrop, RandAugment, ViewPolicy, ViewTable
-from kdcache.views.probe import digest_sums, digests
+from kdcache.views.probe import digests
 from kdcache.views.rendering import render_positions
 from kdcache.workspace import Workspace
 
@@ -81,7 +81,7 @@ def digits_canvas(folder: Path, size: int, samples: int, progress: Progress) -> 
 
 def views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """Measure rendering on one thread against torchvision on PIL images, and version 2 of policies against version 1; the
-    table of draws, and the probe; also on a GPU.
+    table of draws, and the probe.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -91,10 +91,6 @@ def views(seconds: float, folder: Path, progress: Progress) -> list[Result]:
         results += _versions(seconds / 2, folder, progress)
     finally:
         torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        results += _views_gpu(seconds, folder, progress)
-    else:
-        progress.say("no GPU here: the GPU's benchmarks of rendering are left out")
     return results
 
 
@@ -162,43 +158,6 @@ def _views_cpu(
     ]
 
 
-def _views_gpu(seconds: float, folder: Path, progress: Progress) -> list[Result]:
-    """Measure views per second of the device renderer, and a teacher's speed with rendering against a constant batch."""
-    device, results = torch.device("cuda"), []
-    for size, canvas_size, batch, wanted in ((224, 336, 512, 20_000), (32, 32, 16_384, 300_000)):
-        canvas = _canvas(folder, canvas_size, progress)
-        policy = ViewPolicy(size=size, crop=InceptionCrop() if size == 224 else PadCrop(), randaugment=RandAugment(), mix=Mix())
-        pixels = torch.from_numpy(np.ascontiguousarray(canvas.pixels)).to(device)
-        pixels = pixels.repeat(-(-batch // len(canvas)), 1, 1, 1)[:batch]
-        table, positions = policy.parameters(0, batch, np.ones((batch, 2), int)), np.arange(batch)
-
-        def render_all(pixels: Tensor = pixels, table: ViewTable = table, positions: NDArray = positions) -> None:
-            digest_sums(render_positions(pixels, table, positions, "device", device))
-            torch.cuda.synchronize()
-
-        [taken] = taking_turns(f"bench views {size} px gpu", seconds / 4, progress, render_all)
-        progress.say(f"{size} px on the GPU: {batch / taken:.0f} views/s")
-        results.append(Result(f"views {size} px gpu", "seconds of as many", f"{wanted} views/s", wanted * taken / batch, 1.0))
-
-    canvas, policy = _canvas(folder, 336, progress), ViewPolicy.load("pets")
-    model, normalise = create_model("resnet50", 10, input_size=224)
-    forward = Forward(model.eval().to(device), normalise, device, "fp16")
-    items = [(view, np.arange(256)) for view in range(16)]
-    fixed = torch.zeros(256, 3, 224, 224, dtype=torch.uint8, device=device)
-
-    def constant() -> None:
-        for _ in items:
-            forward(fixed)
-
-    def rendered() -> None:
-        for item in render_batches(canvas, policy, items, device=device):
-            forward(item.images)
-
-    with_rendering, without = taking_turns("bench views: dump gpu", seconds / 2, progress, rendered, constant)
-    results.append(Result("teacher resnet50/224 gpu", "with rendering", "constant batch", with_rendering / without, 1 / 0.95))
-    return results
-
-
 def open_writer(path: Path, canvas: Canvas, policy: ViewPolicy, views: int) -> ArchiveWriter:
     return ArchiveWriter(
         path,
@@ -240,13 +199,8 @@ def dump(seconds: float, folder: Path, progress: Progress) -> list[Result]:
 def distill(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """Measure a student's step with its whole pipeline, the step alone, and nine students on one stream."""
     results = _stream_step(seconds / 3, folder / "stream", progress)
-    results += _bare_step(seconds / 3, folder / "step", torch.device("cpu"), 16, progress)
-    results += _packed(seconds / 3, folder / "packed", torch.device("cpu"), progress)
-    if torch.cuda.is_available():
-        results += _bare_step(seconds / 3, folder / "step-gpu", torch.device("cuda"), 256, progress)
-        results += _packed(seconds / 3, folder / "packed-gpu", torch.device("cuda"), progress)
-    else:
-        progress.say("no GPU here: the GPU's benchmarks of training are left out")
+    results += _bare_step(seconds / 3, folder / "step", progress)
+    results += _packed(seconds / 3, folder / "packed", progress)
     return results
 
 
@@ -314,16 +268,15 @@ def _distill_step(learner: Learner, batch: Batch, tau: float) -> None:
     )
 
 
-def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, progress: Progress) -> list[Result]:
-    """Measure a learner's step (resnet18, 224 px) on given views and logits, against plain PyTorch."""
+def _bare_step(seconds: float, folder: Path, progress: Progress) -> list[Result]:
+    """Measure a learner's step (resnet18, 224 px, CPU) on given views and logits, against plain PyTorch."""
+    batch = 16
     with seeded(0):
         (model, normalise), (other, _) = (create_model("resnet18", 10, input_size=224) for _ in range(2))
-        views = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
-        logits = torch.randn(batch, 10).mul(3).to(device)
-    gpu = device.type == "cuda"
-    config = TrainConfig(epochs=10**6, batch_size=batch, amp=gpu)
+        views, logits = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), torch.randn(batch, 10).mul(3)
+    config = TrainConfig(epochs=10**6, batch_size=batch)
     learner, bare_learner = (
-        Learner(folder / name, module, normalise, config, steps_per_epoch=100, seed=0, device=device)
+        Learner(folder / name, module, normalise, config, steps_per_epoch=100, seed=0, device=torch.device("cpu"))
         for name, module in (("run", model), ("bare", other))
     )
     method, targets = build("kd"), Targets(logits, 4.0)
@@ -332,30 +285,24 @@ def _bare_step(seconds: float, folder: Path, device: torch.device, batch: int, p
 
     def ours() -> None:
         _distill_step(learner, shown, 4.0)
-        if gpu:
-            torch.cuda.synchronize()
 
     def bare() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            predicted = other(normalise(views))
-        loss = method(predicted, targets)
+        loss = method(other(normalise(views)), targets)
         bare_learner.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         bare_learner.optimizer.step()
-        if gpu:
-            torch.cuda.synchronize()
 
-    taken, least = taking_turns(f"bench distill: step {device.type}", seconds, progress, ours, bare)
-    name = f"step resnet18/224 {'gpu' if gpu else 'cpu'}"
-    return [Result(name, "clipping, figures, own random numbers", "bare step, same batch", taken / least, 1.05)]
+    taken, least = taking_turns("bench distill: step", seconds, progress, ours, bare)
+    return [
+        Result("step resnet18/224 cpu", "clipping, figures, own random numbers", "bare step, same batch", taken / least, 1.05)
+    ]
 
 
-def _packed(seconds: float, folder: Path, device: torch.device, progress: Progress) -> list[Result]:
+def _packed(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     """Measure nine temperatures on one stream against nine streams, with rendering as slow as a student."""
-    gpu = device.type == "cuda"
-    name, canvas_size = ("resnet18", 32) if gpu else ("test_vit", 336)
-    canvas, policy = digits_canvas(folder, canvas_size, 2 * BATCH, progress), ViewPolicy.load("imagenet", size=32)
-    stream = CachedTargets(_archive(folder / "archive", canvas, policy), canvas, BATCH, seed=0, device=str(device))
+    name, device = "test_vit", torch.device("cpu")
+    canvas, policy = digits_canvas(folder, 336, 2 * BATCH, progress), ViewPolicy.load("imagenet", size=32)
+    stream = CachedTargets(_archive(folder / "archive", canvas, policy), canvas, BATCH, seed=0)
     taus = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 40.0)
     learners = []
     for tau in taus:
@@ -375,6 +322,5 @@ def _packed(seconds: float, folder: Path, device: torch.device, progress: Progre
             for batch in stream:
                 _distill_step(learner, batch, tau)
 
-    packed, separate = taking_turns(f"bench distill: nine students {device.type}", seconds, progress, together, apart)
-    label = f"nine students {name}/32 {'gpu' if gpu else 'cpu'}"
-    return [Result(label, "one stream", "a stream for each", packed / separate, 0.5)]
+    packed, separate = taking_turns("bench distill: nine students", seconds, progress, together, apart)
+    return [Result(f"nine students {name}/32 cpu", "one stream", "a stream for each", packed / separate, 0.5)]

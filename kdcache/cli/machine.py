@@ -3,16 +3,20 @@
 import os
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.cli.options import DataDirOption, HomeOption, JsonOption
 from kdcache.cli.output import bars, print_json, print_table
-from kdcache.errors import NotFoundError
+from kdcache.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from kdcache.bench import Result
 
 __all__ = ["bench", "doctor"]
 
+COLUMNS = ("measured", "against", "value", "bound", "")
 WIDTH, INDENT = 80, 28  # columns: what a bug report shows without wrapping; where a finding's text begins
 
 
@@ -75,11 +79,32 @@ def _variables() -> set[str]:
 
 
 def bench(
-    which: Annotated[str, typer.Argument(help="startup, archive, views, dump, methods, distill, rival, study, or all.")] = "all",
+    which: Annotated[
+        str, typer.Argument(help="startup, archive, views, dump, methods, distill, rival, study; all of these; or gpu.")
+    ] = "all",
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time per benchmark.")] = 30.0,
+    only: Annotated[str, typer.Option("--only", help="Of gpu: these checks, such as bytes,dump [all].")] = "",
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=1, help="Of gpu: begin a check only while it fits into these seconds [no end]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Of gpu: JSON file, written anew after every check [none].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure kdcache against what does the same work without it (the bare model, a memory map), as ratios within this run."""
+    """Measure kdcache against what does the same work without it (the bare model, a memory map), as ratios within this run.
+
+    gpu: what only a GPU can tell, bytes and float32 included; exit status 3 where there is none.
+    """
+    if which == "gpu":
+        _bench_gpu(seconds, only, budget, output, as_json)
+        return
+    for flag, given in (("--only", only), ("--budget", budget), ("--output", output)):
+        if given:
+            raise UsageError(
+                f"{flag} with bench {which}", why="it is an option of bench gpu", fix=f"leave {flag} out, or: kdcache bench gpu"
+            )
     from kdcache.bench import run_benchmarks
 
     with bars() as progress:
@@ -87,10 +112,32 @@ def bench(
     if as_json:
         print_json([vars(result) for result in results])
         return
-    print_table(
-        ["benchmark", "measured", "against", "value", "bound", ""],
-        [
-            [r.name, r.measured, r.against, f"{r.value:.3f}", f"{r.bound:g}", "ok" if r.value <= r.bound else "MISSED"]
-            for r in results
-        ],
-    )
+    print_table(["benchmark", *COLUMNS], [[result.name, *_cells(result)] for result in results])
+
+
+def _bench_gpu(seconds: float, only: str, budget: float | None, output: Path | None, as_json: bool) -> None:
+    from kdcache.bench.gpu import run_checks
+    from kdcache.options import names_in
+
+    with bars() as progress:
+        report = run_checks(names_in(only) if only else (), seconds, progress, budget=budget, output=output)
+    if as_json:
+        print_json(report.as_json())
+        return
+    rows: list[list[Any]] = []
+    for outcome in report.outcomes:
+        rows += [[outcome.name, result.name, *_cells(result)] for result in outcome.results]
+        if outcome.reason:
+            rows.append([outcome.name, outcome.reason, "", "", "", "", "FAILED" if outcome.state == "failed" else outcome.state])
+    print_table(["check", "benchmark", *COLUMNS], rows, title=report.machine.get("gpu"))
+
+
+def _cells(result: "Result") -> list[str]:
+    state = "ok" if result.value <= result.bound else "MISSED"
+    return [
+        result.measured,
+        result.against,
+        f"{result.value:.3g}" if result.value < 0.001 else f"{result.value:.3f}",
+        f"{result.bound:g}",
+        state,
+    ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kdcache.doctor.findings import Line, first_line, gigabytes, note, ok, problem
-from kdcache.system.precision import ieee_float32
+from kdcache.system.precision import FLOAT32_ERROR, float32_error
 from kdcache.views.policy import ColorJitter, Mix, RandAugment, RandomErasing, ViewPolicy
 from kdcache.views.probe import digests
 from kdcache.views.rendering import render_positions
@@ -17,8 +17,6 @@ __all__ = ["choices", "float32", "gpus", "here", "renderers", "torch_build"]
 
 VIEWS = 24  # of each policy
 AGREE = "use --renderer reference, and report this with the lines above"
-# As float32 rounds (2**-24) and sums; a TF32 or bfloat16 product is wrong by about 2**-11 or 2**-8 of itself.
-FLOAT32_ERROR = 2.0**-16
 
 
 def here(*, gpus: bool) -> list[torch.device]:
@@ -140,23 +138,6 @@ def float32(device: torch.device) -> Iterator[Line]:
         text = f"convolutions or matrix products are off by {error:.1e}: they have fewer bits than float32"
         fix = "unset NVIDIA_TF32_OVERRIDE DNNL_DEFAULT_FPMATH_MODE ONEDNN_DEFAULT_FPMATH_MODE; else report it"
         yield problem(name, text, fix)
-
-
-def float32_error(device: torch.device) -> float:
-    """The largest error of a convolution and a matrix product in float32, as a share of what is summed in absolute values."""
-    drawn = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(64, 64, generator=drawn).to(device) for _ in range(2))
-    images, weights = (torch.randn(shape, generator=drawn).to(device) for shape in ((2, 16, 16, 16), (16, 16, 3, 3)))
-    with torch.inference_mode(), ieee_float32():
-        pairs = [
-            (a @ b, a.double() @ b.double(), a.abs() @ b.abs()),
-            (
-                torch.conv2d(images, weights),
-                torch.conv2d(images.double(), weights.double()),
-                torch.conv2d(images.abs(), weights.abs()),
-            ),
-        ]
-        return max(float(((found.double() - exact).abs() / size).max()) for found, exact, size in pairs)
 
 
 def renderers(device: torch.device) -> Iterator[Line]:

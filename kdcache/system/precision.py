@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["ieee_float32"]
+__all__ = ["FLOAT32_ERROR", "float32_error", "ieee_float32"]
+
+# As float32 rounds (2**-24) and sums; a TF32 or bfloat16 product is wrong by about 2**-11 or 2**-8 of itself.
+FLOAT32_ERROR = 2.0**-16
 
 
 @contextmanager
@@ -24,3 +27,20 @@ def ieee_float32() -> Iterator[None]:
     finally:
         for place, precision in zip(places, before, strict=True):
             place.fp32_precision = precision
+
+
+def float32_error(device: torch.device) -> float:
+    """The largest error of a convolution and a matrix product in float32, as a share of what is summed in absolute values."""
+    drawn = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=drawn).to(device) for _ in range(2))
+    images, weights = (torch.randn(shape, generator=drawn).to(device) for shape in ((2, 16, 16, 16), (16, 16, 3, 3)))
+    with torch.inference_mode(), ieee_float32():
+        pairs = [
+            (a @ b, a.double() @ b.double(), a.abs() @ b.abs()),
+            (
+                torch.conv2d(images, weights),
+                torch.conv2d(images.double(), weights.double()),
+                torch.conv2d(images.abs(), weights.abs()),
+            ),
+        ]
+        return max(float(((found.double() - exact).abs() / size).max()) for found, exact, size in pairs)
