@@ -176,12 +176,12 @@ def _policies() -> list[tuple[ViewPolicy, int]]:
 def choices() -> Iterator[Line]:
     """What commands choose where nothing is said."""
     from kdcache.replay.prefetch import choose_renderer
-    from kdcache.teachers.config import DumpRecipe
+    from kdcache.teachers.config import usual_dump
     from kdcache.training.config import Runtime
     from kdcache.training.devices import resolve_device
 
-    device, recipe, policy = resolve_device("auto"), DumpRecipe(), ViewPolicy.load("pets")
-    renderer = choose_renderer("auto", policy, 336, recipe.batch_size, device)
-    precision = recipe.precision or ("fp16" if device.type == "cuda" else "fp32")
-    text = f"device {device}, dumps in {precision} by batches of {recipe.batch_size}, {Runtime().workers} workers"
+    device, policy = resolve_device("auto"), ViewPolicy.load("pets")
+    usual = usual_dump(device.type)
+    renderer = choose_renderer("auto", policy, 336, usual.batch_size, device)
+    text = f"device {device}, dumps in {usual.precision} by batches of {usual.batch_size}, {Runtime().workers} workers"
     yield ok("by default", f"{text}, the {renderer} renderer (views of {policy.size} px)")

@@ -12,7 +12,8 @@ from kdcache.bench.pipeline import digits_canvas, open_writer
 from kdcache.bench.turns import Result, taking_turns
 from kdcache.models.creation import Normalisation, create_model
 from kdcache.system.precision import FLOAT32_ERROR, float32_error
-from kdcache.teachers.forward import Forward, write_shards
+from kdcache.teachers.forward import Forward
+from kdcache.teachers.shards import write_shards
 from kdcache.training.devices import seeded
 from kdcache.views.policy import ViewPolicy
 
