@@ -176,12 +176,12 @@ def _policies() -> list[tuple[ViewPolicy, int]]:
 def choices() -> Iterator[Line]:
     """What commands choose where nothing is said."""
     from kdcache.replay.prefetch import choose_renderer
-    from kdcache.teachers.config import USUAL
+    from kdcache.teachers.config import usual_dump
     from kdcache.training.config import Runtime
     from kdcache.training.devices import resolve_device
 
     device, policy = resolve_device("auto"), ViewPolicy.load("pets")
-    usual = USUAL[device.type]
+    usual = usual_dump(device.type)
     renderer = choose_renderer("auto", policy, 336, usual.batch_size, device)
     text = f"device {device}, dumps in {usual.precision} by batches of {usual.batch_size}, {Runtime().workers} workers"
     yield ok("by default", f"{text}, the {renderer} renderer (views of {policy.size} px)")
