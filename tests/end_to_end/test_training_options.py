@@ -190,7 +190,7 @@ def test_students_whose_steps_are_replayed_become_what_they_are_without(few_home
     arguments = ["distill", *how, "--archive", few_archive]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
-    monkeypatch.setattr("kdcache.students.distill._Lockstep._lanes", lambda self, specs, config: Lanes([StandIn()]))
+    monkeypatch.setattr("kdcache.students.distill._Lockstep._lanes", lambda self, *arguments: Lanes([StandIn()]))
     monkeypatch.setattr("kdcache.training.graphs.WARM_UP", 1)
     said = kdcache(*arguments, "--home", few_home)
     assert said.status == 0, said.err
