@@ -19,6 +19,7 @@ __all__ = ["Unusable", "extras", "libraries", "python", "unusable_modules"]
 
 Unusable = Mapping[str, str]  # why a module cannot be imported
 
+UNKNOWN = "not known"  # whether a module can be imported
 PATIENCE = 180  # seconds for all imports: a cold network disk takes minutes
 MODULES = {  # where a module is not named as its package
     "huggingface-hub": "huggingface_hub",
@@ -92,21 +93,26 @@ def unusable_modules() -> dict[str, str]:
 
 
 def _tried(names: Sequence[str], patience: float = PATIENCE) -> dict[str, str]:
+    """Why modules cannot be imported. What comes after one that ends its process is tried in another."""
     command = [sys.executable, "-c", TRIED, *names]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    slow = False
     try:
         done = subprocess.run(command, capture_output=True, timeout=patience, env=environment, check=False)
         lines, end = done.stdout, _end(done.returncode)
     except subprocess.TimeoutExpired as error:
-        lines, end = error.stdout or b"", f"nothing comes of it within {patience:g} s"
+        slow, lines, end = True, error.stdout or b"", f"{UNKNOWN}: importing it had not ended after {patience:g} s"
     results: dict[str, str] = {}
     for line in lines.splitlines():
         with contextlib.suppress(ValueError):  # a library's own words
             name, *why = json.loads(line)
             results[name] = why[0] if why else end
-    last = next(reversed(results), "Python")
-    for name in names:
-        results.setdefault(name, f"not tried, since {last} stopped the trial")
+    last = next(reversed(results), "")
+    rest = [name for name in names if name not in results]
+    if slow or not last:
+        results |= dict.fromkeys(rest, f"{UNKNOWN}: not tried, since {last or 'Python'} took so long")
+    elif rest:
+        results |= _tried(rest, patience)
     return {name: why for name, why in results.items() if why}
 
 
@@ -127,6 +133,8 @@ def libraries(unusable: Unusable) -> Iterator[Line]:
         without = "; archives can still be read, verified, shared and reported on" if package == "torch" else ""
         if found is None and why:
             yield problem(package, f"missing{without}", install)
+        elif why.startswith(UNKNOWN):
+            yield note(package, f"{found}, {why}")
         elif why:
             yield problem(
                 package, f"{found} cannot be imported: {why}{without}", f"pip install --force-reinstall '{package}{demand}'"
