@@ -1,8 +1,12 @@
 """`kdcache bench gpu`: every check's code in small on the CPU, and a report that keeps what was found, whatever happens."""
 
+import contextlib
+import dataclasses
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,6 +127,40 @@ def test_tensors_of_other_bits_are_counted(tmp_path: Path) -> None:
         save_file({"w": torch.tensor([value]), "same": torch.zeros(2)}, folder / "last.safetensors")
     assert runs.different_tensors(folders[:1], folders[1:2]) == 0
     assert runs.different_tensors(folders[:2], folders[1:]) == 1
+
+
+def on_a_mocked_gpu(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[Setting, list[str]]:
+    """A setting whose device is a GPU that does nothing, and the modes that synchronisation was debugged in."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return dataclasses.replace(setting, device=torch.device("cuda")), modes
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_warnings_of_synchronisation_are_waits(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, modes = on_a_mocked_gpu(setting, monkeypatch)
+
+    def work() -> None:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    [(place, count)] = measuring.waits(gpu, work).items()
+    assert (place.partition(":")[0], count) == (Path(__file__).name, 1)
+    assert modes == ["warn", "default"]
+    with pytest.raises(ZeroDivisionError):
+        measuring.waits(gpu, lambda: 1 // (0 if modes[-1] == "warn" else 1))
+    assert modes[-1] == "default"
+
+
+def test_kernels_are_the_profilers_events_on_the_device(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, _ = on_a_mocked_gpu(setting, monkeypatch)
+    kinds = [SimpleNamespace(device_type=SimpleNamespace(name=name)) for name in ("CUDA", "CPU", "CUDA")]
+    profiled = SimpleNamespace(events=lambda: kinds)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiled))
+    assert measuring.kernels(gpu, lambda: None) == 2
+    with pytest.raises(NotHereError):
+        measuring.kernels(setting, lambda: None)
 
 
 # ---------------------------------------------------------------- the report

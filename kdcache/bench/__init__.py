@@ -16,7 +16,7 @@ NAMES = ("startup", "archive", "views", "dump", "methods", "distill", "rival", "
 def run_benchmarks(which: str, seconds: float, progress: Progress) -> list[Result]:
     """Run one benchmark, or `all`, each for about `seconds` seconds. What only a GPU can tell is in `kdcache.bench.gpu`."""
     if which not in {*NAMES, "all"}:
-        raise unknown_name("benchmark", which, [*NAMES, "all"])
+        raise unknown_name("benchmark", which, [*NAMES, "gpu", "all"])
     results = []
     for name in NAMES if which == "all" else (which,):
         with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:

@@ -92,7 +92,7 @@ def _cases(views: int) -> Iterator[_Case]:
             return
         small = number % 8 != 0
         policy, side = random_policy(drawn, 48 if small else 200)
-        count = 256 if small else 24
+        count = 128 if small else 24
         done += count
         yield _Case(policy, side, count, number, "reference" if number % 4 == 0 else "device")
 
