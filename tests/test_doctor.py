@@ -357,6 +357,25 @@ def test_no_secret_is_shown(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found(said)["hub token"]["text"] == "there is one"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HTTPS_PROXY", "http://user:p@ssw0rd@proxy:80", "ssw0rd"),
+        ("HTTPS_PROXY", "user:p@ss@proxy:80", "ss@"),
+        ("HF_HOME", "/x/github_pat_11ABCDEFG0123456789", "11ABC"),
+        ("HF_HOME", "/x/glpat-abcdefghijklmnop", "abcdef"),
+        ("HF_HOME", "/x/sk-proj-abcdefghijklmnop", "abcdef"),
+    ],
+)
+def test_parts_of_values_that_are_secret_are_left_out(name: str, value: str, secret: str) -> None:
+    assert secret not in surroundings.shown(name, value)
+
+
+def test_what_is_wrong_with_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:s3cretpw@hub.invalid")
+    assert "s3cret" not in str(list(surroundings.hub(offline=False, patience=1.0)))
+
+
 def test_a_mistyped_variable_is_told_and_the_right_ones_are_not(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = {
         "KDCACHE_DISTILL_TAU": "4",

@@ -5,6 +5,7 @@ Without a GPU, stand-ins take the place of what captures. What they do right or 
 
 import contextlib
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kdcache.students.records import record_graph
 from kdcache.targets import Targets
 from kdcache.training import graphs, optimizers
 from kdcache.training.devices import seeded
-from kdcache.training.graphs import GraphedStep, Lanes, Parts
+from kdcache.training.graphs import GraphedStep, Lane, Lanes, Parts
 from kdcache.training.learner import Learner
 from tests.test_learner import CPU, made
 
@@ -40,7 +41,7 @@ class Again:
 class StandIn:
     """A lane without a stream."""
 
-    captures = replays = 0
+    captures = replays = discarded = 0
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -59,6 +60,9 @@ class StandIn:
     def again(self, work: Callable[[], Tensor]) -> Tensor:
         return work()
 
+    def discard(self, graph: object) -> None:
+        self.discarded += graph is not None
+
     def reached(self) -> str:
         return "reached"
 
@@ -69,7 +73,10 @@ class StandIn:
 class Refusing(StandIn):
     def capture(self, work: Callable[[], Tensor]) -> tuple[Again, Tensor]:
         work()  # some of it may be done, and gradients be left
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        finally:  # as the end of a capture raises
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 class Net(nn.Module):
@@ -390,6 +397,60 @@ def test_no_memory_for_a_proof_is_no_reason_to_stop(tmp_path: Path, monkeypatch:
     for one in (graphed, plain):
         train(one, 7)
     assert graphed.graph.startswith("off (CUDA out of memory")
+    assert equal(everything(graphed), everything(plain))
+
+
+def test_a_pass_that_memory_lacked_for_is_gone_when_the_step_is_done_without_a_proof(tmp_path: Path) -> None:
+    graphed, plain = student(tmp_path / "graphed", lanes=Lanes([StandIn()])), student(tmp_path / "plain")  # type: ignore[list-item]
+    work, passes = graphed._work, 0
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def short(*arguments: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        alive.extend(each() is not None for each in held)
+        activations = torch.zeros(3)
+        if passes == 4:  # in the first proof
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        return work(*arguments)
+
+    graphed._work = short  # type: ignore[method-assign]
+    for one in (graphed, plain):
+        train(one, 7)
+    assert alive[:1] == [False]
+    assert graphed.graph.startswith("off (CUDA out of memory")
+    assert equal(everything(graphed), everything(plain))
+
+
+def test_a_graph_that_is_given_up_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(StandIn):
+        def again(self, work: Callable[[], Tensor]) -> Tensor:
+            return work() + 1
+
+    lane = Wrong()
+    train(student(tmp_path / "run", lanes=Lanes([lane])), 7)  # type: ignore[list-item]
+    assert lane.discarded == 1
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    pools = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    real = Lane(CPU)
+    real._first = kept = Again(lambda: torch.zeros(1), torch.zeros(1))
+    real.discard(Again(lambda: torch.zeros(1), torch.zeros(1)))  # another one: the pool has to stay
+    assert (real._first, real._pool) == (kept, 0)
+    real.discard(kept)
+    assert (real._first, real._pool) == (None, 1)
+
+
+def test_the_first_batch_may_be_of_another_size_than_the_others(tmp_path: Path) -> None:
+    graphed, plain = student(tmp_path / "graphed", lanes=Lanes([StandIn()])), student(tmp_path / "plain")  # type: ignore[list-item]
+    loss = build("kd")
+    for one in (graphed, plain):
+        views, targets = batch(0, rows=4)
+        one.step(views, loss, lambda z, t: {"top": z.amax(dim=1).mean()}, (targets,), 0)
+        train(one, 7, begin=1)
+    assert graphed.graph == "on"
     assert equal(everything(graphed), everything(plain))
 
 

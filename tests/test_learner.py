@@ -12,6 +12,7 @@ from kdcache.training import devices, learner
 from kdcache.training.config import TrainConfig
 from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
+from kdcache.training.optimizers import Rates, load_state, make_optimizer
 from kdcache.training.timing import Timer
 
 HALF = Normalisation((0.5,) * 3, (0.5,) * 3)
@@ -116,3 +117,20 @@ def test_training_moves_between_a_cpu_and_a_gpu(tmp_path: Path, there: tuple[str
         assert torch.isfinite(step(again)).all()
     again.suspend()
     assert made(tmp_path, begun, opt=opt).steps == 4
+
+
+def test_the_state_of_an_optimiser_has_the_memory_format_of_the_weights() -> None:
+    """Fused kernels refuse any other; what is read from a file is contiguous."""
+    layer = torch.nn.Conv2d(16, 4, 3).to(memory_format=torch.channels_last)
+    config = TrainConfig(epochs=1)
+    optimizer, other = make_optimizer(layer, config), make_optimizer(layer, config)
+    layer(torch.ones(1, 16, 5, 5)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            values[name] = values[name].contiguous().clone(memory_format=torch.contiguous_format)
+    load_state(other, state, Rates(other))
+    for parameter, values in other.state.items():
+        assert values["exp_avg"].stride() == parameter.stride()
+        assert torch.equal(values["exp_avg"], optimizer.state[parameter]["exp_avg"])

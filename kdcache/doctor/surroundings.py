@@ -51,11 +51,11 @@ def shown(name: str, value: str) -> str:
     """The value of a variable as it may be shown to strangers: no secrets, nothing that gives access in URLs."""
     if SECRET.search(name):
         return "set (not shown)" if value else "set, but empty"
-    value = re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
+    value = re.sub(r"(?<=://)[^/\s]*@", "***@", value)
     value = re.sub(r"((?:\w+)://[^\s?]*)\?\S+", r"\1?***", value)
-    value = re.sub(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9]{12,}", r"\1***", value)
+    value = re.sub(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|AKIA)[\w-]{12,}", r"\1***", value)
     if "PROXY" in name.upper():
-        value = re.sub(r"^[^/@\s]+@", "***@", value)
+        value = re.sub(r"^[^/\s]*@", "***@", value)
     return (value if len(value) <= LONGEST else f"{value[:LONGEST]}...") or "set, but empty"
 
 
@@ -93,7 +93,8 @@ def _answer(name: str, place: str, still: str, patience: float) -> Line:
         except urllib.error.HTTPError as error:  # an answer, too
             said.append(error.code)
         except Exception as error:  # of the network; or what is in HF_ENDPOINT is no URL
-            said.append(str(getattr(error, "reason", "")) or first_line(error))
+            # What is in a URL before its host is repeated by some errors, and is nobody's business.
+            said.append(type(error).__name__ if "@" in place else str(getattr(error, "reason", "")) or first_line(error))
 
     asking = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit
     asking.start()

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,11 @@ class Normalisation:
         return (views.float() - _of_pixels(self.mean, views.device)) / _of_pixels(self.std, views.device)
 
 
-@lru_cache(maxsize=64)
+@cache  # of few different values; captured steps read them where they are
 def _of_pixels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Each channel's number of pixels in [0, 255], float32 `[1, C, 1, 1]`; copied to a device once, as a copy makes the host
-    wait for whatever the device is doing."""
+    """Each channel's number of pixels in [0, 255], float32 `[1, C, 1, 1]`; copied to a device once, where all streams see it."""
     with torch.inference_mode(False):
-        return (torch.tensor(values).view(1, -1, 1, 1) * 255).to(device, non_blocking=True)
+        return (torch.tensor(values).view(1, -1, 1, 1) * 255).to(device)
 
 
 def note(name: str) -> str | None:

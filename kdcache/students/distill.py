@@ -236,7 +236,8 @@ class _Lockstep:
             needed = _needed(specs, self.archive.num_classes, size, self.device)
             rendering = rendering_memory(len(train), train.size, size, self.device)
             spare = room(self.device, config.runtime.memory, rendering) - sum(each.kept for each in needed)
-            count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed)))
+            # One more step's memory is for proofs, which do a step both ways.
+            count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed) - 1))
         return Lanes.of(self.device, count)
 
     def run(self) -> None:

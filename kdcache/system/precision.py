@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FLOAT32_ERROR", "float32_error", "ieee_float32"]
+__all__ = ["FLOAT32_ERROR", "float32_error", "ieee_float32", "repeatable"]
 
 # As float32 rounds (2**-24) and sums; a TF32 or bfloat16 product is wrong by about 2**-11 or 2**-8 of itself.
 FLOAT32_ERROR = 2.0**-16
@@ -44,3 +44,14 @@ def float32_error(device: torch.device) -> float:
             ),
         ]
         return max(float(((found.double() - exact).abs() / size).max()) for found, exact, size in pairs)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, cuDNN computes convolutions and their gradients in ways that give the same bits each time."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before

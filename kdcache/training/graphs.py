@@ -60,6 +60,11 @@ class Lane:
         self._first = self._first or graph
         return graph, result
 
+    def discard(self, graph: Replayable | None) -> None:
+        """Keep no memory for a graph that is given up."""
+        if graph is not None and graph is self._first:
+            self._first, self._pool = None, torch.cuda.graph_pool_handle()
+
     def reached(self) -> Any:
         """An event after what this stream has been given so far."""
         return self._stream.record_event()
@@ -155,6 +160,9 @@ class GraphedStep:
             return True
         ours, theirs = list(_tensors(self._held)), list(_tensors(given))
         if [(each.shape, each.dtype) for each in ours] != [(each.shape, each.dtype) for each in theirs]:
+            if self._graph is None:  # an odd batch at the beginning; another kind may be the usual one
+                self._held, self._steps = None, 0
+                return self._hold(given)
             return False
         torch._foreach_copy_(ours, theirs, non_blocking=True)
         return True
@@ -172,19 +180,25 @@ class GraphedStep:
         tensors = parts.tensors()
         capture = self._stage != stage or self._graph is None
         expected: list[Tensor] | None = None
+        drawn, drawn_elsewhere, lacking = parts.random(), _random_elsewhere(), ""
+        # Memory that lacks is seen to outside of the handlers: an error refers to all that the failed pass held.
         try:
-            start, drawn, drawn_elsewhere = _copies(tensors), parts.random(), _random_elsewhere()
-        except RuntimeError as error:  # out of memory
-            self._off(_first_line(error))
+            start = _copies(tensors)
+        except RuntimeError as error:
+            lacking = _first_line(error)
+        if lacking:
+            self._off(lacking)
             return work(held)
         try:
             result = work(held)
         except torch.OutOfMemoryError as error:  # which the copies have brought about
+            lacking = _first_line(error)
+        if lacking:
             parts.forget()
             torch._foreach_copy_(tensors, start)
             parts.set_random(drawn)
             del start
-            self._off(_first_line(error))
+            self._off(lacking)
             return work(held)
         drawn_after = parts.random()
 
@@ -229,6 +243,7 @@ class GraphedStep:
 
     def _off(self, reason: str) -> None:
         self.state = f"off ({reason})"
+        self._lane.discard(self._graph)
         self._graph = self._output = None
 
 
@@ -276,5 +291,8 @@ def _random_elsewhere() -> tuple[Any, ...]:
     return random.getstate(), name, bytes(keys), place  # type: ignore[arg-type]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: the end of a capture has an error of its own, which says only that there was another."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from kdcache.models.creation import Normalisation
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.energy import UNKNOWN, Spent
 from kdcache.system.files import write_atomically
-from kdcache.system.precision import ieee_float32
+from kdcache.system.precision import ieee_float32, repeatable
 from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
@@ -41,6 +41,7 @@ from kdcache.training.writer import Writer
 
 __all__ = ["Learner"]
 
+GRAPHS_SINCE = "2.15"  # of torch
 LOGIT_MOMENTS = "logit_moments.json"
 USUAL = StudentRuntime()
 
@@ -145,6 +146,8 @@ class Learner:
     def charge(self, spent: Spent) -> None:
         """Count its part of what was spent since it was last charged into the epoch's costs."""
         self._count_seconds()
+        if spent.device_seconds is not None:  # steps that overlap with others' count as much as they made work last
+            self._seconds -= max(0.0, self._uncharged - spent.device_seconds)
         self._spent = spent if self._spent is None else self._spent + spent
         self._uncharged = 0.0
 
@@ -182,7 +185,7 @@ class Learner:
             return self._work(inputs[0], lambda z: loss_of(z, *inputs[1]), lambda z: measure(z, *inputs[1]))
 
         inputs = [views] if isinstance(views, Tensor) else list(views), given
-        with self._own_rng(), ieee_float32():
+        with self._own_rng(), ieee_float32(), nullcontext() if self._graphed is None else repeatable():
             if self._graphed is None:
                 with self._timer.running():
                     self._before_work()
@@ -198,7 +201,8 @@ class Learner:
         for rates in (self._rates, self._learned_rates):
             if rates is not None:
                 rates.set(share)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
 
     def _work(
         self, each: list[Tensor], loss_of: Callable[[Tensor], Tensor], measure: Callable[[Tensor], dict[str, Tensor]]
@@ -249,6 +253,8 @@ class Learner:
             return None, "off (several processes have a part of each batch)"
         if self._compiled:
             return None, "off (--compile makes graphs of its own)"
+        if torch.torch_version.TorchVersion(torch.__version__) < GRAPHS_SINCE:
+            return None, f"off (before torch {GRAPHS_SINCE} a capture that fails spoils what comes after it)"
         if not on_device:
             return None, f"off (--opt {self.config.opt} takes its learning rate from the host)"
         parts = Parts(

@@ -152,6 +152,10 @@ def load_state(optimizer: "torch.optim.Optimizer", state: Mapping[str, Any], rat
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():  # fused kernels want the memory format of the weights
+        for name, value in values.items():
+            if hasattr(value, "stride") and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = parameter.detach().clone().to(value.dtype).copy_(value)
     rates.values = [float(group["lr"]) for group in groups]
 
 

@@ -47,21 +47,22 @@ class HostTimer(Timer):
 class Event(Protocol):
     """What of `torch.cuda.Event` is used; `elapsed_time` is in milliseconds."""
 
-    def record(self) -> None: ...
+    def record(self, stream: Any = None, /) -> None: ...
     def query(self) -> bool: ...
     def synchronize(self) -> None: ...
     def elapsed_time(self, end: Any, /) -> float: ...
 
 
 class DeviceTimer(Timer):
-    """For a device that works through a queue: an event before and one after each piece of work, in the current stream.
+    """For a device that works through a queue: an event before and one after each piece of work, in the device's current
+    stream.
 
     Events are read when they are over, without waiting for them, and used again: no more of them exist than the host is
     ahead by.
     """
 
-    def __init__(self, new_event: Callable[[], Event]) -> None:
-        self._new_event = new_event
+    def __init__(self, new_event: Callable[[], Event], record: Callable[[Event], None] = lambda event: event.record()) -> None:
+        self._new_event, self._record = new_event, record
         self._pending: deque[tuple[Event, Event]] = deque()
         self._spare: list[tuple[Event, Event]] = []
         self._seconds = 0.0
@@ -70,9 +71,9 @@ class DeviceTimer(Timer):
     def running(self) -> Iterator[None]:
         self._collect()
         start, end = self._spare.pop() if self._spare else (self._new_event(), self._new_event())
-        start.record()
+        self._record(start)
         yield
-        end.record()
+        self._record(end)
         self._pending.append((start, end))
 
     def read(self) -> float:
@@ -93,5 +94,9 @@ class DeviceTimer(Timer):
 def timer_of(device: torch.device) -> Timer:
     """The timer for work on `device`."""
     if device.type == "cuda":
-        return DeviceTimer(lambda: cast(Event, torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
+        return DeviceTimer(
+            lambda: cast(Event, torch.cuda.Event(enable_timing=True)),  # type: ignore[no-untyped-call]
+            # By itself an event is recorded on the current device, which may be another GPU.
+            lambda event: event.record(torch.cuda.current_stream(device)),
+        )
     return HostTimer()

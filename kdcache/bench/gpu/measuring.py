@@ -100,17 +100,18 @@ def waits(setting: Setting, work: Callable[[], object]) -> Counter[str]:
 @contextmanager
 def _reported(setting: Setting) -> Iterator[Counter[str]]:
     places: Counter[str] = Counter()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(action="ignore"):  # torch tells that this is a prototype, in words like those looked for below
         if setting.gpu:
             torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         try:
             yield places
         finally:
             if setting.gpu:
                 torch.cuda.set_sync_debug_mode("default")
     for each in seen:
-        if "synchroniz" in str(each.message):
+        if "called a synchronizing" in str(each.message):
             places[f"{Path(each.filename).name}:{each.lineno}"] += 1
 
 
