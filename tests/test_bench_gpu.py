@@ -19,6 +19,7 @@ from kdcache.bench.gpu import CHECKS, Check, Outcome, measuring, rendering, run_
 from kdcache.bench.gpu.measuring import Found, NotHereError, Setting
 from kdcache.bench.turns import Result
 from kdcache.errors import NotFoundError, UsageError
+from kdcache.students.records import record_graph
 from kdcache.system.progress import Silent
 from tests.stand_ins import launched
 
@@ -127,6 +128,13 @@ def test_tensors_of_other_bits_are_counted(tmp_path: Path) -> None:
         save_file({"w": torch.tensor([value]), "same": torch.zeros(2)}, folder / "last.safetensors")
     assert runs.different_tensors(folders[:1], folders[1:2]) == 0
     assert runs.different_tensors(folders[:2], folders[1:]) == 1
+
+
+def test_whether_a_run_was_replayed_is_read_from_its_record(tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_text("student: test_vit\n")
+    assert runs.graph_state(tmp_path) == "not recorded"
+    record_graph(tmp_path, "on")
+    assert runs.graph_state(tmp_path) == "on"
 
 
 def on_a_mocked_gpu(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[Setting, list[str]]:

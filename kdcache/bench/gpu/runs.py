@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from kdcache.bench.gpu.measuring import Found, NotHereError, Setting, random_archive
@@ -21,7 +22,7 @@ from kdcache.training.config import StudentRuntime, StudentTraining
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace
 
-__all__ = ["different_tensors", "graph", "packed", "processes"]
+__all__ = ["different_tensors", "graph", "graph_state", "packed", "processes"]
 
 TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 40.0)
 PACKED = 0.3  # of the time of nine runs
@@ -86,17 +87,22 @@ def packed(setting: Setting) -> Found:
 
 def graph(setting: Setting) -> Found:
     """Students whose steps are replayed as CUDA graphs against the same ones without: bits, and time of an epoch."""
-    if "graph" not in StudentRuntime.declared():
-        raise NotHereError("this version has no --graph")
     if not setting.gpu:
         raise NotHereError("CUDA graphs need a GPU")
     replayed, graphed = _an_epoch(setting, "graph", TAUS[:2], graph=True)
     plain, eager = _an_epoch(setting, "eager", TAUS[:2], graph=False)
+    states = [graph_state(folder) for folder in graphed]
     results = [
+        Result("graph, two students", "not replayed", "-", sum(state != "on" for state in states), 0),
         Result("graph, two students", "tensors of other bits", "eager", different_tensors(graphed, eager), 0),
         Result("graph, an epoch", "replayed", "eager", replayed / plain, 1.0),
     ]
-    return Found(results, {"speedup": round(plain / replayed, 2)})
+    return Found(results, {"states": states, "speedup": round(plain / replayed, 2)})
+
+
+def graph_state(run: Path) -> str:
+    """What a run that was not resumed has recorded of its graph: "on", or "off" with the reason."""
+    return str(yaml.safe_load((run / "args.yaml").read_text()).get("graph", "not recorded"))
 
 
 def different_tensors(runs: Sequence[Path], others: Sequence[Path]) -> int:
