@@ -43,8 +43,22 @@ def positions_at_once(size: int, canvas_size: int, free: int) -> int:
 
 
 def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -> float:
-    """Seconds for a view when as many as usual are rendered at once, from a canvas on the GPU."""
+    """Seconds for a view when as many as usual are rendered at once, from a canvas on the GPU; fewer where memory is too little.
+
+    Raises torch.OutOfMemoryError if it does not suffice for one.
+    """
     count = positions_at_once(policy.size, canvas_size, free_memory(device))
+    while True:
+        try:
+            return _seconds_of(count, policy, canvas_size, device) / count
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+        count //= 2
+        torch.cuda.empty_cache()
+
+
+def _seconds_of(count: int, policy: ViewPolicy, canvas_size: int, device: torch.device) -> float:
     table = policy.parameters(0, count, np.ones((count, 2), int))
     pixels = torch.zeros(1, 3, canvas_size, canvas_size, dtype=torch.uint8, device=device).expand(count, -1, -1, -1)
     seconds = []
@@ -54,7 +68,7 @@ def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -
         digest_sums(render_positions(pixels, table, np.arange(count), "device", device))
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return min(seconds) / count
+    return min(seconds)
 
 
 def rendering_memory(samples: int, canvas_size: int, size: int, device: torch.device) -> int:

@@ -310,6 +310,44 @@ def test_a_gpus_views_are_drawn_by_workers_where_these_are_faster(
     assert all("4 processes on the CPU, 2 a second" in text and "--renderer device" in text for text in said)
 
 
+def test_a_gpu_without_memory_for_the_trial_draws_nevertheless_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, full = prefetch.render_positions, True
+
+    def scarce(pixels: Any, table: Any, positions: Any, renderer: Any, on: Any) -> Tensor:
+        if full and on.type == "cuda" and renderer == "device":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pixels, table, positions, renderer, "cpu")
+
+    cuda = torch.device("cuda")
+    prefetch._fastest.cache_clear()
+    monkeypatch.setattr(prefetch, "render_positions", scarce)
+    monkeypatch.setattr(prefetch, "seconds_on_gpu", lambda *_: 1e9)
+    assert prefetch.choose_renderer("auto", ALL_PIECES, 40, 8, cuda) == "device"  # a warning would fail this test
+    assert prefetch._drawn_on(cuda, "auto", ALL_PIECES, 40, 4, Silent()) == cuda
+    full = False
+    assert prefetch._drawn_on(cuda, "auto", ALL_PIECES, 40, 4, Silent()) == CPU, "now it is known to be slow"
+    prefetch._fastest.cache_clear()
+
+
+def test_a_gpu_is_timed_with_as_many_views_as_fit(idle_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    real = chunks.render_positions
+
+    def scarce(pixels: Tensor, table: Any, positions: Any, *more: Any) -> Tensor:
+        tried.append(len(positions))
+        if len(positions) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pixels, table, positions, *more)
+
+    monkeypatch.setattr(chunks, "render_positions", scarce)
+    most = 1100
+    assert 0 < chunks.seconds_on_gpu(ALL_PIECES, 40, idle_gpu) < 10
+    assert tried == [4096, 2048, 1024, 1024, 1024]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        chunks.seconds_on_gpu(ALL_PIECES, 40, idle_gpu)
+
+
 def test_views_of_a_cpu_are_drawn_there() -> None:
     for device in ("cpu", "mps", "meta"):
         assert prefetch._drawn_on(torch.device(device), "auto", ALL_PIECES, 40, 4, Silent()) == CPU
