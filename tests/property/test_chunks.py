@@ -212,6 +212,29 @@ def test_a_chunk_that_memory_does_not_suffice_for_is_halved(canvas: Canvas, monk
         list(chunked(canvas, [(0, np.arange(8))]))
 
 
+@pytest.mark.usefixtures("gpu_branches", "idle_gpu")
+@pytest.mark.parametrize("resident", [True, False])
+def test_chunks_are_halved_where_whoever_uses_the_views_lacks_memory(
+    canvas: Canvas, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_RESIDENT", 0.5 if resident else 0.0)
+    of_size(monkeypatch, 8)
+    real, tried, kept = chunks.render, [], Resident()
+    kept.halve()
+    assert kept.limit is None, "nothing is rendered yet"
+    monkeypatch.setattr(chunks, "render", lambda images, rows: (tried.append(len(images)), real(images, rows))[1])
+    items = [(0, np.arange(start, start + 2)) for start in range(0, 22, 2)]
+    expected = render_batches(canvas, ALL_PIECES, items, renderer="reference")
+    found = chunked(canvas, items, resident=kept)
+    first = next(found)
+    kept.halve()
+    assert_same_batches(itertools.chain([first], found), expected)
+    assert tried == [8, 4, 4, 4, 2]
+    for _ in range(4):
+        kept.halve()
+    assert kept.limit == 1
+
+
 @pytest.mark.usefixtures("idle_gpu")
 def test_all_epochs_share_one_stream(canvas: Canvas) -> None:
     resident = Resident()
