@@ -125,9 +125,14 @@ class InstanceSmoothing(Control):
 
     def __call__(self, targets: Targets, rng_key: Tensor) -> Targets:
         log_p = torch.log_softmax(targets.logits.double() / targets.tau, dim=1)
-        # log C - H directly, since the difference of two nearly equal numbers would lose it at large tau.
-        deficit = (log_p.exp() * (log_p + math.log(log_p.shape[1]))).sum(dim=1)
-        return _smoothed(targets, _log_odds(deficit, log_p.shape[1]))
+        p, classes = log_p.exp(), log_p.shape[1]
+        # H and log C - H, each directly: the difference of two nearly equal numbers would lose the former of confident rows,
+        # whose top class has a log p that rounds to 0 besides, and the latter at large tau.
+        deficit = (p * (log_p + math.log(classes))).sum(dim=1)
+        others = p.scatter(1, log_p.argmax(dim=1, keepdim=True), 0.0)
+        share = others.sum(dim=1)
+        entropy = -(others * log_p).sum(dim=1) - (1 - share) * torch.log1p(-share)
+        return _smoothed(targets, _log_odds(deficit, entropy, classes))
 
 
 @CONTROLS.register("ls-global")
@@ -257,20 +262,26 @@ def match_entropy(deficit: Tensor, classes: int) -> Tensor:
     The smoothed vector has 1 - alpha + alpha/C at the top and alpha/C elsewhere, and its deficit is
     D(d) = (1 + d(C-1))/C log(1 + d(C-1)) + (C-1)/C (1-d) log(1-d), strictly increasing from 0 to log C on [0, 1].
     """
-    return torch.sigmoid(_log_odds(deficit, classes))
+    return torch.sigmoid(_log_odds(deficit, _left(deficit, classes), classes))
 
 
-def _log_odds(deficit: Tensor, classes: int) -> Tensor:
+def _left(deficit: Tensor, classes: int) -> Tensor:
+    """The entropy log C - `deficit`, as far as float64 has it: at least half of what rounding moves log C by."""
+    return (math.log(classes) - deficit.double()).clamp(min=math.log(classes) * 2.0**-54)
+
+
+def _log_odds(deficit: Tensor, entropy: Tensor, classes: int) -> Tensor:
     """log(d / (1 - d)) of `match_entropy`: float64 `[B]`, -inf where `deficit` is not positive.
 
-    It is a smooth function of log(D / (log C - D)), and interpolated in a table of it: a handful of kernels on a GPU, which no
-    value makes the host wait for. Neither end loses accuracy: not a tiny d, as at large tau, nor a tiny 1 - d.
+    It is a smooth function of log(D / H), and interpolated in a table of it: a handful of kernels on a GPU, which no value makes
+    the host wait for. Neither end loses accuracy: not a tiny d, as at large tau, nor a tiny 1 - d, if `entropy` has all its
+    digits.
     """
     if classes < 2:
         return torch.full_like(deficit, -math.inf, dtype=torch.float64)
     knots, cubics = _inverse_on(deficit.device, classes)
-    deficit = deficit.double().clamp(max=math.log(classes))
-    x = (deficit / (math.log(classes) - deficit)).log().clamp(*_ends(classes))
+    deficit = deficit.double()
+    x = (deficit / entropy).log().clamp(*_ends(classes))
     start, c0, c1, c2, c3 = cubics.index_select(0, torch.searchsorted(knots, x, right=True)).unbind(1)
     x = x - start
     odds = torch.addcmul(c0, x, torch.addcmul(c1, x, torch.addcmul(c2, x, c3)))
@@ -280,7 +291,8 @@ def _log_odds(deficit: Tensor, classes: int) -> Tensor:
 @lru_cache(maxsize=256)
 def _one_log_odds(deficit: float, classes: int) -> float:
     """`_log_odds` of a single deficit, solved once."""
-    return float(_log_odds(torch.tensor([deficit], dtype=torch.float64), classes))
+    only = torch.tensor([deficit], dtype=torch.float64)
+    return float(_log_odds(only, _left(only, classes), classes))
 
 
 @lru_cache(maxsize=16)
@@ -300,7 +312,8 @@ def _inverse(classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Knots x `[n]` of log(D / (log C - D)), and `[n - 1, 5]` for each interval: its first knot, and the cubic from there whose
     values and slopes at both ends are those of log(d / (1 - d)).
     """
-    odds = np.linspace(-60.0, 30 * math.log(10), 1 << 15)  # beyond, d or 1 - d is nothing beside what float32 logits hold
+    # Below, d is nothing beside what float32 logits hold; above, 1 - d is next to what float64 holds, and has few bends.
+    odds = np.concatenate([np.linspace(-60.0, 30 * math.log(10), 1 << 15), np.linspace(30 * math.log(10), 650.0, 1 << 13)[1:]])
     d, rest, log_alpha = 1 / (1 + np.exp(-odds)), classes - 1, -np.logaddexp(0, odds)
     alpha = np.exp(log_alpha)
     small = d < 0.03

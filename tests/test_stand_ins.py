@@ -66,3 +66,10 @@ def test_a_cpu_gets_the_memory_itself() -> None:
     assert moved.data_ptr() == values.ctypes.data
     assert moved[0] == 7
     assert to_device(values, STAND_IN).device == STAND_IN
+
+
+def test_a_copy_to_the_host_is_waited_for() -> None:
+    """Whoever has it may read it at once."""
+    with stand_in_gpu() as gpu:
+        found = launched(lambda: to_device(torch.ones(3, device=gpu), torch.device("cpu")))
+    assert found.waits == {"a copy to the host": 1}

@@ -43,8 +43,22 @@ def positions_at_once(size: int, canvas_size: int, free: int) -> int:
 
 
 def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -> float:
-    """Seconds for a view when as many as usual are rendered at once, from a canvas on the GPU."""
+    """Seconds for a view when as many as usual are rendered at once, from a canvas on the GPU; fewer where memory is too little.
+
+    Raises torch.OutOfMemoryError if it does not suffice for one.
+    """
     count = positions_at_once(policy.size, canvas_size, free_memory(device))
+    while True:
+        try:
+            return _seconds_of(count, policy, canvas_size, device) / count
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+        count //= 2
+        torch.cuda.empty_cache()
+
+
+def _seconds_of(count: int, policy: ViewPolicy, canvas_size: int, device: torch.device) -> float:
     table = policy.parameters(0, count, np.ones((count, 2), int))
     pixels = torch.zeros(1, 3, canvas_size, canvas_size, dtype=torch.uint8, device=device).expand(count, -1, -1, -1)
     seconds = []
@@ -54,7 +68,7 @@ def seconds_on_gpu(policy: ViewPolicy, canvas_size: int, device: torch.device) -
         digest_sums(render_positions(pixels, table, np.arange(count), "device", device))
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return min(seconds) / count
+    return min(seconds)
 
 
 def rendering_memory(samples: int, canvas_size: int, size: int, device: torch.device) -> int:
@@ -78,6 +92,16 @@ class Resident:
         self._canvas: Canvas | None = None
         self._pixels: Tensor | None = None
         self.limit: int | None = None  # positions, where more were too many
+        self._at_once = 0
+
+    def began(self, positions: int) -> None:
+        """So many are rendered at once now."""
+        self._at_once = positions
+
+    def halve(self) -> None:
+        """Render half as many at once from now on, also in rendering that has begun: whoever uses the views lacks memory."""
+        if self._at_once:
+            self.limit = self._at_once = max(1, self._at_once // 2)
 
     def pixels(self, canvas: Canvas, device: torch.device) -> Tensor | None:
         """The pixels on `device`, or None where they have no room there."""
@@ -204,8 +228,7 @@ class _Rendering:
         self._tables, self._device, self._probe_version, self._grid = DrawTables(policy, canvas), device, probe_version, grid
         self._resident, self._pixels = resident, resident.pixels(canvas, device)
         self._reader = None if self._pixels is not None else _Reader(canvas.pixels, device, stack)
-        limit = positions_at_once(policy.size, canvas.size, free_memory(device))
-        self._chunks = _Chunks(items, min(limit, resident.limit or limit))
+        self._chunks = _Chunks(items, positions_at_once(policy.size, canvas.size, free_memory(device)))
         self._planned: _Plan | None = None  # whose pixels are read while the last chunk is rendered and used
         self._stream = side_stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -214,6 +237,9 @@ class _Rendering:
         """The next chunk, whose rendering has begun; None at the end."""
         while plan := self._planned or self._plan():
             self._planned = None
+            if len(plan.positions) > self._limit() and len(plan.items) > 1:  # planned before that was too much
+                self._chunks.give_back(plan.items)
+                continue
             try:
                 chunk = self._begun(plan)
             except torch.OutOfMemoryError:
@@ -222,6 +248,7 @@ class _Rendering:
                 self._chunks.give_back(plan.items)
                 self._chunks.limit = self._resident.limit = len(plan.positions) // 2
             else:
+                self._resident.began(len(plan.positions))
                 if self._reader is not None:
                     self._planned = self._plan()
                 return chunk
@@ -229,7 +256,12 @@ class _Rendering:
             torch.cuda.empty_cache()
         return None
 
+    def _limit(self) -> int:
+        self._chunks.limit = min(self._chunks.limit, self._resident.limit or self._chunks.limit)
+        return self._chunks.limit
+
     def _plan(self) -> _Plan | None:
+        self._limit()
         items = self._chunks.take()
         if not items:
             return None

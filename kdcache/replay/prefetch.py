@@ -120,7 +120,8 @@ def choose_renderer(
     """The renderer to use: `auto` is the faster of the two on this machine, for batches of this size.
 
     Worker processes have one thread each. Both renderers should give the same bytes, which is checked here on a few views.
-    If they do not (on an unusual processor), or if the device renderer fails, `auto` is the reference, with a warning.
+    If they do not (on an unusual processor), or if the device renderer fails, `auto` is the reference, with a warning. A GPU
+    without memory for the trial is tried again at the next choice, and `auto` is the device renderer until then.
     Raises UsageError for an unknown name, and for `device` if it cannot shrink the canvas that much.
     """
     if wanted not in get_args(RendererChoice):
@@ -139,6 +140,9 @@ def choose_renderer(
     try:
         torch.set_num_threads(1 if workers else threads)
         return _fastest(policy, canvas_size, min(batch_size, _tried(policy)), device, torch.get_num_threads()).renderer
+    except torch.OutOfMemoryError:  # the device renderer draws fewer views at once where memory is too little
+        torch.cuda.empty_cache()
+        return "device"
     finally:
         torch.set_num_threads(threads)
 
@@ -161,7 +165,11 @@ _SAID: set[tuple[str, int]] = set()  # policies and numbers of workers
 
 
 def _workers_are_faster(policy: ViewPolicy, canvas_size: int, device: torch.device, workers: int, progress: Progress) -> bool:
-    gpu = _fastest(policy, canvas_size, _tried(policy), device, torch.get_num_threads())
+    try:
+        gpu = _fastest(policy, canvas_size, _tried(policy), device, torch.get_num_threads())
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False  # not known
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -206,7 +214,9 @@ def _fastest(policy: ViewPolicy, canvas_size: int, batch_size: int, device: torc
     try:
         device_seconds, views = draw("device")
         wrong = "" if torch.equal(expected, views) else "differs from the reference"
-    except (RuntimeError, AttributeError) as error:  # out of memory, or an operation that this torch lacks
+    except torch.OutOfMemoryError:  # which says nothing of the renderer; what is raised is not cached
+        raise
+    except (RuntimeError, AttributeError) as error:  # such as an operation that this torch lacks
         wrong = f"fails ({error})"
     if wrong:
         text = f"the device renderer {wrong} on this {device.type}; the reference is used. Please report this."

@@ -11,12 +11,13 @@ __all__ = ["Landing", "to_device", "to_host"]
 def to_device(values: NDArray | Tensor, device: torch.device) -> Tensor:
     """`values` on `device`. They go to a GPU by way of pinned memory, as only from there a copy runs beside the host.
 
-    Values that are on a device already are copied as they are. A CPU gets the very same memory.
+    Values that are on a device already are copied as they are. A CPU gets the very same memory; of a GPU's values, a copy that
+    is waited for.
     """
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "cpu")  # a copy in host memory is read without a further wait
 
 
 def to_host(values: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.archive import ArchiveWriter
 from kdcache.datasets.canvas import Canvas
-from kdcache.replay.prefetch import Rendered, render_batches
+from kdcache.replay.prefetch import Rendered, Resident, render_batches
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.transfer import Landing
@@ -48,11 +49,11 @@ def write_shards(
     mine = set(itertools.islice(writer.shards(), number, None, parts))
     progress = progress or Silent()
     told = _Told(writer, mine, progress)
-    with enough_memory(
-        f"no memory for batches of {batch_size} views on {forward.device}",
-        fix="end what else uses that memory, and repeat the command: written shards are kept. The archive's batch size is fixed: "
-        f"smaller batches make another archive, -b {max(1, batch_size // 2)}",
-    ):
+    resident = Resident()
+    fix = "end what else uses that memory, and repeat the command: written shards are kept"
+    if batch_size > 1:
+        fix += f". The archive's batch size is fixed: -b {batch_size // 2} makes another one (with --output, name another folder)"
+    with enough_memory(f"no memory for batches of {batch_size} views on {forward.device}", fix=fix):
         while missing := mine.intersection(writer.missing()):  # repeat for shards that another process left unwritten
             order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
             with stopped_between_steps() as check, contextlib.ExitStack() as claims, _Writing(writer, told) as writing:
@@ -67,9 +68,10 @@ def write_shards(
                     device=forward.device,
                     probe_version=writer.plan.probe_version,
                     grid=True,
+                    resident=resident,
                     progress=progress,
                 )
-                for batch in _answered(rendered, forward, check):
+                for batch in _answered(rendered, forward, resident, check):
                     view, block, claim = claimed.shards[0]
                     size = len(writer.positions(block))
                     rows.add(batch, size)
@@ -86,21 +88,32 @@ def write_shards(
 Columns = tuple[NDArray, ...]
 
 
-def _answered(rendered: Iterable[Rendered], forward: Forward, check: Callable[[], None]) -> Iterator[Columns]:
+def _answered(rendered: Iterable[Rendered], forward: Forward, resident: Resident, check: Callable[[], None]) -> Iterator[Columns]:
     """The columns of each batch, while the device computes the next one. What it has begun when it is stopped is given too."""
     begun: _Begun | None = None
     try:
         for item in rendered:
             check()
-            before, begun = begun, _Begun(item, forward)
+            before, begun = begun, _begin(item, forward, resident)
             if before is not None:
                 yield before.columns()
+            before = None  # with it goes the last use of the chunk before this one, which the next needs room of
     except Stopped:
         if begun is not None:
             yield begun.columns()
         raise
     if begun is not None:
         yield begun.columns()
+
+
+def _begin(item: Rendered, forward: Forward, resident: Resident) -> "_Begun":
+    """The batch, begun. Where memory does not suffice, fewer views are rendered ahead from now on, and it is begun once more."""
+    try:
+        return _Begun(item, forward)
+    except torch.OutOfMemoryError:
+        resident.halve()
+    torch.cuda.empty_cache()  # here, where nothing holds what failed any more
+    return _Begun(item, forward)
 
 
 class _Begun:

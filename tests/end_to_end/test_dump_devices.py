@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -173,11 +174,57 @@ def test_a_batch_that_finds_no_memory_ends_with_75_and_keeps_what_was_written(
     assert error == "error: no memory for batches of 64 views on cpu"
     assert why.startswith("why: CUDA out of memory. Tried to allocate 20.00 GiB.")
     assert "repeat the command" in fix
-    assert "-b 32" in fix
+    assert "-b 32 makes another one (with --output, name another folder)" in fix
     monkeypatch.undo()
     assert (few_archive / ".dump/shards/3-0.json").is_file()
     assert kdcache(*command, "--views", 5).status == 0
     assert open_archive(few_archive).num_views == 5
+
+
+def test_with_batches_of_one_view_there_is_nothing_smaller_to_advise(kdcache, command, monkeypatch, tmp_path):
+    def full(self, views):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Forward, "launch", full)
+    failed = kdcache(*command, "--views", 1, "-b", 1, "-o", tmp_path / "a")
+    assert failed.status == 75
+    assert "repeat the command" in failed.err
+    assert "-b 1" not in failed.err
+
+
+def test_a_batch_without_memory_is_begun_once_more_beside_fewer_rendered_views(tmp_path, canvas, monkeypatch):
+    class Scarce(Bright):
+        def launch(self, views):
+            logits = super().launch(views)
+            if len(self.log) in {2, 9}:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return logits
+
+    halved = []
+    monkeypatch.setattr(shards.Resident, "halve", lambda self: halved.append(self))
+    for name, forward in (("usual", Bright()), ("scarce", Scarce())):
+        writer = begun(tmp_path / name, canvas)
+        write_shards(writer, forward, canvas, batch_size=2)
+        writer.finalize()
+    assert data_files(tmp_path / "scarce") == data_files(tmp_path / "usual")
+    assert len(halved) == 2
+    assert halved[0] is halved[1]
+
+
+def test_a_batch_that_is_written_is_let_go_before_the_next_is_rendered(canvas):
+    draws, alive = ViewPolicy.load("none", size=20).parameters(0, 8, squares(8)), []
+
+    def rendered():
+        for _ in range(5):
+            images = torch.zeros(8, 3, 20, 20, dtype=torch.uint8)
+            alive.append(weakref.ref(images))
+            item = Rendered(images, np.zeros(8, np.uint32), draws, None, np.arange(8), np.zeros((8, 16), np.uint8))
+            del images
+            yield item
+            del item
+            assert [number for number, each in enumerate(alive) if each() is not None] == [len(alive) - 1]
+
+    assert len(list(shards._answered(rendered(), Bright(), shards.Resident(), lambda: None))) == 5
 
 
 # ---------------------------------------------------------------- machines of several kinds
@@ -305,7 +352,7 @@ def test_on_a_gpu_nothing_is_waited_for_until_results_are_looked_at(canvas, prec
     images = torch.from_numpy(canvas.pixels[:8].copy()).to(gpu)
     forward(images)
     draws = ViewPolicy.load("none", size=20).parameters(0, 8, squares(8))
-    item = Rendered(images, np.zeros(8, np.uint32), draws, None, np.arange(8))
+    item = Rendered(images, np.zeros(8, np.uint32), draws, None, np.arange(8), grids(images))
     try:
         torch.cuda.set_sync_debug_mode("error")
         begun = shards._Begun(item, forward)
@@ -316,14 +363,11 @@ def test_on_a_gpu_nothing_is_waited_for_until_results_are_looked_at(canvas, prec
     np.testing.assert_array_equal(grid, grids(images))
 
 
-@pytest.mark.parametrize("share", [pytest.param(1e-4, marks=GPU)])
-def test_a_full_gpu_ends_a_dump_with_75(kdcache, command, tmp_path, share):
-    torch.cuda.empty_cache()
-    try:
-        torch.cuda.set_per_process_memory_fraction(share)
-        failed = kdcache(*command, "--views", 1, "--device", "cuda", "-b", 160, "-o", tmp_path / "a")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+@pytest.mark.parametrize("much", [pytest.param(1 << 50, marks=GPU)])
+def test_a_full_gpu_ends_a_dump_with_75(kdcache, command, tmp_path, monkeypatch, much):
+    monkeypatch.setattr(Forward, "launch", lambda self, views: torch.empty(much, dtype=torch.uint8, device=self.device))
+    failed = kdcache(*command, "--views", 1, "--device", "cuda", "-b", 160, "-o", tmp_path / "a")
+    monkeypatch.undo()
     assert failed.status == 75, failed.err
     assert [line.split(":")[0] for line in failed.err.splitlines()[-3:]] == ["error", "why", "fix"]
     assert kdcache(*command, "--views", 1, "--device", "cuda", "-b", 160, "-o", tmp_path / "a").status == 0

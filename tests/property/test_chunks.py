@@ -212,6 +212,29 @@ def test_a_chunk_that_memory_does_not_suffice_for_is_halved(canvas: Canvas, monk
         list(chunked(canvas, [(0, np.arange(8))]))
 
 
+@pytest.mark.usefixtures("gpu_branches", "idle_gpu")
+@pytest.mark.parametrize("resident", [True, False])
+def test_chunks_are_halved_where_whoever_uses_the_views_lacks_memory(
+    canvas: Canvas, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_RESIDENT", 0.5 if resident else 0.0)
+    of_size(monkeypatch, 8)
+    real, tried, kept = chunks.render, [], Resident()
+    kept.halve()
+    assert kept.limit is None, "nothing is rendered yet"
+    monkeypatch.setattr(chunks, "render", lambda images, rows: (tried.append(len(images)), real(images, rows))[1])
+    items = [(0, np.arange(start, start + 2)) for start in range(0, 22, 2)]
+    expected = render_batches(canvas, ALL_PIECES, items, renderer="reference")
+    found = chunked(canvas, items, resident=kept)
+    first = next(found)
+    kept.halve()
+    assert_same_batches(itertools.chain([first], found), expected)
+    assert tried == [8, 4, 4, 4, 2]
+    for _ in range(4):
+        kept.halve()
+    assert kept.limit == 1
+
+
 @pytest.mark.usefixtures("idle_gpu")
 def test_all_epochs_share_one_stream(canvas: Canvas) -> None:
     resident = Resident()
@@ -308,6 +331,44 @@ def test_a_gpus_views_are_drawn_by_workers_where_these_are_faster(
         assert where.type == expected
     assert len(said) == (expected == "cpu"), "said once"
     assert all("4 processes on the CPU, 2 a second" in text and "--renderer device" in text for text in said)
+
+
+def test_a_gpu_without_memory_for_the_trial_draws_nevertheless_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, full = prefetch.render_positions, True
+
+    def scarce(pixels: Any, table: Any, positions: Any, renderer: Any, on: Any) -> Tensor:
+        if full and on.type == "cuda" and renderer == "device":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pixels, table, positions, renderer, "cpu")
+
+    cuda = torch.device("cuda")
+    prefetch._fastest.cache_clear()
+    monkeypatch.setattr(prefetch, "render_positions", scarce)
+    monkeypatch.setattr(prefetch, "seconds_on_gpu", lambda *_: 1e9)
+    assert prefetch.choose_renderer("auto", ALL_PIECES, 40, 8, cuda) == "device"  # a warning would fail this test
+    assert prefetch._drawn_on(cuda, "auto", ALL_PIECES, 40, 4, Silent()) == cuda
+    full = False
+    assert prefetch._drawn_on(cuda, "auto", ALL_PIECES, 40, 4, Silent()) == CPU, "now it is known to be slow"
+    prefetch._fastest.cache_clear()
+
+
+def test_a_gpu_is_timed_with_as_many_views_as_fit(idle_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    real = chunks.render_positions
+
+    def scarce(pixels: Tensor, table: Any, positions: Any, *more: Any) -> Tensor:
+        tried.append(len(positions))
+        if len(positions) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pixels, table, positions, *more)
+
+    monkeypatch.setattr(chunks, "render_positions", scarce)
+    most = 1100
+    assert 0 < chunks.seconds_on_gpu(ALL_PIECES, 40, idle_gpu) < 10
+    assert tried == [4096, 2048, 1024, 1024, 1024]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        chunks.seconds_on_gpu(ALL_PIECES, 40, idle_gpu)
 
 
 def test_views_of_a_cpu_are_drawn_there() -> None:

@@ -174,6 +174,38 @@ def test_smoothed_targets_have_the_entropy_they_are_matched_to_within_a_nanonat(
     np.testing.assert_allclose(entropy(whole, tau), statistics.entropy(sorted_mean), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 37, 1000, 21841])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0, 40.0])
+def test_ls_instance_of_a_smoothed_label_is_that_label(classes: int, tau: float) -> None:
+    """However confident: float64 has no log C - H of a row whose top logit is 37 tau, but it has H."""
+    tops = torch.cat([torch.linspace(1, 64, 64), torch.tensor([128.0, 240.0])]).double()
+    logits = torch.zeros(len(tops), classes, dtype=torch.float64)
+    logits[:, 1] = tops
+    smoothed = control("ls-instance")(Targets(logits, tau), keys(len(tops))).logits
+    np.testing.assert_allclose(smoothed, logits, rtol=0, atol=4e-6)  # at large tau the softmax itself is rounded
+    confident = tops >= 20 * tau
+    np.testing.assert_allclose(smoothed[confident], logits[confident], rtol=0, atol=1e-9)
+    in_float32 = control("ls-instance")(Targets(logits.float(), tau), keys(len(tops))).logits
+    np.testing.assert_allclose(in_float32, logits, rtol=2e-6, atol=0)
+
+
+def test_ls_instance_of_ever_more_confident_rows_has_no_leap() -> None:
+    tops = torch.linspace(0, 1000, 2001).double()
+    for tau, ragged in ((0.5, 0.0), (1.0, 2.0), (7.0, 5.0)):
+        logits = torch.cat([tops[:, None] + 6, torch.linspace(-ragged, ragged, 9).expand(len(tops), 9)], dim=1)
+        found = control("ls-instance")(Targets(logits, tau), keys(len(tops))).logits[:, 0]
+        assert (found.diff() >= 0).all()
+        assert float(found.diff().max()) < 0.6
+
+
+def test_ls_global_of_an_archive_of_certain_teachers_is_as_strong_as_float64_can_tell() -> None:
+    certain = np.zeros((4, 10), np.float32)
+    certain[:, 3] = 60
+    for average in AVERAGES[:2]:
+        fitted = control("ls-global", average=average).fit([certain], 1.0)
+        assert 36 < float(fitted(Targets(torch.from_numpy(certain), 1.0), keys(4)).logits[0, 3]) < 45
+
+
 def test_ls_instance_of_extreme_rows_is_finite() -> None:
     logits = torch.tensor([[0.0, 0, 0, 0], [120.0, 0, 0, 0], [-60.0, 60, 60, 60], [63.9, -63.9, -63.9, -63.9]])
     for tau in (1.0, 4.0, 40.0):
