@@ -37,7 +37,7 @@ from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, dou
 from kdcache.training.checkpoint import copied
 from kdcache.training.devices import enough_memory, resolve_device, seeded
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import in_halves_if_needed, suspended_at_errors
+from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
 from kdcache.training.tested import doubts
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, read_record, versions
@@ -79,11 +79,7 @@ def train_teachers(
         team.wait()
         missing = [epochs for epochs in plan.durations if not (plan.folder(epochs) / "teacher.json").is_file()]
         if missing := team.shared(missing)[0]:
-            size = plan.training.batch_size
-            with enough_memory(
-                f"teacher {config.subject.teacher} does not fit into the memory of {device}, with batches of {size}",
-                fix=f"end what else uses it, or train it on smaller batches: --batch-size {max(2, team.size, size // 2)}",
-            ):
+            with enough_memory(*job.too_large(team)):
                 job.train(missing)
         team.wait()
         teachers = [teacher_at(plan.folder(epochs)) for epochs in plan.durations]
@@ -100,6 +96,14 @@ class _Job:
         self._described = False
         runtime = plan.config.runtime
         self._ahead: Any = {"workers": runtime.workers, "renderer": runtime.renderer}
+
+    def too_large(self, team: Team) -> tuple[str, str]:
+        """What happened if a teacher does not fit into memory, its batches divided among `team`, and how to mend it."""
+        size = self.plan.training.batch_size
+        return (
+            f"teacher {self.plan.config.subject.teacher} does not fit into the memory of {self.device}, with batches of {size}",
+            f"end what else uses it, or train it on {smaller_batches(size, team)}",
+        )
 
     def keep_what_is_there(self) -> None:
         """Make teachers of weights as they are, and of folders whose process ended before it could say that it was over."""
@@ -198,7 +202,16 @@ class _Job:
 
         if finetuned:
             with team.apart() if divided else contextlib.nullcontext():
-                in_halves_if_needed(finetuned, finetune_at_once, is_recorded, "teachers", together, self.progress)
+                unfit = in_halves_if_needed(
+                    finetuned,
+                    finetune_at_once,
+                    is_recorded,
+                    lambda epochs: self.too_large(together),
+                    "teachers",
+                    together,
+                    self.progress,
+                )
+                raise_unfit(unfit, len(finetuned), "teachers")
 
     def _finetune(self, durations: Sequence[int], head: Head | None, tests: Exam, team: Team) -> None:
         """Train teachers of these durations at once."""

@@ -16,6 +16,7 @@ __all__ = [
     "computes_in_bf16",
     "device_kind",
     "enough_memory",
+    "lack_of_memory",
     "metered",
     "out_of_memory",
     "resolve_device",
@@ -103,6 +104,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
+def lack_of_memory(error: BaseException) -> str:
+    """The allocator's words, for an error that is `out_of_memory`."""
+    # CUDA's text goes on with the allocator's counters and with settings of its own.
+    words = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+    return words[:400] or "the system gave no more memory"
+
+
 @contextmanager
 def enough_memory(what: str, fix: str) -> Iterator[None]:
     """Work inside that runs out of memory, of a device or the host, raises RetryError: `what`, the allocator's words, `fix`."""
@@ -111,9 +119,7 @@ def enough_memory(what: str, fix: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        # CUDA's text goes on with the allocator's counters and with settings of its own.
-        why = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
-        raise RetryError(what, why=why[:400] or "the system gave no more memory", fix=fix) from error
+        raise RetryError(what, why=lack_of_memory(error), fix=fix) from error
 
 
 def computes_in_bf16(device: torch.device) -> bool:

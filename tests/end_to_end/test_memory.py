@@ -77,8 +77,20 @@ def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few
     assert error.startswith("error: student test_vit kd tau 1")
     assert error.endswith("memory of cpu, with batches of 80")
     assert why == "why: CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert "--batch-size 40" in fix
+    assert "--batch-size 40;" in fix
     assert "--memory" in fix
+
+
+def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_home, few_archive, kdcache, exhausted):
+    """In its own group, and in those that come after it."""
+    exhausted(1, 2, 3)  # with all three of the first seed, with two of them, and with one
+    grid = ["distill", "--epochs", "1", *FEW, "--tau", "1,2,4", "--seed", "0,1", "--archive", few_archive, "--home", few_home]
+    done = kdcache(*grid)
+    assert done.status == 75, done.err
+    assert done.err.splitlines()[-3].startswith("error: student test_vit kd tau 1")
+    trained = [folder for folder in runs(few_home).values() if (folder / "summary.json").is_file()]
+    assert len(trained) == 5
+    assert kdcache(*grid).status == 0, "the locks were given back"
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, kdcache, exhausted):
