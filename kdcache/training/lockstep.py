@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -135,18 +135,17 @@ def suspended_at_errors(
     """Write a checkpoint of all learners, and give their folders back, where work inside is stopped or runs out of memory.
 
     A learner in the midst of a step keeps its last checkpoint, as all of a team do that has no memory. `charged` is given
-    those that still train, before that.
+    those that still train, before that. If some cannot be written, all others are, and the first one's error is raised.
     """
     try:
         yield
     except (Stopped, RuntimeError, MemoryError) as error:
-        if isinstance(error, Stopped) or (out_of_memory(error) and team.size == 1):
-            charged([learner for learner in learners() if learner.status == "training"])
+        whole = isinstance(error, Stopped) or (out_of_memory(error) and team.size == 1)
+        with ExitStack() as each:  # it calls all of them, the last one first, and raises the error of the first one that fails
             for learner in learners():
-                learner.suspend()
-        else:  # of a team, other processes are in the midst of a step
-            for learner in learners():
-                learner.abandon()
+                each.callback(learner.suspend if whole else learner.abandon)  # of a team, others are in the midst of a step
+            if whole:
+                charged([learner for learner in learners() if learner.status == "training"])
         raise
 
 
