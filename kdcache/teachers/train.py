@@ -35,7 +35,7 @@ from kdcache.teachers.planning import TeacherPlan
 from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
 from kdcache.training.checkpoint import copied
-from kdcache.training.devices import enough_memory, resolve_device, seeded
+from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
 from kdcache.training.tested import doubts
@@ -69,7 +69,10 @@ def train_teachers(
     process trains by itself whatever others there are.
     """
     device = resolve_device(config.runtime.device)
-    with joined(this_rank(), device) if team is None else contextlib.nullcontext(team) as team:
+    beforehand = enough_memory(  # what comes before training, or takes its place
+        f"no memory is left on {device} or its host for teacher {config.subject.teacher}", fix=memory_elsewhere(device)
+    )
+    with joined(this_rank(), device) if team is None else contextlib.nullcontext(team) as team, beforehand:
         progress = progress if progress is not None and team.first else Silent()
         with team.first_alone():  # it decodes the dataset, and fetches weights
             plan = TeacherPlan(config, workspace, progress, source, canvas)

@@ -17,6 +17,7 @@ __all__ = [
     "device_kind",
     "enough_memory",
     "lack_of_memory",
+    "memory_elsewhere",
     "metered",
     "out_of_memory",
     "resolve_device",
@@ -120,6 +121,12 @@ def enough_memory(what: str, fix: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise RetryError(what, why=lack_of_memory(error), fix=fix) from error
+
+
+def memory_elsewhere(device: torch.device) -> str:
+    """How to mend a lack of memory for work that any device can do."""
+    other = "" if device.type == "cpu" else ", or compute on the CPU: --device cpu"
+    return f"end what else uses that memory and repeat the command{other}"
 
 
 def computes_in_bf16(device: torch.device) -> bool:

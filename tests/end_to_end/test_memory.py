@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcache.models.creation import create_model
+from kdcache.teachers.forward import Forward
 from kdcache.training import learner
 from kdcache.training.clipping import Clipping
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_teachers import same_teacher
+from tests.weights import save_weights
 
 
 def runs(home):
@@ -123,3 +126,20 @@ def test_a_teacher_that_does_not_fit_can_be_trained_on_smaller_batches(few_train
     error, _, fix = done.err.splitlines()[-3:]
     assert error == "error: teacher test_vit does not fit into the memory of cpu, with batches of 80"
     assert "--batch-size 40" in fix
+
+
+def test_too_little_memory_for_weights_as_they_are_can_be_repeated(few_trained, kdcache, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Forward, "__call__", full)
+    model, _ = create_model("test_vit", 10, input_size=32)
+    save_weights(model, tmp_path / "ten.safetensors")
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    start = ["--checkpoint", tmp_path / "ten.safetensors", "--epochs", "0"]
+    done = kdcache("train-teacher", "--teacher", "test_vit", *place, *start, "--home", tmp_path / "home")
+    assert done.status == 75, done.err
+    error, why, fix = done.err.splitlines()[-3:]
+    assert error == "error: no memory is left on cpu or its host for teacher test_vit"
+    assert why == "why: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert fix == "fix: end what else uses that memory and repeat the command"
