@@ -140,10 +140,11 @@ def computes_in_bf16(device: torch.device) -> bool:
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
     """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them.
 
-    The joules of a GPU that other jobs of a study may share are unknown.
+    On a GPU that other jobs of a study may share, all is unknown: each job takes longer beside others, and the counters are
+    those of all.
     """
     if SHARED_GPU in os.environ:
-        return Meter(share=share)
+        return Meter(unknown=True)
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
     return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
 
