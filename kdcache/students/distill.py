@@ -134,8 +134,10 @@ def _distill(
                     return _too_large(spec, device, together)
 
                 unfit += in_halves_if_needed(group, trained, _is_trained, too_large, "students", together, progress)
-            raise_unfit(unfit, len(todo), "students")
-    team.wait()
+        team.wait()  # for a process that fails before, torchrun would end all others
+        if together is ALONE:
+            unfit = list(itertools.chain.from_iterable(team.shared(unfit)))
+        raise_unfit(unfit, fresh.count(True), "students")
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
 

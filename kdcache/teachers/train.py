@@ -5,6 +5,7 @@ them becomes is what it would have become alone.
 """
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas
-from kdcache.errors import IncompatibleError
+from kdcache.errors import IncompatibleError, RetryError
 from kdcache.models.creation import described, licence, load_weights, published, timm_config, weights_digest
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, public_name
@@ -203,6 +204,7 @@ class _Job:
         def is_recorded(epochs: int) -> bool:
             return (plan.folder(epochs) / "teacher.json").is_file()
 
+        unfit: list[RetryError] = []
         if finetuned:
             with team.apart() if divided else contextlib.nullcontext():
                 unfit = in_halves_if_needed(
@@ -214,7 +216,10 @@ class _Job:
                     together,
                     self.progress,
                 )
-                raise_unfit(unfit, len(finetuned), "teachers")
+        if divided:
+            team.wait()  # for a process that fails before, torchrun would end all others
+            unfit = list(itertools.chain.from_iterable(team.shared(unfit)))
+        raise_unfit(unfit, len(durations), "teachers")
 
     def _finetune(self, durations: Sequence[int], head: Head | None, tests: Exam, team: Team) -> None:
         """Train teachers of these durations at once."""

@@ -88,7 +88,7 @@ def _own_gpu(rank: Rank, visible: int) -> str:
     if rank.local is not None:
         raise UsageError(
             f"process {rank.local} of this machine (LOCAL_RANK), and {visible} visible GPUs",
-            why="each process needs a GPU of its own",
+            why="each process gets a GPU of its own: two on one would both reckon with its whole memory and energy",
             fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
         )
     raise UsageError(
