@@ -225,6 +225,18 @@ def test_the_gpu_of_a_device_is_found_by_its_uuid(monkeypatch: pytest.MonkeyPatc
         assert meter.lap().gpu_joules is None
 
 
+def test_the_costs_of_jobs_that_may_share_a_gpu_are_unknown(zones: Zones, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others each takes longer, and counters count all of them."""
+    monkeypatch.setattr(Meter.__init__, "__kwdefaults__", (Meter.__init__.__kwdefaults__ or {}) | {"powercap": zones.folder})
+    with metered(torch.device("cpu")) as meter:
+        zones.set("intel-rapl:0", 6_000_000)
+        assert meter.lap().cpu_joules == 1.0
+    monkeypatch.setenv("KDCACHE_SHARED_GPU", "1")
+    with metered(torch.device("cpu")) as meter:
+        zones.set("intel-rapl:0", 7_000_000)
+        assert meter.lap() == UNKNOWN
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_gpu_uses_energy() -> None:

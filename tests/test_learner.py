@@ -1,5 +1,6 @@
 """Protects training that goes on elsewhere: on another kind of device, with its weights, optimiser and random numbers."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdcache.errors import IntegrityError
 from kdcache.models.creation import Normalisation
 from kdcache.training import devices, learner
 from kdcache.training.config import TrainConfig
@@ -134,3 +136,39 @@ def test_the_state_of_an_optimiser_has_the_memory_format_of_the_weights() -> Non
     for parameter, values in other.state.items():
         assert values["exp_avg"].stride() == parameter.stride()
         assert torch.equal(values["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
+@pytest.mark.parametrize("place", ["load_state_dict", "read"])
+def test_a_checkpoint_that_memory_does_not_suffice_for_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """So that a group of students is divided; the folder is given back for that."""
+    first = made(tmp_path)
+    step(first)
+    first.suspend()
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Tiny, "load_state_dict") if place == "load_state_dict" else (torch, "load")), full)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            made(tmp_path)
+    again = made(tmp_path)  # while the error, which refers to the other one, is still there
+    assert again.steps == 1
+    assert caught.value is not None
+
+
+def test_a_damaged_checkpoints_folder_is_moved_aside_and_nothing_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "the first run"
+    for other in range(2):
+        first = made(folder)
+        step(first)
+        first.suspend()
+        (folder / "checkpoint.pt").write_bytes(b"cut off")
+        with pytest.raises(IntegrityError, match="cannot be used") as caught:
+            made(folder)
+        subprocess.run(caught.value.fix.partition(": ")[2], shell=True, check=True)
+        assert not folder.exists()
+        assert len(list(tmp_path.glob("the first run.damaged*/checkpoint.pt"))) == other + 1
+    assert made(folder).steps == 0

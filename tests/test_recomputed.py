@@ -147,5 +147,18 @@ def test_too_little_memory_for_a_batch_of_the_dump_can_be_repeated(
     monkeypatch.setattr(Forward, "launch", full)
     with pytest.raises(RetryError, match="batches of 8 views") as caught:
         replayed(archive, canvas)
-    assert "--device cpu" in caught.value.fix
+    assert caught.value.fix == "end what else uses that memory and repeat the command", "it is on the CPU already"
     assert np.isfinite(archive.read(0, 0, 3).logits).all()
+
+
+def test_too_little_memory_for_views_can_be_repeated(
+    tmp_path: Path, canvas: Canvas, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = dumped(tmp_path / "a", canvas, made)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(recomputed, "replay", full)
+    with pytest.raises(RetryError, match="no memory to render views on cpu"):
+        replayed(archive, canvas)

@@ -39,7 +39,12 @@ def run(
     ] = None,
     jobs_per_gpu: Annotated[
         str,
-        typer.Option("--jobs-per-gpu", metavar="N|auto", help="Jobs that share a GPU, as far as its memory is known to suffice."),
+        typer.Option(
+            "--jobs-per-gpu",
+            metavar="N|auto",
+            help="Jobs that share a GPU, as far as its memory is known to suffice. Their device-hours and energy are unknown, "
+            "except with 1.",
+        ),
     ] = "auto",
     profile: Annotated[str | None, typer.Option("--profile", help="A profile of Snakemake; slurm: kdcache's own.")] = None,
     dry_run: DryRunOption = False,

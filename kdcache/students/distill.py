@@ -19,7 +19,7 @@ import torch
 
 from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
-from kdcache.errors import IncompatibleError, UsageError
+from kdcache.errors import IncompatibleError, RetryError, UsageError
 from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import CachedTargets
@@ -37,7 +37,15 @@ from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import Pace, charge, in_halves_if_needed, in_lockstep, suspended_at_errors
+from kdcache.training.lockstep import (
+    Pace,
+    charge,
+    in_halves_if_needed,
+    in_lockstep,
+    raise_unfit,
+    smaller_batches,
+    suspended_at_errors,
+)
 from kdcache.training.memory import Footprint, footprint, groups_that_fit, room
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
@@ -114,16 +122,22 @@ def _distill(
         if device.type == "cpu":
             available //= team.size  # of a host, for all of them
         groups = _groups(todo, archive.num_classes, size, device, min(together.shared(available)), progress)
+        unfit: list[RetryError] = []
         with team.apart() if together is ALONE else contextlib.nullcontext():
             for number, group in enumerate(groups, 1):
                 task = f"distill {number}/{len(groups)}" if len(groups) > 1 else "distill"
 
                 def trained(part: list[StudentSpec], task: str = task) -> None:
-                    with _enough_for_one(part, device):
-                        _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
+                    _Lockstep(task, part, config, archive, second, train, evaluations, device, together, progress).run()
 
-                in_halves_if_needed(group, trained, _is_trained, "students", together, progress)
-    team.wait()
+                def too_large(spec: StudentSpec) -> tuple[str, str]:
+                    return _too_large(spec, device, together)
+
+                unfit += in_halves_if_needed(group, trained, _is_trained, too_large, "students", together, progress)
+        team.wait()  # for a process that fails before, torchrun would end all others
+        if together is ALONE:
+            unfit = list(itertools.chain.from_iterable(team.shared(unfit)))
+        raise_unfit(unfit, fresh.count(True), "students")
     return [StudentResult(spec, read_record(spec.folder / "summary.json")) for spec in specs]
 
 
@@ -131,15 +145,12 @@ def _is_trained(spec: StudentSpec) -> bool:
     return (spec.folder / "summary.json").is_file()
 
 
-def _enough_for_one(specs: Sequence[StudentSpec], device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Work for a single student that runs out of memory raises RetryError. Several of them can still be divided."""
-    if len(specs) > 1:
-        return contextlib.nullcontext()
-    size = specs[0].settings.batch_size
-    return enough_memory(
-        f"student {specs[0].title} does not fit into the memory of {device}, with batches of {size}",
-        fix=f"end what else uses it, or train it on smaller batches: --batch-size {max(2, size // 2)} "
-        "(--memory would only limit how many train at once)",
+def _too_large(spec: StudentSpec, device: torch.device, team: Team) -> tuple[str, str]:
+    """What happened to a student that does not fit into memory by itself, and how to mend it."""
+    size = spec.settings.batch_size
+    return (
+        f"student {spec.title} does not fit into the memory of {device}, with batches of {size}",
+        f"end what else uses it, or train it on {smaller_batches(size, team)}; --memory would only limit how many train at once",
     )
 
 

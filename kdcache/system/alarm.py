@@ -78,7 +78,11 @@ class Alarm:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Work inside needs no other process, and goes on if one fails. Whoever waits for that one afterwards is told."""
+        """Work inside needs no other process, and goes on if one fails. Whoever waits for that one afterwards is told.
+
+        This is so as far as it is for kdcache to decide. Starters end all processes if one fails: torchrun sends the others
+        SIGTERM, at which they stop after a checkpoint, and the same command goes on from there; mpirun kills them.
+        """
         self._apart = True
         yield
         self._apart = False

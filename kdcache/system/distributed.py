@@ -102,7 +102,10 @@ class Team:
             self._alarm.wait()
 
     def apart(self) -> contextlib.AbstractContextManager[None]:
-        """Work inside needs no other process, and goes on if one of them fails."""
+        """Work inside needs no other process, and goes on if one of them fails, unless its starter ends it then.
+
+        torchrun does, by SIGTERM: training stops after a checkpoint, and the same command goes on from there.
+        """
         return contextlib.nullcontext() if self._alarm is None else self._alarm.apart()
 
     @contextlib.contextmanager
@@ -256,7 +259,11 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Team]:
 
 
 def _require_own_gpus(team: Team, device: torch.device) -> None:
-    """Refuse two processes on one GPU, which NCCL cannot connect."""
+    """Refuse two processes on one GPU, whatever they divide.
+
+    NCCL cannot connect them for parts of a batch. With students or teachers of their own, which needs no NCCL, each would
+    reckon with all of the GPU's memory, and count the energy of both as its own.
+    """
     if device.type != "cuda":
         return
     own = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
@@ -265,8 +272,9 @@ def _require_own_gpus(team: Team, device: torch.device) -> None:
         both = " and ".join(str(number) for number, other in enumerate(everybody) if other == own)
         raise UsageError(
             f"processes {both} have the same GPU, {device} of {socket.gethostname()}",
-            why="each process needs a GPU of its own",
-            fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
+            why="NCCL connects no two processes on one GPU, and each would reckon with its whole memory and energy",
+            fix="start as many processes on a machine as it has GPUs, each of which trains several models at once: "
+            "torchrun --nproc-per-node gpu -m kdcache ...",
         )
 
 

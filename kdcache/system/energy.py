@@ -19,7 +19,7 @@ from typing import Any, Self
 
 __all__ = ["NOTHING", "SHARED_GPU", "UNKNOWN", "Meter", "Spent", "total"]
 
-SHARED_GPU = "KDCACHE_SHARED_GPU"  # in the environment of a job that may have others beside it on its GPU: its energy is unknown
+SHARED_GPU = "KDCACHE_SHARED_GPU"  # in the environment of a job that may have others beside it on its GPU: its costs are unknown
 POWERCAP = Path("/sys/class/powercap")
 POLL = 10.0  # seconds; package counters wrap around after a minute of full load at the earliest
 MOST_WATTS = 1000.0  # of one package; if a pause is long enough for a wrap at this power, the energy is unknown
@@ -92,22 +92,31 @@ class Meter:
 
     gpus: their NVML UUIDs (`GPU-...`).
     share: this process's share of the packages, if several work side by side; None: unknown, so packages are not read.
+    unknown: others take a part of the time and the energy that is not known: every lap is UNKNOWN, and nothing is read.
     powercap, nvml: sources of counters, a folder and a module like `pynvml`.
 
     While the meter is open (`with`), a thread polls the package counters, so that no wrap-around is missed.
     """
 
     def __init__(
-        self, gpus: Sequence[str] = (), *, share: float | None = 1.0, powercap: Path = POWERCAP, nvml: Any = None
+        self,
+        gpus: Sequence[str] = (),
+        *,
+        share: float | None = 1.0,
+        unknown: bool = False,
+        powercap: Path = POWERCAP,
+        nvml: Any = None,
     ) -> None:
-        self._share = share
-        self._packages = [] if share is None else _packages(powercap)
-        self._gpus, self._close = _gpus(gpus, nvml) if gpus else ([], lambda: None)
+        self._share, self._unknown = share, unknown
+        self._packages = [] if share is None or unknown else _packages(powercap)
+        self._gpus, self._close = _gpus(gpus, nvml) if gpus and not unknown else ([], lambda: None)
         self._closed = threading.Event()
         self._last = self._reading()
 
     def lap(self) -> Spent:
         """Spent since the last lap, or since the meter was made."""
+        if self._unknown:
+            return UNKNOWN
         before, self._last = self._last, self._reading()
         seconds, gpu, cpu = (_difference(*pair) for pair in zip(before, self._last, strict=True))
         return Spent(seconds, gpu, None if cpu is None or self._share is None else cpu * self._share)

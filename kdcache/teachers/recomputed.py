@@ -18,7 +18,7 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import Precision
 from kdcache.teachers.forward import Forward, batches
 from kdcache.teachers.registry import Teacher, load_teacher
-from kdcache.training.devices import device_kind, enough_memory, resolve_device
+from kdcache.training.devices import device_kind, enough_memory, memory_elsewhere, resolve_device
 from kdcache.views.policy import RendererChoice
 from kdcache.workspace import Workspace, versions
 
@@ -41,10 +41,11 @@ def replay_with_teacher(
     """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec.
 
     Both are done on `device`. Logits that differ by more make the result's error an IncompatibleError: whether files are
-    damaged is told by their checksums alone. RetryError where a batch finds too little memory.
+    damaged is told by their checksums alone. RetryError where views or a batch find too little memory.
     """
     target = resolve_device(device)
-    result = replay(archive, canvas, views, progress=progress, renderer=renderer, device=target)
+    with enough_memory(f"no memory to render views on {target}", fix=memory_elsewhere(target)):
+        result = replay(archive, canvas, views, progress=progress, renderer=renderer, device=target)
     card, policy = archive.manifest.teacher, archive.manifest.policy
     if result.failures:
         return result
@@ -56,7 +57,7 @@ def replay_with_teacher(
     items = [(archive.views.start, batch) for batch in batches(range(rows), card.batch_size)]
     with enough_memory(
         f"no memory for batches of {card.batch_size} views on {target}, as in the dump",
-        fix="end what else uses that memory and repeat the command, or recompute on the CPU: --device cpu",
+        fix=memory_elsewhere(target),
     ):
         model, normalise = load_teacher(teacher)
         forward = Forward(model.to(target), normalise, target, card.precision, card.memory_format)

@@ -5,6 +5,7 @@ them becomes is what it would have become alone.
 """
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.datasets import DATASETS, Source
 from kdcache.datasets.canvas import Canvas
-from kdcache.errors import IncompatibleError
+from kdcache.errors import IncompatibleError, RetryError
 from kdcache.models.creation import described, licence, load_weights, published, timm_config, weights_digest
 from kdcache.models.heads import zero_head
 from kdcache.models.names import CONFIG, public_name
@@ -35,9 +36,9 @@ from kdcache.teachers.planning import TeacherPlan
 from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
 from kdcache.training.checkpoint import copied
-from kdcache.training.devices import enough_memory, resolve_device, seeded
+from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
 from kdcache.training.learner import Learner
-from kdcache.training.lockstep import in_halves_if_needed, suspended_at_errors
+from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
 from kdcache.training.tested import doubts
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, read_record, versions
@@ -69,7 +70,10 @@ def train_teachers(
     process trains by itself whatever others there are.
     """
     device = resolve_device(config.runtime.device)
-    with joined(this_rank(), device) if team is None else contextlib.nullcontext(team) as team:
+    beforehand = enough_memory(  # what comes before training, or takes its place
+        f"no memory is left on {device} or its host for teacher {config.subject.teacher}", fix=memory_elsewhere(device)
+    )
+    with joined(this_rank(), device) if team is None else contextlib.nullcontext(team) as team, beforehand:
         progress = progress if progress is not None and team.first else Silent()
         with team.first_alone():  # it decodes the dataset, and fetches weights
             plan = TeacherPlan(config, workspace, progress, source, canvas)
@@ -79,11 +83,7 @@ def train_teachers(
         team.wait()
         missing = [epochs for epochs in plan.durations if not (plan.folder(epochs) / "teacher.json").is_file()]
         if missing := team.shared(missing)[0]:
-            size = plan.training.batch_size
-            with enough_memory(
-                f"teacher {config.subject.teacher} does not fit into the memory of {device}, with batches of {size}",
-                fix=f"end what else uses it, or train it on smaller batches: --batch-size {max(2, team.size, size // 2)}",
-            ):
+            with enough_memory(*job.too_large(team)):
                 job.train(missing)
         team.wait()
         teachers = [teacher_at(plan.folder(epochs)) for epochs in plan.durations]
@@ -100,6 +100,14 @@ class _Job:
         self._described = False
         runtime = plan.config.runtime
         self._ahead: Any = {"workers": runtime.workers, "renderer": runtime.renderer}
+
+    def too_large(self, team: Team) -> tuple[str, str]:
+        """What happened if a teacher does not fit into memory, its batches divided among `team`, and how to mend it."""
+        size = self.plan.training.batch_size
+        return (
+            f"teacher {self.plan.config.subject.teacher} does not fit into the memory of {self.device}, with batches of {size}",
+            f"end what else uses it, or train it on {smaller_batches(size, team)}",
+        )
 
     def keep_what_is_there(self) -> None:
         """Make teachers of weights as they are, and of folders whose process ended before it could say that it was over."""
@@ -196,9 +204,22 @@ class _Job:
         def is_recorded(epochs: int) -> bool:
             return (plan.folder(epochs) / "teacher.json").is_file()
 
+        unfit: list[RetryError] = []
         if finetuned:
             with team.apart() if divided else contextlib.nullcontext():
-                in_halves_if_needed(finetuned, finetune_at_once, is_recorded, "teachers", together, self.progress)
+                unfit = in_halves_if_needed(
+                    finetuned,
+                    finetune_at_once,
+                    is_recorded,
+                    lambda epochs: self.too_large(together),
+                    "teachers",
+                    together,
+                    self.progress,
+                )
+        if divided:
+            team.wait()  # for a process that fails before, torchrun would end all others
+            unfit = list(itertools.chain.from_iterable(team.shared(unfit)))
+        raise_unfit(unfit, len(durations), "teachers")
 
     def _finetune(self, durations: Sequence[int], head: Head | None, tests: Exam, team: Team) -> None:
         """Train teachers of these durations at once."""

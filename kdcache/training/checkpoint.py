@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from kdcache.errors import IntegrityError, RetryError
 from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.transfer import to_host
+from kdcache.training.devices import out_of_memory
 
 __all__ = [
     "CHECKPOINT",
@@ -66,22 +69,30 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state that was written last, of tensors and numbers only; None if there is none. IntegrityError if it is damaged."""
+    """The state that was written last, of tensors and numbers only; None if there is none. IntegrityError if it is damaged.
+
+    Errors that memory does not suffice are let through: they say nothing about the file.
+    """
     file = folder / CHECKPOINT
     if not file.is_file():
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file shows in many ways
+        if out_of_memory(error):
+            raise
         raise unusable_checkpoint(folder, error) from error
     return state
 
 
 def unusable_checkpoint(folder: Path, error: Exception) -> IntegrityError:
+    """The error for a checkpoint that does not fit or is damaged. Its folder may be moved aside, and nothing is deleted."""
+    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    aside = next(path for name in names if not (path := folder.with_name(f"{folder.name}.damaged{name}")).exists())
     return IntegrityError(
         f"checkpoint {folder / CHECKPOINT} cannot be used",
         why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-        fix=f"train this run anew: rm -r {folder}",
+        fix=f"move its folder aside, and repeat the command, which trains it anew: {shlex.join(['mv', str(folder), str(aside)])}",
     )
 
 

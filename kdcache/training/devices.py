@@ -16,6 +16,8 @@ __all__ = [
     "computes_in_bf16",
     "device_kind",
     "enough_memory",
+    "lack_of_memory",
+    "memory_elsewhere",
     "metered",
     "out_of_memory",
     "resolve_device",
@@ -86,7 +88,7 @@ def _own_gpu(rank: Rank, visible: int) -> str:
     if rank.local is not None:
         raise UsageError(
             f"process {rank.local} of this machine (LOCAL_RANK), and {visible} visible GPUs",
-            why="each process needs a GPU of its own",
+            why="each process gets a GPU of its own: two on one would both reckon with its whole memory and energy",
             fix="start as many processes on a machine as it has GPUs: torchrun --nproc-per-node gpu -m kdcache ...",
         )
     raise UsageError(
@@ -103,6 +105,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
+def lack_of_memory(error: BaseException) -> str:
+    """The allocator's words, for an error that is `out_of_memory`."""
+    # CUDA's text goes on with the allocator's counters and with settings of its own.
+    words = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+    return words[:400] or "the system gave no more memory"
+
+
 @contextmanager
 def enough_memory(what: str, fix: str) -> Iterator[None]:
     """Work inside that runs out of memory, of a device or the host, raises RetryError: `what`, the allocator's words, `fix`."""
@@ -111,9 +120,13 @@ def enough_memory(what: str, fix: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        # CUDA's text goes on with the allocator's counters and with settings of its own.
-        why = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
-        raise RetryError(what, why=why[:400] or "the system gave no more memory", fix=fix) from error
+        raise RetryError(what, why=lack_of_memory(error), fix=fix) from error
+
+
+def memory_elsewhere(device: torch.device) -> str:
+    """How to mend a lack of memory for work that any device can do."""
+    other = "" if device.type == "cpu" else ", or compute on the CPU: --device cpu"
+    return f"end what else uses that memory and repeat the command{other}"
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -127,10 +140,11 @@ def computes_in_bf16(device: torch.device) -> bool:
 def metered(device: torch.device, *, share: float | None = 1.0) -> Meter:
     """A meter of what is done on `device`: a GPU's joules, and those of this machine's CPU packages, or of a `share` of them.
 
-    The joules of a GPU that other jobs of a study may share are unknown.
+    On a GPU that other jobs of a study may share, all is unknown: each job takes longer beside others, and the counters are
+    those of all.
     """
     if SHARED_GPU in os.environ:
-        return Meter(share=share)
+        return Meter(unknown=True)
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
     return Meter([f"GPU-{uuid.removeprefix('GPU-')}"] if uuid else (), share=share)
 

@@ -31,7 +31,15 @@ from kdcache.training.checkpoint import (
 )
 from kdcache.training.clipping import Clipping
 from kdcache.training.config import StudentRuntime, TrainConfig
-from kdcache.training.devices import computes_in_bf16, rng_states, rng_states_from, seed_of_process, seeded, set_rng_states
+from kdcache.training.devices import (
+    computes_in_bf16,
+    out_of_memory,
+    rng_states,
+    rng_states_from,
+    seed_of_process,
+    seeded,
+    set_rng_states,
+)
 from kdcache.training.graphs import GraphedStep, Lanes, Parts
 from kdcache.training.metrics import mean_relative_entropy, moments
 from kdcache.training.optimizers import Rates, capturable, load_state, make_optimizer, portable_state
@@ -114,8 +122,12 @@ class Learner:
         self._start_epoch()
         self._lock = own_folder(folder) if team.first else None
         self._writer = Writer(folder, device)
-        self._restore()
-        team.wait()  # before the first one writes what others still read
+        try:
+            self._restore()
+            team.wait()  # before the first one writes what others still read
+        except BaseException:
+            self._release()
+            raise
 
     @property
     def last(self) -> dict[str, float]:
@@ -423,6 +435,8 @@ class Learner:
             best = self.folder / "best.safetensors"
             self._best = load_file(best) if best.is_file() else None
         except Exception as error:  # what does not fit shows in many ways
+            if out_of_memory(error):
+                raise
             raise unusable_checkpoint(self.folder, error) from error
         rng = state["rng"] if isinstance(state["rng"][0], list) else [state["rng"]]  # earlier versions knew of one process
         if self._team.number < len(rng):  # one that has joined since draws from its start

@@ -3,20 +3,21 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 
+from kdcache.errors import RetryError
 from kdcache.replay.stream import Batch, ViewStream
 from kdcache.system.distributed import Team
 from kdcache.system.energy import Spent
 from kdcache.system.interrupts import Stopped
 from kdcache.system.progress import Progress
-from kdcache.training.devices import out_of_memory
+from kdcache.training.devices import lack_of_memory, out_of_memory
 from kdcache.training.learner import Learner
 
-__all__ = ["Pace", "charge", "in_halves_if_needed", "in_lockstep", "suspended_at_errors"]
+__all__ = ["Pace", "charge", "in_halves_if_needed", "in_lockstep", "raise_unfit", "smaller_batches", "suspended_at_errors"]
 
 T = TypeVar("T")
 
@@ -25,23 +26,32 @@ def in_halves_if_needed(
     members: Sequence[T],
     train: Callable[[list[T]], None],
     over: Callable[[T], bool],
+    too_large: Callable[[T], tuple[str, str]],
     name: str,
     team: Team,
     progress: Progress,
-) -> None:
+) -> list[RetryError]:
     """Train all `members` at once or, where their memory does not suffice, one half after the other.
 
     train: trains members to their end. It leaves a checkpoint of each, and no reference to any of them, if it fails.
     over: whether a member has been trained.
+    too_large: what happened to a member that does not fit into memory by itself, and how to mend it.
     name: of several members, as the user knows them.
+
+    Returns an error for each member that does not fit by itself, after all others have been trained.
 
     The processes of a `team` divide their members together, if one of them runs out of memory: all go back to the members'
     last checkpoints, as the others were in the midst of a step.
     """
     groups = [list(members)]
+    unfit = []
     while groups:
         group = groups.pop(0)
-        if not _ran_out(train, group, team):
+        if (lack := _lack(train, group, team)) is None:
+            continue
+        if len(group) == 1:
+            what, fix = too_large(group[0])
+            unfit.append(RetryError(what, why=lack, fix=fix))
             continue
         is_over = team.shared([over(member) for member in group])[0]
         left = [member for member, done in zip(group, is_over, strict=True) if not done]
@@ -50,22 +60,43 @@ def in_halves_if_needed(
         sizes = " and then ".join(str(len(part)) for part in parts)
         progress.say(f"out of memory with {len(group)} {name} at once: {sizes} go on from their last checkpoints")
         groups[:0] = parts
+    return unfit
 
 
-def _ran_out(train: Callable[[list[T]], None], group: list[T], team: Team) -> bool:
-    """Train a group; whether memory did not suffice for its several members, all of whose memory is given back then."""
+def _lack(train: Callable[[list[T]], None], group: list[T], team: Team) -> str | None:
+    """Train a group; the allocator's words if memory did not suffice, all of which is given back then."""
+    lack = None
     try:
         train(group)
     except (RuntimeError, MemoryError) as error:
-        if len(group) == 1 or not (out_of_memory(error) or team.is_broken_up):
+        if out_of_memory(error):
+            lack = lack_of_memory(error)
+        elif not team.is_broken_up:
             raise
     else:
-        return False
+        return None
     team.break_up()
     gc.collect()  # now, when nothing refers to the error any more, which refers to everything
     torch.cuda.empty_cache()  # nothing, where there is no GPU
     team.meet()
-    return True
+    return next(filter(None, team.shared(lack)))
+
+
+def smaller_batches(size: int, team: Team) -> str:
+    """What a model that does not fit with batches of this size may be trained on instead, to follow "train it on"."""
+    smaller = max(2 // team.size, size // 2 // team.size, 1) * team.size  # processes have equal parts of a batch
+    if smaller < size:
+        return f"smaller batches: --batch-size {smaller}"
+    return "a device with more memory: there are no smaller batches" + (f" for {team.size} processes" if team.size > 1 else "")
+
+
+def raise_unfit(unfit: Sequence[RetryError], of: int, name: str) -> None:
+    """Raise the first error of members that do not fit into memory, if there are any; it tells how many more there are."""
+    if not unfit:
+        return
+    first, number = unfit[0], len(unfit)
+    others = f" (nor do {number - 1} more of {of} {name}; all others are trained)" if number > 1 else ""
+    raise RetryError(f"{first.what}{others}", why=first.why, fix=first.fix)
 
 
 def in_lockstep(
@@ -104,18 +135,17 @@ def suspended_at_errors(
     """Write a checkpoint of all learners, and give their folders back, where work inside is stopped or runs out of memory.
 
     A learner in the midst of a step keeps its last checkpoint, as all of a team do that has no memory. `charged` is given
-    those that still train, before that.
+    those that still train, before that. If some cannot be written, all others are, and the first one's error is raised.
     """
     try:
         yield
     except (Stopped, RuntimeError, MemoryError) as error:
-        if isinstance(error, Stopped) or (out_of_memory(error) and team.size == 1):
-            charged([learner for learner in learners() if learner.status == "training"])
+        whole = isinstance(error, Stopped) or (out_of_memory(error) and team.size == 1)
+        with ExitStack() as each:  # it calls all of them, the last one first, and raises the error of the first one that fails
             for learner in learners():
-                learner.suspend()
-        else:  # of a team, other processes are in the midst of a step
-            for learner in learners():
-                learner.abandon()
+                each.callback(learner.suspend if whole else learner.abandon)  # of a team, others are in the midst of a step
+            if whole:
+                charged([learner for learner in learners() if learner.status == "training"])
         raise
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcache.models.creation import create_model
+from kdcache.teachers.forward import Forward
 from kdcache.training import learner
 from kdcache.training.clipping import Clipping
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_teachers import same_teacher
+from tests.weights import save_weights
 
 
 def runs(home):
@@ -77,8 +80,20 @@ def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few
     assert error.startswith("error: student test_vit kd tau 1")
     assert error.endswith("memory of cpu, with batches of 80")
     assert why == "why: CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert "--batch-size 40" in fix
+    assert "--batch-size 40;" in fix
     assert "--memory" in fix
+
+
+def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_home, few_archive, kdcache, exhausted):
+    """In its own group, and in those that come after it."""
+    exhausted(1, 2, 3)  # with all three of the first seed, with two of them, and with one
+    grid = ["distill", "--epochs", "1", *FEW, "--tau", "1,2,4", "--seed", "0,1", "--archive", few_archive, "--home", few_home]
+    done = kdcache(*grid)
+    assert done.status == 75, done.err
+    assert done.err.splitlines()[-3].startswith("error: student test_vit kd tau 1")
+    trained = [folder for folder in runs(few_home).values() if (folder / "summary.json").is_file()]
+    assert len(trained) == 5
+    assert kdcache(*grid).status == 0, "the locks were given back"
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, kdcache, exhausted):
@@ -111,3 +126,20 @@ def test_a_teacher_that_does_not_fit_can_be_trained_on_smaller_batches(few_train
     error, _, fix = done.err.splitlines()[-3:]
     assert error == "error: teacher test_vit does not fit into the memory of cpu, with batches of 80"
     assert "--batch-size 40" in fix
+
+
+def test_too_little_memory_for_weights_as_they_are_can_be_repeated(few_trained, kdcache, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Forward, "__call__", full)
+    model, _ = create_model("test_vit", 10, input_size=32)
+    save_weights(model, tmp_path / "ten.safetensors")
+    place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
+    start = ["--checkpoint", tmp_path / "ten.safetensors", "--epochs", "0"]
+    done = kdcache("train-teacher", "--teacher", "test_vit", *place, *start, "--home", tmp_path / "home")
+    assert done.status == 75, done.err
+    error, why, fix = done.err.splitlines()[-3:]
+    assert error == "error: no memory is left on cpu or its host for teacher test_vit"
+    assert why == "why: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert fix == "fix: end what else uses that memory and repeat the command"
