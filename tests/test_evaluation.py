@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache.datasets.canvas import Canvas
 from kdcache.training import evaluation
-from kdcache.training.evaluation import EvalSet
+from kdcache.training.evaluation import EvalSet, EvalSets
 from kdcache.views import ViewPolicy
 from tests.stand_ins import launched, stand_in_gpu
 
@@ -58,3 +58,37 @@ def test_a_gpu_is_waited_for_once_for_each_model(canvas: Canvas, much: bool, mon
         tests._kept = [views.to(gpu) for views in tests._kept]
         found = launched(lambda: tests.tested([model(gpu), model(gpu)]))
     assert found.waits == ({} if much else {"a copy to the host": 2})
+
+
+def test_the_canvas_stays_on_a_gpu_between_tests_whose_views_do_not(canvas: Canvas, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+    real = evaluation.render_batches
+
+    def noted(*given: Any, resident: Any, **named: Any) -> Any:
+        used.append(resident)
+        return real(*given, **named)
+
+    monkeypatch.setattr(evaluation, "render_batches", noted)
+    kept = EvalSets(canvas)[POLICY]
+    kept.tested([model("cpu")])
+    assert used == [None], "rendered once, and not kept beside its views"
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 0)
+    sets = EvalSets(canvas)
+    for policy in (POLICY, POLICY, ViewPolicy.load("none", size=20)):
+        sets[policy].tested([model("cpu")])
+    assert used[1:] == [sets._resident] * 3
+
+
+def test_a_test_canvas_that_goes_to_a_gpu_is_taken_from_the_memory_for_models(
+    canvas: Canvas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (40 << 30, 80 << 30))
+    sets = EvalSets(canvas, device="cuda")
+    assert sets.to_come == 0, "its views are kept, and the canvas is not"
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 0)
+    assert sets.to_come == canvas.pixels.nbytes
+    assert EvalSets(canvas).to_come == 0
+    sets._resident.canvas = canvas  # it is there, and no longer part of what is free
+    assert sets.to_come == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 80 << 30))
+    assert EvalSets(canvas, device="cuda").to_come == 0

@@ -89,7 +89,7 @@ class Resident:
     positions it can render at once."""
 
     def __init__(self) -> None:
-        self._canvas: Canvas | None = None
+        self.canvas: Canvas | None = None  # the last one, whether it had room or not
         self._pixels: Tensor | None = None
         self.limit: int | None = None  # positions, where more were too many
         self._at_once = 0
@@ -103,11 +103,16 @@ class Resident:
         if self._at_once:
             self.limit = self._at_once = max(1, self._at_once // 2)
 
+    @staticmethod
+    def has_room(nbytes: int, device: torch.device) -> bool:
+        """Whether a canvas of so many bytes would be kept on a GPU now."""
+        return nbytes < _RESIDENT * free_memory(device)
+
     def pixels(self, canvas: Canvas, device: torch.device) -> Tensor | None:
         """The pixels on `device`, or None where they have no room there."""
-        if self._canvas is not canvas:  # decided only once, as later the pixels themselves use the memory
-            self._canvas, self._pixels = canvas, None
-            if canvas.pixels.nbytes < _RESIDENT * free_memory(device):
+        if self.canvas is not canvas:  # decided only once, as later the pixels themselves use the memory
+            self.canvas, self._pixels = canvas, None
+            if self.has_room(canvas.pixels.nbytes, device):
                 with warnings.catch_warnings(action="ignore"):  # torch warns of the read-only canvas, which is only read here
                     self._pixels = torch.from_numpy(canvas.pixels).to(device)
         return self._pixels

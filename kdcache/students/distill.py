@@ -117,7 +117,7 @@ def _distill(
         evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, device=device, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
-        rendering = rendering_memory(len(train), train.size, size, device)
+        rendering = rendering_memory(len(train), train.size, size, device) + evaluations.to_come
         available = room(device, runtime.memory, rendering)
         if device.type == "cpu":
             available //= team.size  # of a host, for all of them
@@ -227,7 +227,7 @@ class _Lockstep:
             part=(team.number, team.size),
         )
         _allow_open_files(len(specs))
-        lanes = self._lanes(specs, config, train)
+        lanes = self._lanes(specs, config, train, evaluations.to_come)
         self.students: list[Student] = []
         with suspended_at_errors(lambda: [student.learner for student in self.students], team):
             for spec in specs:
@@ -238,14 +238,17 @@ class _Lockstep:
         for description in dict.fromkeys(student.description for student in self.students):
             progress.say(f"student {description}")
 
-    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig, train: Canvas) -> Lanes | None:
-        """Streams for students whose steps are graphs: as many as there is memory for, as steps in each need their own."""
+    def _lanes(self, specs: Sequence[StudentSpec], config: DistillConfig, train: Canvas, tests: int) -> Lanes | None:
+        """Streams for students whose steps are graphs: as many as there is memory for, as steps in each need their own.
+
+        Tests are going to take `tests` bytes of it.
+        """
         if self.device.type != "cuda" or config.runtime.graph is False:
             return None
         count, size = 1, self.stream.policy.size
         if len(specs) > 1:
             needed = _needed(specs, self.archive.num_classes, size, self.device)
-            rendering = rendering_memory(len(train), train.size, size, self.device)
+            rendering = rendering_memory(len(train), train.size, size, self.device) + tests
             spare = room(self.device, config.runtime.memory, rendering) - sum(each.kept for each in needed)
             # One more step's memory is for proofs, which do a step both ways.
             count = max(1, min(MOST_LANES, len(specs), spare // max(each.passing for each in needed) - 1))

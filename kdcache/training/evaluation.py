@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.datasets.canvas import Canvas
-from kdcache.replay.prefetch import render_batches
+from kdcache.replay.prefetch import Resident, render_batches
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.gpu import free_memory
 from kdcache.system.transfer import to_device, to_host
@@ -41,8 +41,9 @@ class EvalSets:
         device: torch.device | str = "cpu",
         team: Team = ALONE,
     ) -> None:
-        self.canvas = canvas
-        self._options: Any = {"workers": workers, "renderer": renderer, "device": device, "team": team}
+        self.canvas, self._device, self._resident = canvas, torch.device(device), Resident()
+        drawn: dict[str, Any] = {"workers": workers, "renderer": renderer, "resident": self._resident}
+        self._options: Any = {**drawn, "device": device, "team": team}
         self._made: dict[str, EvalSet] = {}
 
     def __getitem__(self, policy: ViewPolicy) -> "EvalSet":
@@ -50,6 +51,14 @@ class EvalSets:
             keep = KEPT_BYTES - sum(each.kept_bytes for each in self._made.values())
             self._made[policy.digest] = EvalSet(self.canvas, policy, keep=keep, **self._options)
         return self._made[policy.digest]
+
+    @property
+    def to_come(self) -> int:
+        """Bytes of a GPU that the canvas is going to take, where it has more photographs than views are kept of."""
+        nbytes = self.canvas.pixels.nbytes
+        if self._device.type != "cuda" or nbytes <= KEPT_BYTES or self._resident.canvas is self.canvas:
+            return 0
+        return nbytes if self._resident.has_room(nbytes, self._device) else 0
 
 
 class EvalSet:
@@ -70,6 +79,7 @@ class EvalSet:
         device: torch.device | str = "cpu",
         team: Team = ALONE,
         keep: int = KEPT_BYTES,
+        resident: Resident | None = None,
     ) -> None:
         self._team, device = team, torch.device(device)
         self.labels = torch.from_numpy(canvas.labels)
@@ -78,13 +88,16 @@ class EvalSet:
         self._batches = len(starts)
         items = [(0, order[start : start + batch_size]) for start in starts[team.number :: team.size]]
 
-        def render() -> Iterator[Tensor]:
-            rendered = render_batches(canvas, policy, items, workers=workers, renderer=renderer, device=device)
-            return (item.images for item in rendered)
-
-        self._render = render
         nbytes = len(canvas) * 3 * policy.size**2
         self.kept_bytes = nbytes if nbytes <= keep else 0
+        # Views that are rendered only once need the canvas on a GPU only once.
+        drawn: dict[str, Any] = {"workers": workers, "renderer": renderer, "device": device}
+        drawn["resident"] = None if self.kept_bytes else resident or Resident()
+
+        def render() -> Iterator[Tensor]:
+            return (item.images for item in render_batches(canvas, policy, items, **drawn))
+
+        self._render = render
         self._kept: list[Tensor] | None = None
         if self.kept_bytes:
             on_device = device.type == "cuda" and nbytes / team.size <= KEPT_ON_GPU * free_memory(device)
