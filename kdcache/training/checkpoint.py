@@ -29,6 +29,7 @@ __all__ = [
     "on_host",
     "own_folder",
     "read_checkpoint",
+    "summary_of",
     "unusable_checkpoint",
     "write_checkpoint",
     "write_log",
@@ -131,6 +132,20 @@ def on_host(value: Any) -> Any:
         return value
     copy = to_host(value.detach())
     return copy.clone(memory_format=torch.contiguous_format) if value.device.type == "cpu" else copy
+
+
+def summary_of(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What a training has come to, by its epochs' `rows`."""
+    tests = [row for row in rows if math.isfinite(row.get("test_top1", math.nan))]
+    best = max(tests, key=lambda row: row["test_top1"], default={})
+    return {
+        "epochs": len(rows),
+        "final_top1": finite(rows[-1].get("test_top1", math.nan)),
+        "final_loss": finite(rows[-1].get("test_loss", math.nan)),
+        "best_top1": best.get("test_top1"),
+        "best_epoch": best.get("epoch"),
+        "seconds": sum(row["seconds"] for row in rows),
+    }
 
 
 def finite(value: float) -> float | None:

@@ -23,9 +23,9 @@ from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
     copied,
-    finite,
     own_folder,
     read_checkpoint,
+    summary_of,
     unusable_checkpoint,
     write_log,
 )
@@ -470,23 +470,11 @@ class Learner:
         self._writer.wait()
         if not self._team.first:
             return
-        tests = [row for row in self.rows if math.isfinite(row.get("test_top1", math.nan))]
-        best = max(tests, key=lambda row: row["test_top1"], default={})
-        summary = {
-            "status": status,
-            **extra,
-            "epochs": self.epoch,
-            "final_top1": finite(self.last.get("test_top1", math.nan)),
-            "final_loss": finite(self.last.get("test_loss", math.nan)),
-            "best_top1": best.get("test_top1"),
-            "best_epoch": best.get("epoch"),
-            "seconds": sum(row["seconds"] for row in self.rows),
-            "amp": self.amp,
-        }
         write_log(self.folder, self.rows)
         if status == "complete" and self._moments:
             found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
             write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
+        summary = {"status": status, **extra, **summary_of(self.rows), "amp": self.amp}
         write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         (self.folder / CHECKPOINT).unlink(missing_ok=True)  # twice the model's size, and of no further use
         (self.folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's

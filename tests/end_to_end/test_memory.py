@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdcache.models.creation import create_model
+from kdcache.students.student import Student
 from kdcache.teachers.forward import Forward
 from kdcache.training import learner
 from kdcache.training.clipping import Clipping
@@ -84,9 +85,19 @@ def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few
     assert "--memory" in fix
 
 
-def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_home, few_archive, kdcache, exhausted):
+@pytest.mark.slow
+def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_home, few_archive, kdcache, monkeypatch):
     """In its own group, and in those that come after it."""
-    exhausted(1, 2, 3)  # with all three of the first seed, with two of them, and with one
+    step, count = Student.step, 0
+
+    def stepped(*arguments):
+        nonlocal count
+        count += 1
+        if count <= 3:  # with all three of the first seed, with two of them, and with one
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        step(*arguments)
+
+    monkeypatch.setattr(Student, "step", stepped)
     grid = ["distill", "--epochs", "1", *FEW, "--tau", "1,2,4", "--seed", "0,1", "--archive", few_archive, "--home", few_home]
     done = kdcache(*grid)
     assert done.status == 75, done.err

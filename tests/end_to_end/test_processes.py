@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from kdcache.models.creation import create_model
+from kdcache.students.student import Student
 from kdcache.system.distributed import Team
 from kdcache.training.clipping import Clipping
 from kdcache.training.learner import Learner
@@ -202,6 +203,34 @@ def test_processes_divide_their_students_together_when_one_of_them_is_out_of_mem
     for name, folder in runs(few_home).items():
         for ours, theirs in zip(rows(folder), rows(runs(alone)[name]), strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=2e-3)
+
+
+def _without_memory_at_first():
+    """In the second process, in its first two steps: with all of its students, and with the first one alone."""
+    step, count = Student.step, 0
+
+    def stepped(*arguments):
+        nonlocal count
+        count += 1
+        if count <= 2 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        step(*arguments)
+
+    Student.step = stepped
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "trained"), [("batches", 1), ("students", 3)])
+def test_processes_train_all_students_but_those_that_do_not_fit(few_home, few_archive, tmp_path, parallel, trained):
+    taus = "1,2" if parallel == "batches" else "1,2,4,8"
+    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", taus, "--parallel", parallel, "--home", few_home]
+    two_processes(tmp_path / "said", *grid, prepare=_without_memory_at_first, statuses=(75, 75))
+    assert sum((folder / "summary.json").is_file() for folder in runs(few_home).values()) == trained
+    for rank in "01":
+        error = (tmp_path / "said" / f"{rank}.err").read_text().splitlines()[-3]
+        assert error.startswith("error: student test_vit kd tau ")
+        assert "does not fit into the memory of cpu" in error
 
 
 def _fail_in_the_third_step():
