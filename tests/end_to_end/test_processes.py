@@ -61,7 +61,7 @@ def two_processes(folder: Path, *arguments, prepare=None, statuses=(0, 0), gpus=
         )
         for rank in "01"
     ]
-    assert tuple(process.end(60) for process in processes) == statuses, [process.err.read_text() for process in processes]
+    assert tuple(process.end(180) for process in processes) == statuses, [process.err.read_text() for process in processes]
     return ["".join(getattr(process, name).read_text() for process in processes) for name in ("out", "err")]
 
 

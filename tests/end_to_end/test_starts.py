@@ -126,7 +126,7 @@ def former_folder(folder):
     made = record(folder)
     training = made["training"]
     names = ("start", "checkpoint_sha256", "canvas_digest", "test_digest", "smoothing", "seed", "policy")
-    known = {key: training[key] for key in TrainConfig.model_fields if key in training and key != "head_init"}
+    known = {key: training[key] for key in TrainConfig.model_fields if key in training and key not in {"head_init", "amp"}}
     settings = TrainConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
     policy = ViewPolicy(**training["policy"]).as_version_1().model_dump(mode="json")  # as square images still have it
     begun = {key: training[key] for key in names} | {"policy": policy}
