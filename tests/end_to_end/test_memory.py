@@ -73,6 +73,7 @@ def test_students_that_run_out_of_memory_are_divided_and_become_the_same(
         assert not (folder / "checkpoint.pt").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few_home, few_archive, kdcache, exhausted):
     exhausted(2)
     done = kdcache("distill", "--epochs", "1", *FEW, "--archive", few_archive, "--home", few_home)
@@ -114,6 +115,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, 
     assert "mat1 and mat2" in done.err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_teachers_that_run_out_of_memory_are_divided_and_become_the_same(few_trained, kdcache, tmp_path, exhausted):
     place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
@@ -128,6 +130,7 @@ def test_teachers_that_run_out_of_memory_are_divided_and_become_the_same(few_tra
         same_teacher(Path(line), tmp_path / "alone/teachers" / Path(line).name)
 
 
+@pytest.mark.exhaustive
 def test_a_teacher_that_does_not_fit_can_be_trained_on_smaller_batches(few_trained, kdcache, tmp_path, exhausted):
     place = ["--dataset", f"arrays:{few_trained.parent / 'digits'}", "--canvas", "32", "--policy", "digits"]
     exhausted(1)

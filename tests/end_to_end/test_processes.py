@@ -165,6 +165,7 @@ def test_processes_that_divide_every_batch_train_the_teacher_of_one(teacher, kdc
         assert max(np.abs(weights[key] - expected[key]).max() for key in expected) < 1e-4, file
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_divide_the_teachers_and_change_none_of_them(teacher, kdcache, tmp_path):
     both = [*teacher, "--epochs", "1,2"]
