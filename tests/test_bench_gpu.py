@@ -38,6 +38,7 @@ def names() -> list[Any]:
     return [pytest.param(check.name, marks=marks[check.name in LONG]) for check in CHECKS if check.name not in ON_A_GPU_ONLY]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", names())
 def test_every_check_runs_in_small_on_a_cpu(name: str) -> None:
     [outcome] = run_checks([name], 0.01, device="cpu", tiny=True).outcomes

@@ -190,6 +190,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("modules")
 def test_libraries_that_raise_crash_or_hang_are_told_with_the_reason() -> None:
     found = software._tried(["kd_sound", "kd_raises", "kd_exits", "kd_missing", "kd_crashes", "kd_sound"])

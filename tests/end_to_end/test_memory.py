@@ -51,6 +51,7 @@ def exhausted(monkeypatch):
     return at
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "steps",  # of three students with two steps an epoch: in the second epoch and once more in a half, or before any checkpoint
     [(8, 10), pytest.param((2,), marks=pytest.mark.exhaustive)],
@@ -108,6 +109,7 @@ def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_h
     assert kdcache(*grid).status == 0, "the locks were given back"
 
 
+@pytest.mark.exhaustive
 def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, kdcache, exhausted):
     exhausted(2, kind=RuntimeError, text="mat1 and mat2 shapes cannot be multiplied")
     done = kdcache("distill", "--epochs", "1", *FEW, "--tau", "1,2", "--archive", few_archive, "--home", few_home)

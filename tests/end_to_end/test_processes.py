@@ -90,6 +90,7 @@ def _count_questions():
     Team.wait = lambda team: wait(team) or (asked and print(f"asked {len(asked)} times", file=sys.stderr))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_archive, kdcache, tmp_path):
     """Also of methods that relate samples or classes of a batch, learn something themselves, or see two views."""
