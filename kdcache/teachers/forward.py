@@ -182,7 +182,7 @@ class Forward:
         with autocast:
             features = model.forward_features(x)  # type: ignore[operator]
         with ieee_float32():
-            # Of models that look at several scales at once (crossvit, coat), features are a list of tensors.
+            # Models that look at several scales at once (crossvit, coat) have a list of tensors as features.
             logits = self.model.forward_head(tree_map_only(Tensor, _in_float32, features))  # type: ignore[operator]
         return logits.float()
 

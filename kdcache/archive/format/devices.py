@@ -29,7 +29,7 @@ def device_table(kinds: Mapping[int, str]) -> dict[str, list[list[int]]]:
 
 
 def device_shards(provenance: Mapping[str, Any], shards: range) -> dict[str, list[range]]:
-    """Of each kind of device the numbers of its shards among `shards`, from a record of unknown origin; empty without one."""
+    """The numbers of each kind of device's shards among `shards`, from a record of unknown origin; empty without one."""
     table = provenance.get(DEVICES)
     found = {str(kind): list(_clipped(ranges, shards)) for kind, ranges in (table if isinstance(table, dict) else {}).items()}
     return {kind: ranges for kind, ranges in found.items() if ranges}
