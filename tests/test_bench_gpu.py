@@ -41,7 +41,10 @@ def names() -> list[Any]:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", names())
 def test_every_check_runs_in_small_on_a_cpu(name: str) -> None:
-    [outcome] = run_checks([name], 0.01, device="cpu", tiny=True).outcomes
+    for _ in range(3):
+        [outcome] = run_checks([name], 0.01, device="cpu", tiny=True).outcomes
+        if not outcome.reason.endswith(runs.BUSY):
+            break
     assert (outcome.state, outcome.reason) == ("found", "")
     assert outcome.results
     assert all(np.isfinite(result.value) for result in outcome.results)
