@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
+from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
 
@@ -90,12 +90,10 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, why: str) -> IntegrityError:
-    folder = file.parent
-    aside = f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder) + '.damaged')}"
     return IntegrityError(
         f"{file} is not the record that kdcache wrote",
         why=why,
-        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {aside}",
+        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {set_aside(file.parent)}",
     )
 
 
@@ -188,7 +186,9 @@ class Workspace:
         if not self.archives.is_dir():
             return []
         return sorted(
-            p for p in self.archives.iterdir() if any((p / name).exists() for name in ("kdcache.json", ".dump", ".pull"))
+            folder
+            for folder in self.archives.iterdir()
+            if any((folder / name).exists() for name in ("kdcache.json", ".dump", ".pull")) and not is_set_aside(folder)
         )
 
     def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
@@ -240,6 +240,8 @@ class Workspace:
         """(folder, record) of every trained teacher, newest first. Damaged ones are reported and left out."""
         records = []
         for file in sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+            if is_set_aside(file.parent):
+                continue
             try:
                 records.append((file.parent, read_teacher(file.parent)))
             except IntegrityError as error:

@@ -26,7 +26,9 @@ from torch import Tensor
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
+from kdcache.errors import KdcacheError
 from kdcache.views.policy import ViewPolicy, ViewTable
+from tests.fixes import not_understood
 from tests.miniatures import MINIATURES
 from tests.torch_miniatures import MINIATURES as TORCH_MINIATURES
 
@@ -90,6 +92,21 @@ def _quick_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fixes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No error of a test, expected or not, tells people to use a command or an option that is not there."""
+    told: list[str] = []
+
+    def remembered(error: KdcacheError, what: str, *, why: str, fix: str) -> None:
+        made(error, what, why=why, fix=fix)
+        told.append(fix)
+
+    made = KdcacheError.__init__
+    monkeypatch.setattr(KdcacheError, "__init__", remembered)
+    yield
+    assert [wrong for fix in told for wrong in not_understood(fix)] == []
 
 
 @pytest.fixture(scope="session")

@@ -287,7 +287,7 @@ def test_a_file_that_is_not_the_published_one_is_named_and_not_unpacked(site: Fa
     with pytest.raises(IntegrityError, match="md5") as caught:
         DATASETS.build("cifar10").open(tmp_path / "data")
     file = tmp_path / "data/cifar10/cifar-10-binary.tar.gz"
-    assert caught.value.fix.endswith(f"rm {file}")
+    assert caught.value.fix.endswith(f"mv {file} {file}.aside")
     assert not (tmp_path / "data/cifar10/cifar-10-batches-bin").exists()
     site.forget()
     file.unlink()

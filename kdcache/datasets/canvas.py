@@ -32,7 +32,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import say_classes
 from kdcache.errors import IntegrityError, RetryError, UsageError
-from kdcache.system.files import unique, write_atomically
+from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 
@@ -158,7 +158,7 @@ def require_intact(canvas: Canvas) -> None:
         raise IntegrityError(
             f"canvas {canvas.path} was changed after it was built",
             why="the sha256 of its pixels, labels and keys is not the recorded one",
-            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+            fix=f"set it aside, and it is built again: {set_aside(canvas.path)}",
         )
     object.__setattr__(canvas, "_checked", True)
 
@@ -185,7 +185,7 @@ def _open(path: Path) -> Canvas:
         raise IntegrityError(
             f"canvas {path} cannot be read",
             why=str(error).splitlines()[0],
-            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
+            fix=f"set it aside, and it is built again: {set_aside(path)}",
         ) from None
     object.__setattr__(canvas, "_as_stored", True)
     return canvas
@@ -403,7 +403,7 @@ def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityEr
     return IntegrityError(
         f"{len(reasons)} of {total} images cannot be decoded: {shown}{more}",
         why=f"a sample without pixels has no views (the whole list: {listing})",
-        fix="replace or remove these files, or repeat the command with --skip-corrupt to leave them out",
+        fix="replace these files, move them elsewhere, or repeat the command with --skip-corrupt to leave them out",
     )
 
 

@@ -1,7 +1,6 @@
 """Download of datasets from their owners: fetched once, checked and unpacked; with advice where that is not possible."""
 
 import hashlib
-import shlex
 import shutil
 import tarfile
 import zipfile
@@ -14,6 +13,7 @@ from PIL import Image
 
 from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.system.files import set_aside
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 
@@ -154,7 +154,7 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
         raise IntegrityError(
             f"{file} has the md5 {md5}",
             why=f"{download.md5} was expected: it is damaged, or not the file that was published",
-            fix=f"delete it, and repeat the command: rm {shlex.quote(str(file))}",
+            fix=f"set it aside, and repeat the command: {set_aside(file)}",
         )
     return file
 
@@ -187,7 +187,7 @@ def damaged_file(file: Path, why: str) -> KdcacheError:
     return IntegrityError(
         f"{file} is damaged",
         why=" ".join(why.split())[:300] or "it ends too early",
-        fix=f"fetch it again; it is in the way until then: rm {shlex.quote(str(file))}",
+        fix=f"set it aside, and fetch it again: {set_aside(file)}",
     )
 
 

@@ -117,7 +117,7 @@ class Folder(UsersOwn):
                 raise UsageError(
                     f"{split} folder has the class {name!r}, the train folder does not",
                     why="labels are the train folder's sub-folders in alphabetical order",
-                    fix=f"rename or remove {base / name}",
+                    fix=f"rename {base / name}, or move it elsewhere",
                 )
             if self.split_fraction is not None and in_test_split(key, self.split_fraction) != (split == "test"):
                 continue
@@ -127,7 +127,7 @@ class Folder(UsersOwn):
             raise UsageError(
                 f"class folder {base / empty[0]} holds no training images ({len(empty)} such class(es))",
                 why="a teacher cannot learn a class without samples",
-                fix="add images to it, or remove the folder",
+                fix="add images to it, or move the folder elsewhere",
             )
         if not samples:
             raise NotFoundError(

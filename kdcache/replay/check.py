@@ -1,7 +1,5 @@
 """Replay checks: whether newly rendered views equal those that the teacher saw, with a diagnosis if not."""
 
-import shlex
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +8,7 @@ from kdcache.archive import AnyArchive, Archive, Failure, Verification
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError
 from kdcache.replay.prefetch import Rendered, render_batches
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
 from kdcache.views.policy import RendererChoice, ViewPolicy
@@ -54,7 +53,7 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
             f"{len(changed)} samples have another label than in archive {archive.location}, "
             f"the first is {canvas.keys[changed[0]]}",
             why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
-            fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+            fix=f"set the canvas aside, and it is built again: {set_aside(canvas.path)}",
         )
     return policy
 
@@ -174,7 +173,7 @@ def _fix(cause: Cause, levels: int, archive: AnyArchive, canvas: Canvas) -> str:
         accepting = f"--allow-drift {max(1, levels)} would accept this batch"
         return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
     return {
-        "canvas": f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+        "canvas": f"set the canvas aside, and it is built again: {set_aside(canvas.path)}",
         "order": "restore the dataset as it was at the dump, or dump again",
         "mixing": "use the version of kdcache that wrote the archive, or dump again",
         "policy": "use the version of kdcache that wrote the archive, or dump again",

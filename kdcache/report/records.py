@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
+from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.training.config import under_present_names
 from kdcache.views.tested import WHOLE
@@ -202,6 +203,7 @@ def _run_folders(path: Path) -> Iterator[Path]:
             raise error
 
     for folder, below, files in os.walk(path, onerror=unreadable):
+        below[:] = [name for name in below if not is_set_aside(Path(name))]
         if not {ARGS, METRICS, SUMMARY}.isdisjoint(files):
             below.clear()
             yield Path(folder)
@@ -264,5 +266,5 @@ def _damaged(path: Path, why: str) -> IntegrityError:
     return IntegrityError(
         f"{path} is damaged",
         why=f"{why} (or it was not written by kdcache distill)",
-        fix=f"restore it from a copy, or move {path.parent} out of the way and run its distill command again",
+        fix=f"restore it from a copy, or set this run aside and run its distill command again: {set_aside(path.parent)}",
     )

@@ -182,7 +182,7 @@ def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
         raise UsageError(
             f"{where} holds another archive, {there.digest[:12]}...",
             why=f"this one is {coming.digest[:12]}..., with other shards",
-            fix="choose another place, or delete that one first",
+            fix="choose another place, or move that archive elsewhere first",
         )
 
 
@@ -339,7 +339,7 @@ def _is_begun(sending: Shipment, url: str) -> bool | None:
     text = _manifest_there(url)
     if text is None:
         return False
-    _require_same(url, load_manifest(text, url, fix="choose another place, or delete what is there"), sending.manifest)
+    _require_same(url, load_manifest(text, url, fix="choose another place, or move what is there elsewhere"), sending.manifest)
     return None if text == sending.closing[MANIFEST_NAME] else True
 
 
@@ -366,7 +366,7 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
         raise UsageError(
             f"{url} holds the beginning of another archive",
             why=f"{MARKER} there was left by a push that was interrupted",
-            fix="finish that push, choose another place, or delete what is there",
+            fix="finish that push, or choose another place",
         )
     if marked is None:
         _require_free(url, () if begun else sorted(there))

@@ -28,7 +28,7 @@ from kdcache.replay.prefetch import render_batches
 from kdcache.replay.stream import ViewStream, epoch_positions
 from kdcache.system.distributed import Team, this_rank
 from kdcache.system.energy import Spent, total
-from kdcache.system.files import write_atomically
+from kdcache.system.files import set_aside, write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
 from kdcache.teachers.forward import Forward, batches, last_linear
@@ -77,7 +77,7 @@ def read_head(folder: Path) -> Head | None:
         raise IntegrityError(
             f"{file} is damaged",
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-            fix=f"remove it, and the head is trained again: rm {file}",
+            fix=f"set it aside, and the head is trained again: {set_aside(file)}",
         ) from error
 
 

@@ -2,10 +2,8 @@
 
 import csv
 import io
-import itertools
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdcache.errors import IntegrityError, RetryError
-from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
+from kdcache.system.files import set_aside, sweep_temporaries, translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.transfer import to_host
 from kdcache.training.devices import out_of_memory
@@ -88,12 +86,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def unusable_checkpoint(folder: Path, error: Exception) -> IntegrityError:
     """The error for a checkpoint that does not fit or is damaged. Its folder may be moved aside, and nothing is deleted."""
-    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    aside = next(path for name in names if not (path := folder.with_name(f"{folder.name}.damaged{name}")).exists())
     return IntegrityError(
         f"checkpoint {folder / CHECKPOINT} cannot be used",
         why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-        fix=f"move its folder aside, and repeat the command, which trains it anew: {shlex.join(['mv', str(folder), str(aside)])}",
+        fix=f"move its folder aside, and repeat the command, which trains it anew: {set_aside(folder)}",
     )
 
 

@@ -138,7 +138,7 @@ def test_one_changed_pixel_stops_training_and_names_the_view(home, archive, kdca
     assert "full: ok" in replayed.out  # the archive is sound, and nobody should be told to delete it
     assert "replay 4314: DIFFERS" in replayed.out
     assert "canvas: its pixels were changed after it was built" in replayed.err
-    assert "fix: delete the canvas" in replayed.err
+    assert "fix: set the canvas aside" in replayed.err
 
 
 def test_a_flipped_byte_in_a_shard_stops_training(home, archive, kdcache):

@@ -371,7 +371,7 @@ def test_a_teacher_whose_own_record_is_damaged_is_not_trained_over(home, kdcache
     record.write_text("{}")
     result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", "digits", "--epochs", 2, "--home", home)
     assert result.status == 4
-    assert f"mv {record.parent} {record.parent}.damaged" in result.err
+    assert f"mv {record.parent} {record.parent}.aside" in result.err
     assert record.with_name("model.safetensors").is_file()
 
 

@@ -35,6 +35,7 @@ from kdcache.archive.reading.statistics import MAX_ROWS, spread_logits
 from kdcache.archive.reading.verification import Level, Verification, Verifier
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, is_url, open_remote
 
@@ -102,11 +103,10 @@ def _has_begun(store: CachedStore) -> bool:
 
 def _manifest_fix(store: LocalStore) -> str:
     """The advice for a damaged manifest."""
-    folder, manifest = (shlex.quote(str(part)) for part in (store.root, store.path(MANIFEST_NAME)))
     if store.exists(f"{WORK}/plan.json"):  # the dump's records are there, so it can write the manifest again
-        return f"restore it from a copy, or write it anew: rm {manifest} && kdcache finalize {folder}"
-    aside = shlex.quote(f"{store.root}.damaged")
-    return f"restore it from a copy; or get the archive anew, after setting this one aside: mv {folder} {aside}"
+        anew = f"{set_aside(store.path(MANIFEST_NAME))} && kdcache finalize {shlex.quote(str(store.root))}"
+        return f"restore it from a copy, or write it anew: {anew}"
+    return f"restore it from a copy; or get the archive anew, after setting this one aside: {set_aside(store.root)}"
 
 
 def _resume_command(store: LocalStore) -> str:

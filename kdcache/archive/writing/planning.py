@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.reading.reader import dump_command, open_archive
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
+from kdcache.system.files import set_aside
 from kdcache.views.policy import PROBE_VERSION
 
 __all__ = [
@@ -98,13 +98,12 @@ def load_plan(store: LocalStore) -> ArchivePlan:
         plan = ArchivePlan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
         CODECS.from_dict(plan.codec), LAYOUTS.from_dict(plan.layout)
     except (ValidationError, KdcacheError) as error:
-        aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
         raise IntegrityError(
             f"{store.path(PLAN)} is not the plan of a dump any more",
             why=str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.what,
             fix="run the dump-teacher command again: finished views are kept"
             if store.exists(MANIFEST_NAME)
-            else f"set the folder aside ({aside}) and run its dump-teacher command again",
+            else f"set the folder aside ({set_aside(store.root)}) and run its dump-teacher command again",
         ) from None
     return plan
 
@@ -121,7 +120,7 @@ def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
         raise IntegrityError(
             f"{store.path(SAMPLES)} does not hold the labels and keys of a dump any more",
             why=str(error).splitlines()[0],
-            fix=f"rm {shlex.quote(str(store.path(SAMPLES)))}; it is written anew by: {dump_command(plan.provenance)}",
+            fix=f"{set_aside(store.path(SAMPLES))}; it is written anew by: {dump_command(plan.provenance)}",
         ) from None
     return dict(samples)
 
@@ -158,7 +157,7 @@ def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> 
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
             why=f"it has {json.dumps(theirs)[:160]}, this dump has {json.dumps(ours)[:160]}",
-            fix="write to another folder, or delete that one",
+            fix=f"write to another folder, or set that one aside: {set_aside(store.root)}",
         )
 
 
@@ -190,7 +189,7 @@ def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str
             raise IncompatibleError(
                 f"{store.root} holds a dump with other {name}",
                 why=f"the {name} of its samples are not those of this dump",
-                fix="write to another folder, or delete that one",
+                fix=f"write to another folder, or set that one aside: {set_aside(store.root)}",
             )
 
 
