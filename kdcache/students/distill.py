@@ -19,6 +19,7 @@ import torch
 
 from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
+from kdcache.datasets.classes import how_classes_differ
 from kdcache.errors import IncompatibleError, RetryError, UsageError
 from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
@@ -353,11 +354,12 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     size = recorded.size if recorded else None
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
     require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
-    if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
+    for canvas in (train, test):
+        if not (difference := how_classes_differ(archive.class_names, canvas.card.class_names)):
+            continue
         raise IncompatibleError(
-            f"archive {archive.location} has {archive.num_classes} classes, "
-            f"{dataset_label(source)} has {len(train.card.class_names)}",
-            why="the class names must be the same, in the same order",
+            f"archive {archive.location} has other classes than {dataset_label(source)}",
+            why=difference,
             fix="name the dataset that was dumped with --dataset, or dump this one",
         )
     if recorded and recorded.digest != train.digest:

@@ -27,7 +27,7 @@ from kdcache.archive import (
 from kdcache.codecs import CODECS
 from kdcache.datasets import DATASETS, Source, UsersOwn
 from kdcache.datasets.canvas import canvas_path, require_intact
-from kdcache.datasets.classes import say_classes
+from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
@@ -160,13 +160,13 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
             classes=config.classes,
         )
     teacher, names = teacher_at(config.teacher_folder), plan.canvas.card.class_names
-    if tuple(teacher.record["class_names"]) != names:
+    if difference := how_classes_differ(teacher.record["class_names"], names):
         subject = config.subject
+        command = shlex.join(["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset])
         raise IncompatibleError(
-            f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
-            f"dataset {subject.dataset} has {len(names)}",
-            why="the class names must be the same, in the same order",
-            fix=f"train one on this dataset: kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset}",
+            f"teacher {config.teacher_folder} has other classes than dataset {subject.dataset}",
+            why=difference,
+            fix=f"train one on this dataset: {command}",
         )
     return teacher
 

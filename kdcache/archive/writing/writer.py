@@ -53,7 +53,6 @@ from kdcache.archive.writing.planning import (
     new_plan,
     recorded_plan,
     require_same,
-    require_same_samples,
     samples_record,
 )
 from kdcache.codecs import CODECS, UnstorableError
@@ -167,9 +166,7 @@ class ArchiveWriter:
         if store.exists(MANIFEST_NAME):
             self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
         if (earlier := recorded_plan(store.root)) is not None:
-            require_same(store, earlier, plan)
-            if samples is not None:
-                require_same_samples(store, earlier, samples)
+            require_same(store, earlier, plan, samples)
             views, begun = max(plan.num_views, earlier.num_views), begun_plan(store)
             if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
                 views = max(views, begun.num_views)
