@@ -32,6 +32,7 @@ from kdcache.system.remote import open_remote
 from kdcache.views import ViewPolicy
 from tests.archives import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN
+from tests.hostile import resealed
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer, Request, faulty_s3
 from tests.squares import squares
@@ -349,7 +350,7 @@ def test_rows_that_are_not_what_the_digest_says_are_noticed_although_every_file_
     record["files"] = [{**file, **(update if file["path"] == name else {})} for file in record["files"]]
     table.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
     manifest["shards"] |= {"bytes": table.stat().st_size, "sha256": _sha256(table.read_bytes())}
-    (www / "kdcache.json").write_text(json.dumps(manifest))
+    (www / "kdcache.json").write_text(json.dumps(resealed(manifest)))
     with FaultyServer(tmp_path / "www") as server, pytest.raises(IntegrityError, match="verify"):
         pull(open_archive(f"{server.url}/a"), tmp_path / "here")
     assert not (tmp_path / "here" / "kdcache.json").exists()
@@ -493,7 +494,7 @@ def forged(public: Archive, records: list[FileRecord], www: Path) -> None:
     shutil.copytree(public.path, www)
     fields = json.loads((www / "kdcache.json").read_text())
     fields["files"] += [record.model_dump() for record in records]
-    (www / "kdcache.json").write_text(json.dumps(fields))
+    (www / "kdcache.json").write_text(json.dumps(resealed(fields)))
 
 
 @pytest.mark.parametrize(

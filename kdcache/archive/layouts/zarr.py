@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_bytes_rows, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, OpeningReader, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.codecs import CODECS
@@ -237,13 +237,12 @@ class _Named(dict[str, str]):
         return self._pattern.format(name)
 
 
-class ZarrReader:
+class ZarrReader(OpeningReader):
     """Reads shards without zarr: raw ones through memory maps, compressed ones chunk by chunk."""
 
     def __init__(self, plan: ArchivePlan, store: Store, arrangement: ZarrLayout) -> None:
         self._plan, self._store, self._layout = plan, store, arrangement
         self._fields = row_fields(plan)
-        self._shard = lru_cache(maxsize=512)(self._open)
         inner = arrangement.inner_rows
         if inner < 1 or plan.shard_rows % inner:
             raise IntegrityError(
@@ -255,13 +254,7 @@ class ZarrReader:
     def files(self, view: int, block: int) -> list[str]:
         return [_chunk(self._plan, name, view, block) for name in self._fields]
 
-    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        return self._shard(field, view, block).gather(rows)
-
-    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        return self._shard(field, view, block).pieces(rows)
-
-    def _open(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
+    def rows(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
         plan, inner = self._plan, self._layout.inner_rows
         name = _chunk(plan, field, view, block)
         dtype, shape = self._fields[field]
@@ -356,8 +349,12 @@ class _CompressedRows:
         row: tuple[np.dtype, tuple[int, ...]],
         arrangement: ZarrLayout,
     ) -> None:
-        self._name, self._data, self._index, self._layout = name, data, index, arrangement
+        self.name, self._data, self._index, self._layout = name, data, index, arrangement
         self._dtype, self._shape = row
+
+    def checksums(self) -> list[NDArray[np.uint32]]:
+        ends = self._index.sum(axis=1)  # which hold each chunk's checksum
+        return [self._data[ends[:, None] + np.arange(-CRC, 0)].view("<u4")[:, 0]]
 
     def pieces(self, rows: slice) -> Iterator[NDArray]:
         size = self._layout.inner_rows
@@ -383,7 +380,7 @@ class _CompressedRows:
             offset, length = self._index[chunk]
             data = self._data[offset : offset + length]
             if crc32c(data[:-CRC].data) != int.from_bytes(data[-CRC:].tobytes(), "little"):
-                raise damaged(self._name, f"chunk {chunk} has another crc32c than is stored beside it")
+                raise damaged(self.name, f"chunk {chunk} has another crc32c than is stored beside it")
             self._decompress(data[:-CRC].tobytes(), place, chunk)
         return out
 
@@ -401,7 +398,7 @@ class _CompressedRows:
                 if not done.finished or done.n_processed != out.size:  # else part of `out` is uninitialised memory
                     raise ValueError
         except Exception as error:  # libraries have many errors for damaged bytes
-            raise damaged(self._name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
+            raise damaged(self.name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
 
 
 def _require_blosc(data: bytes, out: NDArray) -> None:
