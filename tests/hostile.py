@@ -28,6 +28,7 @@ __all__ = [
     "edit_manifest",
     "edit_table",
     "exercise",
+    "make_older",
     "reseal",
     "resealed",
 ]
@@ -87,6 +88,12 @@ def edit_table(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> 
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     table.write_bytes(data)
     edit_manifest(path, lambda m: m["shards"].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+
+
+def make_older(path: Path) -> None:
+    """Turn an archive into one as kdcache wrote it before shards recorded checksums, and manifests their digest."""
+    edit_table(path, lambda shards: [shard.pop("checksums") for shard in shards])
+    edit_manifest(path, lambda m: m.pop(SEAL))
 
 
 def reseal(path: Path) -> None:

@@ -120,7 +120,7 @@ class ZarrLayout:
             "config": {"write_empty_chunks": True},
         }
         if labels is not None:
-            group.create_array("label", dtype="<i8", fill_value=0, **options)[:] = labels
+            group.create_array("label", dtype="<i8", fill_value=-1, **options)[:] = labels
         if keys is not None:
             group.create_array("key", dtype="str", **options)[:] = np.array(keys, dtype=object)
         with warnings.catch_warnings():
@@ -144,7 +144,7 @@ class ZarrLayout:
                 dtype=dtype,
                 chunks=(1, self.inner_rows, *shape) if sharded else block,
                 shards=block if sharded else None,
-                fill_value=0,
+                fill_value=_unwritten(dtype),
                 attributes={**CODECS.from_dict(plan.codec).attributes} if sharded else {},
                 dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
                 config={"write_empty_chunks": True},
@@ -212,6 +212,14 @@ def _compressor(compression: Compression, itemsize: int) -> Any:
     from numcodecs.blosc import BITSHUFFLE, Blosc
 
     return Blosc(cname="lz4", clevel=BLOSC_LEVEL, shuffle=BITSHUFFLE, typesize=itemsize)
+
+
+def _unwritten(dtype: np.dtype) -> Any:
+    """What plain zarr reads where a file is missing, without an error: nothing that kdcache writes, if the dtype has such.
+
+    It is NaN for floats, and the lowest signed integer, which is no code of `i16`, no class and no sample.
+    """
+    return np.nan if dtype.kind == "f" else np.iinfo(dtype).min if dtype.kind == "i" else 0
 
 
 def _crc32c(*parts: memoryview | bytes) -> bytes:
