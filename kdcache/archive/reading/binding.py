@@ -97,17 +97,27 @@ class BoundReader:
     def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
         return self._rows(field, view, block).pieces(rows)
 
-    def require_in_place(self, view: int, block: int) -> None:
-        """Compare what some units of every field of a shard hold with its record. Raises IntegrityError.
+    def misplaced(self, view: int, block: int) -> dict[str, IntegrityError]:
+        """Files of a shard that hold other rows than are recorded there, or none, with what reading them raises.
 
-        It reads a few pages of each file, for any size of shards.
+        A few pages of each file are read, for any size of shards.
         """
+        found: dict[str, IntegrityError] = {}
         for field in row_fields(self._plan):
-            self._checked(field, view, block, some=True)
+            names = self.files(view, block)
+            try:
+                names = [self._open(field, view, block).name]
+                self._checked(field, view, block, some=True)
+            except IntegrityError as error:
+                found.setdefault(", ".join(names), error)
+        return found
+
+    def _open(self, field: str, view: int, block: int) -> ShardRows:
+        return _open(self._reader, self._plan, field, view, block)
 
     def _checked(self, field: str, view: int, block: int, *, some: bool = False) -> ShardRows:
         """The opened rows of a field in a shard, after they were compared with its record."""
-        rows, record = _open(self._reader, self._plan, field, view, block), self._record_of(view, block)
+        rows, record = self._open(field, view, block), self._record_of(view, block)
         if record.checksums is None:
             self._require_of_one_kind(rows, field, view, block)
             return rows
@@ -153,7 +163,7 @@ class BoundReader:
         if field not in names or plan.contents != "all" or "converted_from" in plan.provenance:
             return
         some = np.unique(np.linspace(0, plan.block_rows(block) - 1, SOME).astype(np.int64))
-        opened = {name: rows if name == field else _open(self._reader, plan, name, view, block) for name in names}
+        opened = {name: rows if name == field else self._open(name, view, block) for name in names}
         stored = {name: opened[name].gather(some) for name in names}
         logits = codec.decode(stored)
         if not np.isfinite(logits).all() or not ((stored["argmax"] >= 0) & (stored["argmax"] < plan.num_classes)).all():

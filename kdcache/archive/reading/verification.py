@@ -219,13 +219,9 @@ class Verifier:
 
     def _verify_places(self, shard: ShardRecord) -> None:
         """Compare whose rows the files of a shard hold with its record, by the checksums of some units."""
-        try:
-            self._archive.reader.require_in_place(shard.view, shard.block)
-        except KdcacheError as error:
-            expected = f"the rows of view {shard.view} block {shard.block}"
-            self._result.failures.append(
-                Failure(", ".join(file.path for file in shard.files), expected, f"{error.what}: {error.why}")
-            )
+        expected = f"the rows of view {shard.view} block {shard.block}"
+        for file, error in self._archive.reader.misplaced(shard.view, shard.block).items():
+            self._result.failures.append(Failure(file, expected, f"{error.what}: {error.why}"))
 
     def _verify_rows(self, shard: ShardRecord, samples: list[NDArray]) -> None:
         """Compare the rows of a shard with their digest, and append their sample numbers to `samples`."""
