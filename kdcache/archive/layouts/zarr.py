@@ -77,11 +77,11 @@ class ZarrLayout:
         for name, (dtype, shape) in row_fields(plan).items():
             column = np.ascontiguousarray(fields[name], dtype)
             if name == "logits":
-                files[_chunk(plan, name, view, block)] = self._shard(plan, column)
+                files[_chunk(plan, name, shape, view, block)] = self._shard(plan, column)
             else:
                 padding = bytes((plan.shard_rows - len(column)) * dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
                 data = (as_bytes(column), padding) if padding else (as_bytes(column),)
-                files[_chunk(plan, name, view, block)] = [*data, _crc32c(*data)]
+                files[_chunk(plan, name, shape, view, block)] = [*data, _crc32c(*data)]
         return files
 
     def _shard(self, plan: ArchivePlan, logits: NDArray) -> Buffers:
@@ -229,8 +229,8 @@ def _crc32c(*parts: memoryview | bytes) -> bytes:
     return int(value).to_bytes(CRC, "little")
 
 
-def _chunk(plan: ArchivePlan, name: str, view: int, block: int) -> str:
-    _, shape = row_fields(plan)[name]
+def _chunk(plan: ArchivePlan, name: str, shape: tuple[int, ...], view: int, block: int) -> str:
+    """File of the field `name` with rows of this shape."""
     return "/".join([name, "c", str(view - plan.first_view), str(block), *("0" for _ in shape)])
 
 
@@ -260,12 +260,12 @@ class ZarrReader(OpeningReader):
             )
 
     def files(self, view: int, block: int) -> list[str]:
-        return [_chunk(self._plan, name, view, block) for name in self._fields]
+        return [_chunk(self._plan, name, shape, view, block) for name, (_, shape) in self._fields.items()]
 
     def rows(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
         plan, inner = self._plan, self._layout.inner_rows
-        name = _chunk(plan, field, view, block)
         dtype, shape = self._fields[field]
+        name = _chunk(plan, field, shape, view, block)
         row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         rows = plan.block_rows(block)
         if field != "logits":

@@ -97,36 +97,41 @@ class BoundReader:
     def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
         return self._rows(field, view, block).pieces(rows)
 
-    def misplaced(self, view: int, block: int) -> dict[str, IntegrityError]:
+    def misplaced(self, record: ShardRecord) -> dict[str, IntegrityError]:
         """Files of a shard that hold other rows than are recorded there, or none, with what reading them raises.
 
         A few pages of each file are read, for any size of shards.
         """
         found: dict[str, IntegrityError] = {}
         for field in row_fields(self._plan):
-            names = self.files(view, block)
+            name = ""
             try:
-                names = [self._open(field, view, block).name]
-                self._checked(field, view, block, some=True)
+                rows = self._open(field, record.view, record.block)
+                name = rows.name
+                self._compare(rows, record, field, some=True)
             except IntegrityError as error:
-                found.setdefault(", ".join(names), error)
+                found.setdefault(name or ", ".join(self.files(record.view, record.block)), error)
         return found
 
     def _open(self, field: str, view: int, block: int) -> ShardRows:
         return _open(self._reader, self._plan, field, view, block)
 
-    def _checked(self, field: str, view: int, block: int, *, some: bool = False) -> ShardRows:
+    def _checked(self, field: str, view: int, block: int) -> ShardRows:
         """The opened rows of a field in a shard, after they were compared with its record."""
-        rows, record = self._open(field, view, block), self._record_of(view, block)
+        rows = self._open(field, view, block)
+        self._compare(rows, self._record_of(view, block), field)
+        return rows
+
+    def _compare(self, rows: ShardRows, record: ShardRecord, field: str, *, some: bool = False) -> None:
+        view, block = record.view, record.block
         if record.checksums is None:
             self._require_of_one_kind(rows, field, view, block)
-            return rows
+            return
         recorded, found = record.checksums.get(field, ""), _digest(rows, some=some)
         if not recorded or not recorded.startswith(found):
             whole = _WholeField(self._reader, self._plan, field, view, block)  # as a reader that opened nothing recorded it
             if recorded != _digest(whole):
                 raise self._elsewhere(rows.name, field, view, block, _digest(rows))
-        return rows
 
     def _elsewhere(self, name: str, field: str, view: int, block: int, found: str) -> IntegrityError:
         place = f"the {field} of view {view}, block {block}"
