@@ -113,9 +113,9 @@ def _fixes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run source text in a fresh interpreter of this environment."""
 
-    def run(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(code: str, *arguments: object, check: bool = True, seconds: int = 120) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=seconds, check=False
         )
         assert done.returncode == 0 or not check, done.stderr
         return done

@@ -1,6 +1,5 @@
 """Archives: opening one, and reading its rows. This needs NumPy and no deep-learning framework."""
 
-import io
 import json
 import os
 import shlex
@@ -12,26 +11,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from kdcache.archive.format.manifest import (
     MANIFEST_LIMIT,
     MANIFEST_NAME,
     PULL,
-    TABLE_LIMIT,
     WORK,
     FileRecord,
     Manifest,
     ShardRecord,
     archive_digest,
-    first_error,
     load_manifest,
 )
 from kdcache.archive.format.rows import Rows, count_of
-from kdcache.archive.format.store import LocalStore, Store, sha256
+from kdcache.archive.format.store import LocalStore, Store
 from kdcache.archive.layouts import LAYOUTS, row_fields
+from kdcache.archive.reading.binding import BoundReader
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.statistics import MAX_ROWS, spread_logits
+from kdcache.archive.reading.table import ShardTable
 from kdcache.archive.reading.verification import Level, Verification, Verifier
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
@@ -152,7 +150,9 @@ class Archive:
                 why="this installation does not know it",
                 fix="upgrade kdcache, or install the plugin",
             ) from None
-        self.reader = arrangement.open(manifest, store)
+        self._table = ShardTable(manifest, store)
+        reader = arrangement.open(manifest, store)
+        self.reader = BoundReader(reader, manifest, store.name, self._shard, self.shards)
         self._types = row_fields(manifest)
         self._files_checked = False
         self._position_of = lru_cache(maxsize=4)(self._positions)
@@ -219,31 +219,29 @@ class Archive:
 
     def shards(self) -> Iterator[ShardRecord]:
         """The table of shards, checked against the manifest's sha256."""
-        table = self.manifest.shards
         try:
-            data = self.store.read(table.path, limit=min(table.bytes, TABLE_LIMIT))
+            return self._table.records()
         except IntegrityError:
-            if (grown := self.grown()) is None:
+            if (grown := self._same_grown()) is None:
                 raise
-            mine = [shard for shard in grown.shards() if shard.view in self.views]
-            if archive_digest(self.manifest, mine) != self.manifest.digest:
-                raise
-            return iter(mine)
-        if sha256(data) != table.sha256:
-            raise IntegrityError(
-                f"{table.path}: sha256 is {sha256(data)[:12]}..., the manifest says {table.sha256[:12]}...",
-                why="the table of shards was changed after the archive was finished",
-                fix="restore it from a copy of the archive",
-            )
+            return iter([shard for shard in grown.shards() if shard.view in self.views])
+
+    def _same_grown(self) -> "Archive | None":
+        """The archive with the views that were appended since it was opened, if its own shards are among those; else None."""
+        if (grown := self.grown()) is None:
+            return None
+        mine = (shard for shard in grown.shards() if shard.view in self.views)
+        return grown if archive_digest(self.manifest, mine) == self.manifest.digest else None
+
+    def _shard(self, view: int, block: int) -> ShardRecord:
+        """The record of one shard."""
         try:
-            return iter([ShardRecord.model_validate_json(line) for line in io.BytesIO(data)])
-        except ValidationError as error:
-            field, wrong, why = first_error(error)
-            raise IntegrityError(
-                f"{table.path}: {why} ({field} = {wrong!r})",
-                why="the table of shards was not written by kdcache",
-                fix="do not use this archive; get it again from whoever made it",
-            ) from None
+            return self._table.record(view, block)
+        except IntegrityError:
+            if (grown := self._same_grown()) is None:
+                raise
+            self._table = grown._table
+            return self._table.record(view, block)
 
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`, which are read at first use."""

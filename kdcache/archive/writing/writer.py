@@ -36,10 +36,12 @@ from kdcache.archive.format.manifest import (
     Statistics,
     TeacherCard,
     archive_digest,
+    sealed,
 )
 from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import LAYOUTS, Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts.fields import PROBE_BYTES
+from kdcache.archive.reading.binding import BoundReader, shard_checksums
 from kdcache.archive.reading.reader import Archive, dump_command, open_archive
 from kdcache.archive.reading.statistics import compute_statistics
 from kdcache.archive.writing.card import card_files
@@ -328,6 +330,7 @@ class ArchiveWriter:
                 rows=self.plan.block_rows(block),
                 rows_digest=digest.result(),
                 files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
+                checksums=shard_checksums(self._layout.open(self.plan, self.store), self.plan, view, block),
             )
         if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
             cost = DumpCost(record.rows, self._lap())
@@ -393,7 +396,13 @@ class ArchiveWriter:
         shards = [self._done[shard] for shard in self.shards()]
         samples = load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
-        reader = self._layout.open(self.plan, self.store)
+        reader = BoundReader(
+            self._layout.open(self.plan, self.store),
+            self.plan,
+            self.store.name,
+            lambda view, block: self._done[view, block],
+            self._done.values,
+        )
         _require_every_sample_once(self.plan, reader)
         if statistics is None:
             statistics = compute_statistics(self.plan, reader, labels, progress)
@@ -423,7 +432,7 @@ class ArchiveWriter:
         for name, data in closing.items():
             self.store.write(name, data)
         manifest = draft.model_copy(update={"files": records})
-        self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        self.store.write(MANIFEST_NAME, sealed(manifest))
         return open_archive(self.store.root)
 
 
