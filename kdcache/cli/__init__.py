@@ -61,11 +61,9 @@ def run(argv: list[str]) -> int:
         from pydantic import ValidationError
 
         if isinstance(error, OSError) and error.errno is not None:
-            system = RetryError(
-                f"{os.strerror(error.errno).lower()}: {error.filename or 'while reading or writing'}",
-                why="the system refused it; what was finished before is kept",
-                fix="make room (df -h), correct the path or its permissions, and repeat the command",
-            )
+            from kdcache.system.refusals import refusal
+
+            system = refusal(error)
             return _report(system, system.exit_code)
         if isinstance(error, MemoryError):
             memory = RetryError(

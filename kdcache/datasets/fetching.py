@@ -16,6 +16,7 @@ from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.refusals import ROOM, named
 
 __all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
@@ -130,7 +131,7 @@ def _require_room(place: Path, megabytes: int) -> None:
         raise RetryError(
             f"{place} has {free:,.0f} MB left, the dataset needs {megabytes:,} MB",
             why="its files are fetched packed, and then unpacked",
-            fix="make room (df -h), or put the data on another disk with --data-dir",
+            fix=f"{ROOM}, or put the data on another disk with --data-dir",
         )
 
 
@@ -142,13 +143,13 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
     if not file.is_file():
         remote = open_remote(download.url.rpartition("/")[0])
         total = remote.size(download.name)
-        with part.open("ab") as out:
+        with named(part), part.open("ab") as out:
             progress.update(f"fetch {download.name}", out.tell(), total)
             for piece in remote.stream(download.name, out.tell()):
                 out.write(piece)
                 progress.update(f"fetch {download.name}", min(out.tell(), total), total, f"{out.tell() / 1e6:.0f} MB")
         part.replace(file)
-    with file.open("rb") as stored:
+    with named(file), file.open("rb") as stored:
         md5 = hashlib.file_digest(stored, "md5").hexdigest()
     if md5 != download.md5:
         raise IntegrityError(
@@ -165,10 +166,10 @@ def _unpack(file: Path, place: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as packed:
+            with named(aside), zipfile.ZipFile(file) as packed:
                 packed.extractall(aside)
         elif tarfile.is_tarfile(file):
-            with tarfile.open(file) as tar:
+            with named(aside), tarfile.open(file) as tar:
                 tar.extractall(aside, filter="data")  # refuses paths and links to outside, and devices
         else:
             return

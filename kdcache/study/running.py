@@ -26,7 +26,7 @@ from kdcache.study.jobs import Job, StudyPlan
 from kdcache.study.schema import shipped_folder
 from kdcache.study.slots import JOBS_PER_GPU, gpu_slot, gpus, measured
 from kdcache.system.energy import SHARED_GPU
-from kdcache.system.files import write_atomically
+from kdcache.system.files import translated_os_errors, write_atomically
 from kdcache.system.locks import locked_by_family
 from kdcache.system.peak import PEAK_FILE, read_peak
 from kdcache.system.progress import Progress, Silent
@@ -130,8 +130,12 @@ def run_study(
         raise plan.missing[0]
     jobs_per_gpu = jobs_per_gpu or (JOBS_PER_GPU if profile is None else 1)  # a cluster gives each job a GPU of its own
     place = study_place(plan.name, workspace)
-    place.folder.mkdir(parents=True, exist_ok=True)
+    if all(place.done(job.id) for job in plan.jobs):
+        progress.say(f"all {len(plan.jobs)} jobs are done already: nothing to do")
+        return _made(plan, place)
     lock = place.folder / ".lock"
+    with translated_os_errors(lock):
+        place.folder.mkdir(parents=True, exist_ok=True)
     with locked_by_family(lock, wait=False) as held:
         if held is None:
             raise UsageError(
@@ -157,6 +161,11 @@ def run_study(
         failed = [job for job in plan.jobs if not place.done(job.id) and all(map(place.done, job.after))]
         if failed:
             _tell(failed, plan, place, workspace, progress, command)
+    return _made(plan, place)
+
+
+def _made(plan: StudyPlan, place: Place) -> list[str]:
+    """What the last jobs of a study have made."""
     last = [job for job in plan.jobs if job.kind in {"stats", "report"}]
     return [path for job in last for path in place.outputs(job.id) or ()]
 
@@ -164,7 +173,7 @@ def run_study(
 def _snakemake(place: Place, lock: int, jobs: int | None, jobs_per_gpu: int, profile: str | None) -> None:
     slots = len(gpus()) * jobs_per_gpu  # those without room wait for it by themselves
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
-    call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
+    call += ["--directory", str(place.folder), "--config", f"plan={place.plan.name}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     environment = os.environ | threads_for(1)

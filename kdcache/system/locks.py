@@ -4,7 +4,6 @@ Nothing but such a lock counts as held: a file that is there says nothing. Where
 NoLocksError and decide whether to go on without one.
 """
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import filelock
 
-__all__ = ["NoLocksError", "locked", "locked_by_family"]
+from kdcache.system.refusals import NO_LOCKS, named
 
-_ENOTSUPP = 524  # the Linux kernel's own, which NFS lets through
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP}
+__all__ = ["NoLocksError", "locked", "locked_by_family"]
 
 
 class NoLocksError(OSError):
@@ -73,8 +71,9 @@ def _acquire(lock: filelock.BaseFileLock, timeout: float = 0) -> bool:
 def _told_apart(path: Path) -> Iterator[None]:
     """Raises NoLocksError where the file system has no locks."""
     try:
-        yield
+        with named(path):
+            yield
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             raise NoLocksError(error.errno, error.strerror, str(path)) from None
         raise

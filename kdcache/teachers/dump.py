@@ -34,7 +34,7 @@ from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
 from kdcache.system.distributed import ALONE, this_rank
-from kdcache.system.files import translated_os_errors
+from kdcache.system.files import tidying, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
@@ -120,7 +120,6 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     progress, recipe = progress or Silent(), config.recipe
     exact = resolve(config.subject.teacher, "teacher")
     device = resolve_device(config.runtime.device)
-    require_writable(config.output or workspace.archives)
     _ = CODECS.parse(recipe.codec), LAYOUTS.parse(recipe.layout)  # an unknown name is better told before anything is trained
     others = {"checkpoint": config.checkpoint, "classes": config.classes, "teacher_epochs": config.teacher_epochs}
     given = [flag_of(name) for name, value in others.items() if value is not None]
@@ -138,7 +137,14 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
-    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress, tell=this_rank().first)
+    canvas = workspace.canvas(
+        source,
+        "train",
+        recipe.shown.canvas,
+        progress,
+        tell=this_rank().first,
+        building=lambda: require_writable(config.output or workspace.archives),
+    )
     usual, views = usual_dump(device.type), recipe.views or source.recipe.student_epochs
     precision, batch_size = recipe.precision or usual.precision, recipe.batch_size or usual.batch_size
     return DumpPlan(config, source, exact, policy, canvas, views, precision, batch_size)
@@ -193,11 +199,13 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
             archive = open_archive(path)
             if archive.num_views >= plan.views:
-                sweep(path)
+                with tidying():
+                    sweep(path)
                 progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
                 _say_unrecorded(plan.source, archive, progress)
                 progress.say(_top1(archive))
                 return path
+        require_writable(path)
         require_intact(plan.canvas)
         device = resolve_device(config.runtime.device)
         if device.index is not None:
@@ -326,6 +334,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
     if (teacher := existing_teacher(plan, workspace, progress)) is not None:
         return teacher
     config, subject, size = plan.config, plan.config.subject, plan.policy.size
+    require_writable(config.output or workspace.archives)
     epochs = _epochs(config, plan.source)
     if not config.finetune and epochs:
         raise NotFoundError(

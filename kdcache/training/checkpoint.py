@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdcache.errors import IntegrityError, RetryError
-from kdcache.system.files import sweep_temporaries, translated_os_errors, write_atomically
+from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.transfer import to_host
 from kdcache.training.devices import out_of_memory
@@ -30,6 +30,7 @@ __all__ = [
     "own_folder",
     "read_checkpoint",
     "summary_of",
+    "tidy",
     "unusable_checkpoint",
     "write_checkpoint",
     "write_log",
@@ -55,6 +56,22 @@ def own_folder(folder: Path) -> ExitStack:
             )
         sweep_temporaries(folder)
     return held
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a process has left in a finished folder that was killed at its very end: checkpoint, lock, temporary files.
+
+    Nothing where another process is in the folder, or where nothing may be deleted.
+    """
+    if not any((folder / name).exists() for name in (CHECKPOINT, LOCK)) and next(folder.glob(".*.tmp"), None) is None:
+        return
+    with tidying(), ExitStack() as held:
+        with suppress(NoLocksError):  # whoever else is there does not read these again
+            if not held.enter_context(locked(folder / LOCK, wait=False)):
+                return
+        sweep_temporaries(folder)
+        for name in (CHECKPOINT, LOCK):
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_checkpoint(
