@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split
 from kdcache.datasets.classes import say_classes
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import unique, write_atomically
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import ROOM, named
 
@@ -228,14 +228,16 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
     Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
     """
     lock = path.with_name(path.name + ".lock")
-    with ExitStack() as held:
-        folder = _unfinished(path)
+    with locked_if_possible(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")) as alone:
+        if alone:
+            yield _unfinished(path)
+            lock.unlink(missing_ok=True)  # while it is held: later it may be another process's
+            return
+        folder = path.with_name(f".{path.name}.{unique()}.tmp")
         try:
-            held.enter_context(locked(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")))
-        except NoLocksError:
-            folder = path.with_name(f".{path.name}.{unique()}.tmp")
-            held.callback(shutil.rmtree, folder, ignore_errors=True)
-        yield folder
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mention_others(series: str, path: Path, progress: Progress) -> None:

@@ -6,7 +6,6 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import ROOM, named
 
@@ -82,10 +81,9 @@ def find_or_fetch(
         )
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        with suppress(NoLocksError):  # what two processes fetched into one file at once, its checksum would refuse
-            # A second process waits, and finds what the first one fetched.
-            held.enter_context(locked(place / ".fetching.lock"))
+    # A second process waits, and finds what the first one fetched. Without locks, what two processes fetched into one file
+    # at once, its checksum would refuse.
+    with locked_if_possible(place / ".fetching.lock"):
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")

@@ -39,7 +39,7 @@ from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
 from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import NoLocksError, locked, say_no_locks
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 
@@ -204,6 +204,7 @@ def _fill(
         try:
             free = alone = held.enter_context(locked(work / "lock", wait=False))
         except NoLocksError:
+            say_no_locks()
             free = verify = True  # another process may write into the same beginnings of files
         if not free:
             raise RetryError(

@@ -1,19 +1,22 @@
 """Locks between processes. They are the operating system's, and fall with the process that holds one, however it ends.
 
 Nothing but such a lock counts as held: a file that is there says nothing. Where the file system has no locks, callers get
-NoLocksError and decide whether to go on without one.
+NoLocksError, or go on without one: a single process can, and several are told to divide their work.
 """
 
 import os
+import secrets
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import filelock
 
-from kdcache.system.refusals import NO_LOCKS, named
+from kdcache.system.refusals import NO_LOCKS, Notice, named
 
-__all__ = ["NoLocksError", "locked", "locked_by_family"]
+__all__ = ["NoLocksError", "has_locks", "locked", "locked_by_family", "locked_if_possible", "say_no_locks"]
 
 
 class NoLocksError(OSError):
@@ -38,6 +41,36 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
     finally:
         if held:
             lock.release()
+
+
+@contextmanager
+def locked_if_possible(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[bool | None]:
+    """As `locked`, but None where the file system has no locks, which is said once."""
+    with ExitStack() as held:
+        try:
+            got: bool | None = held.enter_context(locked(path, wait=wait, waiting=waiting))
+        except NoLocksError:
+            say_no_locks()
+            got = None
+        yield got
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether files of a folder can be locked. Where they cannot, that is said once."""
+    path = folder / f".{os.getpid()}-{secrets.token_hex(4)}.lock"
+    with locked_if_possible(path, wait=False) as held:
+        path.unlink(missing_ok=True)
+    return held is not None
+
+
+@cache
+def say_no_locks() -> None:
+    """Say, once in a process, that others are not noticed."""
+    text = (
+        "the file system has no locks: other processes that write there are not noticed. Run one at a time; "
+        "several dump-teacher divide one archive by --shard I/N"
+    )
+    warnings.warn(text, Notice, stacklevel=1)
 
 
 @contextmanager
@@ -75,5 +108,8 @@ def _told_apart(path: Path) -> Iterator[None]:
             yield
     except OSError as error:
         if error.errno in NO_LOCKS:
+            with suppress(OSError):
+                if not path.stat().st_size:
+                    path.unlink()  # which was made for this, and nobody can hold
             raise NoLocksError(error.errno, error.strerror, str(path)) from None
         raise

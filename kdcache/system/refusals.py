@@ -8,7 +8,12 @@ from pathlib import Path
 
 from kdcache.errors import RetryError
 
-__all__ = ["NOT_ALLOWED", "NO_LOCKS", "NO_ROOM", "ROOM", "named", "refusal", "remedy"]
+__all__ = ["NOT_ALLOWED", "NO_LOCKS", "NO_ROOM", "ROOM", "Notice", "named", "refusal", "remedy"]
+
+
+class Notice(RuntimeWarning):
+    """A warning that users may want to know of, and that the command line shows in one line."""
+
 
 _ENOTSUPP = 524  # the Linux kernel's own, which NFS lets through
 
@@ -43,7 +48,8 @@ def remedy(error: OSError, path: str | os.PathLike[str] | None = None) -> str | 
     if number == errno.ENOSPC:
         return "free some inodes (df -i shows where): many small files take them" if _without_inodes(path) else ROOM
     if number in NO_LOCKS:
-        return "choose a place with file locks (Lustre: mount -o flock)"
+        of_hub = path is not None and "huggingface" in str(path)
+        return f"{'export HF_HOME=FOLDER' if of_hub else 'choose a place'} on a disk with file locks (Lustre: mount -o flock)"
     if number in _NETWORK:
         return "look at the address and the network"
     if number in {errno.EACCES, errno.EPERM} and path is not None:

@@ -35,7 +35,7 @@ from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
 from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import tidying, translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
 from kdcache.teachers.config import DumpConfig, TeacherConfig, usual_dump
@@ -214,6 +214,9 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             f"no memory for the teacher on {device}", fix="end what else uses that memory, and repeat the command"
         ):
             writer, forward = _begun(plan, teacher, path, device, progress)
+    share = _own_share(config.shard)
+    if undivided := share is None and not has_locks(path):
+        share = (this_rank().number, this_rank().of)
     with metered(device, share=this_rank().share) as meter:
         writer.count_costs(meter.lap, device_kind(device))
         write_shards(
@@ -222,7 +225,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             plan.canvas,
             batch_size=plan.batch_size,
             start_view=config.start_view,
-            share=_own_share(config.shard),
+            share=share,
+            undivided=undivided,
             workers=config.runtime.workers,
             renderer=config.runtime.renderer,
             progress=progress,
@@ -345,9 +349,11 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
     lock = workspace.teachers / f".{dataset_label(plan.source)}--{folder_name(subject.teacher)}.lock"
     _after_the_first(lock.exists)
     with contextlib.ExitStack() as held:
-        with translated_os_errors(lock), contextlib.suppress(NoLocksError):
+        with translated_os_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(lock, waiting=lambda: progress.say("waiting for another process to train the teacher")))
+            held.enter_context(
+                locked_if_possible(lock, waiting=lambda: progress.say("waiting for another process to train the teacher"))
+            )
         if (teacher := existing_teacher(plan, workspace, progress)) is None:
             for_long = f" for {config.teacher_epochs} epochs" if config.teacher_epochs else ""
             wanted = f"{subject.teacher} trained on {subject.dataset} at {size} px{for_long}"
