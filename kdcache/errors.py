@@ -6,7 +6,7 @@
     ├── IntegrityError      4   stored bytes are not what their record says: restore or rebuild them
     ├── IncompatibleError   5   two sound things do not fit together (classes, policy, format version)
     ├── IncompleteError     6   an archive is not finished: run its dump again
-    └── RetryError         75   the machine was in the way (disk full, network): make room, then repeat the command
+    └── RetryError         75   the machine was in the way (disk, limits, network): mend what it says, then repeat the command
 
 The number is the exit status of the command line. Each error says what happened (with the offending value), why, and
 how to mend it; `str(error)` is those three lines, ready to be printed.

@@ -1,9 +1,10 @@
 """The workspace: folders `archives/ teachers/ runs/ data/ reports/ exports/ studies/` below one home folder."""
 
+import errno
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +58,8 @@ def read_record(file: Path) -> dict[str, Any]:
             raise ValueError("it holds no mapping")
         return record
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
+            raise  # which says nothing of the record
         raise _damaged(file, str(error).splitlines()[0]) from None
 
 
@@ -175,11 +178,22 @@ class Workspace:
         return self.data_dir or self.home / "data"
 
     def canvas(
-        self, source: Source, split: Split, size: int | None, progress: Progress | None = None, *, tell: bool = False
+        self,
+        source: Source,
+        split: Split,
+        size: int | None,
+        progress: Progress | None = None,
+        *,
+        tell: bool = False,
+        building: Callable[[], None] = lambda: None,
     ) -> Canvas:
-        """The canvas of a split, at `size` pixels or the dataset's default size. With `tell`, the classes are told first."""
+        """The canvas of a split, at `size` pixels or the dataset's default size. With `tell`, the classes are told first.
+
+        `building` is called before one is built, and may raise.
+        """
         size = size or source.recipe.canvas
-        return load_canvas(source, split, size, self.data, progress, skip_corrupt=self.skip_corrupt, tell=tell)
+        how: Any = {"skip_corrupt": self.skip_corrupt, "tell": tell, "building": building}
+        return load_canvas(source, split, size, self.data, progress, **how)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, sorted by name."""

@@ -5,6 +5,9 @@ import select
 import shlex
 import signal
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 from kdcache.errors import KdcacheError, NotFoundError, RetryError, UsageError
 
@@ -17,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `kdcache`: runs a command and exits with its documented status."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # what ends jobs on clusters is an interruption like Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = _shown(warnings.formatwarning)
     status = run(sys.argv[1:] if argv is None else argv)
     if _unread():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python itself complains about what is still buffered
@@ -61,11 +65,9 @@ def run(argv: list[str]) -> int:
         from pydantic import ValidationError
 
         if isinstance(error, OSError) and error.errno is not None:
-            system = RetryError(
-                f"{os.strerror(error.errno).lower()}: {error.filename or 'while reading or writing'}",
-                why="the system refused it; what was finished before is kept",
-                fix="make room (df -h), correct the path or its permissions, and repeat the command",
-            )
+            from kdcache.system.refusals import refusal
+
+            system = refusal(error)
             return _report(system, system.exit_code)
         if isinstance(error, MemoryError):
             memory = RetryError(
@@ -82,6 +84,17 @@ def run(argv: list[str]) -> int:
         fix = "repeat with --debug and report it, with what kdcache doctor prints"
         bug = f"error: {type(error).__name__}: {error}\nwhy: this is a bug in kdcache\nfix: {fix}"
         return _report(bug, 1)
+
+
+def _shown(usually: Callable[..., str]) -> Callable[..., str]:
+    """Warnings that are for users are one line, without the place in the code."""
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        from kdcache.system.refusals import Notice
+
+        return f"{message}\n" if issubclass(category, Notice) else usually(message, category, *place, **line)
+
+    return shown
 
 
 def _unread() -> bool:

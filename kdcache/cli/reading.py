@@ -21,6 +21,7 @@ from kdcache.cli.options import (
 )
 from kdcache.cli.output import bars, print_json, print_table
 from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, UsageError, unknown_name
+from kdcache.system.files import write_changed
 
 FIDELITY_ROWS = 4096
 ArchiveArgument = Annotated[str, typer.Argument(help="Folder, name below archives/, or URL (https, s3, hf, ...) of an archive.")]
@@ -245,7 +246,7 @@ def view(
         canvas = workspace(home, data_dir, skip_corrupt).canvas(
             archive_source(opened, dataset), "train", recorded.size if recorded else None, progress
         )
-    out.write_bytes(contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))
+    write_changed(out, contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))
     print(out)
 
 

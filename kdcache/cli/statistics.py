@@ -11,6 +11,7 @@ from kdcache.archive import Archive, CodecFidelity, Statistics
 from kdcache.cli.output import print_table
 from kdcache.errors import UsageError, printable
 from kdcache.report.advice import Advice, first_temperatures
+from kdcache.system.files import write_changed
 
 if TYPE_CHECKING:
     from kdcache.report.figures import Drawing  # brings matplotlib
@@ -167,7 +168,7 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
                 fix="name a file in a folder that exists, or a folder",
             )
         svg, png = render_figure(one_page(drawings, place), target.stem)
-        target.write_bytes(svg if target.suffix.lower() == ".svg" else png)
+        write_changed(target, svg if target.suffix.lower() == ".svg" else png)
         return [target]
     if (target.exists() or target.suffix) and not target.is_dir():
         raise UsageError(
@@ -180,5 +181,5 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
     for drawing in drawings:
         for suffix, data in zip((".svg", ".png"), render_figure(drawing, drawing.name), strict=True):
             written.append(target / f"{drawing.name.replace(' ', '-')}{suffix}")
-            written[-1].write_bytes(data)
+            write_changed(written[-1], data)
     return written

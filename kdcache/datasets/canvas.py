@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +33,9 @@ from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split
 from kdcache.datasets.classes import say_classes
 from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import set_aside, unique, write_atomically
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.refusals import ROOM, named
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -99,11 +100,13 @@ def load_canvas(
     *,
     skip_corrupt: bool = False,
     tell: bool = False,
+    building: Callable[[], None] = lambda: None,
 ) -> Canvas:
     """The canvas of one split at `size` pixels below `home`. It is built if it is missing or its source has changed.
 
     With `skip_corrupt`, a build leaves out images that cannot be decoded, and lists them in the source card. Later calls
     use that canvas with or without the option. With `tell`, the classes of a training split are told before it is decoded.
+    `building` is called before a build.
 
     Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
     RetryError if the disk has no room, or if images change while they are decoded.
@@ -118,6 +121,7 @@ def load_canvas(
     series, state = _names(source, split, size, fingerprint)
     path = home / f"{series}-{state[:8]}"
     if not path.is_dir():
+        building()
         if tell:
             say_classes(source, images, progress)
             tell = False
@@ -126,6 +130,8 @@ def load_canvas(
             if not path.is_dir():
                 _mention_others(series, path, progress)
                 _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, progress)
+    with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
+        (path / "journal.jsonl").unlink(missing_ok=True)
     canvas = _open(path)
     if tell:
         say_classes(source, images, progress, canvas.card.class_names, canvas.labels.tolist())
@@ -165,7 +171,8 @@ def require_intact(canvas: Canvas) -> None:
 
 def _open(path: Path) -> Canvas:
     try:
-        meta = json.loads((path / "canvas.json").read_text())
+        with named(path):
+            meta = json.loads((path / "canvas.json").read_text())
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
@@ -182,6 +189,8 @@ def _open(path: Path) -> Canvas:
         if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
             raise ValueError("sizes.npy is not the one that was written with it")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
+            raise  # which says nothing of the canvas
         raise IntegrityError(
             f"canvas {path} cannot be read",
             why=str(error).splitlines()[0],
@@ -219,14 +228,16 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
     Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
     """
     lock = path.with_name(path.name + ".lock")
-    with ExitStack() as held:
-        folder = _unfinished(path)
+    with locked_if_possible(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")) as alone:
+        if alone:
+            yield _unfinished(path)
+            lock.unlink(missing_ok=True)  # while it is held: later it may be another process's
+            return
+        folder = path.with_name(f".{path.name}.{unique()}.tmp")
         try:
-            held.enter_context(locked(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")))
-        except NoLocksError:
-            folder = path.with_name(f".{path.name}.{unique()}.tmp")
-            held.callback(shutil.rmtree, folder, ignore_errors=True)
-        yield folder
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mention_others(series: str, path: Path, progress: Progress) -> None:
@@ -287,19 +298,19 @@ def _build(
         card = source_card(source, names, split, [sample for sample, _ in kept], skipped=tuple(reasons))
     labels = np.array([sample.label for sample, _ in kept], np.int64)
     keys = [sample.key for sample, _ in kept]
-    with (folder / "pixels.npy").open("r+b") as file:
+    with named(folder / "pixels.npy"), (folder / "pixels.npy").open("r+b") as file:
         file.write(_npy_header(len(kept), size))
         _sync(file)
     pixels = np.load(folder / "pixels.npy", mmap_mode="r")
     sizes = np.array([outcome for _, outcome in kept], np.int32)
     for name, array in (("labels.npy", labels), ("sizes.npy", sizes)):
-        with (folder / name).open("wb") as file:
+        with named(folder / name), (folder / name).open("wb") as file:
             np.save(file, array)
             _sync(file)
     digest = _digest(pixels, labels, keys)
     meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
     meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
-    with (folder / "canvas.json").open("wb") as file:
+    with named(folder / "canvas.json"), (folder / "canvas.json").open("wb") as file:
         file.write(json.dumps(meta).encode())
         _sync(file)
     try:
@@ -325,11 +336,17 @@ def _decode_all(
         raise RetryError(
             f"the canvas needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB",
             why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
-            fix="make room (df -h), or put it on another disk with --data-dir",
+            fix=f"{ROOM}, or put it on another disk with --data-dir",
         )
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
     try:
-        with (folder / "pixels.npy").open("ab") as pixels, (folder / "journal.jsonl").open("ab") as journal, _no_warnings():
+        # Of what is decoded, errors have the sample's name already.
+        with (
+            named(folder),
+            (folder / "pixels.npy").open("ab") as pixels,
+            (folder / "journal.jsonl").open("ab") as journal,
+            _no_warnings(),
+        ):
             chunks = (samples[start : start + step] for start in range(before, len(samples), step))
             for decoded in _ahead(pool, lambda sample: _decode(sample, size), chunks):
                 for result in decoded:

@@ -5,7 +5,6 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from PIL import Image
 from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
 from kdcache.system.files import set_aside
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.refusals import ROOM, named
 
 __all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
@@ -81,10 +81,9 @@ def find_or_fetch(
         )
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        with suppress(NoLocksError):  # what two processes fetched into one file at once, its checksum would refuse
-            # A second process waits, and finds what the first one fetched.
-            held.enter_context(locked(place / ".fetching.lock"))
+    # A second process waits, and finds what the first one fetched. Without locks, what two processes fetched into one file
+    # at once, its checksum would refuse.
+    with locked_if_possible(place / ".fetching.lock"):
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
@@ -130,7 +129,7 @@ def _require_room(place: Path, megabytes: int) -> None:
         raise RetryError(
             f"{place} has {free:,.0f} MB left, the dataset needs {megabytes:,} MB",
             why="its files are fetched packed, and then unpacked",
-            fix="make room (df -h), or put the data on another disk with --data-dir",
+            fix=f"{ROOM}, or put the data on another disk with --data-dir",
         )
 
 
@@ -142,13 +141,13 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
     if not file.is_file():
         remote = open_remote(download.url.rpartition("/")[0])
         total = remote.size(download.name)
-        with part.open("ab") as out:
+        with named(part), part.open("ab") as out:
             progress.update(f"fetch {download.name}", out.tell(), total)
             for piece in remote.stream(download.name, out.tell()):
                 out.write(piece)
                 progress.update(f"fetch {download.name}", min(out.tell(), total), total, f"{out.tell() / 1e6:.0f} MB")
         part.replace(file)
-    with file.open("rb") as stored:
+    with named(file), file.open("rb") as stored:
         md5 = hashlib.file_digest(stored, "md5").hexdigest()
     if md5 != download.md5:
         raise IntegrityError(
@@ -165,10 +164,10 @@ def _unpack(file: Path, place: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as packed:
+            with named(aside), zipfile.ZipFile(file) as packed:
                 packed.extractall(aside)
         elif tarfile.is_tarfile(file):
-            with tarfile.open(file) as tar:
+            with named(aside), tarfile.open(file) as tar:
                 tar.extractall(aside, filter="data")  # refuses paths and links to outside, and devices
         else:
             return

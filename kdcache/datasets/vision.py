@@ -14,7 +14,7 @@ import shutil
 import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kdcache.datasets.imagenet import ImageNet
 from kdcache.datasets.mapstyle import MapStyle, Part, image_files, listed_labels, names_of
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
 from kdcache.system.files import set_aside
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["SETS", "Torch"]
@@ -323,14 +323,10 @@ class Torch(UsersOwn):
                 fix=f"kdcache datasets --fetch {DATASETS.spec(self)}",
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            with suppress(NoLocksError):
-                held.enter_context(
-                    locked(
-                        place.with_name(f".{place.name}.lock"),
-                        waiting=lambda: progress.say(f"waiting for another process to fetch {self.title}"),
-                    )
-                )
+        with locked_if_possible(
+            place.with_name(f".{place.name}.lock"),
+            waiting=lambda: progress.say(f"waiting for another process to fetch {self.title}"),
+        ):
             if place.is_dir():
                 with suppress(Exception):  # which the download tells
                     return self._make(place, wanted, download=False)  # another process has fetched it meanwhile

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdcache.doctor.findings import Line, gigabytes, note, ok, problem
+from kdcache.system.refusals import ROOM, remedy
 
 __all__ = ["folder", "limits", "locks", "memory", "processors"]
 
@@ -73,7 +74,7 @@ def folder(name: str, path: Path, other: str) -> Iterator[Line]:
     free = shutil.disk_usage(place).free
     text = f"{shown}{'' if place == shown else ' (not there yet)'}, {gigabytes(free)} free"
     if free < LITTLE_DISK:
-        yield note(name, f"{text}, which is little", f"make room (df -h), or {other}")
+        yield note(name, f"{text}, which is little", f"{ROOM}, or {other}")
     else:
         yield ok(name, text)
 
@@ -101,7 +102,7 @@ def locks(home: Path) -> Iterator[Line]:
         text = f"the file system of {place} has none: processes that share an archive must be told apart by --shard I/N"
         yield note(name, text, "mount it with locks (Lustre: -o flock), or choose another --home")
     except OSError as error:
-        yield problem(name, f"{place}: {error.strerror}", "make room (df -h; df -i), or choose another --home")
+        yield problem(name, f"{place}: {error.strerror}", f"{remedy(error, place) or 'mend the cause'}; or choose another --home")
     else:
         if held:
             yield ok(name, f"work in {place}")

@@ -29,7 +29,7 @@ from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.training_figures import training_drawings
 from kdcache.system.energy import NOTHING
-from kdcache.system.files import translated_os_errors
+from kdcache.system.files import translated_os_errors, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["Report", "write_report"]
@@ -79,18 +79,19 @@ def write_report(
     every = [drawing for kind in drawings.values() for drawing in kind]
     names = _file_names([drawing.name for drawing in every])
     shown: dict[Drawing, Markup] = {}
-    with translated_os_errors(out):
+    with translated_os_errors(out), written_alone(out):
         for folder in ("figures", "tables"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         for number, (drawing, name) in enumerate(zip(every, names, strict=True), 1):
             svg, png = render_figure(drawing, name)
-            (out / f"figures/{name}.svg").write_bytes(svg)
-            (out / f"figures/{name}.png").write_bytes(png)
+            write_changed(out / f"figures/{name}.svg", svg)
+            write_changed(out / f"figures/{name}.png", png)
             shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
             progress.update("drawing figures", number, len(every))
-        (out / "results.csv").write_text(_csv(records), "utf-8", newline="")
+        write_changed(out / "results.csv", _csv(records).encode())
         written = _write_tables(tables, out / "tables")
-        (out / "index.html").write_text(_page(experiment, records, table, tables, archives, drawings, shown), "utf-8", newline="")
+        page = _page(experiment, records, table, tables, archives, drawings, shown)
+        write_changed(out / "index.html", page.encode())
     figures = tuple(out / f"figures/{name}.{kind}" for name in names for kind in ("svg", "png"))
     return Report(out / "index.html", out / "results.csv", figures, written, table)
 
@@ -126,7 +127,7 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
     texts["savings"] = savings_table(tables.costs, kdcache.__version__)
     for name, text in texts.items():
-        (folder / f"{name}.tex").write_text(text, "utf-8", newline="")
+        write_changed(folder / f"{name}.tex", text.encode())
     return tuple(folder / f"{name}.tex" for name in texts)
 
 

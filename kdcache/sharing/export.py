@@ -19,9 +19,9 @@ from kdcache.models.creation import Normalisation, create_model, load_weights, t
 from kdcache.models.hf import is_hf
 from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, resolve
 from kdcache.report import RunRecord, collect
+from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import require_licences
-from kdcache.sharing.push_pull import OF_THE_HUB, quiet_hub, told_by_the_hub
-from kdcache.system.files import set_aside, write_atomically
+from kdcache.system.files import is_temporary, set_aside, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.tested import WHOLE, TestViews
 from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
@@ -116,14 +116,11 @@ def export(
 
 def write_export(exported: Export, output: Path) -> None:
     """Write a model to a folder, which may hold an earlier export, and check that timm loads the same weights."""
-    if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - FILES):
-        raise UsageError(
-            f"{output} is {'not empty' if output.is_dir() else 'a file'}",
-            why="it holds more than an exported model",
-            fix="name a folder that does not exist yet: --output FOLDER",
-        )
-    for name, data in exported.files.items():
-        write_atomically(output / name, data)
+    _require_own(output)
+    with written_alone(output):
+        _require_own(output)
+        for name, data in exported.files.items():
+            write_changed(output / name, data)
     settings = json.loads(exported.files[CONFIG])
     classes = settings.get("num_classes") or len(settings["id2label"])  # as timm writes it, and transformers
     size = settings["pretrained_cfg"]["input_size"][-1]
@@ -135,6 +132,19 @@ def write_export(exported: Export, output: Path) -> None:
             f"{output} is not loaded as it was written",
             why=f"timm changes weights of {exported.name} when it loads them",
             fix="report this; the run's own weights are as they were",
+        )
+
+
+def _require_own(output: Path) -> None:
+    """Raise UsageError if a folder holds more than an export, or the beginning of one that was killed."""
+    own = {*FILES, ".lock", *(f".{name}.tmp" for name in FILES)}
+    if output.exists() and (
+        not output.is_dir() or {file.name for file in output.iterdir() if not is_temporary(file, FILES)} - own
+    ):
+        raise UsageError(
+            f"{output} is {'not empty' if output.is_dir() else 'a file'}",
+            why="it holds more than an exported model",
+            fix="name a folder that does not exist yet: --output FOLDER",
         )
 
 

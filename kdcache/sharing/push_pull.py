@@ -12,13 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kdcache.archive.format.manifest import (
-    CARD_NAME,
     FOR_PEOPLE,
     MANIFEST_LIMIT,
     MANIFEST_NAME,
@@ -34,21 +33,21 @@ from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.reader import Archive, open_archive
 from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
-from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
+from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
+from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
 from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
-from kdcache.system.files import translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors
+from kdcache.system.locks import NoLocksError, locked, say_no_locks
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, hub_address, is_url, open_remote
 
-__all__ = ["OF_THE_HUB", "Shipment", "part_label", "pull", "push", "quiet_hub", "shipment", "told_by_the_hub"]
+__all__ = ["Shipment", "part_label", "pull", "push", "shipment"]
 
 PIECE = 1 << 20
 LONGEST_NAME = 240  # bytes of a file name that every file system supports
 MARKER = ".push.json"
-OF_THE_HUB = {".gitattributes", CARD_NAME}  # files of a repository created on the Hub's web page
 HUB_FILES, HUB_BYTES = 100, 4 << 30  # limits of one commit
 Contents = Literal["all", "statistics"]
 
@@ -96,6 +95,7 @@ def pull(
             fix="repeat the command",
         )
     if _is_there(folder, archive.manifest, text):
+        _tidy(folder)
         progress.say(f"{folder} is complete: nothing to do")
         return open_archive(folder)
     records = _records(archive)
@@ -200,11 +200,13 @@ def _fill(
     store, work = LocalStore(folder), folder / PULL
     with translated_os_errors(folder), ExitStack() as held:
         work.mkdir(parents=True, exist_ok=True)
+        alone = False  # which nobody knows where there are no locks
         try:
-            alone = held.enter_context(locked(work / "lock", wait=False))
+            free = alone = held.enter_context(locked(work / "lock", wait=False))
         except NoLocksError:
-            alone = verify = True  # another process may write into the same beginnings of files
-        if not alone:
+            say_no_locks()
+            free = verify = True  # another process may write into the same beginnings of files
+        if not free:
             raise RetryError(
                 f"another process is filling {folder}", why="it holds the folder's lock", fix="wait for it, or stop it"
             )
@@ -216,8 +218,21 @@ def _fill(
         if verify:
             _require_sound(arrived.verify("full", progress))
         store.write(*last)
+        if alone:
+            sweep_temporaries(folder)
         shutil.rmtree(work, ignore_errors=True)
     return open_archive(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a transfer has left in a complete folder that was killed at its very end."""
+    work = folder / PULL
+    if not work.is_dir():
+        return
+    with tidying(), suppress(NoLocksError), locked(work / "lock", wait=False) as alone:
+        if alone:
+            sweep_temporaries(folder)
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _damage(result: Verification) -> list[Failure]:
@@ -291,7 +306,11 @@ def push(
         kept: Any = {"views": views, "contents": contents or archive.manifest.contents}
         part = derive(archive, beside, **kept, progress=progress, task=f"cut {label}")
         sent = push(part, destination, licences=licences, private=private, progress=progress)
-        shutil.rmtree(beside)
+        # Under another name first: what is left of it by a kill is no archive any more.
+        done = beside.with_name(f"{beside.name}ed")
+        shutil.rmtree(done, ignore_errors=True)
+        beside.rename(done)
+        shutil.rmtree(done)
         return sent
     sending = shipment(archive, licences, progress)
     _require_sound(archive.verify("full", progress))
@@ -317,6 +336,7 @@ def _require_possible(archive: Archive, destination: str) -> None:
 
 def _push_to_folder(sending: Shipment, folder: Path, progress: Progress) -> None:
     if _is_there(folder, sending.manifest, sending.closing[MANIFEST_NAME]):
+        _tidy(folder)
         progress.say(f"{folder} is complete: nothing to do")
         return
     files = [FileTransfer(record, _reader(sending.archive, name)) for name, record in sending.files.items()]
@@ -357,11 +377,14 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
     """Push to an object store. Stores report only sizes, so a marker file records that the objects are this archive's."""
     remote = open_remote(url)
     begun = _is_begun(sending, url)
+    mark = json.dumps({"shards": sending.manifest.shards.sha256}).encode()
+    marked = _marked(url)
     if begun is None:
+        if marked == mark:
+            remote.delete(MARKER)  # of a push that was killed at its very end
         progress.say(f"{url} is complete: nothing to do")
         return
-    mark = json.dumps({"shards": sending.manifest.shards.sha256}).encode()
-    marked, there = _marked(url), set(remote.names())
+    there = set(remote.names())
     if marked not in {None, mark}:
         raise UsageError(
             f"{url} holds the beginning of another archive",
@@ -442,47 +465,3 @@ def _batches(records: Sequence[FileRecord]) -> Iterator[list[FileRecord]]:
         batch.append(record)
     if batch:
         yield batch
-
-
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Hide the progress bars of the Hub's own library."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-@contextmanager
-def told_by_the_hub(url: str, kind: str = "dataset") -> Iterator[None]:
-    """Translate the Hub's refusals into kdcache's errors."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        yield
-    except KdcacheError:
-        raise
-    except HFValidationError as error:
-        raise UsageError(f"{url} is not a {kind} on the Hub", why=printable(error), fix="correct its name") from None
-    except Exception as error:  # huggingface_hub raises errors of its HTTP library, which varies
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-        why = printable(str(error).partition("\n")[0])[:300] or type(error).__name__
-        if status in {401, 403, 404}:
-            raise UsageError(
-                f"not allowed to write {url}",
-                why=why,
-                fix="log in with a token that may write there: hf auth login, or set HF_TOKEN",
-            ) from None
-        if status is not None and 400 <= status < 500 and status not in {408, 425, 429}:
-            raise IncompatibleError(
-                f"the Hub refuses {url}", why=why, fix="correct what it says, and repeat the command"
-            ) from None
-        raise RetryError(
-            f"{url} cannot be reached", why=why, fix="repeat the command when it can: what was sent is kept there"
-        ) from error

@@ -18,6 +18,7 @@ from kdcache.errors import RetryError
 from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
+from kdcache.system.refusals import ROOM
 
 __all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room"]
 
@@ -89,7 +90,7 @@ def require_room(folder: Path, needed: int) -> None:
         raise RetryError(
             f"{folder} needs {needed / 1e9:,.2f} GB more",
             why=f"{free / 1e9:,.2f} GB are free there",
-            fix="make room, choose a folder on another disk, or pull less: --views 0:10 or --stats-only",
+            fix=f"{ROOM}, choose a folder on another disk, or pull less: --views 0:10 or --stats-only",
         )
 
 

@@ -34,6 +34,7 @@ from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
+from kdcache.training.checkpoint import tidy
 from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
 from kdcache.training.graphs import Lanes
@@ -93,7 +94,8 @@ def _distill(
     archive, second = open_archives(config, workspace, progress)
     specs = planned(config, archive, second, workspace)
     epochs = specs[0].settings.epochs
-    require_writable(workspace.runs)
+    if not all(map(_is_trained, specs)):
+        require_writable(workspace.runs)
     with team.first_alone():
         train, test = _canvases(config, archive, workspace, progress)
     size = archive.manifest.policy.size if archive.manifest.policy else train.size
@@ -105,6 +107,10 @@ def _distill(
     todo = [spec for spec, is_fresh in zip(specs, fresh, strict=True) if is_fresh]
     if len(todo) < len(specs):
         progress.say(f"{len(specs) - len(todo)} of {len(specs)} students are trained already")
+        if team.first:
+            for spec, is_fresh in zip(specs, fresh, strict=True):
+                if not is_fresh:
+                    tidy(spec.folder)
     if todo:
         todo.sort(key=lambda spec: spec.order_seed)
         together = team

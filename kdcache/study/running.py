@@ -26,8 +26,8 @@ from kdcache.study.jobs import Job, StudyPlan
 from kdcache.study.schema import shipped_folder
 from kdcache.study.slots import JOBS_PER_GPU, gpu_slot, gpus, measured
 from kdcache.system.energy import SHARED_GPU
-from kdcache.system.files import write_atomically
-from kdcache.system.locks import locked_by_family
+from kdcache.system.files import translated_os_errors, write_atomically
+from kdcache.system.locks import NoLocksError, locked_by_family, say_no_locks
 from kdcache.system.peak import PEAK_FILE, read_peak
 from kdcache.system.progress import Progress, Silent
 from kdcache.workspace import Workspace, read_record
@@ -128,11 +128,22 @@ def run_study(
         raise NotFoundError("Snakemake is not installed", why="it runs the jobs of a study", fix="pip install 'kdcache[grid]'")
     if plan.missing:
         raise plan.missing[0]
+    for folder in filter(None, (workspace.home.absolute(), workspace.data_dir)):
+        if len(str(folder).splitlines()) > 1:
+            raise UsageError(
+                f"--home or --data-dir {str(folder)!r} breaks a line",
+                why="jobs of a study tell each other their folders in lines",
+                fix="name another folder, or rename that one",
+            )
     jobs_per_gpu = jobs_per_gpu or (JOBS_PER_GPU if profile is None else 1)  # a cluster gives each job a GPU of its own
     place = study_place(plan.name, workspace)
-    place.folder.mkdir(parents=True, exist_ok=True)
+    if all(place.done(job.id) for job in plan.jobs):
+        progress.say(f"all {len(plan.jobs)} jobs are done already: nothing to do")
+        return _made(plan, place)
     lock = place.folder / ".lock"
-    with locked_by_family(lock, wait=False) as held:
+    with translated_os_errors(lock):
+        place.folder.mkdir(parents=True, exist_ok=True)
+    with _family_lock(lock, wait=False) as held:
         if held is None:
             raise UsageError(
                 f"study {plan.name} is being run by another process",
@@ -157,14 +168,19 @@ def run_study(
         failed = [job for job in plan.jobs if not place.done(job.id) and all(map(place.done, job.after))]
         if failed:
             _tell(failed, plan, place, workspace, progress, command)
+    return _made(plan, place)
+
+
+def _made(plan: StudyPlan, place: Place) -> list[str]:
+    """What the last jobs of a study have made."""
     last = [job for job in plan.jobs if job.kind in {"stats", "report"}]
     return [path for job in last for path in place.outputs(job.id) or ()]
 
 
-def _snakemake(place: Place, lock: int, jobs: int | None, jobs_per_gpu: int, profile: str | None) -> None:
+def _snakemake(place: Place, locks: Sequence[int], jobs: int | None, jobs_per_gpu: int, profile: str | None) -> None:
     slots = len(gpus()) * jobs_per_gpu  # those without room wait for it by themselves
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(shipped_folder() / "Snakefile")]
-    call += ["--directory", str(place.folder), "--config", f"plan={place.plan}"]
+    call += ["--directory", str(place.folder), "--config", f"plan={place.plan.name}"]
     # What is to be done again is decided by kdcache, which knows of every job whether its outputs are there.
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     environment = os.environ | threads_for(1)
@@ -181,7 +197,7 @@ def _snakemake(place: Place, lock: int, jobs: int | None, jobs_per_gpu: int, pro
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A group of its own: Ctrl-C reaches it through this process only, and once. If this process is killed, it goes on.
-    process = subprocess.Popen(call, start_new_session=True, pass_fds=[lock], env=environment)
+    process = subprocess.Popen(call, start_new_session=True, pass_fds=locks, env=environment)
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with process:
@@ -211,11 +227,22 @@ def _own_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _waited_for(path: Path, waiting: Callable[[], None]) -> Iterator[int]:
-    """The descriptor of a lock, which a child that inherits it holds too."""
-    with locked_by_family(path, waiting=waiting) as held:
-        assert held is not None
-        yield held
+def _family_lock(
+    path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, ...] | None]:
+    """The descriptor of a lock, which a child that inherits it holds too; none of it without locks, which is said once.
+
+    None if another process holds it.
+    """
+    with ExitStack() as kept:
+        try:
+            with translated_os_errors(path):
+                held = kept.enter_context(locked_by_family(path, wait=wait, waiting=waiting))
+        except NoLocksError:
+            say_no_locks()
+            yield ()
+            return
+        yield None if held is None else (held,)
 
 
 def _tell(failed: Sequence[Job], plan: StudyPlan, place: Place, workspace: Workspace, progress: Progress, command: str) -> None:
@@ -274,12 +301,12 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     arguments = _arguments(job, place, workspace, not_done) + (["--json"] if job.kind == "distill" else [])
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        locks = [held.enter_context(_waited_for(place.folder / f".{name}.lock", twice))]
+        locks = held.enter_context(_family_lock(place.folder / f".{name}.lock", waiting=twice)) or ()
         if place.done(name):
             return 0
         if job.alone:
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
-            locks.append(held.enter_context(_waited_for(shared, students)))
+            locks += held.enter_context(_family_lock(shared, waiting=students)) or ()
         begun = time.monotonic()
 
         def call(environment: dict[str, str], *more: int) -> tuple[int, str]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcache.errors import UsageError
 from kdcache.study.jobs import Job
-from kdcache.system.locks import locked_by_family
+from kdcache.system.locks import has_locks, locked_by_family
 from kdcache.system.peak import gpu_memory
 
 __all__ = ["JOBS_PER_GPU", "Memory", "Slot", "gpu_slot", "gpus", "kind_of", "measured"]
@@ -73,6 +74,12 @@ def gpu_slot(
     # Within two jobs of SLURM, GPU 0 is not the same one.
     folder = Path(tempfile.gettempdir()) / "-".join(["kdcache-gpus", str(os.getuid()), os.environ.get("SLURM_JOB_ID", "")])
     folder.mkdir(mode=0o700, exist_ok=True)
+    if not has_locks(folder):
+        raise UsageError(
+            f"the file system of {folder} has no locks",
+            why="they tell which job is on which GPU",
+            fix="export TMPDIR=FOLDER on a disk that has, such as /dev/shm",
+        )
     while True:
         claim = None if alone or most == 1 else needed()
         for beside in (False, True):  # a GPU without jobs is the better place

@@ -6,47 +6,64 @@ Whoever is killed while a file is written leaves the old one, and at most a hidd
 import errno
 import itertools
 import os
+import re
 import secrets
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kdcache.errors import RetryError
+from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.refusals import NO_ROOM, NOT_ALLOWED, named, remedy
 
 __all__ = [
     "Buffers",
     "create_atomically",
     "is_set_aside",
+    "is_temporary",
     "set_aside",
     "sweep_temporaries",
+    "tidying",
     "translated_os_errors",
     "unique",
     "write_atomically",
+    "write_changed",
+    "written_alone",
 ]
 
 Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
 
 _ASIDE = ".aside"
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # of `_write`, with a `unique` part
 PIECES = 1024  # that every system takes at a time (IOV_MAX)
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OWN_TEXT = {errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE}
 
 
 @contextmanager
 def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into an error that says so; what was written before stays."""
+    """Turn a full disk, a forbidden folder and the like into an error that says so; what was written before stays.
+
+    NoLocksError and what callers tell apart by its class pass, with the name of the file.
+    """
     try:
-        yield
+        with named(path):
+            yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise RetryError(
                 f"no room to write {path}",
                 why=f"{os.strerror(error.errno or 0)}; everything finished before this file is kept",
-                fix="free some space (df -h shows where) and repeat the command: it goes on where it stopped",
+                fix=f"{remedy(error, path)} and repeat the command: it goes on where it stopped",
             ) from error
-        if error.errno in _NOT_ALLOWED:
+        if error.errno in _OWN_TEXT:
+            raise RetryError(
+                f"{path} cannot be written",
+                why=f"{os.strerror(error.errno or 0)}; everything finished before this file is kept",
+                fix=f"{remedy(error, path)}, and repeat the command: it goes on where it stopped",
+            ) from error
+        if error.errno in NOT_ALLOWED:
             raise RetryError(
                 f"not allowed to write {path}",
                 why=os.strerror(error.errno or 0),
@@ -84,6 +101,16 @@ def is_set_aside(path: Path) -> bool:
     return path.suffix.partition("-")[0] == _ASIDE
 
 
+def write_changed(file: Path, data: bytes) -> None:
+    """As `write_atomically`, but a file that has these very bytes stays as it is, also where nothing may be written."""
+    try:
+        if file.stat().st_size == len(data) and file.read_bytes() == data:
+            return
+    except OSError:  # which writing tells, if it stands in its way too
+        pass
+    write_atomically(file, data)
+
+
 def unique() -> str:
     """A part of a file's name that no other writer uses, on whatever machine it runs."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -94,6 +121,48 @@ def sweep_temporaries(folder: Path) -> None:
     with suppress(FileNotFoundError):  # where there are no locks, another process may have swept a folder away
         for left in folder.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
+
+
+def is_temporary(file: Path, names: Collection[str]) -> bool:
+    """Whether this is a temporary file of `write_atomically` for a file of one of these names."""
+    found = _TEMPORARY.fullmatch(file.name)
+    return found is not None and found[1] in names
+
+
+@contextmanager
+def written_alone(folder: Path) -> Iterator[None]:
+    """Write several files of a folder, which is made, while others that do so wait; what killed ones left there is swept away.
+
+    In a read-only folder, and where there are no locks, nothing is swept.
+    """
+    with translated_os_errors(folder):
+        _make_folder(folder)
+    lock = folder / ".lock"
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except OSError as error:
+            if not isinstance(error, NoLocksError) and error.errno not in NOT_ALLOWED:
+                raise
+        else:
+            for left in folder.rglob(".*.tmp"):
+                if _TEMPORARY.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with tidying():
+                lock.unlink(missing_ok=True)  # while it is held: later it may be another process's
+
+
+@contextmanager
+def tidying() -> Iterator[None]:
+    """What is tidied up inside is of no use to anybody: where it cannot be deleted, as in a read-only folder, it stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
 
 
 def _write(file: Path, data: bytes | Buffers, publish: Callable[[Path, Path], object]) -> None:

@@ -1,21 +1,22 @@
 """Locks between processes. They are the operating system's, and fall with the process that holds one, however it ends.
 
 Nothing but such a lock counts as held: a file that is there says nothing. Where the file system has no locks, callers get
-NoLocksError and decide whether to go on without one.
+NoLocksError, or go on without one: a single process can, and several are told to divide their work.
 """
 
-import errno
 import os
+import secrets
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import filelock
 
-__all__ = ["NoLocksError", "locked", "locked_by_family"]
+from kdcache.system.refusals import NO_LOCKS, Notice, named
 
-_ENOTSUPP = 524  # the Linux kernel's own, which NFS lets through
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP}
+__all__ = ["NoLocksError", "has_locks", "locked", "locked_by_family", "locked_if_possible", "say_no_locks"]
 
 
 class NoLocksError(OSError):
@@ -40,6 +41,36 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
     finally:
         if held:
             lock.release()
+
+
+@contextmanager
+def locked_if_possible(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[bool | None]:
+    """As `locked`, but None where the file system has no locks, which is said once."""
+    with ExitStack() as held:
+        try:
+            got: bool | None = held.enter_context(locked(path, wait=wait, waiting=waiting))
+        except NoLocksError:
+            say_no_locks()
+            got = None
+        yield got
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether files of a folder can be locked. Where they cannot, that is said once."""
+    path = folder / f".{os.getpid()}-{secrets.token_hex(4)}.lock"
+    with locked_if_possible(path, wait=False) as held:
+        path.unlink(missing_ok=True)
+    return held is not None
+
+
+@cache
+def say_no_locks() -> None:
+    """Say, once in a process, that others are not noticed."""
+    text = (
+        "the file system has no locks: other processes that write there are not noticed. Run one at a time; "
+        "several dump-teacher divide one archive by --shard I/N"
+    )
+    warnings.warn(text, Notice, stacklevel=1)
 
 
 @contextmanager
@@ -73,8 +104,12 @@ def _acquire(lock: filelock.BaseFileLock, timeout: float = 0) -> bool:
 def _told_apart(path: Path) -> Iterator[None]:
     """Raises NoLocksError where the file system has no locks."""
     try:
-        yield
+        with named(path):
+            yield
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
+            with suppress(OSError):
+                if not path.stat().st_size:
+                    path.unlink()  # which was made for this, and nobody can hold
             raise NoLocksError(error.errno, error.strerror, str(path)) from None
         raise

@@ -34,8 +34,8 @@ from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_reference, public_name, resolve
 from kdcache.options import flag_of
 from kdcache.system.distributed import ALONE, this_rank
-from kdcache.system.files import translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.files import tidying, translated_os_errors
+from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
 from kdcache.teachers.config import DumpConfig, TeacherConfig, usual_dump
@@ -120,7 +120,6 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     progress, recipe = progress or Silent(), config.recipe
     exact = resolve(config.subject.teacher, "teacher")
     device = resolve_device(config.runtime.device)
-    require_writable(config.output or workspace.archives)
     _ = CODECS.parse(recipe.codec), LAYOUTS.parse(recipe.layout)  # an unknown name is better told before anything is trained
     others = {"checkpoint": config.checkpoint, "classes": config.classes, "teacher_epochs": config.teacher_epochs}
     given = [flag_of(name) for name, value in others.items() if value is not None]
@@ -138,7 +137,14 @@ def plan_dump(config: DumpConfig, workspace: Workspace, progress: Progress | Non
     if not this_rank().first:
         coming = canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data)
         _after_the_first(lambda: coming.is_dir() or coming.with_name(coming.name + ".lock").exists())
-    canvas = workspace.canvas(source, "train", recipe.shown.canvas, progress, tell=this_rank().first)
+    canvas = workspace.canvas(
+        source,
+        "train",
+        recipe.shown.canvas,
+        progress,
+        tell=this_rank().first,
+        building=lambda: require_writable(config.output or workspace.archives),
+    )
     usual, views = usual_dump(device.type), recipe.views or source.recipe.student_epochs
     precision, batch_size = recipe.precision or usual.precision, recipe.batch_size or usual.batch_size
     return DumpPlan(config, source, exact, policy, canvas, views, precision, batch_size)
@@ -193,11 +199,13 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
             archive = open_archive(path)
             if archive.num_views >= plan.views:
-                sweep(path)
+                with tidying():
+                    sweep(path)
                 progress.say(f"{path} is complete with {archive.num_views} views: nothing to do")
                 _say_unrecorded(plan.source, archive, progress)
                 progress.say(_top1(archive))
                 return path
+        require_writable(path)
         require_intact(plan.canvas)
         device = resolve_device(config.runtime.device)
         if device.index is not None:
@@ -206,6 +214,9 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             f"no memory for the teacher on {device}", fix="end what else uses that memory, and repeat the command"
         ):
             writer, forward = _begun(plan, teacher, path, device, progress)
+    share = _own_share(config.shard)
+    if undivided := share is None and not has_locks(path):
+        share = (this_rank().number, this_rank().of)
     with metered(device, share=this_rank().share) as meter:
         writer.count_costs(meter.lap, device_kind(device))
         write_shards(
@@ -214,7 +225,8 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
             plan.canvas,
             batch_size=plan.batch_size,
             start_view=config.start_view,
-            share=_own_share(config.shard),
+            share=share,
+            undivided=undivided,
             workers=config.runtime.workers,
             renderer=config.runtime.renderer,
             progress=progress,
@@ -326,6 +338,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
     if (teacher := existing_teacher(plan, workspace, progress)) is not None:
         return teacher
     config, subject, size = plan.config, plan.config.subject, plan.policy.size
+    require_writable(config.output or workspace.archives)
     epochs = _epochs(config, plan.source)
     if not config.finetune and epochs:
         raise NotFoundError(
@@ -336,9 +349,11 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
     lock = workspace.teachers / f".{dataset_label(plan.source)}--{folder_name(subject.teacher)}.lock"
     _after_the_first(lock.exists)
     with contextlib.ExitStack() as held:
-        with translated_os_errors(lock), contextlib.suppress(NoLocksError):
+        with translated_os_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(lock, waiting=lambda: progress.say("waiting for another process to train the teacher")))
+            held.enter_context(
+                locked_if_possible(lock, waiting=lambda: progress.say("waiting for another process to train the teacher"))
+            )
         if (teacher := existing_teacher(plan, workspace, progress)) is None:
             for_long = f" for {config.teacher_epochs} epochs" if config.teacher_epochs else ""
             wanted = f"{subject.teacher} trained on {subject.dataset} at {size} px{for_long}"

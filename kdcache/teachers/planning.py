@@ -66,19 +66,26 @@ class TeacherPlan:
             epochs: settings_of(recipe, config.training, epochs, self.exact, scratch) for epochs in self.durations if epochs
         }
         self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
-        require_writable(workspace.teachers)
         self._require_trainable()
         as_is.require_use(config.classes, self.durations, config.head_epochs)
         self.taken = self._take_as_is() if 0 in self.durations and not config.head_epochs else None
 
         self.train_canvas = (
-            canvas if canvas is not None else workspace.canvas(self.source, "train", config.views.canvas, progress, tell=True)
+            canvas
+            if canvas is not None
+            else workspace.canvas(self.source, "train", config.views.canvas, progress, tell=True, building=self._require_room)
         )
-        self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress)
+        self.test_canvas = workspace.canvas(self.source, "test", config.views.canvas, progress, building=self._require_room)
         for each in (self.train_canvas, self.test_canvas):
             require_intact(each)
         self._settle_views()
         self._settle_head()
+        if not all((self.folder(epochs) / "teacher.json").is_file() for epochs in self.durations):
+            self._require_room()
+
+    def _require_room(self) -> None:
+        """Better before images are decoded and teachers trained."""
+        require_writable(self.workspace.teachers)
 
     def _take_as_is(self) -> as_is.AsIs:
         """The weights as they are, with the outputs that are this dataset's classes."""

@@ -14,7 +14,7 @@ from kdcache.errors import IntegrityError, UsageError
 from kdcache.models.names import folder_name, is_factory
 from kdcache.models.preprocessing import preprocessing
 from kdcache.system.files import translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers.config import USUAL, DumpConfig, Precision
 from kdcache.teachers.registry import Teacher
@@ -78,9 +78,11 @@ def begun_once(plan: DumpPlan, teacher: Teacher, workspace: Workspace, progress:
         return
     lock = workspace.archives / f".{dataset_label(plan.source)}--{folder_name(plan.config.subject.teacher)}.lock"
     with contextlib.ExitStack() as held:
-        with translated_os_errors(lock), contextlib.suppress(NoLocksError):
+        with translated_os_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(lock, waiting=lambda: progress.say("waiting for another process to begin its archive")))
+            held.enter_context(
+                locked_if_possible(lock, waiting=lambda: progress.say("waiting for another process to begin its archive"))
+            )
             held.callback(lock.unlink, missing_ok=True)
         found = going_on(plan, teacher, workspace, Silent())
         if _recorded(folder_of(found, teacher, workspace)) is not None:

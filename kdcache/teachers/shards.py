@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive import ArchiveWriter
 from kdcache.datasets.canvas import Canvas
+from kdcache.errors import UsageError
 from kdcache.replay.prefetch import Rendered, Resident, render_batches
 from kdcache.system.interrupts import Stopped, stopped_between_steps
 from kdcache.system.progress import Progress, Silent
@@ -33,6 +34,7 @@ def write_shards(
     batch_size: int,
     start_view: int = 0,
     share: tuple[int, int] | None = None,
+    undivided: bool = False,
     workers: int = 0,
     renderer: RendererChoice = "auto",
     progress: Progress | None = None,
@@ -40,8 +42,9 @@ def write_shards(
     """Write the missing shards that no other process has claimed, from `start_view` on and then from the first view.
 
     A shard is claimed when rendering, which runs ahead across shards, reaches it. No batch crosses a shard's border. With
-    `share` (i, n), only shards whose running number modulo n is i are written; other processes leave these alone. RetryError
-    where there is too little memory for a batch.
+    `share` (i, n), only shards whose running number modulo n is i are written; other processes leave these alone. If that is
+    `undivided`, not agreed upon but the only way where there are no locks, a process that writes them as well is a UsageError.
+    RetryError where there is too little memory for a batch.
     """
     policy = writer.plan.policy
     assert policy is not None
@@ -56,8 +59,8 @@ def write_shards(
     with enough_memory(f"no memory for batches of {batch_size} views on {forward.device}", fix=fix):
         while missing := mine.intersection(writer.missing()):  # repeat for shards that another process left unwritten
             order = sorted(missing, key=lambda shard: (shard[0] < start_view, shard))
-            with stopped_between_steps() as check, contextlib.ExitStack() as claims, _Writing(writer, told) as writing:
-                claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None)
+            with stopped_between_steps() as check, contextlib.ExitStack() as claims, _Writing(writer, told, undivided) as writing:
+                claimed = _Claimed(writer, order, batch_size, claims, owned=share is not None, undivided=undivided)
                 rows = _ShardRows()
                 rendered = render_batches(
                     canvas,
@@ -166,7 +169,9 @@ class _Claimed:
         claims: contextlib.ExitStack,
         *,
         owned: bool,
+        undivided: bool,
     ) -> None:
+        self._undivided = undivided
         self._writer, self._order, self._batch_size, self._claims, self._owned = writer, order, batch_size, claims, owned
         self.shards: collections.deque[tuple[int, int, contextlib.ExitStack]] = collections.deque()  # claimed, not complete
         self.any = False
@@ -179,8 +184,18 @@ class _Claimed:
                 self.shards.append((view, block, claim))
                 for rows in batches(self._writer.positions(block), self._batch_size):
                     yield view, rows
+            elif self._undivided:
+                raise _beside_another(self._writer)
             else:
                 claim.close()
+
+
+def _beside_another(writer: ArchiveWriter) -> UsageError:
+    return UsageError(
+        f"another process writes {writer.store.root}, too",
+        why="its file system has no locks, so each of them has to be told which shards it writes",
+        fix="stop them, and start each with its part, of two for example: --shard 0/2 and --shard 1/2",
+    )
 
 
 class _Told:
@@ -205,8 +220,8 @@ class _Writing:
     What fails there is raised here, by the next call or at the end. A shard that is being written when work ends is finished.
     """
 
-    def __init__(self, writer: ArchiveWriter, told: _Told) -> None:
-        self._writer, self._told = writer, told
+    def __init__(self, writer: ArchiveWriter, told: _Told, undivided: bool) -> None:
+        self._writer, self._told, self._undivided = writer, told, undivided
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-dump")
         self._current: tuple[int, Future[None]] | None = None
 
@@ -239,4 +254,6 @@ class _Writing:
     def _write(self, view: int, block: int, columns: Columns, claim: contextlib.ExitStack) -> None:
         if not self._writer.finished(view, block):  # another process may finish it where locks do not exclude that
             self._writer.write(view, block, *columns)
+        elif self._undivided:
+            raise _beside_another(self._writer)
         claim.close()

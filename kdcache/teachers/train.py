@@ -35,7 +35,7 @@ from kdcache.teachers.head import HEAD, Head, head_settings, read_head, train_he
 from kdcache.teachers.planning import TeacherPlan
 from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
-from kdcache.training.checkpoint import copied
+from kdcache.training.checkpoint import copied, tidy
 from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
@@ -116,6 +116,7 @@ class _Job:
             folder = plan.folder(epochs)
             if (folder / "teacher.json").is_file():
                 self.progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
+                tidy(folder)
                 registered(folder, plan.said(epochs).get("said_sha256"))
             elif not epochs and not plan.head_epochs(0):
                 self._register()

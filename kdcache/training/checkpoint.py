@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdcache.errors import IntegrityError, RetryError
-from kdcache.system.files import set_aside, sweep_temporaries, translated_os_errors, write_atomically
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.files import set_aside, sweep_temporaries, tidying, translated_os_errors, write_atomically
+from kdcache.system.locks import locked_if_possible
 from kdcache.system.transfer import to_host
 from kdcache.training.devices import out_of_memory
 
@@ -28,6 +28,7 @@ __all__ = [
     "own_folder",
     "read_checkpoint",
     "summary_of",
+    "tidy",
     "unusable_checkpoint",
     "write_checkpoint",
     "write_log",
@@ -40,19 +41,37 @@ CHECKPOINT = "checkpoint.pt"
 def own_folder(folder: Path) -> ExitStack:
     """Take the folder for this process, until the result is closed or the process ends.
 
-    Where there are no locks, a second process in the folder is not noticed: it would overwrite checkpoints, each whole.
+    Where there are no locks, which is said once, a second process in the folder is not noticed: it would overwrite
+    checkpoints, each whole.
     """
     held = ExitStack()
-    with translated_os_errors(folder), suppress(NoLocksError):
+    with translated_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not held.enter_context(locked(folder / LOCK, wait=False)):
+        alone = held.enter_context(locked_if_possible(folder / LOCK, wait=False))
+        if alone is False:
             raise RetryError(
                 f"{folder} is being trained by another process",
                 why="two processes in one folder would overwrite each other's checkpoints",
                 fix="repeat the command when the other one has ended; it goes on from there",
             )
-        sweep_temporaries(folder)
+        if alone:
+            sweep_temporaries(folder)
     return held
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a process has left in a finished folder that was killed at its very end: checkpoint, lock, temporary files.
+
+    Nothing where another process is in the folder, or where nothing may be deleted.
+    """
+    if not any((folder / name).exists() for name in (CHECKPOINT, LOCK)) and next(folder.glob(".*.tmp"), None) is None:
+        return
+    with tidying(), locked_if_possible(folder / LOCK, wait=False) as alone:
+        if alone is False:
+            return
+        sweep_temporaries(folder)
+        for name in (CHECKPOINT, LOCK):
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_checkpoint(

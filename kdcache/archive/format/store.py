@@ -1,5 +1,6 @@
 """Files of an archive by name, below one folder. Each file is written whole or not at all."""
 
+import errno
 import hashlib
 import os
 import re
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import FileRecord
-from kdcache.errors import IntegrityError, RetryError
+from kdcache.errors import IntegrityError, KdcacheError, RetryError
 from kdcache.system.files import Buffers, create_atomically, write_atomically
 from kdcache.system.progress import Progress
+from kdcache.system.refusals import refusal
 
 __all__ = [
     "Buffers",
@@ -189,7 +191,13 @@ class LocalStore:
         return sorted(f"{folder}/{p.name}" for p in paths if p.name.endswith(suffix) and not p.name.startswith("."))
 
 
-def _unreadable(path: Path, error: OSError) -> IntegrityError:
+_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+
+
+def _unreadable(path: Path, error: OSError) -> KdcacheError:
+    if error.errno in _OF_THE_MACHINE:  # which says nothing of the archive
+        error.filename = error.filename or str(path)
+        return refusal(error)
     missing = isinstance(error, FileNotFoundError)
     return IntegrityError(
         f"{path} {'does not exist' if missing else 'cannot be read'}",

@@ -18,6 +18,7 @@ from kdcache.archive.format.store import Store, open_local
 from kdcache.archive.layouts.fields import RowType
 from kdcache.errors import IntegrityError
 from kdcache.system.mapping import map_readonly
+from kdcache.system.refusals import named
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
 
@@ -42,7 +43,7 @@ class Run:
 
 def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np.uint8]:
     """Map the bytes of a file. Raises IntegrityError if it is empty or not `expected` bytes long."""
-    with open_local(store, name) as file:
+    with open_local(store, name) as file, named(file.name):
         size = os.fstat(file.fileno()).st_size
         if not size or expected not in {None, size}:
             raise damaged(name, f"has {size:,} bytes" + ("" if expected is None else f", expected {expected:,}"))

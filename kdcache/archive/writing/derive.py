@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from kdcache.archive.format.manifest import ArchivePlan, Statistics, SubsetOf
+from kdcache.archive.format.manifest import MANIFEST_NAME, ArchivePlan, Statistics, SubsetOf
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import LAYOUTS, row_fields, rows_digest
 from kdcache.archive.reading.reader import Archive
@@ -56,6 +56,8 @@ def derive(
             fix=f"name another folder, or set that one aside: {set_aside(Path(path))}",
         )
     total, missing = plan.num_views * plan.num_blocks, writer.missing()
+    if not missing and writer.store.exists(MANIFEST_NAME):
+        progress.say(f"{path} is complete with {writer.plan.num_views} views: nothing to do")
     records = {(shard.view, shard.block): shard for shard in source.shards()} if missing else {}
     for number, (view, block) in enumerate(missing):
         if contents == "all":  # without logits, prefetching would mostly fetch unneeded files

@@ -62,7 +62,7 @@ from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
 from kdcache.system.energy import Spent
 from kdcache.system.files import sweep_temporaries, translated_os_errors
-from kdcache.system.locks import NoLocksError, locked
+from kdcache.system.locks import NoLocksError, locked, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
 
@@ -463,9 +463,9 @@ def _alone(store: LocalStore) -> Iterator[None]:
     """
     path = store.path(LOCK)
     with ExitStack() as held:
-        with translated_os_errors(path), suppress(NoLocksError):
+        with translated_os_errors(path):
             store.root.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(path))
+            held.enter_context(locked_if_possible(path))
         try:
             yield
         finally:
