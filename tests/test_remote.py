@@ -519,7 +519,8 @@ except RetryError as error:
     print(error)
 """
     said = run_python(code, f"{server.url}/zarr").stdout.splitlines()
-    assert said[0].startswith("error: no room to write")
+    assert said[0].endswith("cannot be written")
+    assert "ulimit -f" in said[2]
     (part,) = cached(".part")
     assert 0 < part.stat().st_size <= 9000
     held = part.stat().st_size

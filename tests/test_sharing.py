@@ -473,7 +473,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     there = open_archive(f"{server.url}/a")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))  # type: ignore[attr-defined]
     for views in (None, range(1, 3)):
-        with pytest.raises(RetryError, match=r"needs .* GB more") as caught:
+        with pytest.raises(RetryError, match=r"the archive needs .* more, .* has 5\.0 kB") as caught:
             pull(there, tmp_path / "here" / f"{views}", views=views)
         assert "--views" in caught.value.fix
     assert not server.asked("logits/c/0/0/0")

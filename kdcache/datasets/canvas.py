@@ -35,7 +35,8 @@ from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.refusals import ROOM, named
+from kdcache.system.refusals import named
+from kdcache.system.room import require_room
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -331,13 +332,13 @@ def _decode_all(
     if before:
         progress.say(f"{task}: {before} of {len(samples)} images were decoded before, going on from there")
         progress.update(task, before, len(samples))
-    needed, free = (len(samples) - before) * 3 * size * size, shutil.disk_usage(folder).free
-    if needed > free:
-        raise RetryError(
-            f"the canvas needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB",
-            why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
-            fix=f"{ROOM}, or put it on another disk with --data-dir",
-        )
+    require_room(
+        folder,
+        (len(samples) - before) * 3 * size * size,
+        "the canvas",
+        why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
+        elsewhere="put it on another disk with --data-dir",
+    )
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
     try:
         # Of what is decoded, errors have the sample's name already.

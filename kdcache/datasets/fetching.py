@@ -15,7 +15,8 @@ from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryErr
 from kdcache.system.files import set_aside
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.refusals import ROOM, named
+from kdcache.system.refusals import named
+from kdcache.system.room import require_room
 
 __all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
@@ -87,7 +88,13 @@ def find_or_fetch(
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
-        _require_room(place, 3 * size)  # packed files, and unpacked ones, twice for a moment
+        require_room(
+            place,
+            3 * size * 10**6,  # packed files, and unpacked ones, twice for a moment
+            "the dataset",
+            why="its files are fetched packed, and then unpacked",
+            elsewhere="put the data on another disk with --data-dir",
+        )
         for file in downloads:
             try:
                 packed = _fetch(file, place, progress)
@@ -121,16 +128,6 @@ def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
         Sample(file.relative_to(base).as_posix(), label, lambda file=file: Image.open(file))  # type: ignore[misc]
         for file, label in rows
     ]
-
-
-def _require_room(place: Path, megabytes: int) -> None:
-    free = shutil.disk_usage(place).free / 1e6
-    if megabytes > free:
-        raise RetryError(
-            f"{place} has {free:,.0f} MB left, the dataset needs {megabytes:,} MB",
-            why="its files are fetched packed, and then unpacked",
-            fix=f"{ROOM}, or put the data on another disk with --data-dir",
-        )
 
 
 def _fetch(download: Download, folder: Path, progress: Progress) -> Path:

@@ -37,7 +37,7 @@ from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
 from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
-from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
+from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room_to_pull
 from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked, say_no_locks
 from kdcache.system.progress import Progress, Silent
@@ -82,7 +82,7 @@ def pull(
         if not (folder / MANIFEST_NAME).is_file():
             _require_empty(folder, WORK)
             here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
+            require_room_to_pull(folder, stored_bytes(derived_plan(archive, **kept)) - here)
         part = derive(archive, folder, **kept, progress=progress, task=f"pull {archive.name}")
         if verify:
             part.verify("full", progress).raise_if_failed()

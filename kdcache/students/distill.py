@@ -34,6 +34,7 @@ from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
+from kdcache.system.room import sizes
 from kdcache.training.checkpoint import tidy
 from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
@@ -185,9 +186,10 @@ def _groups(
         needed = _needed(together, num_classes, size, device)
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
         if total > available:
+            wanted, there = sizes(total, available)
             progress.say(
-                f"{len(together)} students on the stream of seed {seed} would take about {total / 1e9:.2f} GB, "
-                f"of {available / 1e9:.2f} GB that there are: they are trained in groups, one after another"
+                f"{len(together)} students on the stream of seed {seed} would take about {wanted}, "
+                f"of {there} that there are: they are trained in groups, one after another"
             )
         groups += [together[part] for part in groups_that_fit(needed, available)]
     return groups
