@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Split, UsersOwn
+from kdcache.datasets.labels import require_taught
 from kdcache.datasets.mapstyle import MapStyle, Part, image_files, listed_labels, names_of, require_map_style
 from kdcache.datasets.transforms import datasets_inside
 from kdcache.errors import KdcacheError, UsageError
@@ -74,6 +75,9 @@ class Factory(UsersOwn):
                     "`targets` with them to spare that"
                 )
         names = self._names(made, max(max(part.labels) for (part,) in parts.values()))
+        if names[1]:
+            naming = "an attribute `classes` of the dataset"
+            require_taught(parts["train"][0].labels, len(names[0]), f"dataset {self.function}", naming)
         if names[1]:
             remarks.append("classes are called by their numbers: give the dataset an attribute `classes` to name them")
         versions = [str(getattr(dataset, "version", "")) for dataset in made.values()]
