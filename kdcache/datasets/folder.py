@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from kdcache.datasets import DATASETS, SPLITS, Licence, Recipe, Sample, Split, UsersOwn, resolved
-from kdcache.datasets.labels import composed, require_names
+from kdcache.datasets.labels import composed, require_names, tested_on_training
 from kdcache.datasets.strays import IMAGE_SUFFIXES, Entry, Strays, folder_entries, is_known, undecodable, walked
 from kdcache.errors import NotFoundError, UsageError
 from kdcache.system.progress import Progress
@@ -75,7 +75,13 @@ class Folder(UsersOwn):
                     fix=f"leave split_fraction out: --dataset {DATASETS.spec(replace(self, split_fraction=None))}",
                 )
             return root
-        base = self._split_folder(split)
+        base, other = self._split_folder(split), self._split_folder("test" if split == "train" else "train")
+        if base is not None and other is not None and base.samefile(other):
+            raise tested_on_training(
+                f"dataset {DATASETS.spec(self)}",
+                f"{base.name}/ and {other.name}/ are the same folder",
+                f"split it: --dataset {DATASETS.spec(replace(self, root=str(base), split_fraction=0.2))}",
+            )
         if base is None:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",

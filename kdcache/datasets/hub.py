@@ -10,7 +10,7 @@ from PIL import Image
 
 from kdcache.datasets import DATASETS, Images, Licence, Sample, Split, UsersOwn, resolved
 from kdcache.datasets.folder import in_test_split
-from kdcache.datasets.labels import classes_of
+from kdcache.datasets.labels import classes_of, tested_on_training
 from kdcache.datasets.own import RECIPE
 from kdcache.errors import NotFoundError, RetryError, UsageError
 from kdcache.system.progress import Progress
@@ -158,10 +158,10 @@ def _fraction(source: Hub, whole: Mapping[str, Any]) -> float:
     if source.test is None:
         return HELD_OUT if not any(name in whole and name != source.train for name in _TESTS) else 0
     if source.test == source.train:
-        raise UsageError(
-            f"dataset hf:{source.repo} is to be tested on the split that it is trained on, {source.train!r}",
-            why="a top-1 on training images says nothing of others",
-            fix=f"hold a part of it out: test={HELD_OUT}, or name another split",
+        raise tested_on_training(
+            f"dataset hf:{source.repo}",
+            f"test={source.test} is its training split",
+            f"hold a part of it out: test={HELD_OUT}, or name another split",
         )
     if source.test in whole:
         return 0

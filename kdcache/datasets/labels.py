@@ -17,7 +17,17 @@ import numpy as np
 from kdcache.datasets import Split
 from kdcache.errors import UsageError
 
-__all__ = ["NAMES_FILE", "classes_of", "composed", "named_by", "read_names", "require_names", "require_taught"]
+__all__ = [
+    "NAMES_FILE",
+    "classes_of",
+    "composed",
+    "named_by",
+    "read_names",
+    "require_names",
+    "require_taught",
+    "same_images",
+    "tested_on_training",
+]
 
 NAMES_FILE = "class_names.txt"
 _SHOWN = 5  # numbers of classes in a message
@@ -125,6 +135,20 @@ def require_taught(train: Sequence[int], classes: int, where: str, naming: str) 
         fix=("subtract 1 from all labels" if from_one else "number the classes without gaps")
         + f"; if the gap is meant, name all {classes} classes: {naming}",
     )
+
+
+def tested_on_training(where: str, why: str, fix: str) -> UsageError:
+    """The error for a dataset whose test images are its training images."""
+    return UsageError(
+        f"{where} is to be tested on the images that it is trained on",
+        why=f"{why}; a top-1 on training images says nothing of others",
+        fix=fix,
+    )
+
+
+def same_images(what: str) -> str:
+    """What is said where the images of both splits turn out to be the same."""
+    return f"warning: {what} are the same images: a top-1 on training images says nothing of others"
 
 
 def named_by(names: Sequence[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Sample, Split, UsersOwn
 from kdcache.datasets.fetching import Listed, Rooted, damaged_file
-from kdcache.datasets.labels import NAMES_FILE, classes_of, read_names
+from kdcache.datasets.labels import NAMES_FILE, classes_of, read_names, same_images, tested_on_training
 from kdcache.datasets.pixels import as_bytes
 from kdcache.datasets.strays import IMAGE_SUFFIXES, Strays, is_known
 from kdcache.datasets.tars import compressed, samples_in_shard
@@ -21,6 +21,8 @@ from kdcache.system.progress import Progress
 __all__ = ["RECIPE", "Arrays", "Tars"]
 
 RECIPE = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
+
+_PROBES = 8  # images that are compared
 
 
 def _require_root(name: str, root: str, needed: str) -> None:
@@ -65,6 +67,8 @@ class Arrays(Rooted, UsersOwn):
         labels: dict[Split, NDArray] = {split: arrays[f"{split}_labels"] for split in SPLITS}
         for split in SPLITS:
             _check_arrays(root, split, arrays[f"{split}_images"], labels[split])
+        if _are_the_same(arrays):
+            remarks.append(same_images("the train_ and the test_ arrays"))
         numbered, named = classes_of(labels, names, str(root), naming=f"{listing}, one name a line")
         if names is None and labels["train"].dtype.kind not in "USO":
             remarks.append(f"classes are called by their numbers: {listing} can name them, one a line")
@@ -126,6 +130,15 @@ def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray) ->
         )
 
 
+def _are_the_same(arrays: dict[str, NDArray]) -> bool:
+    """Whether both splits are the same images, as far as some of them tell."""
+    train, test = arrays["train_images"], arrays["test_images"]
+    if train.shape != test.shape or len(train) < 2 or not np.array_equal(arrays["train_labels"], arrays["test_labels"]):
+        return False
+    looked = sorted({round(i) for i in np.linspace(0, len(train) - 1, _PROBES)})
+    return all(np.array_equal(train[i], test[i]) for i in looked)
+
+
 def _picture(image: NDArray[np.uint8]) -> Image.Image:
     if image.ndim == 3 and image.shape[2] != 3 and (image.shape[0] == 3 or image.shape[2] != 1):
         image = image.transpose(1, 2, 0)
@@ -156,6 +169,10 @@ class Tars(Rooted, UsersOwn):
         for split, files in shards.items():
             if not files:
                 raise next(filter(None, map(compressed, others)), None) or _not_there("tars", self.root, f"{split}*.tar")
+        if twice := [file for file in shards["test"] if any(file.samefile(other) for other in shards["train"])]:
+            raise tested_on_training(
+                f"dataset tars:{self.root}", f"{twice[0].name} is a training shard", "hold some of the shards out, as test*.tar"
+            )
         listing = base / NAMES_FILE
         if not listing.is_file():
             raise NotFoundError(

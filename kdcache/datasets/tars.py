@@ -62,8 +62,12 @@ def _entries(file: Path, offset: int = 0, size: int | None = None) -> Iterator[E
         with file.open("rb") as whole:
             known: dict[str, Member] = {}
             end = file.stat().st_size if size is None else offset + size
+            start = -1
             at: int | None = offset
             while at is not None:
+                if at == start:
+                    raise tarfile.ReadError(f"there is no header of a member at byte {at}")
+                start = at
                 whole.seek(at)  # tarfile starts at the present position; its offsets count from the file's start
                 with tarfile.open(fileobj=whole, mode="r:") as tar:
                     for info in tar:
