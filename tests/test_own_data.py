@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from kdcache.archive import open_archive
 from kdcache.cli import run
-from kdcache.datasets import DATASETS
+from kdcache.datasets import DATASETS, Images
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, KdcacheError, UsageError
 from tests import miniatures
@@ -341,3 +342,210 @@ def test_names_that_leave_numbers_open_are_refused(tmp_path: Path, text: bytes, 
         assert said in str(caught.value)
         (root / "class_names.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\nc\r\n\n")
         assert DATASETS.parse(f"{make.__name__}:{root}").open(tmp_path).class_names() == ("a", "b", "c")
+
+
+# ---------------------------------------------------------------- labels and arrays
+
+
+def arrays(root: Path, **changed: Any) -> Images:
+    """Six training and four test images of three classes, with what is `changed`."""
+    pixels = np.random.default_rng(5).integers(0, 256, (10, 6, 5, 3), dtype=np.uint8)
+    parts = {
+        "train_images": pixels[:6],
+        "train_labels": np.arange(6) % 3,
+        "test_images": pixels[6:],
+        "test_labels": np.arange(4) % 3,
+    }
+    root.mkdir(exist_ok=True)
+    for name, values in (parts | changed).items():
+        np.save(root / f"{name}.npy", values)
+    return DATASETS.parse(f"arrays:{root}").open(root)
+
+
+def numbers(images: Images, split: Any = "train") -> list[int]:
+    return [sample.label for sample in images.samples(split)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64, np.uint64])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_whole_numbers_of_any_type_are_labels(tmp_path: Path, dtype: Any, shape: Any) -> None:
+    images = arrays(tmp_path / "a", train_labels=np.arange(6).astype(dtype).reshape(shape) % 3)
+    assert numbers(images) == [0, 1, 2, 0, 1, 2]
+    assert images.class_names() == ("0", "1", "2")
+
+
+def test_texts_are_classes_and_those_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    images = arrays(tmp_path / "a", train_labels=np.array([*"cabcab"]), test_labels=np.array([*"abcc"]))
+    assert images.class_names() == ("a", "b", "c")
+    assert numbers(images) == [2, 0, 1, 2, 0, 1]
+    images = arrays(tmp_path / "a", train_labels=np.array(["10", "2", "1"] * 2), test_labels=np.array(["1", "2", "10", "1"]))
+    assert images.class_names() == ("1", "2", "10")
+    assert numbers(images, "test") == [0, 1, 2, 0]
+    (tmp_path / "a/class_names.txt").write_text("10\n2\n1\n7\n")
+    assert numbers(DATASETS.parse(f"arrays:{tmp_path / 'a'}").open(tmp_path)) == [0, 1, 2, 0, 1, 2]
+    images = arrays(tmp_path / "b", train_labels=np.array([b"x", b"y"] * 3), test_labels=np.array([b"y"] * 4))
+    assert images.class_names() == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 1, 2.5, 0, 1, 2], "train label 2 is 2.5"),
+        ([0, 1, np.nan, 0, 1, 2], "train label 2 is nan"),
+        ([0, 1, np.inf, 0, 1, 2], "train label 2 is inf"),
+        ([0, 1, -1, 0, 1, 2], "train label 2 is -1"),
+        ([1, 2, 3, 1, 2, 3], "these seem to be from 1 on"),
+        ([0, 1, 3, 0, 1, 3], "no training image has the label 2"),
+        ([0, 1, 10**12, 0, 1, 2], "no training image has the label 3, 4, 5, 6, 7, ..."),
+        ([True, False] * 3, "train label 0 is True"),
+        ([0, 1 + 1j, 2, 0, 1, 2], "a complex is neither"),
+        (np.eye(6, dtype=int), "[6, 6]"),
+        (["a", "", "b"] * 2, "train label 1 is ''"),
+        (["a", " ", "b"] * 2, "train label 1 is ' '"),
+        (["a", "b", "b"] * 2, "test label 0 is the number 0, train label 0 the text 'a'"),
+        (np.array(["2020-01-01"] * 6, "M8[D]"), "date is neither"),
+        ([0, 1], "train_labels has 2 labels"),
+        (5, "has 1 labels"),
+    ],
+    ids=str,
+)
+def test_labels_that_name_no_class_are_refused(tmp_path: Path, labels: Any, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arrays(tmp_path / "a", train_labels=np.array(labels))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_gap_that_is_meant_is_said_by_names(tmp_path: Path) -> None:
+    changed = {"train_labels": np.array([0, 1, 3] * 2), "test_labels": np.array([0, 1, 3, 3])}
+    with pytest.raises(UsageError, match="the label 2") as caught:
+        arrays(tmp_path / "a", **changed)
+    listing = Path(caught.value.fix.rpartition(": ")[2].partition(",")[0])
+    listing.write_text("a\nb\nc\nd\n")
+    assert numbers(arrays(tmp_path / "a", **changed)) == [0, 1, 3, 0, 1, 3]
+    with pytest.raises(UsageError, match="from 1 to 4") as caught:
+        arrays(tmp_path / "a", train_labels=np.array([1, 2, 3, 4, 1, 2]))
+    assert "subtract 1" in caught.value.fix
+    with pytest.raises(UsageError, match="test label 0 is 'e'"):
+        arrays(tmp_path / "a", train_labels=np.array([*"abcdab"]), test_labels=np.array([*"eabc"]))
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 5), (6, 6, 5, 1), (6, 1, 6, 5)])
+def test_grey_arrays_of_any_shape_are_the_same_pictures(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (6, 6, 5), dtype=np.uint8)
+    image = arrays(tmp_path / "a", train_images=grey.reshape(shape)).samples("train")[3].load()
+    assert image.mode == "L"
+    np.testing.assert_array_equal(np.asarray(image), grey[3])
+
+
+PIXELS = np.random.default_rng(2).integers(0, 256, (6, 6, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        (PIXELS / 255).astype(np.float32), PIXELS / 255, PIXELS.astype(np.float32), PIXELS.astype(np.int64),
+        PIXELS.astype(np.uint16) * 257, PIXELS.astype(np.uint16) * 16 + 3, PIXELS.astype(np.uint16),
+        np.concatenate([PIXELS, PIXELS[..., :1]], axis=3),
+        np.concatenate([PIXELS, PIXELS[..., :1]], axis=3).transpose(0, 3, 1, 2),
+    ],
+    ids=["float32", "float64", "float to 255", "int64", "16 bits", "12 bits", "uint16 to 255", "alpha", "alpha first"],
+)  # fmt: skip
+def test_the_fix_for_other_pixels_makes_the_same_pictures(tmp_path: Path, pixels: Any) -> None:
+    with pytest.raises(UsageError, match="train_images is") as caught:
+        arrays(tmp_path / "a", train_images=pixels)
+    expression = caught.value.fix.partition(": ")[2].partition(", if")[0]
+    images = arrays(tmp_path / "a", train_images=eval(expression, {"train_images": pixels}))
+    for i, sample in enumerate(images.samples("train")):
+        np.testing.assert_array_equal(np.asarray(sample.load()), PIXELS[i])
+
+
+@pytest.mark.parametrize(
+    "pixels", [PIXELS - 128.0, np.full(PIXELS.shape, np.nan), PIXELS * 1j, PIXELS.astype(str), PIXELS.astype(int) * -(10**6)]
+)
+def test_pixels_without_a_meaning_are_refused_without_a_guess(tmp_path: Path, pixels: Any) -> None:
+    with pytest.raises(UsageError, match="train_images is") as caught:
+        arrays(tmp_path / "a", train_images=pixels)
+    assert not any(text in caught.value.fix for text in ("* 255).round().astype", "(images"))
+
+
+def test_arrays_that_are_pickled_or_missing_are_told_as_such(tmp_path: Path) -> None:
+    objects = np.array(["a", "b", "c"] * 2, object)
+    with pytest.raises(UsageError, match="train_labels holds Python objects") as caught:
+        arrays(tmp_path / "a", train_labels=objects)
+    import numpy
+
+    texts = eval(caught.value.fix.partition(": ")[2], {"numpy": numpy, "train_labels": objects})
+    assert numbers(arrays(tmp_path / "a", train_labels=texts, test_labels=np.array([*"abca"]))) == [0, 1, 2, 0, 1, 2]
+    np.savez(tmp_path / "x.npz", x_train=PIXELS)
+    with pytest.raises(UsageError, match="no array train_images") as caught:
+        DATASETS.parse(f"arrays:{tmp_path / 'x.npz'}").open(tmp_path)
+    assert "it has x_train" in caught.value.why
+
+
+def test_arrays_that_are_the_same_for_both_splits_are_said(tmp_path: Path) -> None:
+    same = {
+        f"{split}_{what}": values
+        for split in ("train", "test")
+        for what, values in (("images", PIXELS), ("labels", np.arange(6) % 3))
+    }
+    assert "are the same images" in " ".join(arrays(tmp_path / "a", **same).remarks)  # type: ignore[attr-defined]
+    assert "are the same images" not in " ".join(arrays(tmp_path / "b").remarks)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- the Hub's form
+
+
+def hub(root: Path, labels: Any, feature: Any = None, splits: tuple[str, ...] = ("train", "test")) -> Callable[..., Images]:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Pictures
+
+    features = Features({"image": Pictures(), "label": feature or Value("string")})
+    (root / "data").mkdir(parents=True)
+    for split in splits:
+        rows = {"image": [miniatures.picture() for _ in labels], "label": labels}
+        Dataset.from_dict(rows, features=features).to_parquet(root / f"data/{split}-00000-of-00001.parquet")
+    return lambda options="": DATASETS.parse(f"hf:{root}{options}").open(root.parent / "home")
+
+
+def test_texts_of_the_hub_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    images = hub(tmp_path / "h", ["10", "9", "1", "10"])()
+    assert images.class_names() == ["1", "9", "10"]
+    assert numbers(images) == [2, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "said"),
+    [
+        (["a", None, "b"], "string", "train label 1 is None"),
+        (["a", "", "b"], "string", "train label 1 is ''"),
+        ([0.5, 1.0, 2.0], "float64", "train label 0 is 0.5"),
+        ([[0, 1], [1], [2]], "list", "a list is neither"),
+        ([0, None, 1], "names", "train label 1 is None"),
+        ([0, -1, 1], "names", "train label 1 is -1"),
+    ],
+)
+def test_labels_of_the_hub_that_name_no_class_are_refused(tmp_path: Path, labels: Any, kind: str, said: str) -> None:
+    from datasets import ClassLabel, List, Value
+
+    feature = {"list": List(Value("int64")), "names": ClassLabel(names=["a", "b"])}.get(kind) or Value(kind)
+    with pytest.raises(UsageError) as caught:
+        hub(tmp_path / "h", labels, feature)()
+    assert said in str(caught.value)
+
+
+def test_without_a_test_split_a_part_is_held_out_and_said(tmp_path: Path) -> None:
+    opened = hub(tmp_path / "h", ["a", "b"] * 30, splits=("train",))
+    images = opened()
+    train, test = ({sample.key for sample in images.samples(split)} for split in ("train", "test"))
+    assert not train & test
+    assert len(train | test) == 60
+    assert 4 < len(test) < 22
+    assert "0.2 of the images of split train are held out" in images.remarks[0]  # type: ignore[attr-defined]
+    assert len(opened(",test=0.5").samples("test")) > len(test)
+    assert opened(",test=0.5").fingerprint() != images.fingerprint()
+    for wrong, said in (("train", "trained on"), ("1.5", "between 0 and 1"), ("dev", "no split 'dev'")):
+        with pytest.raises(UsageError) as caught:
+            opened(f",test={wrong}")
+        assert said in str(caught.value)
+        assert "test=0.2" in caught.value.fix

@@ -122,7 +122,7 @@ def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray) ->
         raise UsageError(
             what, why="pixels are uint8, from 0 to 255", fix=f"save them as 8 bits: {as_bytes(images, split + '_images')}"
         )
-    if len(images) != len(labels) or labels.ndim < 1:
+    if labels.ndim < 1 or len(images) != len(labels):
         raise UsageError(
             f"{root}: {split}_images are {len(images)}, {split}_labels has {len(labels) if labels.ndim else 1} labels",
             why="an image has one label",
