@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -31,7 +31,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import say_classes
-from kdcache.errors import IntegrityError, RetryError, UsageError
+from kdcache.errors import IntegrityError, RetryError, UsageError, printable
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
@@ -141,6 +141,9 @@ def load_canvas(
         progress.say(
             f"{len(skipped)} of {len(skipped) + len(canvas)} {split} images are left out, they cannot be decoded: {shown}"
         )
+    if unused := canvas.card.unused:
+        shown = ", ".join(f"{count:,} {printable(heading)}" for heading, count in unused.items())
+        progress.say(f"{sum(unused.values()):,} files beside the {split} images are not used: {shown}")
     return canvas
 
 
@@ -273,7 +276,9 @@ def _build(
     progress: Progress,
 ) -> None:
     names, samples = images.class_names(), images.samples(split)
-    card = source_card(source, names, split, samples)
+    count = getattr(images, "unused", None)
+    unused: Mapping[str, int] = {} if count is None else count(split)
+    card = source_card(source, names, split, samples, unused=unused)
     # A build resumes only one with the same identity. Another version of Pillow may decode a file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
     outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
@@ -296,7 +301,7 @@ def _build(
                 why=f"{len(reasons)} of {len(samples)} {split} images are corrupt, and --skip-corrupt would leave nothing of it",
                 fix="replace some of its files",
             )
-        card = source_card(source, names, split, [sample for sample, _ in kept], skipped=tuple(reasons))
+        card = source_card(source, names, split, [sample for sample, _ in kept], tuple(reasons), unused)
     labels = np.array([sample.label for sample, _ in kept], np.int64)
     keys = [sample.key for sample, _ in kept]
     with named(folder / "pixels.npy"), (folder / "pixels.npy").open("r+b") as file:
@@ -421,7 +426,7 @@ def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityEr
     return IntegrityError(
         f"{len(reasons)} of {total} images cannot be decoded: {shown}{more}",
         why=f"a sample without pixels has no views (the whole list: {listing})",
-        fix="replace these files, move them elsewhere, or repeat the command with --skip-corrupt to leave them out",
+        fix="mend or convert these files, or repeat the command with --skip-corrupt to leave them out",
     )
 
 

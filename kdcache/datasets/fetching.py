@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,19 +178,19 @@ def _unpack(file: Path, place: Path) -> None:
     file.unlink()
 
 
-def damaged_file(file: Path, why: str) -> KdcacheError:
-    """The error for a dataset's file with wrong contents."""
+def damaged_file(file: Path, why: str, *, fetched: bool = True) -> KdcacheError:
+    """The error for a dataset's file with wrong contents; `fetched` ones can be got again, the user's own cannot."""
     return IntegrityError(
         f"{file} is damaged",
         why=" ".join(why.split())[:300] or "it ends too early",
-        fix=f"set it aside, and fetch it again: {set_aside(file)}",
+        fix=f"set it aside, and fetch it again: {set_aside(file)}" if fetched else "restore it from a copy, or write it anew",
     )
 
 
 class Listed(Images):
     """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from.
 
-    `remarks` are said to the user.
+    `remarks` are said to the user, and `unused` counts files of a split that are no samples.
     """
 
     def __init__(
@@ -200,8 +200,9 @@ class Listed(Images):
         list_samples: Callable[[Split], Sequence[Sample]],
         files: Iterable[Path],
         remarks: Sequence[str] = (),
+        unused: Callable[[Split], Mapping[str, int]] = lambda split: {},
     ) -> None:
-        self.remarks = remarks
+        self.remarks, self.unused = remarks, unused
         self._base, self._names, self._list, self._files = base, tuple(names), list_samples, sorted(files)
 
     def class_names(self) -> Sequence[str]:

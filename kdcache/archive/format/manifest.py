@@ -297,6 +297,7 @@ class ArchivePlan(_Record):
                 "rows_hash": True,
                 "licences": True,
                 "provenance": True,
+                "source": {"unused"},
                 "teacher": {"noise", "weights_licence", "top1_clean", "test_views", "training"},
             },
         )
