@@ -44,15 +44,15 @@ assert len(os.listdir("/proc/self/fd")) < 32, os.listdir("/proc/self/fd")
 
 
 def _two(folder: Path, layout: str, views: int) -> Archive:
-    build(folder / "b", layout, num_views=views, class_names=tuple("vwxyz"))
-    return open_archive(build(folder / "a", layout, num_views=views))
+    build(folder / "b", layout, num_views=views, num_samples=4, class_names=tuple("vwxyz"))
+    return open_archive(build(folder / "a", layout, num_views=views, num_samples=4))
 
 
 @pytest.mark.parametrize(
     ("layout", "views", "limit", "to"),
     [
-        ("zarr", 6, 64, "webdataset"),  # 84 files
-        pytest.param("hdf5", 36, 64, "hdf5", marks=pytest.mark.exhaustive),  # 72
+        ("zarr", 12, 64, "webdataset"),  # 84 files
+        pytest.param("hdf5", 72, 64, "hdf5", marks=pytest.mark.exhaustive),  # 72
         *(
             pytest.param(*case, 1024, to, marks=pytest.mark.exhaustive)
             for *case, to in [

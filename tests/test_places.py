@@ -1,6 +1,7 @@
 """Protects the meaning of rows: those of another view, block, teacher or archive are refused, however sound their bytes are."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from kdcache.archive import Archive, ArchiveWriter, derive, open_archive, write_
 from kdcache.archive.format.manifest import SEAL, load_manifest
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.reading import binding
+from kdcache.archive.reading.cache import CachedStore
 from kdcache.cli import run
 from kdcache.errors import IntegrityError, KdcacheError
 from kdcache.sharing.push_pull import pull, push
 from tests.golden.make import ARCHIVE as GOLDEN
 from tests.hostile import LAYOUT_OPTIONS, SAMPLES, build, edit_manifest, edit_table, make_older
+from tests.servers import FaultyServer
 
 FIELDS = ("logits", "argmax", "sample", "entropy", "entropy_rest", "digest", "probe")
 
@@ -175,6 +178,65 @@ def test_views_are_appended_to_an_older_archive(sound: Archive, copy: Path) -> N
         _ = open_archive(copy).read(2, 0, 4).logits
 
 
+def test_an_archive_is_not_finished_with_files_in_other_places(in_zarr: Archive, tmp_path: Path) -> None:
+    plan = _plan(in_zarr)
+    writer = ArchiveWriter.of_plan(tmp_path / "new", plan, None, None)
+
+    def write() -> None:
+        for view, block in writer.missing():
+            rng = np.random.default_rng(10 * view + block)
+            writer.write(view, block, rng.normal(0, 2, (plan.block_rows(block), 5)).astype(np.float32))
+
+    write()
+    exchange(tmp_path / "new", file_of(in_zarr, "logits", 0, 0), file_of(in_zarr, "logits", 1, 0))
+    with pytest.raises(IntegrityError, match=r"those of view 1, block 0") as caught:
+        writer.finalize()
+    command, words = shlex.split(caught.value.fix.partition(": ")[2].partition(", and ")[0])[0], caught.value.fix
+    assert command == "rm"
+    assert "and kdcache dump-teacher --teacher t" in words
+    for path in shlex.split(words.partition(": rm ")[2].partition(", and ")[0]):  # as the error advises
+        Path(path).unlink()
+    writer = ArchiveWriter.resume(tmp_path / "new")
+    write()
+    assert writer.finalize().verify("full").ok
+
+
+def test_a_cached_file_that_is_exchanged_after_its_check_is_noticed(
+    sound: Archive, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
+    with FaultyServer(copy.parent) as server:
+        archive = open_archive(f"{server.url}/{copy.name}")
+        assert isinstance(archive.store, CachedStore)
+        for view in (0, 1):
+            archive.fetch(view)
+        one, other = (archive.store.local(file_of(archive, "logits", view, 0)) for view in (0, 1))
+        aside = one.read_bytes()
+        one.write_bytes(other.read_bytes()[: len(aside)].ljust(len(aside)))
+        with pytest.raises(IntegrityError):
+            read(archive, "logits", 0, 3)
+
+
+def test_plain_zarr_reads_a_lost_shard_as_nothing_that_is_stored(in_zarr: Archive, tmp_path: Path) -> None:
+    """It does so without an error, and zeros would be believed."""
+    import zarr
+
+    labelled = write_archive(
+        tmp_path / "l", np.full((2, 6, 3), 1.5, np.float32), ["a", "b", "c"], labels=np.ones(6, np.int64), codec="u8"
+    )
+    for path, impossible in ((in_zarr.path, {"logits": -(2**15)}), (labelled.path, {"scale": np.nan, "offset": np.nan})):
+        archive = open_archive(path)
+        expected = {"argmax": -(2**31), "sample": -(2**31), "entropy": np.nan, "entropy_rest": np.nan, **impossible}
+        for name in expected:
+            (path / file_of(archive, name, 1, 0)).unlink()
+        group = zarr.open_group(str(path), mode="r")
+        for name, value in expected.items():
+            np.testing.assert_array_equal(group[name][1, :4], np.full_like(group[name][1, :4], value))
+            assert np.isfinite(group[name][0]).all()
+        (path / "label/c/0").unlink()
+        assert (zarr.open_group(str(path), mode="r")["label"][:] == -1).all()
+
+
 # ---------------------------------------------------------------------------------------------- older archives
 
 
@@ -261,9 +323,10 @@ def test_a_changed_manifest_is_refused_by_every_command(sound: Archive, copy: Pa
 
 def test_a_manifest_does_not_lose_its_digest_unnoticed(copy: Path) -> None:
     edit_manifest(copy, lambda m: m.pop(SEAL))
-    for act in (lambda a: a.read(0, 0, 1).logits, lambda a: a.verify("quick").raise_if_failed(), lambda a: a.nbytes):
-        with pytest.raises(IntegrityError, match="lost its manifest_sha256"):
-            act(open_archive(copy))
+    with pytest.raises(IntegrityError, match="lost its manifest_sha256"):
+        open_archive(copy)
+    with FaultyServer(copy.parent) as server, pytest.raises(IntegrityError, match="lost its manifest_sha256"):
+        read(open_archive(f"{server.url}/{copy.name}"), "sample", 0, 0)
 
 
 def test_archives_from_before_that_are_read_as_ever(copy: Path) -> None:

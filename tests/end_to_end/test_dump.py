@@ -20,6 +20,7 @@ import torch
 
 from kdcache import workspace as workspace_module
 from kdcache.archive import ArchiveWriter, Licences, open_archive
+from kdcache.archive.format.manifest import SEAL
 from kdcache.datasets import canvas as canvas_module
 from kdcache.models.creation import Normalisation
 from kdcache.system.progress import Silent
@@ -90,6 +91,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_pa
     for manifest in manifests:
         for who in ("command", "created", "cost"):
             manifest["provenance"].pop(who)
+        assert manifest.pop(SEAL)
     # The card names nothing but the contents, so even its checksum in the manifest is the same.
     assert manifests[0] == manifests[1]
 
@@ -140,6 +142,7 @@ def contents(folder):
     manifest = json.loads((folder / "kdcache.json").read_text())
     for who in ("command", "created", "cost"):
         manifest["provenance"].pop(who)
+    assert manifest.pop(SEAL)
     return {**data_files(folder), "kdcache.json": manifest, "README.md": (folder / "README.md").read_bytes()}
 
 

@@ -9,7 +9,7 @@ Older tables record none. There the argmax and the entropy that are stored of so
 """
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,6 +74,7 @@ class BoundReader:
     """A layout's reader that refuses rows of another place than they are asked for at.
 
     `record_of` gives the record of a shard, and `records` all of them, for the message. `where` is the archive's location.
+    `advice` gives the fix for shards (view, block) whose files do not hold what is recorded.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class BoundReader:
         where: str,
         record_of: Callable[[int, int], ShardRecord],
         records: Callable[[], Iterable[ShardRecord]],
+        advice: Callable[[Sequence[tuple[int, int]]], str] | None = None,
     ) -> None:
         self._reader, self._plan, self._where = reader, plan, where
         self._record_of, self._records = record_of, records
+        self._advice = advice or self._restore
         self._codec = CODECS.from_dict(plan.codec)
         self._rows = lru_cache(maxsize=OPEN)(self._checked)
         self.files, self.sample_files = reader.files, reader.sample_files
@@ -141,17 +144,18 @@ class BoundReader:
                 return IntegrityError(
                     f"{name} of {self._where} does not hold {place}",
                     why=f"it holds those of view {record.view}, block {record.block}, whose place is {there}",
-                    fix=f"restore both files from a copy of the archive; all that are out of place: {self._verify}",
+                    fix=self._advice([(view, block), (record.view, record.block)]),
                 )
         return IntegrityError(
             f"{name} of {self._where} does not hold {place}",
             why="its rows are sound, but of no shard of this archive: the file is of another one, or was written anew",
-            fix=f"restore it from a copy of this archive; all that are out of place: {self._verify}",
+            fix=self._advice([(view, block)]),
         )
 
-    @property
-    def _verify(self) -> str:
-        return f"kdcache verify --quick {shlex.quote(self._where)}"
+    def _restore(self, shards: Sequence[tuple[int, int]]) -> str:
+        what = "both files" if len(shards) > 1 else "it"
+        check = f"kdcache verify --quick {shlex.quote(self._where)}"
+        return f"restore {what} from a copy of the archive; all that are out of place: {check}"
 
     def _file_like(self, name: str, here: tuple[int, int], there: tuple[int, int]) -> str:
         """The file at `there` that is what `name` is `here`."""
@@ -181,6 +185,5 @@ class BoundReader:
             raise IntegrityError(
                 f"{rows.name} of {self._where}: view {view}, block {block} has an argmax or entropy that is not its logits'",
                 why="each file is sound, but one of them is of another view or archive",
-                fix=f"restore the files of that shard from a copy of the archive; all that differ: kdcache verify "
-                f"{shlex.quote(self._where)}",
+                fix=self._advice([(view, block)]),
             )

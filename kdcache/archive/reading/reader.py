@@ -151,6 +151,8 @@ class Archive:
                 fix="upgrade kdcache, or install the plugin",
             ) from None
         self._table = ShardTable(manifest, store)
+        if isinstance(store, LocalStore):  # else where the table is fetched
+            self._table.require_seal()
         reader = arrangement.open(manifest, store)
         self.reader = BoundReader(reader, manifest, store.name, self._shard, self.shards)
         self._types = row_fields(manifest)
@@ -423,5 +425,5 @@ class Archive:
         return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
 
     def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
-        """Compare the files with the manifest: `quick` compares sizes, `full` also sha256 and every row."""
+        """Compare the files with the manifest: `quick` compares sizes and whose rows files hold, `full` sha256 and every row."""
         return Verifier(self, level).verify(progress or Silent())

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 
 from pydantic import ValidationError
@@ -63,12 +64,27 @@ class ShardTable:
                 fix="do not use this archive; get it again from whoever made it",
             ) from None
         if record.checksums is not None and self._manifest.manifest_sha256 is None:
-            raise IntegrityError(
-                f"{MANIFEST_NAME} of {self._store.name} has lost its manifest_sha256",
-                why=f"{self._manifest.shards.path} is of a kdcache that writes one",
-                fix=f"restore {MANIFEST_NAME} from a copy of the archive",
-            )
+            raise self._unsealed()
         return record
+
+    def require_seal(self) -> None:
+        """Raise IntegrityError for a manifest without a digest of its own beside a table that was written with one.
+
+        A table that cannot be read is told of where it is read.
+        """
+        lines: list[bytes] = []
+        if self._manifest.manifest_sha256 is None:
+            with suppress(IntegrityError):
+                lines = self.lines
+        if any(b'"checksums":' in line for line in lines):
+            raise self._unsealed()
+
+    def _unsealed(self) -> IntegrityError:
+        return IntegrityError(
+            f"{MANIFEST_NAME} of {self._store.name} has lost its manifest_sha256",
+            why=f"{self._manifest.shards.path} is of a kdcache that writes one",
+            fix=f"restore {MANIFEST_NAME} from a copy of the archive",
+        )
 
 
 def _changed(what: str) -> IntegrityError:
