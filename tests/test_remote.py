@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.archive import LAYOUTS, Archive, open_archive, write_archive
+from kdcache.archive.format.manifest import FileRecord
 from kdcache.archive.reading import cache, reader
-from kdcache.archive.reading.cache import Cache, CachedStore
+from kdcache.archive.reading.cache import Cache
 from kdcache.cli import run
 from kdcache.errors import IncompleteError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.replay.stream import CachedTargets
@@ -463,16 +465,18 @@ def test_files_that_vanish_are_fetched_again_and_maps_outlive_them(server, archi
     count = len(server.requests)
     assert_equal(there, here)  # mapped
     assert len(server.requests) == count
-    again, local, left = open_archive(f"{server.url}/zarr"), CachedStore.local, [2]
+    again, fetch, left = open_archive(f"{server.url}/zarr"), Cache.fetch, [2]
 
-    def unlucky(store: CachedStore, name: str) -> Path:
-        path = local(store, name)
-        if left[0] and name == SHARD:
+    def unlucky(cache: Cache, record: FileRecord, where: str, stream: Any) -> Path:
+        path = fetch(cache, record, where, stream)
+        if left[0] and record.path == SHARD:
             left[0] -= 1
             path.unlink()  # another process made room before this one had opened it
         return path
 
-    monkeypatch.setattr(CachedStore, "local", unlucky)
+    monkeypatch.setattr(Cache, "fetch", unlucky)
+    for path in cached():
+        path.unlink()
     assert_equal(again, here)
     assert left == [0]
 
@@ -506,6 +510,66 @@ def test_processes_share_one_download(server):
     assert len(shards) == len(set(shards)) > 0
 
 
+PLANTED = {
+    "a link": lambda place, victim: place.symlink_to(victim),
+    "a link to nothing": lambda place, victim: place.symlink_to(victim.with_name("nothing")),
+    "another name of a file": lambda place, victim: place.hardlink_to(victim),
+    "a pipe": lambda place, victim: os.mkfifo(place),
+    "a file of others": lambda place, victim: (place.write_bytes(b"planted"), os.geteuid() or os.chown(place, 12345, 12345)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*which nothing of kdcache makes there")
+@pytest.mark.parametrize("suffix", ["", ".part"])
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_others_plant_in_the_cache_is_not_followed(server, archives, tmp_path, planted, suffix):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    there = open_archive(f"{server.url}/zarr")
+    path = there.store.cache.path(there._record_of(SHARD))
+    place = path.with_name(path.name + suffix)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    PLANTED[planted](place, victim)
+    assert_equal(there, open_archive(archives / "zarr"), range(1, 2))
+    assert victim.read_bytes() == b"mine"
+    assert not victim.with_name("nothing").exists()
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert path.stat().st_nlink == 1
+    assert not cached(".part")
+
+
+@pytest.mark.parametrize("which", ["the shard's folder", "locks"])
+def test_a_folder_of_the_cache_that_is_a_link_is_refused(server, tmp_path, which):
+    there = open_archive(f"{server.url}/zarr")
+    path = there.store.cache.path(there._record_of(SHARD))
+    folder = path.parent if which != "locks" else path.parent.parent / "locks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is a link") as caught:
+        there.read(1, 0, 10).load()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    command = caught.value.fix.partition(": ")[2].partition(";")[0]
+    subprocess.run(command, shell=True, check=True)
+    there.read(1, 0, 10).load()
+
+
+def test_a_file_of_the_cache_that_is_exchanged_after_its_check_is_checked_again(server, archives):
+    here, there = open_archive(archives / "zarr"), open_archive(f"{server.url}/zarr")
+    path = there.store.local(SHARD)
+    whole, status = path.read_bytes(), path.stat()
+    for written in (path.with_name("other"), path):  # another file of its size and time; then the same one, changed
+        written.write_bytes(bytes(len(whole)))
+        os.utime(written, ns=(status.st_atime_ns, status.st_mtime_ns))
+        written.replace(path)
+        assert_equal(there, here, range(1, 2))
+        assert path.read_bytes() == whole
+        there = open_archive(f"{server.url}/zarr")
+        there.store.local(SHARD)
+
+
 def test_a_full_disk_is_a_retry_error_and_nothing_is_lost(server, archives, run_python):
     code = """
 import resource, sys
@@ -520,7 +584,7 @@ except RetryError as error:
 """
     said = run_python(code, f"{server.url}/zarr").stdout.splitlines()
     assert said[0].endswith("cannot be written")
-    assert "ulimit -f" in said[2]
+    assert "ulimit -f" in said[2], "there is room, but files may not be larger"
     (part,) = cached(".part")
     assert 0 < part.stat().st_size <= 9000
     held = part.stat().st_size

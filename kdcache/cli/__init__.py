@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
 
+import errno
 import os
 import select
 import shlex
@@ -64,6 +65,8 @@ def run(argv: list[str]) -> int:
             return _report(_missing(error), NotFoundError.exit_code)
         from pydantic import ValidationError
 
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            error = BlockingIOError(errno.EAGAIN, str(error))
         if isinstance(error, OSError) and error.errno is not None:
             from kdcache.system.refusals import refusal
 

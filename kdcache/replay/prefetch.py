@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
@@ -16,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcache.archive import AnyArchive
 from kdcache.datasets.canvas import Canvas
-from kdcache.errors import KdcacheError, UsageError, unknown_name
+from kdcache.errors import KdcacheError, RetryError, UsageError, unknown_name
 from kdcache.replay.chunks import Resident, render_chunks, seconds_on_gpu
 from kdcache.replay.rendered import DrawTables, Item, Rendered
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.workers import require_workers, starting_workers
 from kdcache.views.policy import PROBE_VERSION, RendererChoice, ViewPolicy
 from kdcache.views.probe import digests, grids
 from kdcache.views.rendering import Renderer, render_positions
@@ -52,6 +55,7 @@ def render_batches(
     `progress` is told. This process reads `items` only as far as rendering has got. Digests have the archive's probe
     version, or without an archive `probe_version`.
     """
+    require_workers(workers)
     device, items = torch.device(device), iter(items)
     if archive:
         probe_version = archive.manifest.probe_version
@@ -73,10 +77,21 @@ def render_batches(
         worker_init_fn=_outlive_signals,
         pin_memory=device.type == "cuda",
     )
-    for item in loader:
-        if isinstance(item, KdcacheError):
-            raise item
-        yield item
+    with starting_workers(workers) if workers else nullcontext():
+        batches = iter(loader)
+    try:
+        for item in batches:
+            if isinstance(item, KdcacheError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise RetryError(
+            "a worker process has ended in the midst of its work",
+            why=str(error).splitlines()[0],
+            fix=f"use fewer of them: --workers {workers // 2}; if that does not help, look for what ended it (dmesg, ulimit -a)",
+        ) from error
 
 
 def _outlive_signals(worker: int) -> None:

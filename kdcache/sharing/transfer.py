@@ -45,8 +45,7 @@ def bring(files: Sequence[FileTransfer], folder: Path, task: str, progress: Prog
                 counter.add(file.record.bytes)
                 return
             part = _part(folder, file.record)
-            download(file.record, file.record.path, part, counter.watched(file.stream))
-            with part.open("rb") as whole:
+            with download(file.record, file.record.path, part, counter.watched(file.stream)) as whole:
                 os.fsync(whole.fileno())
             target.parent.mkdir(parents=True, exist_ok=True)
             part.replace(target)

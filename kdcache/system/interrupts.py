@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kdcache.errors import RetryError
+
 __all__ = ["Stopped", "stopped_between_steps"]
 
 
@@ -41,7 +43,7 @@ def stopped_between_steps() -> Iterator[Callable[[], None]]:
                 before[number] = signal.signal(number, note)
     try:
         yield check
-    except RuntimeError as error:
+    except (RuntimeError, RetryError) as error:
         if asked:  # the signal also ended the loader's workers, and torch reports that
             raise Stopped from error
         raise

@@ -38,7 +38,7 @@ _REMEDIES = {
     errno.EISDIR: "correct the path: it is a folder",
     errno.ENOTEMPTY: "choose another place: there is something in that one",
     errno.ENOMEM: "end other programs, raise the limit (ulimit -v), or use a larger machine",
-    errno.EAGAIN: "allow more processes (ulimit -u), or use fewer of them: --workers 0",
+    errno.EAGAIN: "allow more processes and threads (ulimit -u)",
 }
 
 
@@ -61,7 +61,7 @@ def refusal(error: OSError) -> RetryError:
     """The error for what the system refused anywhere, with the name of the file as far as it is known."""
     names = [str(name) for name in (error.filename, error.filename2) if name not in {None, ""}]
     return RetryError(
-        f"{os.strerror(error.errno or 0).lower()}: {' and '.join(names) or 'no file is named'}",
+        ": ".join(filter(None, (os.strerror(error.errno or 0).lower(), " and ".join(names)))),
         why="the system refused it; what was finished before is kept",
         fix=f"{remedy(error, names[0] if names else None) or 'mend the cause'}, and repeat the command",
     )

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from kdcache.errors import UsageError
 from kdcache.options import Betas, Bytes, Floats, Integers, Names, Option, Options
+from kdcache.system.workers import require_workers
 from kdcache.views.crops import CenterCrop
 from kdcache.views.policy import Filter, RendererChoice, ViewPolicy
 
@@ -237,6 +238,12 @@ class Runtime(RenderOptions):
     """Where a command works and how fast, which changes no result on a CPU."""
 
     workers: Annotated[int, Field(ge=0), Option("Processes that render views ahead; 0 renders inline.", short="-j")] = 0
+
+    @field_validator("workers")
+    @classmethod
+    def _useful(cls, workers: int) -> int:
+        require_workers(workers)
+        return workers
 
 
 class Memory(Options):

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -74,7 +75,10 @@ class Store(Protocol):
         """The bytes of `name`; more than `limit` of them are refused before they are read."""
 
     def local(self, name: str) -> Path:
-        """Path of a local file with the bytes of `name`, for memory mapping. Fetches and checks it if need be."""
+        """Path of a local file with the bytes of `name`. Fetches and checks it if need be."""
+
+    def open(self, name: str) -> BufferedReader:
+        """That file, opened: of a remote archive, the very file that was checked. FileNotFoundError if it is given up again."""
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start fetching these files. Returns at once."""
@@ -87,15 +91,10 @@ class Store(Protocol):
 
 
 def open_local(store: Store, name: str) -> BufferedReader:
-    """Open a file of the archive. Its bytes stay readable even if a cache deletes the file."""
+    """Open a file of the archive, at its beginning. Its bytes stay readable even if a cache deletes the file."""
     for _ in range(3):
-        path = store.local(name)
-        try:
-            return path.open("rb")
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise _unreadable(path, error) from None
+        with suppress(FileNotFoundError):
+            return store.open(name)
     raise RetryError(
         f"{name} of {store.name} was fetched and given up again three times",
         why="the processes that share the cache read more files at a time than fit into it",
@@ -158,6 +157,15 @@ class LocalStore:
     def local(self, name: str) -> Path:
         self.size(name)
         return self.path(name)
+
+    def open(self, name: str) -> BufferedReader:
+        path = self.local(name)
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _unreadable(path, error) from None
 
     def prefetch(self, names: Iterable[str]) -> None:
         return  # the operating system already reads ahead

@@ -43,7 +43,7 @@ class Run:
 
 def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np.uint8]:
     """Map the bytes of a file. Raises IntegrityError if it is empty or not `expected` bytes long."""
-    with open_local(store, name) as file, named(file.name):
+    with open_local(store, name) as file, named(f"{store.name}/{name}"):
         size = os.fstat(file.fileno()).st_size
         if not size or expected not in {None, size}:
             raise damaged(name, f"has {size:,} bytes" + ("" if expected is None else f", expected {expected:,}"))

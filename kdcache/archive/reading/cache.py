@@ -5,20 +5,28 @@
     <cache>/ab/ab34....9-ab.part the same where the file system has no locks: of one process, and nobody goes on there
     <cache>/locks/ab3            held by the process that downloads
 
+Only regular files are read and gone on with, and no link is followed: others may be allowed to write into a shared cache.
+What is mapped is the very file that was compared.
+
 <cache> is $KDCACHE_CACHE, or kdcache below $XDG_CACHE_HOME (~/.cache). All processes of a user share it. Any of them may
 delete a file at any moment; a process that misses a file fetches it again.
 """
 
+import errno
 import hashlib
 import os
 import re
+import shlex
+import stat
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +37,7 @@ from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors, unique
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.refusals import Notice
 from kdcache.system.remote import MissingError, Remote
 
 __all__ = ["Cache", "CachedStore", "download"]
@@ -37,6 +46,7 @@ WORKERS = 8  # downloads at a time
 READ_LIMIT = 64 << 20  # bytes of a file that is read into memory
 DEFAULT_LIMIT = "50GB"
 ABANDONED = 24 * 3600  # seconds without a byte, after which nobody is downloading into a file any more
+FRESH = 10  # seconds: each mark has other processes compare the file again
 Key = tuple[str, int]  # sha256 and size: what is downloaded once, under whatever names
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -49,7 +59,7 @@ class Cache:
     limit: int
 
     def __post_init__(self) -> None:
-        self._checked: set[str] = set()  # sha256s that this process has compared, on arrival or later
+        self._checked: dict[str, _Identity] = {}  # by sha256: the files that this process has compared, on arrival or later
         self._unsurveyed: int | None = None  # bytes that may be added before the next survey of the folder
 
     @classmethod
@@ -69,18 +79,45 @@ class Cache:
     def path(self, record: FileRecord) -> Path:
         return self.root / record.sha256[:2] / record.sha256
 
-    def find(self, record: FileRecord) -> Path | None:
-        """Path of the file of `record` if the cache has it and it is sound, else None. Marks it as just used."""
+    def open(self, record: FileRecord) -> BufferedReader | None:
+        """The file of `record`, opened and compared, if the cache has it, else None. Marks it as just used.
+
+        A link or anything else in its place is not followed but taken away, and so is a file of other contents.
+        """
         path = self.path(record)
+        self._require_folder(path.parent)
         try:
-            if path.stat().st_size == record.bytes and self._sound(path, record):
-                with suppress(PermissionError):  # another user's file in a shared cache
-                    os.utime(path)
-                return path
-            path.unlink()
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            pass
+            return None
+        except OSError as error:
+            if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EMLINK}:  # a link, a socket
+                raise
+            _take_away(path)
+            return None
+        file = os.fdopen(handle, "rb")
+        try:
+            status = os.fstat(handle)
+            if stat.S_ISREG(status.st_mode) and status.st_size == record.bytes and self._sound(file, record):
+                if time.time() - status.st_mtime > FRESH:
+                    with suppress(PermissionError):  # another user's file in a shared cache
+                        os.utime(handle)
+                self._checked[record.sha256] = _identity(handle)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        _take_away(path)
         return None
+
+    def find(self, record: FileRecord) -> Path | None:
+        """As `open`, but its path."""
+        file = self.open(record)
+        if file is None:
+            return None
+        file.close()
+        return self.path(record)
 
     def fetch(self, record: FileRecord, where: str, stream: Callable[[int], Iterator[bytes]]) -> Path:
         """Path of the file of `record`, downloaded if missing. `stream(start)` yields its bytes from `start` on.
@@ -97,22 +134,33 @@ class Cache:
         path = self.path(record)
         with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._require_folder(path.parent)
             with self._begun(path) as part:
                 if found := self.find(record):
                     return found
-                download(record, where, part, stream)
-                part.replace(path)
-            self._checked.add(record.sha256)
+                with download(record, where, part, stream) as whole:
+                    part.replace(path)
+                    self._checked[record.sha256] = _identity(whole.fileno())
             self._make_room(path, record.bytes)
         return path
 
-    def _sound(self, path: Path, record: FileRecord) -> bool:
-        if record.sha256 not in self._checked:
-            with path.open("rb") as file:
-                if sha256_of(file) != record.sha256:
-                    return False
-            self._checked.add(record.sha256)
+    def _sound(self, file: BufferedReader, record: FileRecord) -> bool:
+        """Whether the open file holds what is recorded. It is read once, unless it is exchanged or changed meanwhile."""
+        if self._checked.get(record.sha256) == _identity(file.fileno()):
+            return True
+        if sha256_of(file) != record.sha256:
+            return False
+        file.seek(0)
         return True
+
+    def _require_folder(self, folder: Path) -> None:
+        """Raise UsageError for a folder of the cache that is a link: what is fetched would be written elsewhere."""
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder} is a link",
+                why="folders of the cache for fetched files are folders, or others could have them written anywhere",
+                fix=f"find out who made it, and take it away: rm {shlex.quote(str(folder))}; or set KDCACHE_CACHE=FOLDER",
+            )
 
     @contextmanager
     def _begun(self, path: Path) -> Iterator[Path]:
@@ -130,6 +178,7 @@ class Cache:
         # A fixed set of lock files, which are never deleted: two files that share one are fetched one after the other.
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
+        self._require_folder(folder)
         return folder / path.name[:3]
 
     def _make_room(self, newest: Path, size: int) -> None:
@@ -138,9 +187,9 @@ class Cache:
             return
         files = []
         for folder in self.root.glob("[0-9a-f][0-9a-f]"):
-            for entry in os.scandir(folder):
+            for entry in os.scandir(folder) if not folder.is_symlink() else ():
                 with suppress(FileNotFoundError):
-                    status = entry.stat()
+                    status = entry.stat(follow_symlinks=False)
                     files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -166,16 +215,61 @@ class Cache:
         return False
 
 
-def download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> None:
-    """Complete `part` to the bytes of `record`. Never writes more bytes than recorded; refetches wrong bytes once.
+_Identity = tuple[int, int, int, int, int]
+
+
+def _identity(handle: int) -> _Identity:
+    """Tells an open file from one that is exchanged for it, and from its own changed contents."""
+    status = os.fstat(handle)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _take_away(path: Path) -> None:
+    """Delete what is in the place of a file: a link, but not what it leads to. A folder there stays, and is an error."""
+    with suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            what = "a link" if stat.S_ISLNK(kind) else "no file"
+            warnings.warn(f"{path} was {what}, which nothing of kdcache makes there; it is taken away", Notice, stacklevel=1)
+        if stat.S_ISDIR(kind):
+            raise UsageError(
+                f"{path} is a folder", why="a file belongs there", fix=f"move it away: mv {shlex.quote(str(path))} ELSEWHERE"
+            )
+        path.unlink()
+
+
+def _open_part(part: Path) -> BinaryIO:
+    """Open the beginning of a file to go on with it. What others could write through or into is taken away, and begun anew."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileNotFoundError):
+        try:
+            handle = os.open(part, flags)
+        except OSError as error:
+            if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EMLINK, errno.EACCES, errno.EISDIR}:
+                raise
+        else:
+            status = os.fstat(handle)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1:
+                return os.fdopen(handle, "a+b")
+            os.close(handle)
+        _take_away(part)
+    return os.fdopen(os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666), "a+b")
+
+
+def download(record: FileRecord, where: str, part: Path, stream: Callable[[int], Iterator[bytes]]) -> BinaryIO:
+    """Complete `part` to the bytes of `record`, and return it open. Never writes more bytes than recorded; refetches wrong bytes
+    once.
 
     Raises IntegrityError if the server sends other bytes than recorded.
     """
     for last in (False, True):
-        with part.open("a+b") as file:
+        with ExitStack() as opened:
+            file = opened.enter_context(_open_part(part))
             size, digest = _receive(record, where, file, stream)
-        if size == record.bytes and digest == record.sha256:
-            return
+            if size == record.bytes and digest == record.sha256:
+                file.flush()
+                opened.pop_all()
+                return file
         part.unlink()  # damage on the way is repaired by a second download
         if last or size > record.bytes:
             wrong = size != record.bytes
@@ -186,6 +280,7 @@ def download(record: FileRecord, where: str, part: Path, stream: Callable[[int],
                 why="the server does not send what the archive's manifest records",
                 fix="ask whoever published the archive to upload this file again",
             )
+    raise AssertionError("the last of them has returned or raised")
 
 
 def _receive(record: FileRecord, where: str, file: BinaryIO, stream: Callable[[int], Iterator[bytes]]) -> tuple[int, str]:
@@ -301,6 +396,14 @@ class CachedStore:
     def local(self, name: str) -> Path:
         record = self._record(name)
         return self.cache.find(record) or self._begin(name, record, first=True).result()
+
+    def open(self, name: str) -> BufferedReader:
+        record = self._record(name)
+        for _ in range(2):
+            if file := self.cache.open(record):
+                return file
+            self._begin(name, record, first=True).result()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.cache.path(record)))
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start fetching these files in order, as many as fit into the cache together."""
