@@ -50,9 +50,11 @@ __all__ = [
     "public_name",
     "read_config",
     "resolve",
+    "split_weights",
     "stated_size",
     "takes",
     "timm_with_zoo",
+    "weights_identity",
     "whole_number",
 ]
 
@@ -342,6 +344,24 @@ def place(name: str) -> tuple[Path, str]:
     if pinned and not Path(typed).expanduser().is_dir():
         return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
+
+
+def split_weights(place: Path) -> tuple[Path, str]:
+    """(file, part) of `FILE#NAME`, which names one of several sets of weights in a file; "" for all of a file."""
+    file, mark, part = place.name.rpartition("#")
+    if not mark or not file or not part or place.exists():
+        return place, ""
+    return place.with_name(file), part
+
+
+def weights_identity(place: Path) -> str:
+    """sha256 of a file of weights, with the part that is named of it. Raises NotFoundError if there is no such file."""
+    file, part = split_weights(place)
+    if not file.is_file():
+        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return f"{digest}#{part}" if part else digest
 
 
 def config_file(name: str) -> Path:
