@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.creation import checkpoint_classes, create_model, has_new_head, load_weights
+from kdcache.models.names import resolve
 
 State = dict[str, Tensor]
 NAME = "test_resnet"
@@ -245,7 +246,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 @pytest.mark.parametrize(
     ("content", "why", "fix"),
     [
-        (POINTER, "Git LFS pointer", "git lfs pull"),
+        (POINTER, "Git LFS pointer", "lfs pull"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page", "weights"),
         (b"\n\n<html>404</html>", "web page", "weights"),
         (b'{"metadata": {"total_size": 1}, "weight_map": {"a": "b"}}', "lists the files", "weights"),
@@ -316,6 +317,14 @@ def test_what_does_not_fit_is_counted_and_named(state: State, tmp_path: Path) ->
     assert "conv1.0.weight [1, 2, 3] for" in error.why
     assert f"and {len(names) - 5} more" in error.why
     assert sorted(names)[0] in error.why
+
+
+def test_pointers_in_a_models_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
+    (tmp_path / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(IntegrityError, match=r"model.safetensors cannot be read") as caught:
+        resolve(f"local-dir:{tmp_path}")
+    assert "Git LFS pointer" in caught.value.why
 
 
 def test_folders_are_named_as_such(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ average), each of which has a name; under names with what wrapped the model befo
 """
 
 import re
+import shlex
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.models.names import split_weights
+from kdcache.models.names import POINTER, is_pointer, split_weights
 
 __all__ = ["misfit", "read_weights"]
 
@@ -67,8 +68,6 @@ TABLES = (  # likewise, and they are mappings
 
 # What files that are no weights begin with, and what they are then.
 _OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "it is a Git LFS pointer, which stands for the weights: they were not fetched"),
-    (b"version https://hawser", "it is a Git LFS pointer, which stands for the weights: they were not fetched"),
     (b"\x1f\x8b", "it is compressed by gzip"),
     (b"\x28\xb5\x2f\xfd", "it is compressed by zstd"),
     (b"\xfd7zXZ", "it is compressed by xz"),
@@ -81,7 +80,6 @@ _OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
 )
 _BEGINS = (b"PK", b"\x80")  # of zip files and of pickles
 _FIXES = {
-    "LFS": "fetch it, in its repository: git lfs pull",
     "compressed": "unpack it, and name the file of weights that comes out",
     "archive": "unpack it, and name the file of weights that comes out",
 }
@@ -195,6 +193,8 @@ def _some(names: Collection[str], most: int = SHOWN) -> str:
 
 def _content(file: Path) -> Any:
     """All that a file holds: of a pickle, mappings, lists, tensors and numbers, and `_Beside` for anything else."""
+    if is_pointer(file):
+        raise _unreadable(file, POINTER, f"fetch it: git -C {shlex.quote(str(file.parent))} lfs pull")
     with file.open("rb") as opened:
         begin = opened.read(1024)
     if (why := _other_kind(begin)) is not None:

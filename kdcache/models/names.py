@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -29,6 +30,7 @@ __all__ = [
     "CONFIG",
     "HUB",
     "LOCAL",
+    "POINTER",
     "PROCESSORS",
     "WEIGHTS",
     "architecture_of",
@@ -39,6 +41,7 @@ __all__ = [
     "find_aliases",
     "folder_name",
     "is_factory",
+    "is_pointer",
     "is_reference",
     "is_transformers",
     "kept",
@@ -321,6 +324,10 @@ def _in_folder(name: str) -> str:
                 why=f"there is no {file} in it" if folder.is_dir() else "there is no such folder",
                 fix="name a folder with config.json and model.safetensors, or make one: kdcache export RUN",
             )
+        if is_pointer(file := folder / file):
+            raise IntegrityError(
+                f"{file} cannot be read", why=POINTER, fix=f"fetch it: git -C {shlex.quote(str(folder))} lfs pull"
+            )
     _require_kind(folder / CONFIG, name)
     processors = [file for file in PROCESSORS if is_transformers(name) and (folder / file).is_file()]
     digest = hashlib.sha256()
@@ -344,6 +351,15 @@ def place(name: str) -> tuple[Path, str]:
     if pinned and not Path(typed).expanduser().is_dir():
         return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
+
+
+POINTER = "it is a Git LFS pointer, which stands for the weights: they were not fetched"
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git has in the place of a large one that it has not fetched."""
+    with file.open("rb") as opened:
+        return opened.read(24).startswith((b"version https://git-lfs", b"version https://hawser"))
 
 
 def split_weights(place: Path) -> tuple[Path, str]:
