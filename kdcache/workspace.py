@@ -19,6 +19,7 @@ from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
+from kdcache.system.seals import SEAL, unsealed
 
 __all__ = [
     "Workspace",
@@ -52,10 +53,11 @@ def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
 def read_record(file: Path) -> dict[str, Any]:
     """Read a JSON record that kdcache wrote. Raises IntegrityError if it is damaged."""
     try:
-        record = json.loads(file.read_text())
+        data = file.read_bytes()
+        record = json.loads(data)
         if not isinstance(record, dict):
             raise ValueError("it holds no mapping")
-        return record
+        return unsealed(record, data)
     except (OSError, ValueError) as error:
         raise _damaged(file, str(error).splitlines()[0]) from None
 
@@ -92,10 +94,11 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 def _damaged(file: Path, why: str) -> IntegrityError:
     folder = file.parent
     aside = f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder) + '.damaged')}"
+    meant = f", or take its field {SEAL} out if it was changed on purpose" if "BLAKE3" in why else ""
     return IntegrityError(
         f"{file} is not the record that kdcache wrote",
         why=why,
-        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {aside}",
+        fix=f"restore it from a copy{meant}; or set the folder aside and repeat the command that made it: {aside}",
     )
 
 

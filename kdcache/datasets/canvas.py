@@ -35,6 +35,7 @@ from kdcache.errors import IntegrityError, RetryError, UsageError
 from kdcache.system.files import unique, write_atomically
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.seals import sealed_record, unsealed
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -165,7 +166,8 @@ def require_intact(canvas: Canvas) -> None:
 
 def _open(path: Path) -> Canvas:
     try:
-        meta = json.loads((path / "canvas.json").read_text())
+        text = (path / "canvas.json").read_bytes()
+        meta = unsealed(json.loads(text), text)
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
@@ -181,10 +183,12 @@ def _open(path: Path) -> Canvas:
         canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
         if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
             raise ValueError("sizes.npy is not the one that was written with it")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses headers as Python, which has many errors
         raise IntegrityError(
             f"canvas {path} cannot be read",
-            why=str(error).splitlines()[0],
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
         ) from None
     object.__setattr__(canvas, "_as_stored", True)
@@ -300,7 +304,7 @@ def _build(
     meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
     meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
     with (folder / "canvas.json").open("wb") as file:
-        file.write(json.dumps(meta).encode())
+        file.write(sealed_record(meta, indent=None))
         _sync(file)
     try:
         folder.replace(path)

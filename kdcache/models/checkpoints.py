@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import POINTER, is_pointer, split_weights
+from kdcache.system.seals import BrokenSealError, require_sealed
 
 __all__ = ["misfit", "read_weights"]
 
@@ -202,6 +203,7 @@ def _content(file: Path) -> Any:
         raise _unreadable(file, why, fix)
     try:
         if _is_safetensors(begin):
+            require_sealed(file)
             return load_file(file)
         if begin.startswith(b"PK") and zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as members:
@@ -209,10 +211,12 @@ def _content(file: Path) -> Any:
             if names and all(name.endswith(".npy") for name in names):
                 return _of_numpy(file)
         return _unpickled(file)
-    except KdcacheError:
+    except (KdcacheError, MemoryError):
         raise
-    except MemoryError:
-        raise
+    except BrokenSealError as error:
+        aside = shlex.join(["mv", str(file.parent), f"{file.parent}.damaged"])
+        fix = f"restore it from a copy; or set its folder aside, and repeat the command that trained it: {aside}"
+        raise _unreadable(file, str(error), fix) from error
     except Exception as error:  # readers raise different errors for a damaged file
         if len(begin) > 16 and not begin.startswith(_BEGINS) and not _is_safetensors(begin):
             why, fix = "it is no file of weights: neither PyTorch, safetensors nor NumPy begin one like it", USABLE

@@ -1,6 +1,5 @@
 """Trained teachers of a workspace: how to test, find, load and compare them, and warnings about poor ones."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from kdcache.stats import relative_entropy
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
+from kdcache.system.seals import sealed_record
 from kdcache.teachers.as_is import create_recorded
 from kdcache.teachers.forward import batches
 from kdcache.training.evaluation import EvalSet
@@ -172,7 +172,7 @@ def registered(folder: Path, said: str | None) -> Teacher:
         record["training"]["said_sha256"] = [*_said(record), said]
         file = folder / "teacher.json"
         before = file.stat()
-        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(file, sealed_record(record))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # by which teachers are the newest
     return Teacher(folder, record)
 
