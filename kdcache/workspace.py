@@ -20,6 +20,7 @@ from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
 from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
+from kdcache.system.seals import SEAL, unsealed
 
 __all__ = [
     "Workspace",
@@ -53,10 +54,11 @@ def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
 def read_record(file: Path) -> dict[str, Any]:
     """Read a JSON record that kdcache wrote. Raises IntegrityError if it is damaged."""
     try:
-        record = json.loads(file.read_text())
+        data = file.read_bytes()
+        record = json.loads(data)
         if not isinstance(record, dict):
             raise ValueError("it holds no mapping")
-        return record
+        return unsealed(record, data)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
             raise  # which says nothing of the record
@@ -93,10 +95,12 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, why: str) -> IntegrityError:
+    aside = f"set the folder aside and repeat the command that made it: {set_aside(file.parent)}"
+    meant = f", or take its field {SEAL} out if it was changed on purpose" if "BLAKE3" in why else ""
     return IntegrityError(
         f"{file} is not the record that kdcache wrote",
         why=why,
-        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {set_aside(file.parent)}",
+        fix=f"restore it from a copy{meant}; or {aside}",
     )
 
 

@@ -37,6 +37,7 @@ from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import named
 from kdcache.system.room import require_room
+from kdcache.system.seals import sealed_record, unsealed
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -176,7 +177,8 @@ def require_intact(canvas: Canvas) -> None:
 def _open(path: Path) -> Canvas:
     try:
         with named(path):
-            meta = json.loads((path / "canvas.json").read_text())
+            text = (path / "canvas.json").read_bytes()
+            meta = unsealed(json.loads(text), text)
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
@@ -192,12 +194,14 @@ def _open(path: Path) -> Canvas:
         canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
         if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
             raise ValueError("sizes.npy is not the one that was written with it")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses headers as Python, which has many errors
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
             raise  # which says nothing of the canvas
         raise IntegrityError(
             f"canvas {path} cannot be read",
-            why=str(error).splitlines()[0],
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
             fix=f"set it aside, and it is built again: {set_aside(path)}",
         ) from None
     object.__setattr__(canvas, "_as_stored", True)
@@ -317,7 +321,7 @@ def _build(
     meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
     meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
     with named(folder / "canvas.json"), (folder / "canvas.json").open("wb") as file:
-        file.write(json.dumps(meta).encode())
+        file.write(sealed_record(meta, indent=None))
         _sync(file)
     try:
         folder.replace(path)

@@ -19,6 +19,7 @@ from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.seals import unsealed
 from kdcache.training.config import under_present_names
 from kdcache.views.tested import WHOLE
 
@@ -211,7 +212,7 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 def _read_run(folder: Path) -> RunRecord:
     args = _parse(RunArgs, folder / ARGS, _load_yaml)
-    summary = _parse(Summary, folder / SUMMARY, json.loads) if (folder / SUMMARY).exists() else None
+    summary = _parse(Summary, folder / SUMMARY, _load_sealed) if (folder / SUMMARY).exists() else None
     return RunRecord(folder, args, _read_metrics(folder / METRICS, finished=summary is not None), summary)
 
 
@@ -219,6 +220,11 @@ def _load_yaml(text: str) -> Any:
     """Parse YAML with the C parser, which is eight times as fast. Text that could overflow its stack is parsed in Python."""
     deepest = sum(map(text.count, "[{-?\n"))
     return yaml.load(text, yaml.SafeLoader if deepest > SAFELY_NESTED else getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _load_sealed(text: str) -> Any:
+    record = json.loads(text)
+    return unsealed(record, text.encode()) if isinstance(record, dict) else record
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
