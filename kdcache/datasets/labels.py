@@ -229,9 +229,9 @@ def _one(label: Any, what: str, by_value: bool) -> Any:
         if by_value:
             return str(label)
         raise UsageError(f"{what} is {label}", why="a label is the number of a class", fix="write 0 and 1: labels.astype(int)")
-    if isinstance(label, numbers.Real) and math.isfinite(label) and label == int(label):
-        return int(label)
     if isinstance(label, numbers.Real):
+        if math.isfinite(label) and float(label).is_integer():
+            return int(float(label))
         why = "it is not a number" if math.isnan(label) else "a label is the whole number of a class"
     else:
         why = "it is missing" if label is None else f"a {type(label).__name__} is neither a number nor a text"

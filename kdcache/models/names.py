@@ -331,8 +331,8 @@ def _in_folder(name: str) -> str:
     _require_kind(folder / CONFIG, name)
     processors = [file for file in PROCESSORS if is_transformers(name) and (folder / file).is_file()]
     digest = hashlib.sha256()
-    for file in (CONFIG, WEIGHTS, *processors):
-        with (folder / file).open("rb") as data:
+    for name_of_file in (CONFIG, WEIGHTS, *processors):
+        with (folder / name_of_file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     fingerprint = digest.hexdigest()[:12]
     if pinned not in {"", fingerprint}:

@@ -239,7 +239,7 @@ def test_a_dump_that_will_not_fit_is_told_before_and_fills_the_disk_all_the_same
     told = kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", tmp_path / "a")
     assert told.status == 0
     assert "0.1 MB of logits, 0.2 MB in all, 3 shards" in told.err
-    assert f"warning: {tmp_path / 'a'} needs 0.2 MB more, and its disk has 0.1 MB" in told.err
+    assert f"warning: {tmp_path / 'a'} needs 241.6 kB more, and its disk has 100.0 kB" in told.err
     assert not (tmp_path / "a").exists()
     assert "warning" not in kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", archive).err  # it is there
     made = kdcache(*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a")
