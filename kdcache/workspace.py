@@ -136,17 +136,21 @@ def versions() -> dict[str, str]:
 class Workspace:
     """The folders below `home`. Each is made at the first write to it.
 
-    `skip_corrupt`: canvases built here leave out images that cannot be decoded.
+    `skip_corrupt`: canvases built here leave out images that cannot be decoded. `allow_large`: they have images of any size.
     """
 
     home: Path
     data_dir: Path | None = None
     skip_corrupt: bool = False
+    allow_large: bool = False
 
-    def __init__(self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False, allow_large: bool = False
+    ) -> None:
         object.__setattr__(self, "home", Path(home))
         object.__setattr__(self, "data_dir", None if data_dir is None else Path(data_dir))
         object.__setattr__(self, "skip_corrupt", skip_corrupt)
+        object.__setattr__(self, "allow_large", allow_large)
 
     @property
     def archives(self) -> Path:
@@ -181,7 +185,8 @@ class Workspace:
     ) -> Canvas:
         """The canvas of a split, at `size` pixels or the dataset's default size. With `tell`, the classes are told first."""
         size = size or source.recipe.canvas
-        return load_canvas(source, split, size, self.data, progress, skip_corrupt=self.skip_corrupt, tell=tell)
+        taken = {"skip_corrupt": self.skip_corrupt, "allow_large": self.allow_large}
+        return load_canvas(source, split, size, self.data, progress, tell=tell, **taken)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, sorted by name."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from kdcache.archive import open_archive, write_archive
 from kdcache.cli import run
@@ -193,6 +195,56 @@ def test_files_beside_the_images_change_no_archive(tmp_path: Path, capsys: pytes
     assert open_archive(tmp_path / "a").num_views == 2
 
 
+def test_sound_images_with_large_texts_and_profiles_are_decoded(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f")
+    plain = miniatures.picture()
+    texts = PngInfo()
+    for i in range(3):
+        texts.add_text(f"part {i}", "x" * (3 << 20), zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", "y" * (3 << 20), zip=True)
+    plain.save(root / "train/cat/0.png", pnginfo=texts)
+    plain.save(root / "train/cat/1.png", icc_profile=os.urandom(2 << 20))
+    plain.save(root / "train/cat/2.png")
+    canvas, _ = canvas_of(f"folder:{root}", tmp_path / "home")
+    same = [canvas.pixels[canvas.keys.index(f"cat/{i}.png")] for i in range(3)]
+    np.testing.assert_array_equal(same[0], same[2])
+    np.testing.assert_array_equal(same[1], same[2])
+
+
+def test_images_beyond_pillows_limit_are_decoded_if_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    root = folder(tmp_path / "f")
+    miniatures.save(root / "train/cat/large.png", (40, 30))
+    with pytest.raises(IntegrityError, match="it has 1,200 pixels: decoded with --allow-large") as caught:
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    assert "--allow-large" in caught.value.fix
+    canvas, _ = canvas_of(f"folder:{root}", tmp_path / "home", allow_large=True)  # behind what was decoded before
+    assert canvas.sizes[canvas.keys.index("cat/large.png")].tolist() == [40, 30]
+    assert Image.MAX_IMAGE_PIXELS == 400
+
+
+@pytest.mark.exhaustive
+def test_an_image_of_182_megapixels_is_dumped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "f")
+    Image.new("L", (13500, 13500), 90).save(root / "train/cat/large.png")
+    train = [
+        "train-teacher",
+        "--teacher",
+        "test_vit",
+        "--dataset",
+        f"folder:{root}",
+        "--size",
+        "32",
+        "--canvas",
+        "32",
+        "--from-scratch",
+    ]
+    train += ["--epochs", "1", "--batch-size", "3", "--home", str(tmp_path / "home")]
+    assert run(train) == 4
+    assert "182,250,000 pixels" in capsys.readouterr().err
+    assert run([*train, "--allow-large"]) == 0
+
+
 # ---------------------------------------------------------------- tar files
 
 
@@ -307,6 +359,14 @@ def test_shards_that_were_joined_by_cat_are_read_to_their_end_and_damage_between
     with pytest.raises(IntegrityError, match="damaged") as caught:
         keys_of(root)
     assert "rm " not in caught.value.fix
+
+
+def test_shards_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    for name, make in (("train-1.tar", os.mkfifo), ("val-1.tar", lambda path: path.symlink_to("gone.tar"))):
+        root = tars(tmp_path / name, *PAIR)
+        make(root / name)
+        with pytest.raises(UsageError, match=f"{name} is no file"):
+            keys_of(root)
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
