@@ -156,6 +156,18 @@ def test_links_in_circles_of_several_folders_end(tmp_path: Path) -> None:
                            *(f"dog/{i}.jpg" for i in (0, 1)), *(f"dog/cats/{i}.jpg" for i in (0, 1))])  # fmt: skip
 
 
+def test_links_to_folders_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f")
+    (root / "train/cat/more").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(IntegrityError, match=r"cat/more .a link to .*unmounted"):
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    (root / "train/bird").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UsageError, match="bird is a link that leads nowhere"):
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    shutil.copytree(root / "train/dog", tmp_path / "unmounted")
+    assert canvas_of(f"folder:{root}", tmp_path / "home")[0].card.class_names == ("bird", "cat", "dog")
+
+
 def test_one_class_in_two_spellings_is_refused_and_test_folders_may_be_spelled_otherwise(tmp_path: Path) -> None:
     root = folder(tmp_path / "f")
     composed, apart = "caf\u00e9", "cafe\u0301"

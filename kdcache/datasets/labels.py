@@ -6,7 +6,6 @@ doubtful is refused by name. Names that are given say that classes are meant, im
 
 import itertools
 import math
-import numbers
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -239,9 +238,9 @@ def _one(label: Any, what: str, by_value: bool) -> Any:
         if by_value:
             return str(label)
         raise UsageError(f"{what} is {label}", why="a label is the number of a class", fix="write 0 and 1: labels.astype(int)")
-    if isinstance(label, numbers.Real) and math.isfinite(label) and label == int(label):
+    if isinstance(label, int | float) and math.isfinite(label) and label == int(label):
         return int(label)
-    if isinstance(label, numbers.Real):
+    if isinstance(label, int | float):
         why = "it is not a number" if math.isnan(label) else "a label is the whole number of a class"
     else:
         why = "it is missing" if label is None else f"a {type(label).__name__} is neither a number nor a text"

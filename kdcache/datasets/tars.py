@@ -74,7 +74,7 @@ def _entries(file: Path, offset: int = 0, size: int | None = None) -> Iterator[E
                         tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members, possibly millions
                         if not info.isdir():
                             yield _entry(info, file, known)
-                    at = _next(whole, tar.offset, end)  # type: ignore[attr-defined]
+                    at = _next(whole, tar.offset, end)
     except (tarfile.TarError, EOFError) as error:
         raise compressed(file) or damaged_file(file, f"{type(error).__name__}: {error}", fetched=False) from None
 
