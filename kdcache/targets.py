@@ -49,6 +49,9 @@ class Targets:
     second: Targets | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.logits, torch.Tensor) or not self.logits.is_floating_point():
+            kind = f" of {self.logits.dtype}" if hasattr(self.logits, "dtype") else ""
+            raise ValueError(f"logits must be a tensor of floats, got {type(self.logits).__name__}{kind}")
         if self.logits.ndim != 2:
             raise ValueError(f"logits must be [B, C], got {list(self.logits.shape)}")
         if not 0 < self.tau < math.inf:

@@ -141,17 +141,21 @@ def versions() -> dict[str, str]:
 class Workspace:
     """The folders below `home`. Each is made at the first write to it.
 
-    `skip_corrupt`: canvases built here leave out images that cannot be decoded.
+    `skip_corrupt`: canvases built here leave out images that cannot be decoded. `allow_large`: they have images of any size.
     """
 
     home: Path
     data_dir: Path | None = None
     skip_corrupt: bool = False
+    allow_large: bool = False
 
-    def __init__(self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False, allow_large: bool = False
+    ) -> None:
         object.__setattr__(self, "home", Path(home))
         object.__setattr__(self, "data_dir", None if data_dir is None else Path(data_dir))
         object.__setattr__(self, "skip_corrupt", skip_corrupt)
+        object.__setattr__(self, "allow_large", allow_large)
 
     @property
     def archives(self) -> Path:
@@ -196,8 +200,8 @@ class Workspace:
         `building` is called before one is built, and may raise.
         """
         size = size or source.recipe.canvas
-        how: Any = {"skip_corrupt": self.skip_corrupt, "tell": tell, "building": building}
-        return load_canvas(source, split, size, self.data, progress, **how)
+        taken = {"skip_corrupt": self.skip_corrupt, "allow_large": self.allow_large}
+        return load_canvas(source, split, size, self.data, progress, tell=tell, building=building, **taken)
 
     def archive_folders(self) -> list[Path]:
         """Folders with a finished or unfinished archive, sorted by name."""

@@ -258,7 +258,7 @@ def test_labels_must_be_numbers_of_classes(tmp_path: Path, wrong: int) -> None:
 
 
 def test_class_names_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'class 1' is given twice"):
+    with pytest.raises(UsageError, match="the class 'class 1' twice"):
         write_archive(tmp_path / "a", np.zeros((1, 3, 3), np.float32), ["class 0", "class 1", "class 1"])
     assert not (tmp_path / "a").exists()
 

@@ -4,18 +4,23 @@ import os
 import shutil
 import socket
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from kdcache.archive import open_archive
+from kdcache.archive import open_archive, write_archive
 from kdcache.cli import run
 from kdcache.datasets import DATASETS, Images
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.errors import IntegrityError, KdcacheError, UsageError
+from kdcache.targets import Targets
 from tests import miniatures
 from tests.miniatures import add, encoded
 
@@ -151,6 +156,18 @@ def test_links_in_circles_of_several_folders_end(tmp_path: Path) -> None:
                            *(f"dog/{i}.jpg" for i in (0, 1)), *(f"dog/cats/{i}.jpg" for i in (0, 1))])  # fmt: skip
 
 
+def test_links_to_folders_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f")
+    (root / "train/cat/more").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(IntegrityError, match=r"cat/more .a link to .*unmounted"):
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    (root / "train/bird").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UsageError, match="bird is a link that leads nowhere"):
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    shutil.copytree(root / "train/dog", tmp_path / "unmounted")
+    assert canvas_of(f"folder:{root}", tmp_path / "home")[0].card.class_names == ("bird", "cat", "dog")
+
+
 def test_one_class_in_two_spellings_is_refused_and_test_folders_may_be_spelled_otherwise(tmp_path: Path) -> None:
     root = folder(tmp_path / "f")
     composed, apart = "caf\u00e9", "cafe\u0301"
@@ -188,6 +205,56 @@ def test_files_beside_the_images_change_no_archive(tmp_path: Path, capsys: pytes
     assert run([*dump, "--teacher-folder", str(teacher)]) == 0, capsys.readouterr().err
     assert "1 files beside the train images are not used" in capsys.readouterr().err
     assert open_archive(tmp_path / "a").num_views == 2
+
+
+def test_sound_images_with_large_texts_and_profiles_are_decoded(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f")
+    plain = miniatures.picture()
+    texts = PngInfo()
+    for i in range(3):
+        texts.add_text(f"part {i}", "x" * (3 << 20), zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", "y" * (3 << 20), zip=True)
+    plain.save(root / "train/cat/0.png", pnginfo=texts)
+    plain.save(root / "train/cat/1.png", icc_profile=os.urandom(2 << 20))
+    plain.save(root / "train/cat/2.png")
+    canvas, _ = canvas_of(f"folder:{root}", tmp_path / "home")
+    same = [canvas.pixels[canvas.keys.index(f"cat/{i}.png")] for i in range(3)]
+    np.testing.assert_array_equal(same[0], same[2])
+    np.testing.assert_array_equal(same[1], same[2])
+
+
+def test_images_beyond_pillows_limit_are_decoded_if_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    root = folder(tmp_path / "f")
+    miniatures.save(root / "train/cat/large.png", (40, 30))
+    with pytest.raises(IntegrityError, match="it has 1,200 pixels: decoded with --allow-large") as caught:
+        canvas_of(f"folder:{root}", tmp_path / "home")
+    assert "--allow-large" in caught.value.fix
+    canvas, _ = canvas_of(f"folder:{root}", tmp_path / "home", allow_large=True)  # behind what was decoded before
+    assert canvas.sizes[canvas.keys.index("cat/large.png")].tolist() == [40, 30]
+    assert Image.MAX_IMAGE_PIXELS == 400
+
+
+@pytest.mark.exhaustive
+def test_an_image_of_182_megapixels_is_dumped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "f")
+    Image.new("L", (13500, 13500), 90).save(root / "train/cat/large.png")
+    train = [
+        "train-teacher",
+        "--teacher",
+        "test_vit",
+        "--dataset",
+        f"folder:{root}",
+        "--size",
+        "32",
+        "--canvas",
+        "32",
+        "--from-scratch",
+    ]
+    train += ["--epochs", "1", "--batch-size", "3", "--home", str(tmp_path / "home")]
+    assert run(train) == 4
+    assert "182,250,000 pixels" in capsys.readouterr().err
+    assert run([*train, "--allow-large"]) == 0
 
 
 # ---------------------------------------------------------------- tar files
@@ -304,6 +371,14 @@ def test_shards_that_were_joined_by_cat_are_read_to_their_end_and_damage_between
     with pytest.raises(IntegrityError, match="damaged") as caught:
         keys_of(root)
     assert "rm " not in caught.value.fix
+
+
+def test_shards_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    for name, make in (("train-1.tar", os.mkfifo), ("val-1.tar", lambda path: path.symlink_to("gone.tar"))):
+        root = tars(tmp_path / name, *PAIR)
+        make(root / name)
+        with pytest.raises(UsageError, match=f"{name} is no file"):
+            keys_of(root)
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
@@ -549,3 +624,115 @@ def test_without_a_test_split_a_part_is_held_out_and_said(tmp_path: Path) -> Non
             opened(f",test={wrong}")
         assert said in str(caught.value)
         assert "test=0.2" in caught.value.fix
+
+
+# ---------------------------------------------------------------- logits that are computed elsewhere
+
+LOGITS = np.random.default_rng(3).normal(0, 4, (2, 5, 3)).astype(np.float32)
+NAMES = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda values: values.tolist(),
+        lambda values: values.astype(np.float64),
+        lambda values: np.ma.array(values, mask=False),
+        lambda values: torch.from_numpy(values).requires_grad_(),
+        lambda values: torch.from_numpy(values).double().requires_grad_() * 1,
+        lambda values: torch.from_numpy(values).bfloat16(),
+        lambda values: torch.from_numpy(values).half(),
+        lambda values: torch.from_numpy(values).to_sparse(),
+        lambda values: (
+            -torch.view_as_complex(torch.stack([torch.zeros(values.shape), torch.from_numpy(values)], -1)).conj().imag * -1
+        ),
+    ],
+)
+def test_logits_of_any_form_are_written_as_they_are(tmp_path: Path, given: Any) -> None:
+    values = given(LOGITS)
+    archive = write_archive(
+        tmp_path / "a", values, NAMES, codec="f32", labels=torch.tensor([0, 1, 2, 0, 1]), keys=np.array([*"vwxyz"])
+    )
+    expected = values.detach().to_dense().float().numpy() if isinstance(values, torch.Tensor) else LOGITS
+    np.testing.assert_array_equal([archive.logits(view, slice(0, 5)) for view in (0, 1)], expected)
+    assert archive.keys() == [*"vwxyz"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"logits": LOGITS + 0j}, "complex"),
+        ({"logits": np.ma.array(LOGITS, mask=LOGITS > 3)}, "is masked"),
+        ({"logits": LOGITS.astype(str)}, "logits are <U"),
+        ({"logits": LOGITS > 0}, "bool"),
+        ({"logits": [[[1, 2, 3], [1, 2]]]}, "no array"),
+        ({"logits": LOGITS.astype(object)}, "object"),
+        ({"logits": LOGITS.astype(np.float64) * 1e300}, "inf"),
+        ({"sample": np.tile(np.arange(5) + 0.5, (2, 1))}, "sample numbers at [0, 0] is 0.5"),
+        ({"sample": np.full((2, 5), np.nan)}, "is nan"),
+        (
+            {"sample": np.ma.array(np.tile(np.arange(5), (2, 1)), mask=np.eye(2, 5, dtype=bool))},
+            "sample numbers at [0, 0] is masked",
+        ),
+        ({"sample": np.tile(np.arange(5), (2, 1)) + 0j}, "complex"),
+        ({"sample": np.array([[*"01234"]] * 2)}, "<U1"),
+        ({"sample": [[0, 1], [2]]}, "no array"),
+        ({"labels": np.array([[0, 1, 2, 0, 1]]).T.repeat(2, 1)}, "shape [5, 2]"),
+        ({"labels": [0, 1, 1.5, 0, 1]}, "sample label 2 is 1.5"),
+        ({"labels": [0, 1, None, 0, 1]}, "sample label 2 is None"),
+        ({"labels": [0, 1, [1], 0, 1]}, "sample label 2 is [1]"),
+        ({"labels": ["a", "b", "d", "a", "b"]}, "sample label 2 is 'd'"),
+        ({"labels": np.ma.array([0, 1, 2, 0, 1], mask=[0, 0, 1, 0, 0])}, "sample labels at [2] is masked"),
+        ({"labels": [0, 1, 3, 0, 1]}, "label 3 with 3 classes"),
+        ({"class_names": [0, 1, 2]}, "class 0 is called 0, a int"),
+        ({"class_names": ["a", None, "c"]}, "class 1 is called None"),
+        ({"class_names": ["a", "\ud800", "c"]}, "class 1 has the name '\\ud800'"),
+        ({"class_names": ["a", "", "c"]}, "class 1 has the name ''"),
+        ({"class_names": ["caf\u00e9", "cafe\u0301", "c"]}, "spelled in two ways"),
+        ({"keys": ["a", "b", "\udcff", "d", "e"]}, "UTF-8"),
+        ({"keys": range(5)}, "key 0"),
+    ],
+    ids=str,
+)
+def test_what_numpy_would_change_without_a_word_is_refused_and_leaves_nothing(tmp_path: Path, changed: Any, said: str) -> None:
+    given = {"logits": LOGITS, "class_names": NAMES, "codec": "f32"} | changed
+    with pytest.raises(UsageError) as caught:
+        write_archive(tmp_path / "a", **given)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+    assert not (tmp_path / "a").exists()
+
+
+def test_labels_may_be_names_and_names_may_be_numpys(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path / "a", LOGITS, np.array(NAMES), labels=np.array([*"cabca"]))  # type: ignore[arg-type]
+    assert archive.manifest.class_names == ("a", "b", "c")
+    labels = archive.labels()
+    assert labels is not None
+    assert labels.tolist() == [2, 0, 1, 2, 0]
+    floats = write_archive(tmp_path / "b", LOGITS, NAMES, sample=np.tile([4.0, 3, 2, 1, 0], (2, 1)))
+    assert floats.find(0, np.array([4.0])).sample.tolist() == [4]
+    with pytest.raises(UsageError, match=r"at \[1\] is 2.5"):
+        floats.find(0, np.array([4.0, 2.5]))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_probabilities_are_warned_of_and_the_advice_mends_it(tmp_path: Path, dtype: Any) -> None:
+    probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=2, keepdims=True)
+    with pytest.warns(UserWarning, match="are probabilities") as caught:
+        write_archive(tmp_path / "a", probabilities.astype(dtype), NAMES)
+    expression = str(caught[0].message).rpartition(": ")[2]
+    mended = eval(expression, {"numpy": np, "probabilities": probabilities})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        archive = write_archive(tmp_path / "b", mended, NAMES)
+        write_archive(tmp_path / "c", LOGITS, NAMES)
+        write_archive(tmp_path / "d", np.zeros((1, 4, 3)), NAMES)
+        write_archive(tmp_path / "e", np.concatenate([probabilities, LOGITS]), NAMES)
+    back = np.exp(archive.logits(0, slice(0, 5)))
+    np.testing.assert_allclose(back / back.sum(axis=1, keepdims=True), probabilities[0], atol=3e-3)
+
+
+def test_targets_are_tensors_of_floats() -> None:
+    for wrong in (LOGITS[0], torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="tensor of floats"):
+            Targets(wrong, 1.0)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import typer
 
 from kdcache.cli.commands import Of
 from kdcache.cli.options import (
+    AllowLargeOption,
     ConfigOption,
     DataDirOption,
     DryRunOption,
@@ -52,6 +53,7 @@ def quickstart(
 def train_teacher(
     options: "TeacherConfig",
     skip_corrupt: SkipCorruptOption = False,
+    allow_large: AllowLargeOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
@@ -60,7 +62,7 @@ def train_teacher(
     from kdcache.system.distributed import this_rank
     from kdcache.teachers.train import train_teachers
 
-    place, speaker = workspace(home, data_dir, skip_corrupt), this_rank().first
+    place, speaker = workspace(home, data_dir, skip_corrupt, allow_large), this_rank().first
     with bars(quiet=not speaker) as progress:
         teachers = train_teachers(options, place, progress)
     for teacher in teachers if speaker else ():
@@ -70,6 +72,7 @@ def train_teacher(
 def dump_teacher(
     options: "DumpConfig",
     skip_corrupt: SkipCorruptOption = False,
+    allow_large: AllowLargeOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -82,7 +85,7 @@ def dump_teacher(
 
     speaker = this_rank().first
     with bars(quiet=not speaker) as progress:
-        place = workspace(home, data_dir, skip_corrupt)
+        place = workspace(home, data_dir, skip_corrupt, allow_large)
         path = str(sketch_dump(options, place, progress) if dry_run else dump(options, place, progress))
     if speaker:
         print(path)
@@ -138,6 +141,7 @@ def finalize(archive: Annotated[Path, typer.Argument(help="Folder of an unfinish
 def distill(
     options: "DistillConfig",
     skip_corrupt: SkipCorruptOption = False,
+    allow_large: AllowLargeOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),
@@ -150,7 +154,7 @@ def distill(
     from kdcache.students.grid import doubts, open_archives
     from kdcache.system.distributed import this_rank
 
-    place, speaker = workspace(home, data_dir, skip_corrupt), this_rank().first
+    place, speaker = workspace(home, data_dir, skip_corrupt, allow_large), this_rank().first
     with bars(quiet=not speaker) as progress:
         if not dry_run:
             results = run(options, place, progress)

@@ -11,6 +11,7 @@ import typer
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 
 __all__ = [
+    "AllowLargeOption",
     "ConfigOption",
     "DataDirOption",
     "DryRunOption",
@@ -89,16 +90,19 @@ SkipCorruptOption = Annotated[
     bool,
     typer.Option("--skip-corrupt", help="Leave out images that cannot be decoded, and record which.", rich_help_panel="Common"),
 ]
+AllowLargeOption = Annotated[
+    bool, typer.Option("--allow-large", help="Decode images beyond 178 megapixels, too.", rich_help_panel="Common")
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Common")]
 
 
-def workspace(home: Path, data_dir: Path | None = None, skip_corrupt: bool = False) -> Any:
+def workspace(home: Path, data_dir: Path | None = None, skip_corrupt: bool = False, allow_large: bool = False) -> Any:
     from kdcache.workspace import Workspace
 
-    return Workspace(home, data_dir, skip_corrupt)
+    return Workspace(home, data_dir, skip_corrupt, allow_large)
 
 
 def command_line() -> str:

@@ -10,6 +10,7 @@ import typer
 
 from kdcache.cli.commands import Of
 from kdcache.cli.options import (
+    AllowLargeOption,
     DataDirOption,
     HomeOption,
     JsonOption,
@@ -176,6 +177,7 @@ def verify(
     device: Annotated[str, Of("RenderOptions", "device")] = "auto",
     renderer: Annotated[Any, Of("RenderOptions", "renderer")] = "auto",
     skip_corrupt: SkipCorruptOption = False,
+    allow_large: AllowLargeOption = False,
     as_json: JsonOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -191,7 +193,7 @@ def verify(
             from kdcache.teachers.recomputed import matching_teacher, replay_with_teacher
             from kdcache.workspace import archive_source
 
-            recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt)
+            recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt, allow_large)
             canvas = place.canvas(archive_source(opened, dataset), "train", recorded.size if recorded else None, progress)
             teacher = matching_teacher(opened, place, progress)
             results.append(replay_with_teacher(opened, canvas, replay, teacher, progress, device=device, renderer=renderer))
@@ -220,6 +222,7 @@ def view(
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
     allow_drift: Annotated[int, Of("DistillConfig", "allow_drift")] = 0,
     skip_corrupt: SkipCorruptOption = False,
+    allow_large: AllowLargeOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
 ) -> None:
@@ -243,7 +246,7 @@ def view(
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
-        canvas = workspace(home, data_dir, skip_corrupt).canvas(
+        canvas = workspace(home, data_dir, skip_corrupt, allow_large).canvas(
             archive_source(opened, dataset), "train", recorded.size if recorded else None, progress
         )
     write_changed(out, contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))

@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -27,10 +26,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import say_classes
+from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, RetryError, UsageError, printable
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
@@ -101,14 +100,16 @@ def load_canvas(
     progress: Progress | None = None,
     *,
     skip_corrupt: bool = False,
+    allow_large: bool = False,
     tell: bool = False,
     building: Callable[[], None] = lambda: None,
 ) -> Canvas:
     """The canvas of one split at `size` pixels below `home`. It is built if it is missing or its source has changed.
 
     With `skip_corrupt`, a build leaves out images that cannot be decoded, and lists them in the source card. Later calls
-    use that canvas with or without the option. With `tell`, the classes of a training split are told before it is decoded.
-    `building` is called before a build.
+    use that canvas with or without the option. With `allow_large`, images beyond 178 megapixels, which Pillow takes for an
+    attack, are decoded too. With `tell`, the classes of a training split are told before it is decoded. `building` is called
+    before a build.
 
     Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
     RetryError if the disk has no room, or if images change while they are decoded.
@@ -131,7 +132,7 @@ def load_canvas(
         with _alone(path, progress) as folder:
             if not path.is_dir():
                 _mention_others(series, path, progress)
-                _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, progress)
+                _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
     canvas = _open(path)
@@ -277,6 +278,7 @@ def _build(
     state: str,
     fingerprint: str,
     skip_corrupt: bool,
+    allow_large: bool,
     progress: Progress,
 ) -> None:
     names, samples = images.class_names(), images.samples(split)
@@ -285,7 +287,9 @@ def _build(
     card = source_card(source, names, split, samples, unused=unused)
     # A build resumes only one with the same identity. Another version of Pillow may decode a file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
-    outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
+    if allow_large:  # what was too large before is decoded now
+        identity["large"] = "allowed"
+    outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress, allow_large)
     if images.fingerprint() != fingerprint:
         shutil.rmtree(folder)
         raise RetryError(
@@ -333,7 +337,13 @@ def _build(
 
 
 def _decode_all(
-    samples: Sequence[Sample], size: int, folder: Path, identity: dict[str, str], task: str, progress: Progress
+    samples: Sequence[Sample],
+    size: int,
+    folder: Path,
+    identity: dict[str, str],
+    task: str,
+    progress: Progress,
+    allow_large: bool,
 ) -> list[_Outcome]:
     """Write the pixels of all samples that can be decoded to `folder`, in order. Returns the outcome of every sample."""
     outcomes = _resume(folder, identity, size)
@@ -355,10 +365,10 @@ def _decode_all(
             named(folder),
             (folder / "pixels.npy").open("ab") as pixels,
             (folder / "journal.jsonl").open("ab") as journal,
-            _no_warnings(),
+            generous(allow_large),
         ):
             chunks = (samples[start : start + step] for start in range(before, len(samples), step))
-            for decoded in _ahead(pool, lambda sample: _decode(sample, size), chunks):
+            for decoded in _ahead(pool, lambda sample: decode(sample, size), chunks):
                 for result in decoded:
                     if not isinstance(result, str):
                         pixels.write(result[0])
@@ -430,72 +440,10 @@ def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityEr
     return IntegrityError(
         f"{len(reasons)} of {total} images cannot be decoded: {shown}{more}",
         why=f"a sample without pixels has no views (the whole list: {listing})",
-        fix="mend or convert these files, or repeat the command with --skip-corrupt to leave them out",
+        fix=(
+            f"repeat the command with {LARGE}, if you trust these files; or "
+            if any(LARGE in why for why in reasons.values())
+            else ""
+        )
+        + "mend or convert these files, or repeat the command with --skip-corrupt to leave them out",
     )
-
-
-# ---------------------------------------------------------------- decoding
-
-_TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation -> transpose that turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Silence Pillow's warnings about large pictures, odd palettes and damaged EXIF data: only pixels matter here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _decode(sample: Sample, size: int) -> tuple[bytes, tuple[int, int]] | str:
-    """Pixels, uint8 `[3, size, size]`, and original (width, height) of one sample; or the reason why it has none."""
-    try:
-        with sample.load() as image:
-            image.load()  # loads the first frame; for TIFF this also applies the orientation and clears it
-            upright = _upright(image)
-            # Pillow's reduced-size JPEG decoding is not used: its output depends on the library's version.
-            square = _as_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(square).transpose(2, 0, 1).tobytes(), upright.size
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        return "not an image of a known format"
-    except Exception as error:  # decoders raise many errors for bad bytes: struct.error, IndexError, zlib.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # an error of disk or network, not of the picture
-            error.filename = error.filename or sample.key
-            raise
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged metadata does not damage the picture
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Three 8-bit channels of an image of any mode.
-
-    Alpha is dropped, as in torchvision's loaders. Pillow clips deep grey at 255, so it is scaled here: 16-bit values to
-    their high byte, mode `I` as 16 bits, floats from 0 to 1. Values beyond these ranges have no agreed meaning as grey.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        limit = 1 if image.mode == "F" else 65535
-        if not (values.min() >= 0 and values.max() <= limit):  # NaN compares as false, too
-            raise ValueError(f"grey values from {values.min():g} to {values.max():g} in mode {image.mode}, not 0 to {limit}")
-        grey = np.rint(values * 255) if image.mode == "F" else values.astype(np.uint32) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    elif image.mode == "La":  # Pillow has no direct conversion
-        image = image.convert("LA")
-    return image.convert("RGB")

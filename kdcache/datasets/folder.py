@@ -97,6 +97,12 @@ class Folder(UsersOwn):
             for entry in base.iterdir()
             if not entry.name.startswith(".") and not is_known(entry.name, folder=True) and entry.is_dir()
         )
+        if broken := sorted(e.name for e in base.iterdir() if not (e.suffix or e.name.startswith(".") or e.exists())):
+            raise UsageError(
+                f"class folder {base / broken[0]} is a link that leads nowhere",
+                why="its class would be missing without a word",
+                fix="make the place that it leads to available, or move the link elsewhere",
+            )
         if len(names) < 2:
             raise UsageError(
                 f"{base} has {len(names)} class folders",

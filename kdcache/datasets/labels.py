@@ -6,7 +6,6 @@ doubtful is refused by name. Names that are given say that classes are meant, im
 
 import itertools
 import math
-import numbers
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ import numpy as np
 
 from kdcache.datasets import Split
 from kdcache.errors import UsageError
+from kdcache.given import as_array
 
 __all__ = [
     "NAMES_FILE",
     "classes_of",
     "composed",
+    "label_numbers",
     "named_by",
     "read_names",
     "require_names",
@@ -119,6 +120,17 @@ def classes_of(
     return numbered, list(names)
 
 
+def label_numbers(labels: Any, names: Sequence[str], what: str) -> list[int]:
+    """Labels as numbers: whole numbers of any dtype as they are, texts by their place in `names`. UsageError for others."""
+    plain, number = _plain(labels, what, by_value=False), named_by(names)
+    for i, label in enumerate(plain):
+        if isinstance(label, str) and composed(label) not in number:
+            raise UsageError(
+                f"{what} {i} is {label!a}", why=f"it is none of the {len(names)} class names", fix="correct it, or name its class"
+            )
+    return [number[composed(label)] if isinstance(label, str) else label for label in plain]
+
+
 def require_taught(train: Sequence[int], classes: int, where: str, naming: str) -> None:
     """Raise UsageError if one of the classes, whose number nobody but the labels says, has no training image."""
     taught = set(train)
@@ -195,11 +207,8 @@ def _require_numbers(labels: Sequence[int], classes: int | None, what: str) -> N
 
 def _plain(labels: Any, what: str, by_value: bool) -> list[Any]:
     """Labels as ints or texts. Raises UsageError for the first that is neither."""
-    if isinstance(labels, np.ma.MaskedArray):
-        if np.ma.getmaskarray(labels).any():
-            i = int(np.flatnonzero(np.ma.getmaskarray(labels))[0])
-            raise UsageError(f"{what} {i} is masked", why="every image has a label", fix="leave such images out")
-        labels = labels.data
+    if isinstance(labels, np.ma.MaskedArray) or hasattr(labels, "detach"):
+        labels = as_array(labels, f"{what}s")
     if isinstance(labels, np.ndarray):
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
@@ -229,9 +238,9 @@ def _one(label: Any, what: str, by_value: bool) -> Any:
         if by_value:
             return str(label)
         raise UsageError(f"{what} is {label}", why="a label is the number of a class", fix="write 0 and 1: labels.astype(int)")
-    if isinstance(label, numbers.Real):
-        if math.isfinite(label) and float(label).is_integer():
-            return int(float(label))
+    if isinstance(label, int | float) and math.isfinite(label) and label == int(label):
+        return int(label)
+    if isinstance(label, int | float):
         why = "it is not a number" if math.isnan(label) else "a label is the whole number of a class"
     else:
         why = "it is missing" if label is None else f"a {type(label).__name__} is neither a number nor a text"

@@ -214,6 +214,12 @@ def _shards(base: Path) -> tuple[dict[Split, list[Path]], list[Path]]:
             continue
         split: Split | None = "train" if name.startswith("train") else "test" if name.startswith(("test", "val")) else None
         packed = ".tar." in name or name.endswith((".tar", ".tgz", ".tbz2", ".txz"))
+        if split and packed and not file.is_file():
+            raise UsageError(
+                f"{file} is no file",
+                why="it is a link that leads nowhere, a named pipe, a socket or a device",
+                fix="put the shard itself there, or move it elsewhere",
+            )
         if split and name.endswith(".tar"):
             shards[split].append(file)
         elif split and packed and file.is_file() and (error := compressed(file)):

@@ -195,7 +195,7 @@ def walked(entries: Iterable[Entry[_Place]], strays: Strays) -> Iterator[Entry[_
             if by_name or entry.problem == _HIDDEN:
                 strays.add("hidden images" if by_name else "hidden folders")
         elif entry.problem:
-            if by_name:
+            if by_name or (entry.problem.startswith("a link") and suffix not in _NEVER):  # to an image, or a folder of them
                 yield entry
             else:
                 strays.add(_heading(suffix))

@@ -33,6 +33,7 @@ from kdcache.archive.reading.table import ShardTable
 from kdcache.archive.reading.verification import Level, Verification, Verifier
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.given import whole_numbers
 from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, is_url, open_remote
@@ -252,13 +253,13 @@ class Archive:
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions`, int64 `[n]`, of `view`, in the order of `positions`."""
-        positions = np.asarray(positions, np.int64)
+        positions = whole_numbers(positions, "positions")
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
         return Rows(self, view, positions)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
         """Rows of any sample numbers `samples`, int64 `[n]`, in `view`, in the order of `samples`."""
-        samples = np.asarray(samples, np.int64)
+        samples = whole_numbers(samples, "sample numbers")
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
         self._check_range(view, 0, 0)

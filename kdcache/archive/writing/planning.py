@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan
@@ -16,6 +14,7 @@ from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.reading.reader import dump_command, open_archive
 from kdcache.codecs import CODECS
 from kdcache.datasets.classes import how_classes_differ, how_samples_differ
+from kdcache.datasets.labels import label_numbers, require_names
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
 from kdcache.system.files import set_aside
 from kdcache.views.policy import PROBE_VERSION
@@ -55,13 +54,7 @@ def new_plan(
         raise UsageError(
             f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
         )
-    if len(set(class_names)) < len(class_names):
-        twice = next(name for number, name in enumerate(class_names) if name in class_names[:number])
-        raise UsageError(
-            f"class name {twice!r} is given twice",
-            why="classes are told apart by their names",
-            fix="give every class a name of its own",
-        )
+    require_names(class_names, "an archive")
     coding = CODECS.parse(codec)
     plan = ArchivePlan(
         num_views=num_views,
@@ -125,8 +118,10 @@ def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
     return dict(samples)
 
 
-def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Sequence[str] | None) -> dict[str, Any]:
+def samples_record(plan: ArchivePlan, labels: Any, keys: Sequence[str] | None) -> dict[str, Any]:
     """The record of labels and keys. Raises UsageError if they do not fit the plan's samples and classes."""
+    labels = None if labels is None else label_numbers(labels, plan.class_names, "sample label")
+    keys = None if keys is None else list(keys)
     for name, values in (("labels", labels), ("keys", keys)):
         if values is not None and len(values) != plan.num_samples:
             raise UsageError(
@@ -137,16 +132,16 @@ def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Se
     for key in keys or ():
         if not isinstance(key, str) or any(0xD800 <= ord(c) <= 0xDFFF for c in key):
             raise UsageError(f"key {key!r}", why="keys are text that UTF-8 can hold", fix="pass strings, str(key) for example")
-    if labels is not None and not np.isin(labels, np.arange(plan.num_classes)).all():
-        wrong = np.asarray(labels)[~np.isin(labels, np.arange(plan.num_classes))]
+    wrong = [label for label in labels or () if not 0 <= label < plan.num_classes]
+    if wrong:
         raise UsageError(
             f"label {wrong[0]} with {plan.num_classes} classes",
             why=f"labels are numbers of classes, 0 to {plan.num_classes - 1}",
             fix="pass the place of each sample's class in class_names",
         )
     return {
-        "labels": None if labels is None else [int(label) for label in labels],
-        "keys": None if keys is None else list(keys),
+        "labels": labels,
+        "keys": keys,
     }
 
 

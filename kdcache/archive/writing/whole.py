@@ -3,6 +3,7 @@
 import datetime
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from kdcache.archive.reading.reader import Archive
 from kdcache.archive.writing.planning import PLAN
 from kdcache.archive.writing.writer import ArchiveWriter
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.given import as_logits, whole_numbers
 from kdcache.system.files import set_aside
 
-__all__ = ["write_archive"]
+__all__ = ["are_probabilities", "write_archive"]
+
+_ROWS = 4096  # that are looked at together
 
 
 def write_archive(
@@ -31,8 +35,14 @@ def write_archive(
     codec: str = "i16",
     layout: str = "zarr",
 ) -> Archive:
-    """Write `logits` float32 `[V, N, C]`, computed elsewhere, as an archive; `sample [V, N]` says which sample each row is."""
-    logits = np.asarray(logits, np.float32)
+    """Write `logits` float32 `[V, N, C]`, computed elsewhere, as an archive; `sample [V, N]` says which sample each row is.
+
+    Arrays may be tensors too. `labels [N]` are numbers of classes, or their names. Rows that are probabilities are stored as they
+    are, and warned of (UserWarning): softmax of them at any temperature is nearly uniform. Raises UsageError for what is none of
+    this, such as masked, complex or fractional numbers, and leaves no folder then.
+    """
+    logits = as_logits(logits)
+    class_names = [str(name) if isinstance(name, str) else name for name in class_names]
     if logits.ndim != 3 or logits.shape[2] != len(class_names):
         raise UsageError(
             f"logits of shape {list(logits.shape)} with {len(class_names)} class names",
@@ -45,11 +55,18 @@ def write_archive(
             why="these logits cannot be compared with those that made it",
             fix=f"write to another folder, or set that one aside: {set_aside(Path(path))}",
         )
-    if sample is not None and np.shape(sample) != logits.shape[:2]:
+    sample = None if sample is None else whole_numbers(sample, "sample numbers")
+    if sample is not None and sample.shape != logits.shape[:2]:
         raise UsageError(
-            f"sample numbers of shape {list(np.shape(sample))} for logits {list(logits.shape)}",
+            f"sample numbers of shape {list(sample.shape)} for logits {list(logits.shape)}",
             why="they must be [V, N]: which sample sits at each position of each view",
             fix="pass one row of numbers for every view",
+        )
+    if are_probabilities(logits):
+        warnings.warn(
+            "the rows of these logits are probabilities: they sum to 1. Their softmax is nearly uniform at any temperature. "
+            "Give what the softmax was taken of, or logarithms: numpy.log(numpy.maximum(probabilities, 1e-12))",
+            stacklevel=2,
         )
     existed = Path(path).exists()
     try:
@@ -58,6 +75,18 @@ def write_archive(
         if not existed:  # nothing to go on with: whoever mends the logits begins anew
             shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def are_probabilities(logits: NDArray[np.float32]) -> bool:
+    """Whether all rows of `logits` `[..., C]` are numbers from 0 to 1 that sum to 1, as far as float16 would tell."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return (
+        bool(rows.size)
+        and all(  # of logits, the first rows tell
+            bool(((part >= 0) & (part <= 1)).all() and (np.abs(part.sum(axis=1, dtype=np.float64) - 1) < 1e-2).all())
+            for part in (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+        )
+    )
 
 
 def _write_whole(

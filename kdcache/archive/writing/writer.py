@@ -62,6 +62,7 @@ from kdcache.archive.writing.sweeping import LOCK, alone, sweep_finished
 from kdcache.codecs import CODECS, UnstorableError
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
+from kdcache.given import as_logits, whole_numbers
 from kdcache.system.energy import Spent
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
@@ -285,14 +286,14 @@ class ArchiveWriter:
         """
         rows = self.positions(block)
         expected = (len(rows), self.plan.num_classes)
-        logits = np.asarray(logits, dtype=np.float32)
+        logits = as_logits(logits)
         if logits.shape != expected or view not in self.plan.views or not 0 <= block < self.plan.num_blocks:
             raise UsageError(
                 f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
                 why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
                 fix="write whole shards: one row per position of writer.positions(block)",
             )
-        sample = np.arange(rows.start, rows.stop) if sample is None else np.asarray(sample)
+        sample = np.arange(rows.start, rows.stop) if sample is None else whole_numbers(sample, "sample numbers")
         fitting = sample.shape == expected[:1] and ((sample >= 0) & (sample < self.plan.num_samples)).all()
         if not fitting or len(np.unique(sample)) != len(rows):
             raise UsageError(
