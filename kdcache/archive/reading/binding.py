@@ -10,7 +10,7 @@ Older tables record none. There the argmax and the entropy that are stored of so
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from blake3 import blake3
@@ -138,19 +138,27 @@ class BoundReader:
 
     def _elsewhere(self, name: str, field: str, view: int, block: int, found: str) -> IntegrityError:
         place = f"the {field} of view {view}, block {block}"
-        for record in self._records():
-            if (record.checksums or {}).get(field) == found:
-                there = self._file_like(name, (view, block), (record.view, record.block))
-                return IntegrityError(
-                    f"{name} of {self._where} does not hold {place}",
-                    why=f"it holds those of view {record.view}, block {record.block}, whose place is {there}",
-                    fix=self._advice([(view, block), (record.view, record.block)]),
-                )
+        if (whose := self._owners.get((field, found))) is not None:
+            return IntegrityError(
+                f"{name} of {self._where} does not hold {place}",
+                why=f"it holds those of view {whose[0]}, block {whose[1]}, whose place is "
+                f"{self._file_like(name, (view, block), whose)}",
+                fix=self._advice([(view, block), whose]),
+            )
         return IntegrityError(
             f"{name} of {self._where} does not hold {place}",
             why="its rows are sound, but of no shard of this archive: the file is of another one, or was written anew",
             fix=self._advice([(view, block)]),
         )
+
+    @cached_property
+    def _owners(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """The shard (view, block) whose rows of a field have a digest: of (field, digest)."""
+        owners: dict[tuple[str, str], tuple[int, int]] = {}
+        for record in self._records():
+            for place in (record.checksums or {}).items():
+                owners.setdefault(place, (record.view, record.block))
+        return owners
 
     def _restore(self, shards: Sequence[tuple[int, int]]) -> str:
         what = "both files" if len(shards) > 1 else "it"
@@ -180,7 +188,7 @@ class BoundReader:
         off = codec.max_error(stored)
         low = np.take_along_axis(logits, stored["argmax"][:, None].astype(np.int64), axis=1)[:, 0]
         h, _, _ = entropies_and_argmax(logits)
-        # A change e of every logit changes p log p by at most 2 e p (|log p| + H): of the relative entropy, 4 e and less.
+        # Logits that change by at most e change the entropy H by at most 2 e H, and H / log C by at most 2 e.
         if (low + 2 * off < logits.max(axis=1)).any() or (np.abs(h - stored["entropy"]) > 4 * off + ENTROPY_NOISE).any():
             raise IntegrityError(
                 f"{rows.name} of {self._where}: view {view}, block {block} has an argmax or entropy that is not its logits'",

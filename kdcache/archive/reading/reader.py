@@ -151,7 +151,7 @@ class Archive:
                 why="this installation does not know it",
                 fix="upgrade kdcache, or install the plugin",
             ) from None
-        self._table = ShardTable(manifest, store)
+        self._table = self._places = ShardTable(manifest, store)  # for places, of the archive as it has grown meanwhile
         if isinstance(store, LocalStore):  # else where the table is fetched
             self._table.require_seal()
         reader = arrangement.open(manifest, store)
@@ -239,12 +239,12 @@ class Archive:
     def _shard(self, view: int, block: int) -> ShardRecord:
         """The record of one shard."""
         try:
-            return self._table.record(view, block)
+            return self._places.record(view, block)
         except IntegrityError:
             if (grown := self._same_grown()) is None:
                 raise
-            self._table = grown._table
-            return self._table.record(view, block)
+            self._places = grown._table
+            return self._places.record(view, block)
 
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`, which are read at first use."""
