@@ -301,7 +301,7 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     arguments = _arguments(job, place, workspace, not_done) + (["--json"] if job.kind == "distill" else [])
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        locks = held.enter_context(_family_lock(place.folder / f".{name}.lock", waiting=twice)) or ()
+        locks: tuple[int, ...] = held.enter_context(_family_lock(place.folder / f".{name}.lock", waiting=twice)) or ()
         if place.done(name):
             return 0
         if job.alone:

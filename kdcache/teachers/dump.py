@@ -38,7 +38,7 @@ from kdcache.system.files import tidying, translated_os_errors
 from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.teachers import as_is
-from kdcache.teachers.config import DumpConfig, TeacherConfig, usual_dump
+from kdcache.teachers.config import DumpConfig, TeacherAndData, TeacherConfig, usual_dump
 from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.teachers.noise import measured_noise
 from kdcache.teachers.plans import DumpPlan, begun_once, folder_of, going_on, squashed_before
@@ -172,9 +172,13 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
             f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
             f"dataset {subject.dataset} has {len(names)}",
             why="the class names must be the same, in the same order",
-            fix=f"train one on this dataset: kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset}",
+            fix=f"train one on this dataset: {_training(subject)}",
         )
     return teacher
+
+
+def _training(subject: TeacherAndData) -> str:
+    return shlex.join(["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset])
 
 
 def _epochs(config: DumpConfig, source: Source) -> int:
@@ -344,7 +348,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
         raise NotFoundError(
             f"no teacher {subject.teacher!r} trained on {subject.dataset} at {size} px",
             why="--no-finetune forbids training one now",
-            fix=f"kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset} --size {size}",
+            fix=f"{_training(subject)} --size {size}",
         )
     lock = workspace.teachers / f".{dataset_label(plan.source)}--{folder_name(subject.teacher)}.lock"
     _after_the_first(lock.exists)
