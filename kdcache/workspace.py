@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import platform
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +17,10 @@ from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
-from kdcache.system.files import local_path
+from kdcache.system.files import is_set_aside, local_path, set_aside
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
+from kdcache.system.seals import SEAL, unsealed
 
 __all__ = [
     "Workspace",
@@ -54,10 +54,11 @@ def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
 def read_record(file: Path) -> dict[str, Any]:
     """Read a JSON record that kdcache wrote. Raises IntegrityError if it is damaged."""
     try:
-        record = json.loads(file.read_text())
+        data = file.read_bytes()
+        record = json.loads(data)
         if not isinstance(record, dict):
             raise ValueError("it holds no mapping")
-        return record
+        return unsealed(record, data)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
             raise  # which says nothing of the record
@@ -94,12 +95,12 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, why: str) -> IntegrityError:
-    folder = file.parent
-    aside = f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder) + '.damaged')}"
+    aside = f"set the folder aside and repeat the command that made it: {set_aside(file.parent)}"
+    meant = f", or take its field {SEAL} out if it was changed on purpose" if "BLAKE3" in why else ""
     return IntegrityError(
         f"{file} is not the record that kdcache wrote",
         why=why,
-        fix=f"restore it from a copy; or set the folder aside and repeat the command that made it: {aside}",
+        fix=f"restore it from a copy{meant}; or {aside}",
     )
 
 
@@ -204,7 +205,9 @@ class Workspace:
         if not self.archives.is_dir():
             return []
         return sorted(
-            p for p in self.archives.iterdir() if any((p / name).exists() for name in ("kdcache.json", ".dump", ".pull"))
+            folder
+            for folder in self.archives.iterdir()
+            if any((folder / name).exists() for name in ("kdcache.json", ".dump", ".pull")) and not is_set_aside(folder)
         )
 
     def open_archive(self, name: str | None, progress: Progress, *, strict: bool = False) -> Archive:
@@ -256,6 +259,8 @@ class Workspace:
         """(folder, record) of every trained teacher, newest first. Damaged ones are reported and left out."""
         records = []
         for file in sorted(self.teachers.glob("*/teacher.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+            if is_set_aside(file.parent):
+                continue
             try:
                 records.append((file.parent, read_teacher(file.parent)))
             except IntegrityError as error:

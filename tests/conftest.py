@@ -26,7 +26,9 @@ from torch import Tensor
 from kdcache.archive import Archive, ArchiveWriter, CanvasCard
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
+from kdcache.errors import KdcacheError
 from kdcache.views.policy import ViewPolicy, ViewTable
+from tests.fixes import not_understood
 from tests.miniatures import MINIATURES
 from tests.torch_miniatures import MINIATURES as TORCH_MINIATURES
 
@@ -92,13 +94,28 @@ def _quick_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _fixes_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No error of a test, expected or not, tells people to use a command or an option that is not there."""
+    told: list[str] = []
+
+    def remembered(error: KdcacheError, what: str, *, why: str, fix: str) -> None:
+        made(error, what, why=why, fix=fix)
+        told.append(fix)
+
+    made = KdcacheError.__init__
+    monkeypatch.setattr(KdcacheError, "__init__", remembered)
+    yield
+    assert [wrong for fix in told for wrong in not_understood(fix)] == []
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run source text in a fresh interpreter of this environment."""
 
-    def run(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(code: str, *arguments: object, check: bool = True, seconds: int = 120) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=seconds, check=False
         )
         assert done.returncode == 0 or not check, done.stderr
         return done

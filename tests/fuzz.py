@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile import LAYOUT_OPTIONS, build, exercise
+from tests.hostile import LAYOUT_OPTIONS, build, exercise, resealed
 
 MEMORY = 512 << 20  # bytes of address space beyond what the process has when it begins
 PATIENCE = {signal.ITIMER_PROF: 10, signal.ITIMER_REAL: 100}  # seconds of work and in all that a case may take
@@ -204,7 +204,7 @@ class Archives:
             text = "".join(json.dumps(line) + "\n" for line in lines).encode()
             self._write(layout, table, text)
             manifest["shards"].update(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
-        self._write(layout, "kdcache.json", json.dumps(manifest).encode())
+        self._write(layout, "kdcache.json", json.dumps(resealed(manifest)).encode())
 
 
 def _contents(path: Path) -> dict[str, bytes]:

@@ -12,13 +12,26 @@ from typing import Any
 import numpy as np
 
 from kdcache.archive import Archive, ArchiveWriter, open_archive
-from kdcache.archive.format.manifest import ArchivePlan, ShardRecord, archive_digest
-from kdcache.archive.layouts import LAYOUTS, rows_digest
+from kdcache.archive.format.manifest import SEAL, ArchivePlan, ShardRecord, archive_digest, seal_of
+from kdcache.archive.layouts import LAYOUTS, row_fields, rows_digest
+from kdcache.archive.reading.binding import shard_checksums
 from kdcache.archive.writing.derive import derive
 from kdcache.codecs import CODECS
 from kdcache.errors import KdcacheError
 
-__all__ = ["CLASSES", "CODEC_OF", "LAYOUT_OPTIONS", "SAMPLES", "build", "edit_manifest", "edit_table", "exercise", "reseal"]
+__all__ = [
+    "CLASSES",
+    "CODEC_OF",
+    "LAYOUT_OPTIONS",
+    "SAMPLES",
+    "build",
+    "edit_manifest",
+    "edit_table",
+    "exercise",
+    "make_older",
+    "reseal",
+    "resealed",
+]
 
 VIEWS, SAMPLES, CLASSES, SHARD_ROWS = 2, 7, 5, 4  # two shards a view, the second not full; two units a shard
 LAYOUT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -56,9 +69,15 @@ def build(path: Path, layout: str, **changes: Any) -> Path:
 
 
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, and the digest that it holds of itself."""
     manifest = json.loads((path / "kdcache.json").read_text())
     change(manifest)
-    (path / "kdcache.json").write_text(json.dumps(manifest))
+    (path / "kdcache.json").write_text(json.dumps(resealed(manifest)))
+
+
+def resealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of its fields as they are now, if it has one."""
+    return manifest | ({SEAL: seal_of(manifest)} if SEAL in manifest else {})
 
 
 def edit_table(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
@@ -71,8 +90,14 @@ def edit_table(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> 
     edit_manifest(path, lambda m: m["shards"].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
 
 
+def make_older(path: Path) -> None:
+    """Turn an archive into one as kdcache wrote it before shards recorded checksums, and manifests their digest."""
+    edit_table(path, lambda shards: [shard.pop("checksums") for shard in shards])
+    edit_manifest(path, lambda m: m.pop(SEAL))
+
+
 def reseal(path: Path) -> None:
-    """Compute size and sha256 of every recorded file anew, the digests of all rows that can be read, and the archive's."""
+    """Compute size and sha256 of every recorded file anew, all digests of rows that can be read, and the archive's."""
 
     def measure(records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -88,13 +113,18 @@ def reseal(path: Path) -> None:
     edit_table(path, measure_shards)
     try:
         archive = open_archive(path)
+        reader = LAYOUTS.from_dict(archive.manifest.layout).open(archive.manifest, archive.store)
     except KdcacheError:
         return  # there is no digest of what cannot be opened
 
     def rows(shards: list[dict[str, Any]]) -> None:
         for shard in shards:
             try:
-                shard["rows_digest"] = rows_digest(archive.manifest, archive.stored(shard["view"], shard["block"]))
+                place = shard["view"], shard["block"]
+                shard["checksums"] = shard_checksums(reader, archive.manifest, *place)
+                rows = slice(0, archive.manifest.block_rows(place[1]))
+                stored = {name: reader.gather(name, *place, rows) for name in row_fields(archive.manifest)}
+                shard["rows_digest"] = rows_digest(archive.manifest, stored)
             except (KdcacheError, KeyError, IndexError, ValueError):
                 continue
 

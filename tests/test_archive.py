@@ -313,7 +313,7 @@ def test_a_damaged_plan_is_an_integrity_error_and_its_fix_works(tmp_path: Path, 
     assert command.startswith("mv ")
     subprocess.run(command, shell=True, check=True)
     assert files(finish(writer(path)).path) == files(finished)
-    assert files(tmp_path / "a b.damaged") == before
+    assert files(tmp_path / "a b.aside") == before
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_the_fix_for_a_damaged_manifest_works(tmp_path: Path, finished: Path, ap
         assert finish(writer(path, num_views=3)).verify().ok
         return
     subprocess.run(caught.value.fix.rpartition(": ")[2], shell=True, check=True)
-    assert (tmp_path / "a b.damaged/README.md").is_file()
+    assert (tmp_path / "a b.aside/README.md").is_file()
     assert files(finish(writer(path)).path) == files(finished)
 
 

@@ -170,5 +170,5 @@ def test_a_damaged_checkpoints_folder_is_moved_aside_and_nothing_deleted(tmp_pat
             made(folder)
         subprocess.run(caught.value.fix.partition(": ")[2], shell=True, check=True)
         assert not folder.exists()
-        assert len(list(tmp_path.glob("the first run.damaged*/checkpoint.pt"))) == other + 1
+        assert len(list(tmp_path.glob("the first run.aside*/checkpoint.pt"))) == other + 1
     assert made(folder).steps == 0

@@ -39,7 +39,7 @@ def test_labels_are_read_from_an_attribute_and_few_images_are(opened: Any) -> No
 
     def make(split: str) -> Pictures:
         made.append(Pictures(split, targets=torch.tensor([i % 2 for i in range(1000)]), classes=("cat", "dog")))
-        made[-1].pixels = np.zeros((1000, 4, 4, 3), np.uint8)
+        made[-1].pixels = np.full((1000, 4, 4, 3), len(made), np.uint8)
         return made[-1]
 
     images = opened(make)

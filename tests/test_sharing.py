@@ -32,6 +32,7 @@ from kdcache.system.remote import open_remote
 from kdcache.views import ViewPolicy
 from tests.archives import teacher_card
 from tests.golden.make import ARCHIVE as GOLDEN
+from tests.hostile import resealed
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer, Request, faulty_s3
 from tests.squares import squares
@@ -349,7 +350,7 @@ def test_rows_that_are_not_what_the_digest_says_are_noticed_although_every_file_
     record["files"] = [{**file, **(update if file["path"] == name else {})} for file in record["files"]]
     table.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
     manifest["shards"] |= {"bytes": table.stat().st_size, "sha256": _sha256(table.read_bytes())}
-    (www / "kdcache.json").write_text(json.dumps(manifest))
+    (www / "kdcache.json").write_text(json.dumps(resealed(manifest)))
     with FaultyServer(tmp_path / "www") as server, pytest.raises(IntegrityError, match="verify"):
         pull(open_archive(f"{server.url}/a"), tmp_path / "here")
     assert not (tmp_path / "here" / "kdcache.json").exists()
@@ -472,7 +473,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     there = open_archive(f"{server.url}/a")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))  # type: ignore[attr-defined]
     for views in (None, range(1, 3)):
-        with pytest.raises(RetryError, match=r"needs .* GB more") as caught:
+        with pytest.raises(RetryError, match=r"the archive needs .* more, .* has 5\.0 kB") as caught:
             pull(there, tmp_path / "here" / f"{views}", views=views)
         assert "--views" in caught.value.fix
     assert not server.asked("logits/c/0/0/0")
@@ -493,7 +494,7 @@ def forged(public: Archive, records: list[FileRecord], www: Path) -> None:
     shutil.copytree(public.path, www)
     fields = json.loads((www / "kdcache.json").read_text())
     fields["files"] += [record.model_dump() for record in records]
-    (www / "kdcache.json").write_text(json.dumps(fields))
+    (www / "kdcache.json").write_text(json.dumps(resealed(fields)))
 
 
 @pytest.mark.parametrize(
@@ -817,8 +818,9 @@ def test_a_signature_tells_whose_archive_it_is(signed: Archive, keys: Path) -> N
 @pytest.mark.parametrize("name", ["kdcache.json", "README.md", "kdcache.sig"])
 def test_no_signed_byte_can_be_changed(signed: Archive, keys: Path, name: str) -> None:
     data = (signed.path / name).read_text()
+    terms = json.loads((signed.path / "kdcache.json").read_text().replace('"cc-by-4.0"', '"mit"'))
     changes = {
-        "kdcache.json": data.replace('"cc-by-4.0"', '"mit"'),
+        "kdcache.json": json.dumps(resealed(terms)),
         "README.md": data + " ",
         "kdcache.sig": data.replace('"payload":"', '"payload":"A') if '"payload":"' in data else data[:-40],
     }

@@ -424,7 +424,7 @@ def test_costs_of_views_that_are_appended_are_added(tmp_path: Path) -> None:
 def test_costs_are_counted_once_after_a_kill_between_the_manifest_and_its_sweeping(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdcache.archive.writing.writer._sweep", lambda store, archive: None)
+        patch.setattr("kdcache.archive.writing.writer.sweep_finished", lambda store, archive: None)
         finish(with_costs(path, device_seconds=1.0))
     assert (path / ".dump/costs").is_dir()
     finish(with_costs(path, num_views=3, device_seconds=2.0))

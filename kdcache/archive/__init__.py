@@ -25,8 +25,9 @@ from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.archive.writing.card import code_span, licence_fields, markdown_escaped
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
 from kdcache.archive.writing.planning import new_plan, recorded_plan
+from kdcache.archive.writing.sweeping import sweep
 from kdcache.archive.writing.whole import write_archive
-from kdcache.archive.writing.writer import ArchiveWriter, sweep
+from kdcache.archive.writing.writer import ArchiveWriter
 
 __all__ = [
     "COST",

@@ -164,7 +164,7 @@ def stats(
 
 def verify(
     archive: ArchiveArgument,
-    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes, and whose rows each file holds, only.")] = False,
     replay: Annotated[
         int,
         typer.Option("--replay", min=0, help="Also render this many views again (and recompute logits if the teacher is here)."),

@@ -7,7 +7,7 @@ add sources through the entry point group `kdcache.datasets`.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -57,6 +57,8 @@ class SourceCard(BaseModel):
     digest: str  # sha256 of the keys, labels and class names of the decoded samples, in order
     # Keys of images that could not be decoded and were left out. An empty list is not written, as in older cards.
     skipped: tuple[str, ...] = Field(default=(), exclude_if=lambda keys: not keys)
+    # Numbers of files beside the samples that are none, by what they are. They decide on no sample; older cards have none.
+    unused: dict[str, int] = Field(default={}, exclude_if=lambda counts: not counts)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ class UsersOwn:
 
 
 class Images(Protocol):
-    """The samples of a dataset whose files are on this machine."""
+    """The samples of a dataset whose files are on this machine.
+
+    `unused(split)`, where there is such a method, gives the numbers of files that are no samples, by what they are.
+    """
 
     def class_names(self) -> Sequence[str]: ...
     def samples(self, split: Split) -> Sequence[Sample]: ...
@@ -171,9 +176,14 @@ def _is_place(option: object) -> bool:
 
 
 def source_card(
-    source: Source, names: Sequence[str], split: Split, samples: Sequence[Sample], skipped: tuple[str, ...] = ()
+    source: Source,
+    names: Sequence[str],
+    split: Split,
+    samples: Sequence[Sample],
+    skipped: tuple[str, ...] = (),
+    unused: Mapping[str, int] | None = None,
 ) -> SourceCard:
-    """The card of a split with class `names` and decoded `samples`; `skipped` ones could not be decoded."""
+    """The card of a split with class `names` and decoded `samples`; `skipped` ones could not be, `unused` files are none."""
     names = tuple(names)
     digest = hashlib.sha256(json.dumps([split, names]).encode())
     for sample in samples:
@@ -189,6 +199,7 @@ def source_card(
         licence=None if isinstance(source, UsersOwn) else source.licence,
         digest=digest.hexdigest(),
         skipped=skipped,
+        unused=dict(unused or {}),
     )
 
 
@@ -198,6 +209,7 @@ from kdcache.datasets import digits as _digits  # noqa: E402, F401
 from kdcache.datasets import factory as _factory  # noqa: E402, F401
 from kdcache.datasets import fine as _fine  # noqa: E402, F401
 from kdcache.datasets import folder as _folder  # noqa: E402, F401
+from kdcache.datasets import hub as _hub  # noqa: E402, F401
 from kdcache.datasets import imagenet as _imagenet  # noqa: E402, F401
 from kdcache.datasets import own as _own  # noqa: E402, F401
 from kdcache.datasets import vision as _vision  # noqa: E402, F401

@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -31,11 +31,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import say_classes
-from kdcache.errors import IntegrityError, RetryError, UsageError
-from kdcache.system.files import unique, write_atomically
+from kdcache.errors import IntegrityError, RetryError, UsageError, printable
+from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.refusals import ROOM, named
+from kdcache.system.refusals import named
+from kdcache.system.room import require_room
+from kdcache.system.seals import sealed_record, unsealed
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -140,6 +142,9 @@ def load_canvas(
         progress.say(
             f"{len(skipped)} of {len(skipped) + len(canvas)} {split} images are left out, they cannot be decoded: {shown}"
         )
+    if unused := canvas.card.unused:
+        shown = ", ".join(f"{count:,} {printable(heading)}" for heading, count in unused.items())
+        progress.say(f"{sum(unused.values()):,} files beside the {split} images are not used: {shown}")
     return canvas
 
 
@@ -164,7 +169,7 @@ def require_intact(canvas: Canvas) -> None:
         raise IntegrityError(
             f"canvas {canvas.path} was changed after it was built",
             why="the sha256 of its pixels, labels and keys is not the recorded one",
-            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+            fix=f"set it aside, and it is built again: {set_aside(canvas.path)}",
         )
     object.__setattr__(canvas, "_checked", True)
 
@@ -172,7 +177,8 @@ def require_intact(canvas: Canvas) -> None:
 def _open(path: Path) -> Canvas:
     try:
         with named(path):
-            meta = json.loads((path / "canvas.json").read_text())
+            text = (path / "canvas.json").read_bytes()
+            meta = unsealed(json.loads(text), text)
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
@@ -188,13 +194,15 @@ def _open(path: Path) -> Canvas:
         canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
         if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
             raise ValueError("sizes.npy is not the one that was written with it")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses headers as Python, which has many errors
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
             raise  # which says nothing of the canvas
         raise IntegrityError(
             f"canvas {path} cannot be read",
-            why=str(error).splitlines()[0],
-            fix=f"delete it, and it is built again: rm -r {shlex.quote(str(path))}",
+            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
+            fix=f"set it aside, and it is built again: {set_aside(path)}",
         ) from None
     object.__setattr__(canvas, "_as_stored", True)
     return canvas
@@ -272,7 +280,9 @@ def _build(
     progress: Progress,
 ) -> None:
     names, samples = images.class_names(), images.samples(split)
-    card = source_card(source, names, split, samples)
+    count = getattr(images, "unused", None)
+    unused: Mapping[str, int] = {} if count is None else count(split)
+    card = source_card(source, names, split, samples, unused=unused)
     # A build resumes only one with the same identity. Another version of Pillow may decode a file to other pixels.
     identity = {"state": state, "samples": card.digest, "pillow": PIL.__version__}
     outcomes = _decode_all(samples, size, folder, identity, f"canvas {card.name}/{split}", progress)
@@ -295,7 +305,7 @@ def _build(
                 why=f"{len(reasons)} of {len(samples)} {split} images are corrupt, and --skip-corrupt would leave nothing of it",
                 fix="replace some of its files",
             )
-        card = source_card(source, names, split, [sample for sample, _ in kept], skipped=tuple(reasons))
+        card = source_card(source, names, split, [sample for sample, _ in kept], tuple(reasons), unused)
     labels = np.array([sample.label for sample, _ in kept], np.int64)
     keys = [sample.key for sample, _ in kept]
     with named(folder / "pixels.npy"), (folder / "pixels.npy").open("r+b") as file:
@@ -311,7 +321,7 @@ def _build(
     meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
     meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
     with named(folder / "canvas.json"), (folder / "canvas.json").open("wb") as file:
-        file.write(json.dumps(meta).encode())
+        file.write(sealed_record(meta, indent=None))
         _sync(file)
     try:
         folder.replace(path)
@@ -331,13 +341,13 @@ def _decode_all(
     if before:
         progress.say(f"{task}: {before} of {len(samples)} images were decoded before, going on from there")
         progress.update(task, before, len(samples))
-    needed, free = (len(samples) - before) * 3 * size * size, shutil.disk_usage(folder).free
-    if needed > free:
-        raise RetryError(
-            f"the canvas needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB",
-            why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
-            fix=f"{ROOM}, or put it on another disk with --data-dir",
-        )
+    require_room(
+        folder,
+        (len(samples) - before) * 3 * size * size,
+        "the canvas",
+        why=f"{len(samples) - before} images of {size} x {size} pixels are to be decoded",
+        elsewhere="put it on another disk with --data-dir",
+    )
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
     try:
         # Of what is decoded, errors have the sample's name already.
@@ -420,7 +430,7 @@ def _undecodable(reasons: dict[str, str], total: int, path: Path) -> IntegrityEr
     return IntegrityError(
         f"{len(reasons)} of {total} images cannot be decoded: {shown}{more}",
         why=f"a sample without pixels has no views (the whole list: {listing})",
-        fix="replace or remove these files, or repeat the command with --skip-corrupt to leave them out",
+        fix="mend or convert these files, or repeat the command with --skip-corrupt to leave them out",
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Split, UsersOwn
+from kdcache.datasets.labels import require_taught, same_images
 from kdcache.datasets.mapstyle import MapStyle, Part, image_files, listed_labels, names_of, require_map_style
 from kdcache.datasets.transforms import datasets_inside
 from kdcache.errors import KdcacheError, UsageError
@@ -73,7 +74,13 @@ class Factory(UsersOwn):
                     f"all {len(labels)} {split} images were read to list their labels: give the dataset an attribute "
                     "`targets` with them to spare that"
                 )
+        (train,), (test,) = parts["train"], parts["test"]
+        if (train.digest, train.labels) == (test.digest, test.labels) and len(set(train.labels)) > 1:
+            remarks.append(same_images("split='train' and split='test'"))
         names = self._names(made, max(max(part.labels) for (part,) in parts.values()))
+        if names[1]:
+            naming = "an attribute `classes` of the dataset"
+            require_taught(train.labels, len(names[0]), f"dataset {self.function}", naming)
         if names[1]:
             remarks.append("classes are called by their numbers: give the dataset an attribute `classes` to name them")
         versions = [str(getattr(dataset, "version", "")) for dataset in made.values()]

@@ -1,11 +1,10 @@
 """Download of datasets from their owners: fetched once, checked and unpacked; with advice where that is not possible."""
 
 import hashlib
-import shlex
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from PIL import Image
 
 from kdcache.datasets import Images, Sample, Split, resolved
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError
+from kdcache.system.files import set_aside
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.refusals import ROOM, named
+from kdcache.system.refusals import named
+from kdcache.system.room import require_room
 
 __all__ = ["Download", "Listed", "Rooted", "damaged_file", "find_or_fetch", "first_with", "pictures"]
 
@@ -87,7 +88,13 @@ def find_or_fetch(
         if found := find(place):
             return found
         progress.say(f"dataset {name}: {size:,} MB from {downloads[0].url.rpartition('/')[0]} to {place}")
-        _require_room(place, 3 * size)  # packed files, and unpacked ones, twice for a moment
+        require_room(
+            place,
+            3 * size * 10**6,  # packed files, and unpacked ones, twice for a moment
+            "the dataset",
+            why="its files are fetched packed, and then unpacked",
+            elsewhere="put the data on another disk with --data-dir",
+        )
         for file in downloads:
             try:
                 packed = _fetch(file, place, progress)
@@ -123,16 +130,6 @@ def pictures(rows: Iterable[tuple[Path, int]], base: Path) -> list[Sample]:
     ]
 
 
-def _require_room(place: Path, megabytes: int) -> None:
-    free = shutil.disk_usage(place).free / 1e6
-    if megabytes > free:
-        raise RetryError(
-            f"{place} has {free:,.0f} MB left, the dataset needs {megabytes:,} MB",
-            why="its files are fetched packed, and then unpacked",
-            fix=f"{ROOM}, or put the data on another disk with --data-dir",
-        )
-
-
 def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
     """Download a file and check it. An interrupted download stays in `NAME.part`, and the next call continues it."""
     from kdcache.system.remote import open_remote
@@ -153,7 +150,7 @@ def _fetch(download: Download, folder: Path, progress: Progress) -> Path:
         raise IntegrityError(
             f"{file} has the md5 {md5}",
             why=f"{download.md5} was expected: it is damaged, or not the file that was published",
-            fix=f"delete it, and repeat the command: rm {shlex.quote(str(file))}",
+            fix=f"set it aside, and repeat the command: {set_aside(file)}",
         )
     return file
 
@@ -181,19 +178,19 @@ def _unpack(file: Path, place: Path) -> None:
     file.unlink()
 
 
-def damaged_file(file: Path, why: str) -> KdcacheError:
-    """The error for a dataset's file with wrong contents."""
+def damaged_file(file: Path, why: str, *, fetched: bool = True) -> KdcacheError:
+    """The error for a dataset's file with wrong contents; `fetched` ones can be got again, the user's own cannot."""
     return IntegrityError(
         f"{file} is damaged",
         why=" ".join(why.split())[:300] or "it ends too early",
-        fix=f"fetch it again; it is in the way until then: rm {shlex.quote(str(file))}",
+        fix=f"set it aside, and fetch it again: {set_aside(file)}" if fetched else "restore it from a copy, or write it anew",
     )
 
 
 class Listed(Images):
     """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from.
 
-    `remarks` are said to the user.
+    `remarks` are said to the user, and `unused` counts files of a split that are no samples.
     """
 
     def __init__(
@@ -203,8 +200,9 @@ class Listed(Images):
         list_samples: Callable[[Split], Sequence[Sample]],
         files: Iterable[Path],
         remarks: Sequence[str] = (),
+        unused: Callable[[Split], Mapping[str, int]] = lambda split: {},
     ) -> None:
-        self.remarks = remarks
+        self.remarks, self.unused = remarks, unused
         self._base, self._names, self._list, self._files = base, tuple(names), list_samples, sorted(files)
 
     def class_names(self) -> Sequence[str]:

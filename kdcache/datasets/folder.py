@@ -1,28 +1,21 @@
 """Images in folders named after their classes."""
 
+import functools
 import hashlib
-import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from kdcache.datasets import DATASETS, SPLITS, Licence, Recipe, Sample, Split, UsersOwn, resolved
+from kdcache.datasets.labels import composed, require_names, tested_on_training
+from kdcache.datasets.strays import IMAGE_SUFFIXES, Entry, Strays, folder_entries, is_known, undecodable, walked
 from kdcache.errors import NotFoundError, UsageError
 from kdcache.system.progress import Progress
 
-__all__ = ["IMAGE_SUFFIXES", "Folder", "in_test_split"]
-
-# Suffixes of image files. Pillow's own list contains formats that it cannot decode (.mpg, .eps, .h5), and it differs
-# between versions, while a dataset must not change with the version.
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pfm", ".pgm",
-    ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp",
-})
-# fmt: on
+__all__ = ["Folder", "in_test_split"]
 
 
 @DATASETS.register("folder")
@@ -32,7 +25,8 @@ class Folder(UsersOwn):
 
     `root` holds `train/<class>/...` and `test/<class>/...` (or `val/`, `validation/`); or classes only, and then
     `split_fraction` of each class, chosen by the hash of the file's name, is for testing. Keys are paths below the split's
-    folder, letter by letter as the file system has them.
+    folder, letter by letter as the file system has them. Files that are no images are counted, and images that cannot be decoded
+    are named when the canvas is built.
     """
 
     root: str = ""
@@ -81,7 +75,13 @@ class Folder(UsersOwn):
                     fix=f"leave split_fraction out: --dataset {DATASETS.spec(replace(self, split_fraction=None))}",
                 )
             return root
-        base = self._split_folder(split)
+        base, other = self._split_folder(split), self._split_folder("test" if split == "train" else "train")
+        if base is not None and other is not None and base.samefile(other):
+            raise tested_on_training(
+                f"dataset {DATASETS.spec(self)}",
+                f"{base.name}/ and {other.name}/ are the same folder",
+                f"split it: --dataset {DATASETS.spec(replace(self, root=str(base), split_fraction=0.2))}",
+            )
         if base is None:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
@@ -92,20 +92,25 @@ class Folder(UsersOwn):
 
     def class_names(self) -> Sequence[str]:
         base = self._base("train")
-        names = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(
+            entry.name
+            for entry in base.iterdir()
+            if not entry.name.startswith(".") and not is_known(entry.name, folder=True) and entry.is_dir()
+        )
         if len(names) < 2:
             raise UsageError(
                 f"{base} has {len(names)} class folders",
                 why="classification needs at least two, one sub-folder a class",
                 fix="put the images of each class into a folder of its own",
             )
+        require_names(names, f"{base}")
         return names
 
     def samples(self, split: Split) -> Sequence[Sample]:
-        base, classes = self._base(split), {name: i for i, name in enumerate(self.class_names())}
-        samples = []
-        for path in _image_files(base):
-            key = path.relative_to(base).as_posix()
+        base, classes = self._base(split), {composed(name): i for i, name in enumerate(self.class_names())}
+        samples, found = [], _images(base, Strays())
+        for entry in found:
+            key = entry.name
             if any(unicodedata.category(c) in {"Cc", "Cs"} for c in key):  # Cs: Python's stand-in for bytes that are not UTF-8
                 raise UsageError(
                     f"image {key!a} has an unprintable name",
@@ -113,21 +118,23 @@ class Folder(UsersOwn):
                     fix="rename the file",
                 )
             name = key.partition("/")[0]
-            if name not in classes:
+            if composed(name) not in classes:
                 raise UsageError(
                     f"{split} folder has the class {name!r}, the train folder does not",
                     why="labels are the train folder's sub-folders in alphabetical order",
-                    fix=f"rename or remove {base / name}",
+                    fix=f"rename {base / name} as the train folder has it, or move it elsewhere",
                 )
             if self.split_fraction is not None and in_test_split(key, self.split_fraction) != (split == "test"):
                 continue
-            samples.append(Sample(key, classes[name], lambda path=path: Image.open(path)))  # type: ignore[misc]
-        empty = sorted(classes.keys() - {sample.key.partition("/")[0] for sample in samples})
+            load = undecodable(entry.problem) if entry.problem else functools.partial(Image.open, entry.place)
+            samples.append(Sample(key, classes[composed(name)], load))
+        taught = {sample.label for sample in samples}
+        empty = [name for name in self.class_names() if classes[composed(name)] not in taught]
         if samples and empty and split == "train":
             raise UsageError(
                 f"class folder {base / empty[0]} holds no training images ({len(empty)} such class(es))",
                 why="a teacher cannot learn a class without samples",
-                fix="add images to it, or remove the folder",
+                fix="add images to it, or move the folder elsewhere",
             )
         if not samples:
             raise NotFoundError(
@@ -137,29 +144,44 @@ class Folder(UsersOwn):
             )
         return samples
 
+    def unused(self, split: Split) -> Mapping[str, int]:
+        """Numbers of files below the split's folder that are no samples, and of images in folders beside the splits'."""
+        strays = Strays()
+        _images(self._base(split), strays)
+        for folder in self._beside() if split == "test" else ():
+            for _ in walked(folder_entries(folder), Strays()):
+                strays.add(
+                    f"images in {folder.name}/, which is neither split" if folder.name.isprintable() else "in other folders"
+                )
+        return strays.counts()
+
+    def _beside(self) -> list[Path]:
+        """Folders beside those of the splits, which may hold images all the same."""
+        if self.split_fraction is not None:
+            return []
+        splits = {self._split_folder(split) for split in SPLITS}
+        beside = (place for place in Path(self.root).iterdir() if not place.name.startswith("."))
+        return sorted(p for p in beside if p not in splits and p.is_dir() and not is_known(p.name, folder=True))
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for split in SPLITS:
-            base = self._base(split)
-            for path in _image_files(base):
-                status = path.stat()
-                digest.update(f"{split} {path.relative_to(base).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            for entry in _images(self._base(split), Strays()):
+                status = entry.place.lstat() if entry.problem else entry.place.stat()
+                line = f"{split} {entry.name} {status.st_size} {status.st_mtime_ns}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
-def _image_files(base: Path) -> list[Path]:
-    """Image files below the class folders of `base`, sorted by name. Links are followed, but not in circles."""
-    image_files = []
-
-    def unreadable(error: OSError) -> None:
-        raise error  # os.walk would silently skip the folder
-
-    for folder, folders, files in os.walk(base, followlinks=True, onerror=unreadable):
-        here = Path(folder).resolve()
-        folders[:] = [name for name in folders if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
-        if Path(folder) != base:
-            image_files += [Path(folder) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
-    return sorted(image_files, key=lambda path: path.relative_to(base).as_posix())
+def _images(base: Path, strays: Strays) -> list[Entry[Path]]:
+    """The images below the class folders of `base`, sorted by name."""
+    found = []
+    for entry in walked(folder_entries(base), strays):
+        if "/" in entry.name:
+            found.append(entry)
+        else:
+            strays.add("images in no class folder")
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def in_test_split(key: str, fraction: float) -> bool:

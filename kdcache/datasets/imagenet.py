@@ -80,7 +80,7 @@ def _in_tars(base: Path) -> Images:
             wnid = inner.name.removesuffix(".tar")
             if wnid not in number:
                 raise damaged_file(base / TRAIN_TAR, f"{inner.name} is not one of the {len(wnids)} classes")
-            pictures = sorted(members(inner.file, inner.offset), key=lambda member: member.name)
+            pictures = sorted(members(inner.file, inner.offset, inner.size), key=lambda member: member.name)
             samples += [Sample(f"{wnid}/{m.name}", number[wnid], in_tar(m)) for m in pictures]
         return samples
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from kdcache.datasets import SPLITS, Images, Sample, Split
+from kdcache.datasets.labels import require_names
 from kdcache.datasets.transforms import datasets_inside, require_untransformed
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.importing import first_line
@@ -237,11 +238,7 @@ def _as_names(names: Any, where: str, attribute: str) -> tuple[str, ...]:
             why="they name the classes, in the order of their numbers",
             fix=f"make {attribute} a list such as ['cat', 'dog'], or leave it out: then classes are called by their numbers",
         )
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UsageError(
-            f"{where} has the class {twice!r} twice", why="classes are told by their names", fix="rename one of them"
-        )
+    require_names(names, where)
     return tuple(names)
 
 

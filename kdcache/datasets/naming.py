@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kdcache.datasets import DATASETS, Source, resolved
-from kdcache.datasets.folder import IMAGE_SUFFIXES
+from kdcache.datasets.strays import Strays, folder_entries, walked
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.importing import is_function_name, this_folder_too
 from kdcache.system.progress import Progress, Silent
@@ -114,15 +114,10 @@ def _number(found: list[str], folder: Path) -> str:
 
 
 def _has_image(folder: Path) -> bool:
-    looked = 0
-    for _, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") for name in files):
-            return True
-        looked += len(files) + len(folders)
-        if looked > _LOOKED_AT:
-            break
-    return False
+    try:
+        return any(True for _ in walked(itertools.islice(folder_entries(folder), _LOOKED_AT), Strays()))
+    except OSError:  # which whoever reads the images tells
+        return False
 
 
 def _spec(name: str, **options: object) -> str:

@@ -1,25 +1,28 @@
-"""The user's own images in other forms than folders: NumPy arrays, tar shards, datasets of the Hugging Face Hub."""
+"""The user's own images in other forms than folders: NumPy arrays and tar shards."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Sample, Split, UsersOwn, resolved
+from kdcache.datasets import DATASETS, SPLITS, Images, Licence, Recipe, Sample, Split, UsersOwn
 from kdcache.datasets.fetching import Listed, Rooted, damaged_file
-from kdcache.datasets.folder import IMAGE_SUFFIXES
-from kdcache.datasets.tars import in_tar, members
-from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
+from kdcache.datasets.labels import NAMES_FILE, classes_of, read_names, same_images, tested_on_training
+from kdcache.datasets.pixels import as_bytes
+from kdcache.datasets.strays import IMAGE_SUFFIXES, Strays, is_known
+from kdcache.datasets.tars import compressed, samples_in_shard
+from kdcache.errors import NotFoundError, UsageError
 from kdcache.system.progress import Progress
 
-__all__ = ["Arrays", "Hub", "Tars"]
+__all__ = ["RECIPE", "Arrays", "Tars"]
 
 RECIPE = Recipe(policy="imagenet", canvas=256, teacher_epochs=20, student="rn18", student_epochs=100, pretrained=True)
+
+_PROBES = 8  # images that are compared
 
 
 def _require_root(name: str, root: str, needed: str) -> None:
@@ -34,10 +37,11 @@ def _not_there(name: str, root: str, needed: str) -> NotFoundError:
 @DATASETS.register("arrays")
 @dataclass(frozen=True)
 class Arrays(Rooted, UsersOwn):
-    """NumPy arrays: train_images.npy and test_images.npy, uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W], with *_labels.npy.
+    """NumPy arrays: train_images.npy and test_images.npy, uint8 [N, H, W], [N, H, W, 1 or 3] or [N, 1 or 3, H, W], with
+    *_labels.npy, numbers from 0 on or texts.
 
     `root` is a folder with the four files, or an .npz file with the four arrays. `class_names.txt` in the folder, or beside
-    the .npz, names the classes, one a line; without it their names are their numbers.
+    the .npz, names the classes, one a line; without it their names are their numbers or texts, and each needs a training image.
     """
 
     licence: Licence | None = None
@@ -56,25 +60,27 @@ class Arrays(Rooted, UsersOwn):
             raise _not_there("arrays", self.root, missing[0].name)
         base = root.parent if root.is_file() else root
         arrays = {name: _array(root, name) for name in wanted}
-        labels = {split: arrays[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS}
-        listing, remarks = base / "class_names.txt", []
+        listing, remarks, names = base / NAMES_FILE, [], None
         if listing.is_file():
-            names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
+            names = read_names(listing)
             files.append(listing)
-        else:
-            remarks.append(f"classes are called by their numbers: {listing} can name them, one a line")
-            names = [str(i) for i in range(int(max(part.max(initial=0) for part in labels.values())) + 1)]
+        labels: dict[Split, NDArray] = {split: arrays[f"{split}_labels"] for split in SPLITS}
         for split in SPLITS:
-            _check_arrays(root, split, arrays[f"{split}_images"], labels[split], len(names))
+            _check_arrays(root, split, arrays[f"{split}_images"], labels[split])
+        if _are_the_same(arrays):
+            remarks.append(same_images("the train_ and the test_ arrays"))
+        numbered, named = classes_of(labels, names, str(root), naming=f"{listing}, one name a line")
+        if names is None and labels["train"].dtype.kind not in "USO":
+            remarks.append(f"classes are called by their numbers: {listing} can name them, one a line")
 
         def list_samples(split: Split) -> Sequence[Sample]:
             images = arrays[f"{split}_images"]
             return [
-                Sample(f"{split}/{i:07d}", int(label), lambda i=i: _picture(images[i]))  # type: ignore[misc]
-                for i, label in enumerate(labels[split])
+                Sample(f"{split}/{i:07d}", label, lambda i=i: _picture(images[i]))  # type: ignore[misc]
+                for i, label in enumerate(numbered[split])
             ]
 
-        return Listed(base, names, list_samples, files, remarks)
+        return Listed(base, named, list_samples, files, remarks)
 
 
 def _array(root: Path, name: str) -> NDArray:
@@ -82,38 +88,69 @@ def _array(root: Path, name: str) -> NDArray:
     try:
         if root.is_file():
             with np.load(root, allow_pickle=False) as arrays:
+                if name not in arrays:
+                    raise UsageError(
+                        f"{root} has no array {name}",
+                        why=f"it has {', '.join(sorted(arrays)) or 'none'}; images and labels of both splits are read",
+                        fix="save it so: numpy.savez(FILE, train_images=..., train_labels=..., test_images=..., test_labels=...)",
+                    )
                 return np.asarray(arrays[name])
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except UsageError:
+        raise
     except Exception as error:  # damaged files fail in every way
-        raise damaged_file(file, f"{type(error).__name__}: {error}") from None
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
+            raise UsageError(
+                f"{file}: {name} holds Python objects",
+                why="they are pickles, which may run code and are never loaded",
+                fix=f"save it as numbers, or as texts: numpy.array({name}.tolist())",
+            ) from None
+        raise damaged_file(file, f"{type(error).__name__}: {error}", fetched=False) from None
 
 
-def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray[np.int64], classes: int) -> None:
-    shaped = images.ndim == 3 or (images.ndim == 4 and (images.shape[3] == 3 or images.shape[1] == 3))
-    if images.dtype != np.uint8 or not shaped or len(images) != len(labels) or not len(images):
-        raise IntegrityError(
-            f"{root}: {split}_images is {images.dtype} {list(images.shape)}, {split}_labels has {len(labels)} labels",
-            why="images are uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W], with one label each",
-            fix="save them so: numpy.save('train_images.npy', images.astype('uint8'))",
+def _check_arrays(root: Path, split: Split, images: NDArray, labels: NDArray) -> None:
+    what = f"{root}: {split}_images is {images.dtype} {list(images.shape)}"
+    if images.ndim not in {3, 4} or (images.ndim == 4 and not {images.shape[1], images.shape[3]} & {1, 3}) or not images.size:
+        alpha = images.ndim == 4 and 4 in {images.shape[1], images.shape[3]}
+        channels = "[:, :3]" if alpha and images.shape[1] == 4 else "[..., :3]"
+        raise UsageError(
+            what,
+            why="images are [N, H, W], [N, H, W, 1 or 3] or [N, 1 or 3, H, W], with at least one pixel",
+            fix=f"keep the three channels of colour: {split}_images{channels}" if alpha else "save them in one of these shapes",
         )
-    if not 0 <= labels.min() <= labels.max() < classes:
-        raise IntegrityError(
-            f"{root}: {split}_labels goes from {labels.min()} to {labels.max()}",
-            why=f"there are {classes} classes, numbered from 0 on",
-            fix="number the classes from 0 on, and name each of them in class_names.txt",
+    if images.dtype != np.uint8:
+        raise UsageError(
+            what, why="pixels are uint8, from 0 to 255", fix=f"save them as 8 bits: {as_bytes(images, split + '_images')}"
         )
+    if labels.ndim < 1 or len(images) != len(labels):
+        raise UsageError(
+            f"{root}: {split}_images are {len(images)}, {split}_labels has {len(labels) if labels.ndim else 1} labels",
+            why="an image has one label",
+            fix="save as many labels as images, in their order",
+        )
+
+
+def _are_the_same(arrays: dict[str, NDArray]) -> bool:
+    """Whether both splits are the same images, as far as some of them tell."""
+    train, test = arrays["train_images"], arrays["test_images"]
+    if train.shape != test.shape or len(train) < 2 or not np.array_equal(arrays["train_labels"], arrays["test_labels"]):
+        return False
+    looked = sorted({round(i) for i in np.linspace(0, len(train) - 1, _PROBES)})
+    return all(np.array_equal(train[i], test[i]) for i in looked)
 
 
 def _picture(image: NDArray[np.uint8]) -> Image.Image:
-    if image.ndim == 3 and image.shape[2] != 3:
+    if image.ndim == 3 and image.shape[2] != 3 and (image.shape[0] == 3 or image.shape[2] != 1):
         image = image.transpose(1, 2, 0)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
     return Image.fromarray(np.ascontiguousarray(image))
 
 
 @DATASETS.register("tars")
 @dataclass(frozen=True)
 class Tars(Rooted, UsersOwn):
-    """Tar shards of images as webdataset has them: train*.tar and test*.tar with KEY.jpg and KEY.cls, the number of its class.
+    """Tar shards of images as webdataset has them: train*.tar and test*.tar with KEY.jpg and KEY.cls, its class's number or name.
 
     `class_names.txt` beside them names the classes, one a line. Shards are read in place.
     """
@@ -128,161 +165,61 @@ class Tars(Rooted, UsersOwn):
 
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
         base = Path(self.root)
-        shards: dict[Split, list[Path]] = {
-            "train": sorted(base.glob("train*.tar")),
-            "test": sorted([*base.glob("test*.tar"), *base.glob("val*.tar")]),
-        }
+        shards, others = _shards(base)
         for split, files in shards.items():
             if not files:
-                raise _not_there("tars", self.root, f"{split}*.tar")
-        listing = base / "class_names.txt"
+                raise next(filter(None, map(compressed, others)), None) or _not_there("tars", self.root, f"{split}*.tar")
+        if twice := [file for file in shards["test"] if any(file.samefile(other) for other in shards["train"])]:
+            raise tested_on_training(
+                f"dataset tars:{self.root}", f"{twice[0].name} is a training shard", "hold some of the shards out, as test*.tar"
+            )
+        listing = base / NAMES_FILE
         if not listing.is_file():
-            raise _not_there("tars", self.root, "class_names.txt")
-        names = [line.strip() for line in listing.read_text("utf-8").splitlines() if line.strip()]
+            raise NotFoundError(
+                f"{self.root!r} has no {NAMES_FILE}",
+                why="shards hold the numbers of classes, or their names, and the order of classes must be said",
+                fix=f"write it, the names of the classes from number 0 on, one a line: {listing}",
+            )
+        names = read_names(listing)
+        read: dict[Split, tuple[list[Sample], Strays]] = {}
+
+        def samples(split: Split) -> tuple[list[Sample], Strays]:
+            if split not in read:
+                strays = Strays()
+                read[split] = [sample for shard in shards[split] for sample in samples_in_shard(shard, names, strays)], strays
+                for file in others if split == "test" else ():
+                    strays.add(f"*{file.suffix.lower()} beside the shards")
+            return read[split]
 
         def list_samples(split: Split) -> Sequence[Sample]:
-            return [sample for shard in shards[split] for sample in _in_shard(shard, len(names))]
-
-        return Listed(base, names, list_samples, [listing, *shards["train"], *shards["test"]])
-
-
-def _in_shard(shard: Path, classes: int) -> list[Sample]:
-    labels: dict[str, int] = {}
-    images: dict[str, Callable[[], Image.Image]] = {}
-    for member in members(shard):
-        path = PurePosixPath(member.name)
-        stem, _, suffix = path.name.partition(".")
-        key = str(path.parent / stem)
-        if f".{suffix}".lower() in IMAGE_SUFFIXES:
-            images[key] = in_tar(member)
-        elif suffix == "cls":
-            text = member.read().decode("ascii", "replace").strip()
-            if not text.isdigit() or int(text) >= classes:
-                raise damaged_file(shard, f"{member.name} holds {text[:40]!r}, not the number of one of {classes} classes")
-            labels[key] = int(text)
-    if unlabelled := sorted(images.keys() ^ labels.keys()):
-        raise damaged_file(shard, f"{unlabelled[0]} has an image without a label, or a label without an image")
-    return [Sample(f"{shard.stem}/{key}", labels[key], load) for key, load in images.items()]
-
-
-@DATASETS.register("hf")
-@dataclass(frozen=True)
-class Hub(UsersOwn):
-    """Any image classification dataset of the Hugging Face Hub, or a folder in its form: `hf:ORG/NAME`.
-
-    It takes `pip install 'kdcache[hf]'`. `image` and `label` are the columns, by default those of that name, or the only ones of
-    their kind; `train` and `test` the splits, the latter by default `test`, `validation`, `valid` or `val`. `revision` is a
-    commit or branch, `config` one of several configurations.
-    """
-
-    repo: str = ""
-    config: str | None = None
-    revision: str | None = None
-    image: str | None = None
-    label: str | None = None
-    train: str = "train"
-    test: str | None = None
-    licence: Licence | None = None
-
-    recipe = RECIPE
-
-    def __post_init__(self) -> None:
-        if not self.repo:
-            raise UsageError(
-                "dataset hf needs a repository", why="it reads one dataset of the Hub", fix="--dataset hf:timm/oxford-iiit-pet"
-            )
-        if Path(folder := resolved(self.repo)).is_dir():
-            object.__setattr__(self, "repo", folder)
-
-    def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> Images:
-        try:
-            import datasets
-        except ImportError:
-            raise UsageError(
-                f"dataset hf:{self.repo} needs the package datasets", why="it is not installed", fix="pip install 'kdcache[hf]'"
-            ) from None
-        cache = data / "hf"
-        download_config = datasets.DownloadConfig(local_files_only=not fetch, cache_dir=cache / "downloads")
-        try:
-            whole = datasets.load_dataset(
-                self.repo, self.config, revision=self.revision, cache_dir=str(cache), download_config=download_config
-            )
-        except (ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise NotFoundError(
-                f"dataset hf:{self.repo} is not there",
-                why=" ".join(str(error).split())[:300],
-                fix="correct its name, config or revision; log in with `hf auth login` if it is gated",
-            ) from None
-        except Exception as error:  # `datasets` raises errors of several download libraries
-            raise RetryError(
-                f"dataset hf:{self.repo} cannot be fetched",
-                why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-                fix="repeat the command when the Hub can be reached: what was fetched is kept",
-            ) from None
-        return _HubImages(self, whole)
-
-
-class _HubImages(Images):
-    """A `DatasetDict` with a column of images and one of labels."""
-
-    def __init__(self, source: Hub, whole: Mapping[str, Any]) -> None:
-        from datasets import ClassLabel
-        from datasets import Image as Pictures
-
-        tests = (source.test,) if source.test else ("test", "validation", "valid", "val")
-        chosen = {"train": source.train, "test": next((name for name in tests if name in whole), tests[0])}
-        for name in chosen.values():
-            if name not in whole:
-                raise UsageError(
-                    f"dataset hf:{source.repo} has no split {name!r}",
-                    why=f"its splits are {', '.join(whole)}",
-                    fix=f"--dataset hf:{source.repo},train={next(iter(whole))},test=...",
+            if not (listed := samples(split)[0]):
+                raise NotFoundError(
+                    f"the {split} shards in {base} hold no images",
+                    why="images are members with a label, KEY.cls, beside them",
+                    fix="check what is in them with: tar -tf " + shlex.quote(str(shards[split][0])),
                 )
-        features = whole[chosen["train"]].features
-        self._image = _column(source, "image", source.image, [n for n, kind in features.items() if isinstance(kind, Pictures)])
-        labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-        self._label = _column(source, "label", source.label, labels or [name for name in features if name == "label"])
-        # Images stay encoded here; the canvas decodes each once.
-        self._parts = {split: whole[name].cast_column(self._image, Pictures(decode=False)) for split, name in chosen.items()}
-        kind = features[self._label]
-        values = [value for part in self._parts.values() for value in part[self._label]]
-        self._names = list(kind.names) if isinstance(kind, ClassLabel) else [str(value) for value in sorted(set(values))]
-        self._number = {name: i for i, name in enumerate(self._names)}
-        self._numbered = isinstance(kind, ClassLabel)
+            return listed
 
-    def class_names(self) -> Sequence[str]:
-        return self._names
-
-    def samples(self, split: Split) -> Sequence[Sample]:
-        part = self._parts[split]
-        samples = []
-        for i, value in enumerate(part[self._label]):
-            label = int(value) if self._numbered else self._number[str(value)]
-            if not 0 <= label < len(self._names):
-                raise IntegrityError(
-                    f"row {i} of the {split} split has the label {value}",
-                    why=f"there are {len(self._names)} classes (-1 stands for a label that is kept back)",
-                    fix="choose another split with test=NAME",
-                )
-            samples.append(Sample(f"{split}/{i:07d}", label, lambda i=i: _stored(part[i][self._image])))  # type: ignore[misc]
-        return samples
-
-    def fingerprint(self) -> str:
-        return " ".join(part._fingerprint for part in self._parts.values())
+        files = [listing, *shards["train"], *shards["test"]]
+        return Listed(base, names, list_samples, files, unused=lambda split: samples(split)[1].counts())
 
 
-def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) -> str:
-    if chosen in fitting:
-        return str(chosen)
-    if chosen is None and (role in fitting or len(fitting) == 1):
-        return role if role in fitting else fitting[0]
-    raise UsageError(
-        f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {role}"
-        + (f", and {chosen!r} is not one" if chosen else ""),
-        why=f"these may: {', '.join(fitting) or 'none'}",
-        fix=f"name it: hf:{source.repo},{role}=" + (fitting[0] if fitting else "COLUMN"),
-    )
-
-
-def _stored(cell: Mapping[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+def _shards(base: Path) -> tuple[dict[Split, list[Path]], list[Path]]:
+    """The shards of each split, and the other tar files and images in a folder. Raises UsageError for compressed shards."""
+    shards: dict[Split, list[Path]] = {"train": [], "test": []}
+    others: list[Path] = []
+    for file in sorted(base.iterdir()) if base.is_dir() else ():
+        name = file.name.lower()
+        if is_known(file.name) or file.name.startswith(".") or file.is_dir():
+            continue
+        split: Split | None = "train" if name.startswith("train") else "test" if name.startswith(("test", "val")) else None
+        packed = ".tar." in name or name.endswith((".tar", ".tgz", ".tbz2", ".txz"))
+        if split and name.endswith(".tar"):
+            shards[split].append(file)
+        elif split and packed and file.is_file() and (error := compressed(file)):
+            raise error
+        elif packed or file.suffix.lower() in IMAGE_SUFFIXES:
+            others.append(file)
+    # The order of before: of test shards, those called test are the first.
+    shards["test"].sort(key=lambda file: (not file.name.lower().startswith("test"), file.name))
+    return shards, [file for file in others if file.is_file()]

@@ -27,6 +27,7 @@ from kdcache.datasets.folder import in_test_split
 from kdcache.datasets.imagenet import ImageNet
 from kdcache.datasets.mapstyle import MapStyle, Part, image_files, listed_labels, names_of
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
+from kdcache.system.files import set_aside
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 
@@ -386,7 +387,7 @@ class Torch(UsersOwn):
         return IntegrityError(
             f"dataset {self.title} in {place} is damaged",
             why=f"torchvision.datasets.{kind.kind} says: {type(error).__name__}: {_said(error)}",
-            fix=f"get its files again: remove {place / kind.folder if kind.folder else 'them'}, and repeat the command",
+            fix=f"set its files aside, and repeat the command: {set_aside(place / kind.folder if kind.folder else place)}",
         )
 
     def _part(self, dataset: Any, name: str | None, place: Path, progress: Progress) -> Part:

@@ -8,19 +8,19 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.importing import first_line, this_folder_too, unusable
 from kdcache.models import hf
+from kdcache.models.checkpoints import misfit, read_weights
 from kdcache.models.classes import Outputs, imagenet, labelled
 from kdcache.models.heads import classifier_names
 from kdcache.models.names import (
@@ -367,36 +367,30 @@ def _not_logits(num_classes: int) -> str:
 
 
 def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) -> list[str]:
-    """Load a checkpoint (`.safetensors`, or a `.pth` of tensors) into `model`. Returns the names of tensors not loaded.
+    """Load a checkpoint (see `kdcache.models.checkpoints`) into `model`. Returns the names of tensors not loaded.
 
     Models of kdcache.models.cifar also read checkpoints of CRD and mdistiller, which name tensors differently. Classifier
     weights for another number of classes raise IncompatibleError; `replace_head` leaves them out instead.
     """
     state = _state_for(model, file)
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     head = _head_keys(model)
-    if differing and set(differing) <= head:
-        theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
-        if not replace_head:
-            raise IncompatibleError(
-                f"{file} has {theirs} classes, {ours} are needed",
-                why="the classifier's weights have another shape",
-                fix="use a teacher of this dataset, or finetune this one first: kdcache train-teacher --checkpoint " + str(file),
-            )
-        state = {key: value for key, value in state.items() if key not in head}
-        missing = sorted(head & own.keys())
-    elif differing or missing or unexpected:
-        example = (differing or missing or unexpected)[0]
+    others = differing and not set(differing) <= head
+    if others or own.keys() != state.keys():
+        raise misfit(file, own, state)
+    if not differing:
+        model.load_state_dict(state)
+        return []
+    theirs, ours = (int(s[differing[0]].shape[0]) for s in (state, own))
+    if not replace_head:
         raise IncompatibleError(
-            f"{file} does not fit the model: {len(differing)} tensors of another shape, {len(missing)} missing, "
-            f"{len(unexpected)} unknown",
-            why=f"for example {example!r}; the file is another architecture's or another input size's",
-            fix="name the model and --size that the checkpoint was made with",
+            f"{file} has {theirs} classes, {ours} are needed",
+            why="the classifier's weights have another shape",
+            fix="use a teacher of this dataset, or finetune this one first: kdcache train-teacher --checkpoint " + str(file),
         )
-    model.load_state_dict(state, strict=False)
-    return missing if differing else []
+    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    return sorted(head & own.keys())
 
 
 def checkpoint_classes(model: nn.Module, file: Path) -> int | None:
@@ -408,31 +402,12 @@ def checkpoint_classes(model: nn.Module, file: Path) -> int | None:
 
 def _state_for(model: nn.Module, file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, under the names that `model` gives them."""
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = getattr(model, "rename_published", dict)
-    return rename(_read_state(file))
+    rename = partial(hf.renamed, model) if hf.is_hf(model) else getattr(model, "rename_published", dict)
+    return read_weights(file, model.state_dict().keys(), rename)
 
 
 def _head_keys(model: nn.Module) -> set[str]:
     return {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
-
-
-def _read_state(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else None
-        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it does not hold a mapping of names to tensors")
-        return dict(state)
-    except Exception as error:  # readers raise different errors for a damaged file
-        raise IntegrityError(
-            f"checkpoint {file} cannot be read",
-            why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-            fix="give a .safetensors file, or a .pth file that holds only tensors",
-        ) from error
 
 
 def weights_digest(model: nn.Module) -> str:

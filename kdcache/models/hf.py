@@ -39,6 +39,7 @@ __all__ = [
     "labels_of",
     "loaded_quietly",
     "locate",
+    "renamed",
     "stated",
     "transformers_for",
 ]
@@ -143,6 +144,30 @@ def _load(name: str, model: nn.Module, head: set[str], *, new: bool) -> None:
             fix="get them again, or correct its config.json: they must be of the architecture that it names",
         )
     model.load_state_dict({key: own[key] if new and key in head else theirs[key] for key in own})
+
+
+def renamed(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that a model from here gives them: those in files are often of an older transformers."""
+    own = model.state_dict()
+    if not own.keys() & state.keys() or own.keys() == state.keys():
+        return dict(state)
+    heads = [state[key] for name in model.pretrained_cfg["classifier"] if (key := f"{name}.weight") in state]
+    classes = int(heads[0].shape[0]) if heads and heads[0].ndim else model.num_classes
+    random_state = torch.get_rng_state()
+    with loaded_quietly(type(model).__name__):
+        full, told = type(model).from_pretrained(
+            None,
+            config=_with(model.config, classes),
+            state_dict=dict(state),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    torch.set_rng_state(random_state)
+    others = {each[0] if isinstance(each, tuple) else each for each in told["mismatched_keys"]}
+    left_out = {*told["missing_keys"], *others}
+    found = {key: value for key, value in full.state_dict().items() if key not in left_out}
+    return found | {key: state[key] for key in (*told["unexpected_keys"], *others) if key in state}
 
 
 def _dress(name: str, model: Any, config: Any, head: set[str], num_classes: int) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -29,6 +30,7 @@ __all__ = [
     "CONFIG",
     "HUB",
     "LOCAL",
+    "POINTER",
     "PROCESSORS",
     "WEIGHTS",
     "architecture_of",
@@ -39,6 +41,7 @@ __all__ = [
     "find_aliases",
     "folder_name",
     "is_factory",
+    "is_pointer",
     "is_reference",
     "is_transformers",
     "kept",
@@ -50,9 +53,11 @@ __all__ = [
     "public_name",
     "read_config",
     "resolve",
+    "split_weights",
     "stated_size",
     "takes",
     "timm_with_zoo",
+    "weights_identity",
     "whole_number",
 ]
 
@@ -312,18 +317,22 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
 def _in_folder(name: str) -> str:
     """The exact name of a local folder. Raises IntegrityError if an exact name's folder has other contents now."""
     folder, pinned = place(name)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
+    for name in (CONFIG, WEIGHTS):
+        if not (file := folder / name).is_file():
             raise NotFoundError(
                 f"{LOCAL}{folder} is not a model",
-                why=f"there is no {file} in it" if folder.is_dir() else "there is no such folder",
+                why=f"there is no {name} in it" if folder.is_dir() else "there is no such folder",
                 fix="name a folder with config.json and model.safetensors, or make one: kdcache export RUN",
+            )
+        if is_pointer(file):
+            raise IntegrityError(
+                f"{file} cannot be read", why=POINTER, fix=f"fetch it: git -C {shlex.quote(str(folder))} lfs pull"
             )
     _require_kind(folder / CONFIG, name)
     processors = [file for file in PROCESSORS if is_transformers(name) and (folder / file).is_file()]
     digest = hashlib.sha256()
-    for file in (CONFIG, WEIGHTS, *processors):
-        with (folder / file).open("rb") as data:
+    for name_of_file in (CONFIG, WEIGHTS, *processors):
+        with (folder / name_of_file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     fingerprint = digest.hexdigest()[:12]
     if pinned not in {"", fingerprint}:
@@ -342,6 +351,33 @@ def place(name: str) -> tuple[Path, str]:
     if pinned and not Path(typed).expanduser().is_dir():
         return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
+
+
+POINTER = "it is a Git LFS pointer, which stands for the weights: they were not fetched"
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git has in the place of a large one that it has not fetched."""
+    with file.open("rb") as opened:
+        return opened.read(24).startswith((b"version https://git-lfs", b"version https://hawser"))
+
+
+def split_weights(place: Path) -> tuple[Path, str]:
+    """(file, part) of `FILE#NAME`, which names one of several sets of weights in a file; "" for all of a file."""
+    file, mark, part = place.name.rpartition("#")
+    if not mark or not file or not part or place.exists():
+        return place, ""
+    return place.with_name(file), part
+
+
+def weights_identity(place: Path) -> str:
+    """sha256 of a file of weights, with the part that is named of it. Raises NotFoundError if there is no such file."""
+    file, part = split_weights(place)
+    if not file.is_file():
+        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return f"{digest}#{part}" if part else digest
 
 
 def config_file(name: str) -> Path:

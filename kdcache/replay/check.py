@@ -1,15 +1,15 @@
 """Replay checks: whether newly rendered views equal those that the teacher saw, with a diagnosis if not."""
 
-import shlex
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache.archive import AnyArchive, Archive, Failure, Verification
 from kdcache.datasets.canvas import Canvas
+from kdcache.datasets.classes import how_classes_differ, how_samples_differ
 from kdcache.errors import IncompatibleError
 from kdcache.replay.prefetch import Rendered, render_batches
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
 from kdcache.views.policy import RendererChoice, ViewPolicy
@@ -31,7 +31,7 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
     if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
         raise IncompatibleError(
             f"archive {archive.location} has {archive.num_samples} samples of other images than the {len(canvas)} here",
-            why="the files, their names or their labels changed since the dump",
+            why=f"since the dump: {_how_they_differ(archive, canvas)}",
             fix="restore the dataset as it was, or dump again",
         )
     recorded = archive.manifest.canvas
@@ -54,9 +54,19 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
             f"{len(changed)} samples have another label than in archive {archive.location}, "
             f"the first is {canvas.keys[changed[0]]}",
             why=f"its label is {canvas.labels[changed[0]]} here, {labels[changed[0]]} there",
-            fix=f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+            fix=f"set the canvas aside, and it is built again: {set_aside(canvas.path)}",
         )
     return policy
+
+
+def _how_they_differ(archive: AnyArchive, canvas: Canvas) -> str:
+    """The difference of the samples, as far as the archive tells which ones it has."""
+    classes = how_classes_differ(archive.class_names, canvas.card.class_names)
+    keys, labels = archive.keys(), archive.labels()
+    if classes or keys is None or labels is None:
+        return classes or "files, names or labels changed"
+    samples = how_samples_differ((keys, labels.tolist()), (canvas.keys, canvas.labels.tolist()), archive.class_names)
+    return samples or "these samples are those of another split"
 
 
 def check_views(item: Rendered, archive: AnyArchive, canvas: Canvas, allow_drift: int = 0) -> int:
@@ -174,7 +184,7 @@ def _fix(cause: Cause, levels: int, archive: AnyArchive, canvas: Canvas) -> str:
         accepting = f"--allow-drift {max(1, levels)} would accept this batch"
         return f"restore the images of the dump, or dump again; if they were only decoded by another library, {accepting}"
     return {
-        "canvas": f"delete the canvas, and it is built again: rm -r {shlex.quote(str(canvas.path))}",
+        "canvas": f"set the canvas aside, and it is built again: {set_aside(canvas.path)}",
         "order": "restore the dataset as it was at the dump, or dump again",
         "mixing": "use the version of kdcache that wrote the archive, or dump again",
         "policy": "use the version of kdcache that wrote the archive, or dump again",

@@ -17,7 +17,9 @@ from pydantic_core import from_json
 from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
+from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.seals import unsealed
 from kdcache.training.config import under_present_names
 from kdcache.views.tested import WHOLE
 
@@ -202,6 +204,7 @@ def _run_folders(path: Path) -> Iterator[Path]:
             raise error
 
     for folder, below, files in os.walk(path, onerror=unreadable):
+        below[:] = [name for name in below if not is_set_aside(Path(name))]
         if not {ARGS, METRICS, SUMMARY}.isdisjoint(files):
             below.clear()
             yield Path(folder)
@@ -209,7 +212,7 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 def _read_run(folder: Path) -> RunRecord:
     args = _parse(RunArgs, folder / ARGS, _load_yaml)
-    summary = _parse(Summary, folder / SUMMARY, json.loads) if (folder / SUMMARY).exists() else None
+    summary = _parse(Summary, folder / SUMMARY, _load_sealed) if (folder / SUMMARY).exists() else None
     return RunRecord(folder, args, _read_metrics(folder / METRICS, finished=summary is not None), summary)
 
 
@@ -217,6 +220,11 @@ def _load_yaml(text: str) -> Any:
     """Parse YAML with the C parser, which is eight times as fast. Text that could overflow its stack is parsed in Python."""
     deepest = sum(map(text.count, "[{-?\n"))
     return yaml.load(text, yaml.SafeLoader if deepest > SAFELY_NESTED else getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _load_sealed(text: str) -> Any:
+    record = json.loads(text)
+    return unsealed(record, text.encode()) if isinstance(record, dict) else record
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -264,5 +272,5 @@ def _damaged(path: Path, why: str) -> IntegrityError:
     return IntegrityError(
         f"{path} is damaged",
         why=f"{why} (or it was not written by kdcache distill)",
-        fix=f"restore it from a copy, or move {path.parent} out of the way and run its distill command again",
+        fix=f"restore it from a copy, or set this run aside and run its distill command again: {set_aside(path.parent)}",
     )

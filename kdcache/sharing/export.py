@@ -21,7 +21,7 @@ from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, 
 from kdcache.report import RunRecord, collect
 from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import require_licences
-from kdcache.system.files import is_temporary, write_changed, written_alone
+from kdcache.system.files import is_temporary, set_aside, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.tested import WHOLE, TestViews
 from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
@@ -210,7 +210,7 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
             raise IntegrityError(
                 f"{run.folder / CONFIG} is damaged",
                 why="it does not say the size of images and the names of classes",
-                fix=f"delete it; it is made anew where the archive is at hand: rm {run.folder / CONFIG}",
+                fix=f"set it aside; it is made anew where the archive is at hand: {set_aside(run.folder / CONFIG)}",
             ) from None
     try:
         archive = open_archive((run.args.archives or (run.args,))[0].archive)

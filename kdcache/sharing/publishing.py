@@ -5,7 +5,16 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from kdcache.archive.format.manifest import FIGURE_NAME, FOR_PEOPLE, MANIFEST_NAME, FileRecord, Licences, Manifest, TeacherCard
+from kdcache.archive.format.manifest import (
+    FIGURE_NAME,
+    FOR_PEOPLE,
+    MANIFEST_NAME,
+    FileRecord,
+    Licences,
+    Manifest,
+    TeacherCard,
+    sealed,
+)
 from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.reading.reader import Archive
@@ -57,7 +66,7 @@ def public_files(archive: Archive, declared: Licences, progress: Progress) -> di
             fix="push it to a folder, sign that one, and push it from there: kdcache push ARCHIVE FOLDER --license ... && "
             "kdcache sign FOLDER --key key.pem && kdcache push FOLDER DESTINATION",
         )
-    return {**cards, MANIFEST_NAME: public.model_dump_json(indent=1).encode()}
+    return {**cards, MANIFEST_NAME: sealed(public)}
 
 
 def require_licences(known: Licences, subject: str, because: str) -> None:

@@ -37,7 +37,7 @@ from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
 from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import CARD_LIMIT, public_files, read_here
 from kdcache.sharing.signing import SIGNATURE_LIMIT, SIGNATURE_NAME
-from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room
+from kdcache.sharing.transfer import ByteCounter, FileTransfer, TransferEnded, bring, in_parallel, require_room_to_pull
 from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked, say_no_locks
 from kdcache.system.progress import Progress, Silent
@@ -82,7 +82,7 @@ def pull(
         if not (folder / MANIFEST_NAME).is_file():
             _require_empty(folder, WORK)
             here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            require_room(folder, stored_bytes(derived_plan(archive, **kept)) - here)
+            require_room_to_pull(folder, stored_bytes(derived_plan(archive, **kept)) - here)
         part = derive(archive, folder, **kept, progress=progress, task=f"pull {archive.name}")
         if verify:
             part.verify("full", progress).raise_if_failed()
@@ -182,7 +182,7 @@ def _require_same(where: str, there: Manifest, coming: Manifest) -> None:
         raise UsageError(
             f"{where} holds another archive, {there.digest[:12]}...",
             why=f"this one is {coming.digest[:12]}..., with other shards",
-            fix="choose another place, or delete that one first",
+            fix="choose another place, or move that archive elsewhere first",
         )
 
 
@@ -359,7 +359,7 @@ def _is_begun(sending: Shipment, url: str) -> bool | None:
     text = _manifest_there(url)
     if text is None:
         return False
-    _require_same(url, load_manifest(text, url, fix="choose another place, or delete what is there"), sending.manifest)
+    _require_same(url, load_manifest(text, url, fix="choose another place, or move what is there elsewhere"), sending.manifest)
     return None if text == sending.closing[MANIFEST_NAME] else True
 
 
@@ -389,7 +389,7 @@ def _push_to_bucket(sending: Shipment, url: str, progress: Progress) -> None:
         raise UsageError(
             f"{url} holds the beginning of another archive",
             why=f"{MARKER} there was left by a push that was interrupted",
-            fix="finish that push, choose another place, or delete what is there",
+            fix="finish that push, or choose another place",
         )
     if marked is None:
         _require_free(url, () if begun else sorted(there))

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -18,9 +17,9 @@ from kdcache.errors import RetryError
 from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
-from kdcache.system.refusals import ROOM
+from kdcache.system.room import require_room
 
-__all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room"]
+__all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room_to_pull"]
 
 WORKERS = 8  # parallel transfers
 
@@ -36,7 +35,7 @@ class FileTransfer:
 def bring(files: Sequence[FileTransfer], folder: Path, task: str, progress: Progress) -> None:
     """Fetch all files below `folder`, and check each. Existing ones stay; beginnings in `.pull` are continued."""
     total = sum(file.record.bytes for file in files)
-    require_room(folder, _missing_bytes(files, folder))
+    require_room_to_pull(folder, _missing_bytes(files, folder))
     counter = ByteCounter()
 
     def bring_one(file: FileTransfer) -> None:
@@ -74,23 +73,17 @@ def _is(target: Path, record: FileRecord) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
 
 
+def require_room_to_pull(folder: Path, needed: int) -> None:
+    elsewhere = "choose a folder on another disk, or pull less: --views 0:10 or --stats-only"
+    require_room(folder, needed, "the archive", why="what is there of it already was taken off", elsewhere=elsewhere)
+
+
 def _missing_bytes(files: Sequence[FileTransfer], folder: Path) -> int:
     missing = 0
     for record in (file.record for file in files):
         held = next((p.stat().st_size for p in (folder / record.path, _part(folder, record)) if p.is_file()), 0)
         missing += max(0, record.bytes - held)
     return missing
-
-
-def require_room(folder: Path, needed: int) -> None:
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise RetryError(
-            f"{folder} needs {needed / 1e9:,.2f} GB more",
-            why=f"{free / 1e9:,.2f} GB are free there",
-            fix=f"{ROOM}, choose a folder on another disk, or pull less: --views 0:10 or --stats-only",
-        )
 
 
 class ByteCounter:

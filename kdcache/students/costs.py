@@ -30,9 +30,9 @@ from kdcache.replay.subject import Subject
 from kdcache.students.config import PlanConfig
 from kdcache.students.grid import StudentSpec, doubts, plan_ahead
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.room import free_bytes
 from kdcache.targets import Targets
 from kdcache.teachers.config import DumpRecipe, usual_dump
-from kdcache.teachers.dump import free_bytes
 from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import resolve_device, seeded

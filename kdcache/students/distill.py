@@ -19,6 +19,7 @@ import torch
 
 from kdcache.archive import Ensemble
 from kdcache.datasets.canvas import Canvas, require_intact
+from kdcache.datasets.classes import how_classes_differ
 from kdcache.errors import IncompatibleError, RetryError, UsageError
 from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
@@ -33,6 +34,7 @@ from kdcache.system.files import write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
+from kdcache.system.room import sizes
 from kdcache.training.checkpoint import tidy
 from kdcache.training.devices import enough_memory, metered, resolve_device
 from kdcache.training.evaluation import EvalSets, evaluated
@@ -184,9 +186,10 @@ def _groups(
         needed = _needed(together, num_classes, size, device)
         total = sum(each.kept for each in needed) + max(each.passing for each in needed)
         if total > available:
+            wanted, there = sizes(total, available)
             progress.say(
-                f"{len(together)} students on the stream of seed {seed} would take about {total / 1e9:.2f} GB, "
-                f"of {available / 1e9:.2f} GB that there are: they are trained in groups, one after another"
+                f"{len(together)} students on the stream of seed {seed} would take about {wanted}, "
+                f"of {there} that there are: they are trained in groups, one after another"
             )
         groups += [together[part] for part in groups_that_fit(needed, available)]
     return groups
@@ -359,11 +362,12 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     size = recorded.size if recorded else None
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))
     require_intact(test)  # views of the training images are compared one by one; those of the test images have only this
-    if train.card.class_names != archive.class_names or test.card.class_names != archive.class_names:
+    for canvas in (train, test):
+        if not (difference := how_classes_differ(archive.class_names, canvas.card.class_names)):
+            continue
         raise IncompatibleError(
-            f"archive {archive.location} has {archive.num_classes} classes, "
-            f"{dataset_label(source)} has {len(train.card.class_names)}",
-            why="the class names must be the same, in the same order",
+            f"archive {archive.location} has other classes than {dataset_label(source)}",
+            why=difference,
             fix="name the dataset that was dumped with --dataset, or dump this one",
         )
     if recorded and recorded.digest != train.digest:

@@ -14,7 +14,7 @@ from kdcache.datasets import DATASETS, Source
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
-from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve
+from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve, split_weights, weights_identity
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
 from kdcache.system.progress import Progress, Silent
@@ -261,8 +261,8 @@ def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> S
             fix=f"train it first: {shlex.join(command)} {flag}",
         )
     path = Path(init)
-    files = [path] if path.is_file() else [path / name for name in ("model.safetensors", "last.safetensors")]
-    weights = next((file for file in files if file.is_file()), None)
+    files = [path] if split_weights(path)[0].is_file() else [path / name for name in ("model.safetensors", "last.safetensors")]
+    weights = next((file for file in files if split_weights(file)[0].is_file()), None)
     if weights is None:
         raise NotFoundError(
             f"--init {init!r} is not there",
@@ -273,8 +273,7 @@ def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> S
 
 
 def _start_of(init: str, file: Path) -> Start:
-    with file.open("rb") as weights:
-        return Start(init, file=file, sha256=hashlib.file_digest(weights, "sha256").hexdigest())
+    return Start(init, file=file, sha256=weights_identity(file))
 
 
 def _with_head(start: Start, exact: str, classes: int) -> Start:

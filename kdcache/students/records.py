@@ -1,7 +1,6 @@
 """The record of a run: its resolved configuration, `args.yaml`."""
 
 import datetime
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kdcache.options import as_text
 from kdcache.replay.stream import ORDER_VERSION
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec
-from kdcache.system.files import write_atomically
+from kdcache.system.files import set_aside, write_atomically
 from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
 from kdcache.training.learner import Learner
@@ -127,7 +126,8 @@ def _read_args(file: Path) -> dict[str, Any]:
         why = "it holds no configuration"
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
-    aside = f"mv {shlex.quote(str(file.parent))} {shlex.quote(str(file.parent) + '.damaged')}"
     raise IntegrityError(
-        f"{file} is damaged", why=why, fix=f"restore it from a copy; or train this run anew, after setting it aside: {aside}"
+        f"{file} is damaged",
+        why=why,
+        fix=f"restore it from a copy; or train this run anew, after setting it aside: {set_aside(file.parent)}",
     )

@@ -301,12 +301,14 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
     arguments = _arguments(job, place, workspace, not_done) + (["--json"] if job.kind == "distill" else [])
     place.log(name).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        locks: tuple[int, ...] = held.enter_context(_family_lock(place.folder / f".{name}.lock", waiting=twice)) or ()
+        own_lock = held.enter_context(_family_lock(place.folder / f".{name}.lock", waiting=twice))
+        locks = own_lock or ()
         if place.done(name):
             return 0
         if job.alone:
             shared = place.folder / f".alone-{_plain(job.alone)}.lock"
-            locks += held.enter_context(_family_lock(shared, waiting=students)) or ()
+            shared_lock = held.enter_context(_family_lock(shared, waiting=students))
+            locks += shared_lock or ()
         begun = time.monotonic()
 
         def call(environment: dict[str, str], *more: int) -> tuple[int, str]:

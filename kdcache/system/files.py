@@ -4,9 +4,11 @@ Whoever is killed while a file is written leaves the old one, and at most a hidd
 """
 
 import errno
+import itertools
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,8 +20,10 @@ from kdcache.system.refusals import NO_ROOM, NOT_ALLOWED, named, remedy
 __all__ = [
     "Buffers",
     "create_atomically",
+    "is_set_aside",
     "is_temporary",
     "local_path",
+    "set_aside",
     "sweep_temporaries",
     "tidying",
     "translated_os_errors",
@@ -31,6 +35,7 @@ __all__ = [
 
 Buffers = list[bytes | memoryview]  # the bytes of a file, in pieces that lie anywhere
 
+_ASIDE = ".aside"
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")  # of `_write`, with a `unique` part
 PIECES = 1024  # that every system takes at a time (IOV_MAX)
 
@@ -83,6 +88,18 @@ def create_atomically(file: Path, data: bytes | Buffers) -> None:
     Where the file system has no links, the last one wins.
     """
     _write(file, data, _link)
+
+
+def set_aside(path: Path) -> str:
+    """The command that moves a file or folder to a free name beside it. Fixes say this, not "delete": nothing gets lost."""
+    names = itertools.chain([_ASIDE], (f"{_ASIDE}-{number}" for number in itertools.count(2)))
+    free = next(there for name in names if not (there := path.with_name(f"{path.name}{name}")).exists())
+    return shlex.join(["mv", str(path), str(free)])
+
+
+def is_set_aside(path: Path) -> bool:
+    """Whether `path` has such a name: whoever lists what is in a folder leaves it out, as it may be damaged."""
+    return path.suffix.partition("-")[0] == _ASIDE
 
 
 def write_changed(file: Path, data: bytes) -> None:

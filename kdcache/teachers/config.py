@@ -84,7 +84,9 @@ class TeacherConfig(Options):
     from_scratch: Annotated[
         bool | None, Option("Start at random or from timm's weights [as suits the dataset].", off="--pretrained")
     ] = None
-    checkpoint: Annotated[Path | None, Option("Start from these weights (.safetensors, .pth).")] = None
+    checkpoint: Annotated[
+        Path | None, Option("Start from these weights (.safetensors, .pth, .ckpt, .npz); FILE#NAME for one set of several.")
+    ] = None
     classes: Annotated[
         Path | None,
         Option(

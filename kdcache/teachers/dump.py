@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from kdcache.archive import (
 from kdcache.codecs import CODECS
 from kdcache.datasets import DATASETS, Source, UsersOwn
 from kdcache.datasets.canvas import canvas_path, require_intact
-from kdcache.datasets.classes import say_classes
+from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
@@ -37,6 +36,7 @@ from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import tidying, translated_os_errors
 from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.room import free_bytes, sizes
 from kdcache.teachers import as_is
 from kdcache.teachers.config import DumpConfig, TeacherAndData, TeacherConfig, usual_dump
 from kdcache.teachers.forward import Forward, suited_memory_format
@@ -55,7 +55,6 @@ __all__ = [
     "dump_teacher",
     "ensured_teacher",
     "existing_teacher",
-    "free_bytes",
     "plan_dump",
     "sketch_dump",
 ]
@@ -96,21 +95,17 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
         f"{total / 1e6:.1f} MB in all, {views * rows.num_blocks} shards"
     )
     there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
-    progress.say(f"free there: {free_bytes(path) / 1e9:.1f} GB")
+    progress.say(f"free there: {sizes(free_bytes(path))[0]}")
     _warn_of_little_room(path, total - there, progress)
     return str(path)
-
-
-def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that `path`, which need not exist, is or would be on."""
-    return shutil.disk_usage(next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())).free
 
 
 def _warn_of_little_room(path: Path, needed: int, progress: Progress) -> None:
     free = free_bytes(path)
     if needed > free:
+        wanted, there = sizes(needed, free)
         progress.say(
-            f"warning: {path} needs {needed / 1e6:,.1f} MB more, and its disk has {free / 1e6:,.1f} MB; "
+            f"warning: {path} needs {wanted} more, and its disk has {there}; "
             "what fits is kept, and the same command goes on once there is room"
         )
 
@@ -166,12 +161,11 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
             classes=config.classes,
         )
     teacher, names = teacher_at(config.teacher_folder), plan.canvas.card.class_names
-    if tuple(teacher.record["class_names"]) != names:
+    if difference := how_classes_differ(teacher.record["class_names"], names):
         subject = config.subject
         raise IncompatibleError(
-            f"teacher {config.teacher_folder} knows {len(teacher.record['class_names'])} classes, "
-            f"dataset {subject.dataset} has {len(names)}",
-            why="the class names must be the same, in the same order",
+            f"teacher {config.teacher_folder} has other classes than dataset {subject.dataset}",
+            why=difference,
             fix=f"train one on this dataset: {_training(subject)}",
         )
     return teacher

@@ -28,9 +28,10 @@ from kdcache.replay.prefetch import render_batches
 from kdcache.replay.stream import ViewStream, epoch_positions
 from kdcache.system.distributed import Team, this_rank
 from kdcache.system.energy import Spent, total
-from kdcache.system.files import write_atomically
+from kdcache.system.files import set_aside, write_atomically
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
+from kdcache.system.seals import require_sealed, sealed_tensors
 from kdcache.teachers.forward import Forward, batches, last_linear
 from kdcache.teachers.registry import Exam
 from kdcache.training.checkpoint import LOCK, own_folder
@@ -59,7 +60,7 @@ class Head:
 
     def write(self, folder: Path) -> None:
         known = {"row": json.dumps(self.row), "spent": json.dumps(self.spent.known()), "amp": json.dumps(self.amp)}
-        write_atomically(folder / HEAD, save(self.tensors, known))
+        write_atomically(folder / HEAD, sealed_tensors(save(self.tensors), known))
 
 
 def read_head(folder: Path) -> Head | None:
@@ -68,6 +69,7 @@ def read_head(folder: Path) -> Head | None:
     if not file.is_file():
         return None
     try:
+        require_sealed(file)
         with safe_open(file, "pt") as kept:
             known = kept.metadata()
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
@@ -77,7 +79,7 @@ def read_head(folder: Path) -> Head | None:
         raise IntegrityError(
             f"{file} is damaged",
             why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-            fix=f"remove it, and the head is trained again: rm {file}",
+            fix=f"set it aside, and the head is trained again: {set_aside(file)}",
         ) from error
 
 

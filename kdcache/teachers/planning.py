@@ -17,13 +17,12 @@ from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import UsageError
 from kdcache.models.classes import said_digest
 from kdcache.models.creation import Normalisation, create_model, has_new_head, load_weights, published
-from kdcache.models.names import folder_name, is_factory, public_name, resolve
+from kdcache.models.names import folder_name, is_factory, public_name, resolve, weights_identity
 from kdcache.system.progress import Progress
 from kdcache.teachers import as_is
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.head import linear_head, suitable_start
 from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, settings_of, teacher_recipe
-from kdcache.teachers.registry import file_digest
 from kdcache.training.config import Training
 from kdcache.training.devices import seeded
 from kdcache.training.optimizers import make_optimizer
@@ -65,7 +64,7 @@ class TeacherPlan:
         self.settings = {
             epochs: settings_of(recipe, config.training, epochs, self.exact, scratch) for epochs in self.durations if epochs
         }
-        self.checkpoint_sha256 = file_digest(config.checkpoint) if config.checkpoint else None
+        self.checkpoint_sha256 = weights_identity(config.checkpoint) if config.checkpoint else None
         self._require_trainable()
         as_is.require_use(config.classes, self.durations, config.head_epochs)
         self.taken = self._take_as_is() if 0 in self.durations and not config.head_epochs else None

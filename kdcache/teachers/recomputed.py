@@ -15,6 +15,7 @@ from kdcache.errors import IncompatibleError
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.room import numbers
 from kdcache.teachers.config import Precision
 from kdcache.teachers.forward import Forward, batches
 from kdcache.teachers.registry import Teacher, load_teacher
@@ -79,7 +80,8 @@ def replay_with_teacher(
             here: tuple[Precision, ...] = (card.precision,) if card.precision != "fp32" else ("fp16", "bf16")
             allowed = codec + FLOOR + 2 * max(moved, _moved(forward, first, here))
     largest = float(difference.max())
-    result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {largest:.2g}, allowed {allowed:.2g}")
+    most, bound = numbers(largest, allowed)
+    result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {most}, allowed {bound}")
     if not largest <= allowed:
         again = f"kdcache verify {shlex.quote(archive.location)} --replay {views} --device auto"
         _tell(result, archive, difference, allowed, device_kind(target), again)
@@ -100,8 +102,9 @@ def _moved(forward: Forward, views: Tensor, precisions: Sequence[Precision]) -> 
 def _tell(result: Verification, archive: Archive, difference: NDArray, allowed: float, here: str, again: str) -> None:
     """Make a result say that logits differ, in some rows by more than is allowed; `again` verifies them once more."""
     view, many = archive.views.start, int((~(difference <= allowed)).sum())
-    extent = f"differences of up to {difference.max():.3g} in {many} of {len(difference)} logit vectors"
-    result.failures.append(Failure(f"view {view}", f"logits within {allowed:.2g} of the teacher's", extent))
+    largest, bound = numbers(float(difference.max()), allowed)
+    extent = f"differences of up to {largest} in {many} of {len(difference)} logit vectors"
+    result.failures.append(Failure(f"view {view}", f"logits within {bound} of the teacher's", extent))
     provenance, torch_here = archive.manifest.provenance, versions()["torch"]
     kinds = shards_by_device(archive.manifest)
     there = f"several kinds of device ({', '.join(kinds)})" if kinds else str(provenance.get(DEVICE, "an unknown device"))
@@ -113,7 +116,7 @@ def _tell(result: Verification, archive: Archive, difference: NDArray, allowed: 
         why = f"they were computed on {there} with torch {torch_there}, here on {here} with torch {torch_here}"
         fix = f"compare on such a device, with such a torch: {again}; if they differ there too, dump again"
     result.error = IncompatibleError(
-        f"the logits of view {view} are not what this teacher gives here: {extent}, allowed {allowed:.2g}", why=why, fix=fix
+        f"the logits of view {view} are not what this teacher gives here: {extent}, allowed {bound}", why=why, fix=fix
     )
 
 

@@ -1,7 +1,5 @@
 """Trained teachers of a workspace: how to test, find, load and compare them, and warnings about poor ones."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +14,20 @@ from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError, NotFoundError
 from kdcache.models.classes import said_digest
 from kdcache.models.creation import Normalisation, load_weights, weights_digest
-from kdcache.models.names import kept, public_name
+from kdcache.models.names import kept, public_name, weights_identity
 from kdcache.replay.prefetch import render_batches
 from kdcache.stats import relative_entropy
 from kdcache.system.distributed import ALONE, Team
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
+from kdcache.system.seals import sealed_record
 from kdcache.teachers.as_is import create_recorded
 from kdcache.teachers.forward import batches
 from kdcache.training.evaluation import EvalSet
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, read_teacher
 
-__all__ = ["Exam", "Teacher", "compared", "doubt", "file_digest", "find_teacher", "load_teacher", "registered", "teacher_at"]
+__all__ = ["Exam", "Teacher", "compared", "doubt", "find_teacher", "load_teacher", "registered", "teacher_at"]
 
 REPORT_VIEWS = 1024  # training views for the measurement of a teacher's entropies
 
@@ -124,14 +123,6 @@ def _triple(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def file_digest(file: Path) -> str:
-    """sha256 of a checkpoint."""
-    if not file.is_file():
-        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def find_teacher(
     name: str,
     canvas: Canvas,
@@ -150,7 +141,7 @@ def find_teacher(
     """
     wanted: dict[str, Any] = {"canvas_digest": canvas.digest}
     wanted |= {} if epochs is None else {"epochs": epochs} if epochs else {"epochs": 0, "head_epochs": None}
-    wanted |= {} if checkpoint is None else {"checkpoint_sha256": file_digest(checkpoint)}
+    wanted |= {} if checkpoint is None else {"checkpoint_sha256": weights_identity(checkpoint)}
     said = None if classes is None else said_digest(classes)
     teachers = [
         Teacher(folder, record)
@@ -181,7 +172,7 @@ def registered(folder: Path, said: str | None) -> Teacher:
         record["training"]["said_sha256"] = [*_said(record), said]
         file = folder / "teacher.json"
         before = file.stat()
-        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(file, sealed_record(record))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # by which teachers are the newest
     return Teacher(folder, record)
 

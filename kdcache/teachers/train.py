@@ -6,13 +6,11 @@ them becomes is what it would have become alone.
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,6 +26,7 @@ from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import total
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.seals import sealed_record
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
@@ -35,7 +34,7 @@ from kdcache.teachers.head import HEAD, Head, head_settings, read_head, train_he
 from kdcache.teachers.planning import TeacherPlan
 from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
-from kdcache.training.checkpoint import copied, tidy
+from kdcache.training.checkpoint import copied, tidy, write_weights
 from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
@@ -144,7 +143,7 @@ class _Job:
 
     def _keep(self, model: nn.Module, row: dict[str, float]) -> None:
         """Make a teacher of a model that is not finetuned."""
-        write_atomically(self.plan.folder(0) / "model.safetensors", save(copied(model)))
+        write_weights(self.plan.folder(0) / "model.safetensors", copied(model))
         self._record(0, model, row)
 
     @property
@@ -391,7 +390,7 @@ class _Job:
         )
         if made_as is not None:
             write_atomically(folder / CONFIG, made_as)
-        write_atomically(folder / "teacher.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(folder / "teacher.json", sealed_record(record))
         self.progress.say(f"teacher: {folder}, top-1 {row['test_top1']:.2f} %")
 
 

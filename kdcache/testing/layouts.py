@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive import LAYOUTS, Archive, ArchiveWriter, Layout, open_archive, write_archive
 from kdcache.codecs import CODECS
-from kdcache.errors import KdcacheError
+from kdcache.errors import IntegrityError, KdcacheError
 from kdcache.registry import Registry
 from kdcache.stats import relative_entropy
 from kdcache.testing.components import ComponentContract
@@ -239,6 +239,31 @@ class LayoutContract(ComponentContract):
             other = content()
             change(other)
             assert write(tmp_path / name, other, *names, shard_rows=None).manifest.digest != unchanged, name
+
+    def test_a_shard_in_anothers_place_is_refused(
+        self, archive: Archive, names: tuple[str, str], written: Content, tmp_path: Path
+    ) -> None:
+        """Its bytes are sound, so that only the archive's records tell whose they are."""
+        path = Path(shutil.copytree(archive.path, tmp_path / "copy"))
+        other = write(tmp_path / "other", Content(**{**vars(written), "logits": written.logits[:, ::-1]}), *names)
+        here, view, block = (archive.reader.files(*place) for place in ((0, 0), (1, 0), (0, 1)))
+        for source, there, both in [
+            (archive, view, True),
+            (archive, view, False),
+            (archive, block, True),
+            (other, here, False),
+        ]:
+            for mine, theirs in zip(here, there, strict=True):
+                shutil.copy(source.path / theirs, path / mine)
+                if both:
+                    shutil.copy(source.path / mine, path / theirs)
+            with pytest.raises(IntegrityError) as caught:
+                open_archive(path).read(0, 0, 1).load()
+            assert any(name in str(caught.value) for name in here)
+            assert any(here[0] in failure.where for failure in open_archive(path).verify("quick").failures)
+            for name in (*here, *there):  # as the error advises
+                shutil.copy(archive.path / name, path / name)
+            assert open_archive(path).verify("quick").ok
 
     def test_the_cards_two_lines_read_the_logits_without_kdcache(
         self, archive: Archive, written: Content, tmp_path: Path

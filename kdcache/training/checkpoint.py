@@ -2,10 +2,8 @@
 
 import csv
 import io
-import itertools
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,8 +14,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdcache.errors import IntegrityError, RetryError
-from kdcache.system.files import sweep_temporaries, tidying, translated_os_errors, write_atomically
+from kdcache.system.files import set_aside, sweep_temporaries, tidying, translated_os_errors, write_atomically
 from kdcache.system.locks import locked_if_possible
+from kdcache.system.seals import sealed_tensors, sealed_zip, unsealed_zip
 from kdcache.system.transfer import to_host
 from kdcache.training.devices import out_of_memory
 
@@ -34,6 +33,7 @@ __all__ = [
     "unusable_checkpoint",
     "write_checkpoint",
     "write_log",
+    "write_weights",
 ]
 
 LOCK = ".lock"
@@ -83,9 +83,14 @@ def write_checkpoint(
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     for name, tensors in weights.items():
-        write_atomically(folder / f"{name}.safetensors", save(tensors))
+        write_weights(folder / f"{name}.safetensors", tensors)
     write_log(folder, rows)
-    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+    write_atomically(folder / CHECKPOINT, sealed_zip(buffer.getbuffer()))
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write weights on the host as safetensors that a changed bit does not leave unnoticed."""
+    write_atomically(file, sealed_tensors(save(tensors)))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -97,7 +102,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(unsealed_zip(file.read_bytes()))
+        state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file shows in many ways
         if out_of_memory(error):
             raise
@@ -107,12 +113,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def unusable_checkpoint(folder: Path, error: Exception) -> IntegrityError:
     """The error for a checkpoint that does not fit or is damaged. Its folder may be moved aside, and nothing is deleted."""
-    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    aside = next(path for name in names if not (path := folder.with_name(f"{folder.name}.damaged{name}")).exists())
     return IntegrityError(
         f"checkpoint {folder / CHECKPOINT} cannot be used",
         why=(str(error).splitlines() or [type(error).__name__])[0][:200],
-        fix=f"move its folder aside, and repeat the command, which trains it anew: {shlex.join(['mv', str(folder), str(aside)])}",
+        fix=f"move its folder aside, and repeat the command, which trains it anew: {set_aside(folder)}",
     )
 
 

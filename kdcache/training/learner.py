@@ -1,6 +1,5 @@
 """What teachers and students in training share: optimiser, schedule, clipping, evaluation, log, checkpoint, exact resume."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,6 +18,7 @@ from kdcache.system.distributed import ALONE, Team
 from kdcache.system.energy import UNKNOWN, Spent
 from kdcache.system.files import write_atomically
 from kdcache.system.precision import ieee_float32, repeatable
+from kdcache.system.seals import require_sealed, sealed_record
 from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
@@ -433,7 +433,9 @@ class Learner:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             best = self.folder / "best.safetensors"
-            self._best = load_file(best) if best.is_file() else None
+            if best.is_file():
+                require_sealed(best)
+                self._best = load_file(best)
         except Exception as error:  # what does not fit shows in many ways
             if out_of_memory(error):
                 raise
@@ -475,7 +477,7 @@ class Learner:
             found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
             write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
         summary = {"status": status, **extra, **summary_of(self.rows), "amp": self.amp}
-        write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_atomically(self.folder / "summary.json", sealed_record(summary))
         (self.folder / CHECKPOINT).unlink(missing_ok=True)  # twice the model's size, and of no further use
         (self.folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's
         self._release()

@@ -154,6 +154,27 @@ class TestSoundLayout(LayoutContract):
     codec = "u8"
 
 
+class _ByFields:
+    """A reader with what each must have, and no more: it opens nothing that kdcache could keep."""
+
+    def __init__(self, reader) -> None:
+        self.files, self.sample_files, self.labels, self.keys = reader.files, reader.sample_files, reader.labels, reader.keys
+        self.gather, self.pieces = reader.gather, reader.pieces
+
+
+@LAYOUTS.register("plain")
+@dataclass(frozen=True)
+class Plain(Hdf5Layout):
+    """hdf5 with such a reader."""
+
+    def open(self, plan, store):
+        return _ByFields(super().open(plan, store))
+
+
+class TestPlainLayout(LayoutContract):
+    spec = "plain"
+
+
 class TestBrokenLayout(LayoutContract):
     spec = "shifted"
 

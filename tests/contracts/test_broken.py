@@ -29,6 +29,13 @@ def outcomes() -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.exhaustive
+def test_a_layout_that_opens_nothing_keeps_the_contract_too(outcomes: set[tuple[str, str, str]]) -> None:
+    mine = {(outcome, test) for outcome, name, test in outcomes if name == "TestPlainLayout"}
+    assert ("PASSED", "test_a_shard_in_anothers_place_is_refused") in mine
+    assert {outcome for outcome, _ in mine} == {"PASSED"}, mine
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", FOUND_BY)
 def test_a_sound_component_keeps_its_contract(outcomes: set[tuple[str, str, str]], kind: str) -> None:
     mine = {(outcome, test) for outcome, name, test in outcomes if name == f"TestSound{kind}"}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from kdcache import open_archive
+from kdcache.errors import IntegrityError
 from tests.end_to_end.conftest import FEW, STUDENT, until, without_costs
 from tests.end_to_end.forks import Started
 
@@ -138,7 +139,7 @@ def test_one_changed_pixel_stops_training_and_names_the_view(home, archive, kdca
     assert "full: ok" in replayed.out  # the archive is sound, and nobody should be told to delete it
     assert "replay 4314: DIFFERS" in replayed.out
     assert "canvas: its pixels were changed after it was built" in replayed.err
-    assert "fix: delete the canvas" in replayed.err
+    assert "fix: set the canvas aside" in replayed.err
 
 
 def test_a_flipped_byte_in_a_shard_stops_training(home, archive, kdcache):
@@ -214,6 +215,26 @@ def test_a_newer_format_is_refused_with_the_version_that_reads_it(home, archive,
     result = kdcache("distill", "--tau", "4", *STUDENT, "--home", home)
     assert result.status == 5
     assert "kdcache>=3.1.4" in result.err
+
+
+def test_logits_of_another_view_are_refused_with_their_right_place(few_home, few_archive, kdcache):
+    """Every checksum inside the two files is right, and so are the views that are rendered."""
+    files = [few_archive / f"logits/c/{view}/0/0" for view in (0, 1)]
+    right = [file.read_bytes() for file in files]
+    for file, data in zip(files, reversed(right), strict=True):
+        file.write_bytes(data)
+    distill = ("distill", "--tau", "4", *FEW, "--home", few_home)
+    result = kdcache(*distill)
+    assert result.status == IntegrityError.exit_code, result.err
+    named = [place for place in ("logits/c/0/0/0", "logits/c/1/0/0") if place in result.err]
+    assert len(named) == 2, result.err
+    assert "does not hold the logits of view" in result.err
+    checked = kdcache("verify", "--quick", few_archive)  # as the error advises
+    assert checked.status == IntegrityError.exit_code
+    assert "2 damaged" in checked.err
+    for file, data in zip(files, right, strict=True):
+        file.write_bytes(data)
+    assert kdcache(*distill).status == 0
 
 
 def test_options_come_from_flag_then_environment_then_config(home, kdcache, tmp_path, monkeypatch):

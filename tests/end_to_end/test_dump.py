@@ -20,8 +20,10 @@ import torch
 
 from kdcache import workspace as workspace_module
 from kdcache.archive import ArchiveWriter, Licences, open_archive
+from kdcache.archive.format.manifest import SEAL
 from kdcache.datasets import canvas as canvas_module
 from kdcache.models.creation import Normalisation
+from kdcache.system import seals
 from kdcache.system.progress import Silent
 from kdcache.teachers import dump, planning, shards
 from kdcache.teachers.config import DumpConfig
@@ -90,6 +92,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(home, kdcache, tmp_pa
     for manifest in manifests:
         for who in ("command", "created", "cost"):
             manifest["provenance"].pop(who)
+        assert manifest.pop(SEAL)
     # The card names nothing but the contents, so even its checksum in the manifest is the same.
     assert manifests[0] == manifests[1]
 
@@ -140,6 +143,7 @@ def contents(folder):
     manifest = json.loads((folder / "kdcache.json").read_text())
     for who in ("command", "created", "cost"):
         manifest["provenance"].pop(who)
+    assert manifest.pop(SEAL)
     return {**data_files(folder), "kdcache.json": manifest, "README.md": (folder / "README.md").read_bytes()}
 
 
@@ -235,7 +239,7 @@ def test_a_dump_that_will_not_fit_is_told_before_and_fills_the_disk_all_the_same
     told = kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", tmp_path / "a")
     assert told.status == 0
     assert "0.1 MB of logits, 0.2 MB in all, 3 shards" in told.err
-    assert f"warning: {tmp_path / 'a'} needs 0.2 MB more, and its disk has 0.1 MB" in told.err
+    assert f"warning: {tmp_path / 'a'} needs 241.6 kB more, and its disk has 100.0 kB" in told.err
     assert not (tmp_path / "a").exists()
     assert "warning" not in kdcache(*DUMP, "--views", 3, "--dry-run", "--home", home, "--output", archive).err  # it is there
     made = kdcache(*DUMP, "--views", 3, "--home", home, "--output", tmp_path / "a")
@@ -371,7 +375,7 @@ def test_a_teacher_whose_own_record_is_damaged_is_not_trained_over(home, kdcache
     record.write_text("{}")
     result = kdcache("train-teacher", "--teacher", "test_vit", "--dataset", "digits", "--epochs", 2, "--home", home)
     assert result.status == 4
-    assert f"mv {record.parent} {record.parent}.damaged" in result.err
+    assert f"mv {record.parent} {record.parent}.aside" in result.err
     assert record.with_name("model.safetensors").is_file()
 
 
@@ -473,6 +477,7 @@ def test_an_archive_knows_the_licence_of_weights_that_were_finetuned_from_timm(h
     [record] = home.glob("teachers/*/teacher.json")
     fields = json.loads(record.read_text())
     fields["training"]["start"] = "timm"
+    del fields[seals.SEAL]  # as whoever changes a record on purpose is told
     record.write_text(json.dumps(fields))
     assert kdcache(*DUMP, "--views", 1, "--home", home, "--output", tmp_path / "finetuned").status == 0
     assert open_archive(tmp_path / "finetuned").manifest.known_licences == Licences(data="CC-BY-4.0", weights="apache-2.0")

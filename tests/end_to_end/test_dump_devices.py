@@ -22,6 +22,7 @@ from kdcache.teachers.shards import write_shards
 from kdcache.views.policy import ViewPolicy
 from kdcache.views.probe import grids
 from tests.end_to_end.conftest import data_files
+from tests.hostile import resealed
 from tests.squares import squares
 
 
@@ -296,7 +297,7 @@ def test_an_archive_says_which_devices_computed_it_if_there_were_several(few_hom
 def test_a_strangers_record_of_devices_does_no_harm(few_archive, kdcache, devices):
     manifest = json.loads((few_archive / "kdcache.json").read_text())
     manifest["provenance"]["devices"] = devices
-    (few_archive / "kdcache.json").write_text(json.dumps(manifest))
+    (few_archive / "kdcache.json").write_text(json.dumps(resealed(manifest)))
     assert kdcache("info", few_archive).status == 0
 
 

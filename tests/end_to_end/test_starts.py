@@ -196,6 +196,6 @@ def test_a_damaged_head_is_named(command, kdcache, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-9])
     result = kdcache(*how)
     assert result.status == 4, result.err
-    assert f"rm {file}" in result.err
+    assert f"mv {file} {file}.aside" in result.err
     file.unlink()
     assert kdcache(*how).status == 0

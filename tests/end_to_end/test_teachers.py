@@ -18,6 +18,7 @@ from kdcache.datasets.fine import Pets
 from kdcache.datasets.folder import Folder
 from kdcache.datasets.imagenet import ImageNet
 from kdcache.models.creation import Published, create_model, published
+from kdcache.system.seals import SEAL
 from kdcache.teachers.finetuning import _duration
 from kdcache.teachers.recipes import RECIPES
 from kdcache.training.config import TrainConfig
@@ -34,7 +35,7 @@ AS_IS = ["train-teacher", *DUMP[1:], "--epochs", "0"]
 
 
 def record(folder):
-    return json.loads((folder / "teacher.json").read_text())
+    return {key: value for key, value in json.loads((folder / "teacher.json").read_text()).items() if key != SEAL}
 
 
 def by_epochs(home):

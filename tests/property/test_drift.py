@@ -217,7 +217,7 @@ def test_an_other_canvas_is_named_and_so_are_pixels_changed_since_it_was_built(d
     changed = dataclasses.replace(dump.canvas, pixels=pixels)  # under the same digest
     _, error = until_error(CachedTargets(dump.archive, changed, 4).epoch(0))
     assert error.why.startswith("canvas: its pixels were changed after it was built")
-    assert "rm -r" in error.fix
+    assert "mv " in error.fix
 
 
 def test_one_changed_pixel_names_the_sample_that_it_belongs_to(

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,10 +39,13 @@ __all__ = [
     "archive_digest",
     "first_error",
     "load_manifest",
+    "seal_of",
+    "sealed",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "kdcache.json"
+SEAL = "manifest_sha256"
 CARD_NAME = "README.md"
 WORK = ".dump"  # the writers' folder; a finished archive has none
 PULL = ".pull"  # the transfers' folder; a finished archive has none
@@ -78,13 +81,17 @@ class FileRecord(_Record):
 
 
 class ShardRecord(_Record):
-    """The files of one shard (a view's block of positions), and the digest of its rows, which is the same in every layout."""
+    """The files of one shard (a view's block of positions), and the digest of its rows, which is the same in every layout.
+
+    `checksums` tell whose rows a file holds, by field: a digest of the checksums of its units (see `reading.binding`).
+    """
 
     view: int = Field(ge=0, le=INT64)
     block: int = Field(ge=0, le=INT32)
     rows: int = Field(ge=1, le=INT32)
     rows_digest: str = Field(pattern="^[0-9a-f]{64}$", validation_alias=AliasChoices("rows_digest", "rows_sha256"))
     files: tuple[FileRecord, ...] = Field(fail_fast=True)
+    checksums: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{32}$")]] | None = Field(None, exclude_if=_left_out(None))
 
 
 class CanvasCard(_Record):
@@ -290,6 +297,7 @@ class ArchivePlan(_Record):
                 "rows_hash": True,
                 "licences": True,
                 "provenance": True,
+                "source": {"unused"},
                 "teacher": {"noise", "weights_licence", "top1_clean", "test_views", "training"},
             },
         )
@@ -305,6 +313,8 @@ class Manifest(ArchivePlan):
     shards: FileRecord  # the table of shards, one ShardRecord a line
     statistics: Statistics
     optional: dict[str, Any] = {}  # readers may ignore it
+    # Of all other fields (see `sealed`). Older manifests have none; one whose shards have `checksums` must have it.
+    manifest_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", exclude_if=_left_out(None))
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -323,6 +333,19 @@ class Manifest(ArchivePlan):
             raise ValueError("a file is recorded twice")
         CODECS.from_dict(self.codec)
         return self
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """The bytes of `kdcache.json`: the manifest with its own digest. Whatever writes a manifest writes these."""
+    bare = manifest.model_copy(update={"manifest_sha256": None})
+    seal = seal_of(from_json(bare.model_dump_json()))
+    return manifest.model_copy(update={"manifest_sha256": seal}).model_dump_json(indent=1).encode()
+
+
+def seal_of(fields: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's parsed JSON, whatever its layout, without the digest itself."""
+    others = {name: value for name, value in fields.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def archive_digest(plan: ArchivePlan, shards: Iterable[ShardRecord]) -> str:
@@ -371,7 +394,14 @@ def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
             fix=f"pip install --upgrade 'kdcache{f'>={reader}' if known else ''}'",
         )
     try:
-        return Manifest.model_validate(fields)
+        manifest = Manifest.model_validate(fields)
+        if manifest.manifest_sha256 in {None, found := seal_of(fields)}:
+            return manifest
+        raise IntegrityError(
+            f"{where}: kdcache.json has sha256 {found[:12]}... where it says {manifest.manifest_sha256[:12]}...",
+            why="it was changed after it was written: statistics, names, settings or records are not those of the dump",
+            fix=fix,
+        )
     except ValidationError as error:
         field, wrong, why = first_error(error)
         raise IntegrityError(
@@ -379,6 +409,8 @@ def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
             why=why,
             fix=fix,
         ) from None
+    except IntegrityError:
+        raise
     except KdcacheError as error:
         raise IncompatibleError(
             f"{where}: {error.what}", why="this installation does not know it", fix="upgrade kdcache, or install the plugin"

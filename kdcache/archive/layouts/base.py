@@ -11,12 +11,37 @@ from kdcache.archive.format.store import Buffers, Store
 from kdcache.codecs import CODECS
 from kdcache.registry import Registry
 
-__all__ = ["LAYOUTS", "Buffers", "Layout", "ShardReader", "unit_bytes_rows", "unit_rows"]
+__all__ = ["LAYOUTS", "Buffers", "Layout", "OpeningReader", "ShardReader", "ShardRows", "unit_bytes_rows", "unit_rows"]
 
 UNIT_BYTES = 128 << 10
 
 
+class ShardRows(Protocol):
+    """The rows of one field in one shard, in an opened file."""
+
+    name: str  # of the file
+
+    def gather(self, rows: slice | NDArray[np.int64]) -> NDArray:
+        """As `ShardReader.gather`."""
+
+    def pieces(self, rows: slice) -> Iterator[NDArray]:
+        """As `ShardReader.pieces`."""
+
+    def checksums(self) -> Sequence[NDArray[np.uint32]]:
+        """The checksums of all units of these rows, uint32 `[units]` in one or more parts, as the file holds them.
+
+        Each unit is compared with its own when it is read, so they tell these rows from any other. The parts may be memory
+        maps; only what is looked at is read.
+        """
+
+
 class ShardReader(Protocol):
+    """Reads the rows of an archive. A reader that has `rows` as well (see `OpeningReader`) is not asked for each of them anew.
+
+    kdcache makes sure, at the first read, that the rows of a shard are those that were written there: by the checksums
+    that `rows` gives, or else by reading the field of the shard as a whole.
+    """
+
     def files(self, view: int, block: int) -> list[str]:
         """Names of the files of one shard."""
 
@@ -36,6 +61,20 @@ class ShardReader(Protocol):
         """Stored label of every sample, `[N]`, not checked against the classes."""
 
     def keys(self) -> list[str] | None: ...
+
+
+class OpeningReader:
+    """Base of readers that open each field of a shard by `rows`. kdcache keeps what is opened, and checks it once."""
+
+    def rows(self, field: str, view: int, block: int) -> ShardRows:
+        """Open the rows of a field in a shard. Raises IntegrityError for a file that is damaged or missing."""
+        raise NotImplementedError
+
+    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
+        return self.rows(field, view, block).gather(rows)
+
+    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
+        return self.rows(field, view, block).pieces(rows)
 
 
 class Layout(Protocol):

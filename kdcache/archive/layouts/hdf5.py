@@ -8,7 +8,7 @@ datasets start. Reading maps the rows from there, so libhdf5 never parses a stra
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, OpeningReader, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.codecs import CODECS
@@ -164,12 +164,11 @@ class _Hdf5File:
         return self._datasets[name][2]
 
 
-class Hdf5Reader:
+class Hdf5Reader(OpeningReader):
     def __init__(self, plan: ArchivePlan, store: Store, unit: int) -> None:
         self._plan, self._store, self._unit = plan, store, unit
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(lambda view, block: _Hdf5File(store, _shard(view, block)))
-        self._rows = lru_cache(maxsize=4096)(self._map)
         if type(unit) is not int or not 1 <= unit <= plan.shard_rows:
             raise IntegrityError(
                 f"shards of {plan.shard_rows} rows in units of {unit}",
@@ -180,19 +179,13 @@ class Hdf5Reader:
     def files(self, view: int, block: int) -> list[str]:
         return [_shard(view, block)]
 
-    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        return self._rows(field, view, block).gather(rows)
-
-    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        return self._rows(field, view, block).pieces(rows)
-
-    def _map(self, field: str, view: int, block: int) -> MappedRows:
-        file, rows = self._file(view, block), self._plan.block_rows(block)
+    def rows(self, field: str, view: int, block: int) -> MappedRows:
+        file, count = self._file(view, block), self._plan.block_rows(block)
         row: RowType = self._fields[field]
         dtype, shape = row
         row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        units, left = divmod(rows, self._unit)
-        start = file.start(field, dtype, (rows, *shape))
+        units, left = divmod(count, self._unit)
+        start = file.start(field, dtype, (count, *shape))
         all_units = units + bool(left)
         crcs = file.start(CRC32C, np.dtype("<u4"), (len(self._fields), all_units))
         crcs += 4 * all_units * list(self._fields).index(field)

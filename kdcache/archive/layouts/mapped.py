@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kdcache.archive.format.store import Store, open_local
 from kdcache.archive.layouts.fields import RowType
 from kdcache.errors import IntegrityError
+from kdcache.system.mapping import map_readonly
 from kdcache.system.refusals import named
 
 __all__ = ["MappedRows", "Run", "damaged", "map_file"]
@@ -46,16 +47,20 @@ def map_file(store: Store, name: str, expected: int | None = None) -> NDArray[np
         size = os.fstat(file.fileno()).st_size
         if not size or expected not in {None, size}:
             raise damaged(name, f"has {size:,} bytes" + ("" if expected is None else f", expected {expected:,}"))
-        return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))  # slices of np.memmap itself are slow to make
+        return np.frombuffer(map_readonly(file, size), np.uint8)
 
 
 class MappedRows:
     """The rows of one field in one shard. The caller must have checked that all offsets of the runs lie within `data`."""
 
     def __init__(self, name: str, data: NDArray[np.uint8], row: RowType, runs: Sequence[Run]) -> None:
+        self.name = name
         self._shape = row[1]
         self._runs = [_MappedRun(name, data, row, run) for run in runs]
         self._firsts = [0, *itertools.accumulate(run.units * run.rows for run in runs)]
+
+    def checksums(self) -> list[NDArray[np.uint32]]:
+        return [run.crcs for run in self._runs]
 
     def pieces(self, rows: slice) -> Iterator[NDArray]:
         """The rows of a slice as they lie in the file, `[m, ...]`, or `[units, rows, ...]` for several whole units.
@@ -93,7 +98,7 @@ class _MappedRun:
         inner = np.ndarray(shape, dtype).strides
         self._payload = run.stored * row_bytes
         self._bytes = memoryview(data)  # type: ignore[arg-type]  # typeshed: arrays are buffers
-        self._crcs = np.ndarray(run.units, "<u4", data, run.crc_start, (run.crc_stride,))
+        self.crcs = np.ndarray(run.units, "<u4", data, run.crc_start, (run.crc_stride,))
         self._rows = np.ndarray((run.units, run.rows, *shape), dtype, data, run.start, (run.stride, row_bytes, *inner))
         self._known = bytearray(run.units)  # 1 for units whose checksum was compared; faster than an array
         self._checked = np.frombuffer(self._known, np.bool_)
@@ -120,7 +125,7 @@ class _MappedRun:
         return result
 
     def _check(self, first: int, last: int) -> None:
-        for unit, stored in enumerate(self._crcs[first:last].tolist(), first):
+        for unit, stored in enumerate(self.crcs[first:last].tolist(), first):
             start = self._run.start + unit * self._run.stride
             if not self._known[unit] and (actual := crc32c(self._bytes[start : start + self._payload])) != stored:
                 raise damaged(self._name, f"chunk {unit}: crc32c is {actual:08x}, stored beside it is {stored:08x}")
@@ -131,5 +136,5 @@ def damaged(name: str, damage: str) -> IntegrityError:
     return IntegrityError(
         f"{name}: {damage}",
         why="the file's bytes are not those that were written",
-        fix="restore this file from a copy, or delete the archive and run its dump again; kdcache verify lists all damage",
+        fix="restore this file from a copy, or set the archive aside and run its dump again; kdcache verify lists all damage",
     )

@@ -8,7 +8,7 @@ tar file is an array with a stride. kdcache reads it through a memory map and ne
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, OpeningReader, unit_rows
 from kdcache.archive.layouts.fields import RowType, row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.codecs import CODECS
@@ -156,23 +156,16 @@ class _Places:
         return cls(rows, heads, headers, data, sizes, at)
 
 
-class WebDatasetReader:
+class WebDatasetReader(OpeningReader):
     """Reads records at computed offsets, and compares the tar headers there with the expected ones."""
 
     def __init__(self, plan: ArchivePlan, store: Store, record_rows: int) -> None:
         self._plan, self._store, self._size = plan, store, record_rows
         self._fields = row_fields(plan)
         self._file = lru_cache(maxsize=512)(self._open)
-        self._rows = lru_cache(maxsize=4096)(self._map)
 
     def files(self, view: int, block: int) -> list[str]:
         return [_shard(view, block)]
-
-    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        return self._rows(field, view, block).gather(rows)
-
-    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        return self._rows(field, view, block).pieces(rows)
 
     def _records(self, block: int) -> list[tuple[int, int, _Places]]:
         """(first number, count, offsets) of the full records, and then of a last one that is not full, if any."""
@@ -195,7 +188,7 @@ class WebDatasetReader:
                 start += len(keys) * places.length
         return data
 
-    def _map(self, field: str, view: int, block: int) -> MappedRows:
+    def rows(self, field: str, view: int, block: int) -> MappedRows:
         data = self._file(view, block)
         number, start, runs = list(self._fields).index(field), 0, []
         for _, count, places in self._records(block):

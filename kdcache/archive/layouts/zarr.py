@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kdcache.archive.format.manifest import ArchivePlan
 from kdcache.archive.format.store import Store, as_bytes
-from kdcache.archive.layouts.base import LAYOUTS, Buffers, unit_bytes_rows, unit_rows
+from kdcache.archive.layouts.base import LAYOUTS, Buffers, OpeningReader, unit_bytes_rows, unit_rows
 from kdcache.archive.layouts.fields import row_fields
 from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.codecs import CODECS
@@ -77,11 +77,11 @@ class ZarrLayout:
         for name, (dtype, shape) in row_fields(plan).items():
             column = np.ascontiguousarray(fields[name], dtype)
             if name == "logits":
-                files[_chunk(plan, name, view, block)] = self._shard(plan, column)
+                files[_chunk(plan, name, shape, view, block)] = self._shard(plan, column)
             else:
                 padding = bytes((plan.shard_rows - len(column)) * dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
                 data = (as_bytes(column), padding) if padding else (as_bytes(column),)
-                files[_chunk(plan, name, view, block)] = [*data, _crc32c(*data)]
+                files[_chunk(plan, name, shape, view, block)] = [*data, _crc32c(*data)]
         return files
 
     def _shard(self, plan: ArchivePlan, logits: NDArray) -> Buffers:
@@ -120,7 +120,7 @@ class ZarrLayout:
             "config": {"write_empty_chunks": True},
         }
         if labels is not None:
-            group.create_array("label", dtype="<i8", fill_value=0, **options)[:] = labels
+            group.create_array("label", dtype="<i8", fill_value=-1, **options)[:] = labels
         if keys is not None:
             group.create_array("key", dtype="str", **options)[:] = np.array(keys, dtype=object)
         with warnings.catch_warnings():
@@ -144,7 +144,7 @@ class ZarrLayout:
                 dtype=dtype,
                 chunks=(1, self.inner_rows, *shape) if sharded else block,
                 shards=block if sharded else None,
-                fill_value=0,
+                fill_value=_unwritten(dtype),
                 attributes={**CODECS.from_dict(plan.codec).attributes} if sharded else {},
                 dimension_names=("view", "position", *(("class",) if sharded else ("cell",) if shape else ())),
                 config={"write_empty_chunks": True},
@@ -214,6 +214,14 @@ def _compressor(compression: Compression, itemsize: int) -> Any:
     return Blosc(cname="lz4", clevel=BLOSC_LEVEL, shuffle=BITSHUFFLE, typesize=itemsize)
 
 
+def _unwritten(dtype: np.dtype) -> Any:
+    """What plain zarr reads where a file is missing, without an error: nothing that kdcache writes, if the dtype has such.
+
+    It is NaN for floats, and the lowest signed integer, which is no code of `i16`, no class and no sample.
+    """
+    return np.nan if dtype.kind == "f" else np.iinfo(dtype).min if dtype.kind == "i" else 0
+
+
 def _crc32c(*parts: memoryview | bytes) -> bytes:
     value = 0
     for part in parts:
@@ -221,8 +229,8 @@ def _crc32c(*parts: memoryview | bytes) -> bytes:
     return int(value).to_bytes(CRC, "little")
 
 
-def _chunk(plan: ArchivePlan, name: str, view: int, block: int) -> str:
-    _, shape = row_fields(plan)[name]
+def _chunk(plan: ArchivePlan, name: str, shape: tuple[int, ...], view: int, block: int) -> str:
+    """File of the field `name` with rows of this shape."""
     return "/".join([name, "c", str(view - plan.first_view), str(block), *("0" for _ in shape)])
 
 
@@ -237,13 +245,12 @@ class _Named(dict[str, str]):
         return self._pattern.format(name)
 
 
-class ZarrReader:
+class ZarrReader(OpeningReader):
     """Reads shards without zarr: raw ones through memory maps, compressed ones chunk by chunk."""
 
     def __init__(self, plan: ArchivePlan, store: Store, arrangement: ZarrLayout) -> None:
         self._plan, self._store, self._layout = plan, store, arrangement
         self._fields = row_fields(plan)
-        self._shard = lru_cache(maxsize=512)(self._open)
         inner = arrangement.inner_rows
         if inner < 1 or plan.shard_rows % inner:
             raise IntegrityError(
@@ -253,18 +260,12 @@ class ZarrReader:
             )
 
     def files(self, view: int, block: int) -> list[str]:
-        return [_chunk(self._plan, name, view, block) for name in self._fields]
+        return [_chunk(self._plan, name, shape, view, block) for name, (_, shape) in self._fields.items()]
 
-    def gather(self, field: str, view: int, block: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        return self._shard(field, view, block).gather(rows)
-
-    def pieces(self, field: str, view: int, block: int, rows: slice) -> Iterator[NDArray]:
-        return self._shard(field, view, block).pieces(rows)
-
-    def _open(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
+    def rows(self, field: str, view: int, block: int) -> "MappedRows | _CompressedRows":
         plan, inner = self._plan, self._layout.inner_rows
-        name = _chunk(plan, field, view, block)
         dtype, shape = self._fields[field]
+        name = _chunk(plan, field, shape, view, block)
         row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         rows = plan.block_rows(block)
         if field != "logits":
@@ -356,8 +357,12 @@ class _CompressedRows:
         row: tuple[np.dtype, tuple[int, ...]],
         arrangement: ZarrLayout,
     ) -> None:
-        self._name, self._data, self._index, self._layout = name, data, index, arrangement
+        self.name, self._data, self._index, self._layout = name, data, index, arrangement
         self._dtype, self._shape = row
+
+    def checksums(self) -> list[NDArray[np.uint32]]:
+        ends = self._index.sum(axis=1)  # which hold each chunk's checksum
+        return [self._data[ends[:, None] + np.arange(-CRC, 0)].view("<u4")[:, 0]]
 
     def pieces(self, rows: slice) -> Iterator[NDArray]:
         size = self._layout.inner_rows
@@ -383,7 +388,7 @@ class _CompressedRows:
             offset, length = self._index[chunk]
             data = self._data[offset : offset + length]
             if crc32c(data[:-CRC].data) != int.from_bytes(data[-CRC:].tobytes(), "little"):
-                raise damaged(self._name, f"chunk {chunk} has another crc32c than is stored beside it")
+                raise damaged(self.name, f"chunk {chunk} has another crc32c than is stored beside it")
             self._decompress(data[:-CRC].tobytes(), place, chunk)
         return out
 
@@ -401,7 +406,7 @@ class _CompressedRows:
                 if not done.finished or done.n_processed != out.size:  # else part of `out` is uninitialised memory
                     raise ValueError
         except Exception as error:  # libraries have many errors for damaged bytes
-            raise damaged(self._name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
+            raise damaged(self.name, f"chunk {chunk} cannot be decompressed ({type(error).__name__})") from None
 
 
 def _require_blosc(data: bytes, out: NDArray) -> None:

@@ -34,7 +34,7 @@ from kdcache.archive.format.manifest import FileRecord
 from kdcache.archive.format.store import inner_name, sha256_of
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
 from kdcache.system.attempts import ending
-from kdcache.system.files import translated_os_errors, unique
+from kdcache.system.files import set_aside, translated_os_errors, unique
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import Notice
@@ -159,7 +159,7 @@ class Cache:
             raise UsageError(
                 f"{folder} is a link",
                 why="folders of the cache for fetched files are folders, or others could have them written anywhere",
-                fix=f"find out who made it, and take it away: rm {shlex.quote(str(folder))}; or set KDCACHE_CACHE=FOLDER",
+                fix=f"find out who made it, and set it aside: {set_aside(folder)}; or set KDCACHE_CACHE=FOLDER",
             )
 
     @contextmanager

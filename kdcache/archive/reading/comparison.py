@@ -15,6 +15,7 @@ from kdcache.archive.format.rows import Rows
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.reading.statistics import PAPER_TAUS, spread
 from kdcache.codecs import CODECS
+from kdcache.datasets.classes import first_differing_class
 from kdcache.stats import log_softmax
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
@@ -281,12 +282,10 @@ def _component(stored: Mapping[str, Any]) -> str:
 
 
 def _classes(a: Sequence[str], b: Sequence[str]) -> Fact:
-    if tuple(a) == tuple(b):
+    if (first := first_differing_class(a, b)) is None:
         return Fact("classes", str(len(a)), str(len(b)), True, "other rows")
-    first = next((number for number, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    note = "the same names in another order" if sorted(a) == sorted(b) else "other names"
-    x, y = (f"{len(names)}, number {first} is {names[first] if first < len(names) else 'none'}" for names in (a, b))
-    return Fact("classes", x, y, False, "other rows", note)
+    x, y = (f"{len(names)}, number {first.number} is {name or 'none'}" for names, name in ((a, first.a), (b, first.b)))
+    return Fact("classes", x, y, False, "other rows", first.kind)
 
 
 def _differing_fields(a: ViewPolicy | None, b: ViewPolicy | None) -> Iterator[tuple[str, object, object]]:

@@ -90,6 +90,10 @@ class Ensemble:
         """Label of every sample, int64 `[N]`; None if the first archive has no labels."""
         return self.members[0].labels()
 
+    def keys(self) -> list[str] | None:
+        """Key of every sample, `[N]`; None if the first archive has no keys."""
+        return self.members[0].keys()
+
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions` of `view`: `logits` `[n, C]`, or `[n, K, C]`; the first member's other fields.
 

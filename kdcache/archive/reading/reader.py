@@ -1,6 +1,5 @@
 """Archives: opening one, and reading its rows. This needs NumPy and no deep-learning framework."""
 
-import io
 import json
 import os
 import shlex
@@ -12,29 +11,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from kdcache.archive.format.manifest import (
     MANIFEST_LIMIT,
     MANIFEST_NAME,
     PULL,
-    TABLE_LIMIT,
     WORK,
     FileRecord,
     Manifest,
     ShardRecord,
     archive_digest,
-    first_error,
     load_manifest,
 )
 from kdcache.archive.format.rows import Rows, count_of
-from kdcache.archive.format.store import LocalStore, Store, sha256
+from kdcache.archive.format.store import LocalStore, Store
 from kdcache.archive.layouts import LAYOUTS, row_fields
+from kdcache.archive.reading.binding import BoundReader
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.archive.reading.statistics import MAX_ROWS, spread_logits
+from kdcache.archive.reading.table import ShardTable
 from kdcache.archive.reading.verification import Level, Verification, Verifier
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, is_url, open_remote
 
@@ -103,11 +102,10 @@ def _has_begun(store: CachedStore) -> bool:
 
 def _manifest_fix(store: LocalStore) -> str:
     """The advice for a damaged manifest."""
-    folder, manifest = (shlex.quote(str(part)) for part in (store.root, store.path(MANIFEST_NAME)))
     if store.exists(f"{WORK}/plan.json"):  # the dump's records are there, so it can write the manifest again
-        return f"restore it from a copy, or write it anew: rm {manifest} && kdcache finalize {folder}"
-    aside = shlex.quote(f"{store.root}.damaged")
-    return f"restore it from a copy; or get the archive anew, after setting this one aside: mv {folder} {aside}"
+        anew = f"{set_aside(store.path(MANIFEST_NAME))} && kdcache finalize {shlex.quote(str(store.root))}"
+        return f"restore it from a copy, or write it anew: {anew}"
+    return f"restore it from a copy; or get the archive anew, after setting this one aside: {set_aside(store.root)}"
 
 
 def _resume_command(store: LocalStore) -> str:
@@ -153,7 +151,11 @@ class Archive:
                 why="this installation does not know it",
                 fix="upgrade kdcache, or install the plugin",
             ) from None
-        self.reader = arrangement.open(manifest, store)
+        self._table = ShardTable(manifest, store)
+        if isinstance(store, LocalStore):  # else where the table is fetched
+            self._table.require_seal()
+        reader = arrangement.open(manifest, store)
+        self.reader = BoundReader(reader, manifest, store.name, self._shard, self.shards)
         self._types = row_fields(manifest)
         self._files_checked = False
         self._position_of = lru_cache(maxsize=4)(self._positions)
@@ -220,31 +222,29 @@ class Archive:
 
     def shards(self) -> Iterator[ShardRecord]:
         """The table of shards, checked against the manifest's sha256."""
-        table = self.manifest.shards
         try:
-            data = self.store.read(table.path, limit=min(table.bytes, TABLE_LIMIT))
+            return self._table.records()
         except IntegrityError:
-            if (grown := self.grown()) is None:
+            if (grown := self._same_grown()) is None:
                 raise
-            mine = [shard for shard in grown.shards() if shard.view in self.views]
-            if archive_digest(self.manifest, mine) != self.manifest.digest:
-                raise
-            return iter(mine)
-        if sha256(data) != table.sha256:
-            raise IntegrityError(
-                f"{table.path}: sha256 is {sha256(data)[:12]}..., the manifest says {table.sha256[:12]}...",
-                why="the table of shards was changed after the archive was finished",
-                fix="restore it from a copy of the archive",
-            )
+            return iter([shard for shard in grown.shards() if shard.view in self.views])
+
+    def _same_grown(self) -> "Archive | None":
+        """The archive with the views that were appended since it was opened, if its own shards are among those; else None."""
+        if (grown := self.grown()) is None:
+            return None
+        mine = (shard for shard in grown.shards() if shard.view in self.views)
+        return grown if archive_digest(self.manifest, mine) == self.manifest.digest else None
+
+    def _shard(self, view: int, block: int) -> ShardRecord:
+        """The record of one shard."""
         try:
-            return iter([ShardRecord.model_validate_json(line) for line in io.BytesIO(data)])
-        except ValidationError as error:
-            field, wrong, why = first_error(error)
-            raise IntegrityError(
-                f"{table.path}: {why} ({field} = {wrong!r})",
-                why="the table of shards was not written by kdcache",
-                fix="do not use this archive; get it again from whoever made it",
-            ) from None
+            return self._table.record(view, block)
+        except IntegrityError:
+            if (grown := self._same_grown()) is None:
+                raise
+            self._table = grown._table
+            return self._table.record(view, block)
 
     def read(self, view: int, start: int, stop: int) -> Rows:
         """Rows at positions `start` to `stop` (exclusive) of `view`, which are read at first use."""
@@ -426,5 +426,5 @@ class Archive:
         return sum(f.bytes for f in self.manifest.files) + sum(f.bytes for s in self.shards() for f in s.files)
 
     def verify(self, level: Level = "full", progress: Progress | None = None) -> Verification:
-        """Compare the files with the manifest: `quick` compares sizes, `full` also sha256 and every row."""
+        """Compare the files with the manifest: `quick` compares sizes and whose rows files hold, `full` sha256 and every row."""
         return Verifier(self, level).verify(progress or Silent())

@@ -14,6 +14,7 @@ from kdcache.archive.reading.statistics import compute_statistics
 from kdcache.archive.writing.writer import ArchiveWriter
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, UsageError
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 
 __all__ = ["derive", "derived_plan", "stored_bytes"]
@@ -52,7 +53,7 @@ def derive(
         raise UsageError(
             f"{path} holds {writer.plan.num_views} views of this archive already, not {plan.num_views}",
             why="views are never taken away",
-            fix="name another folder, or delete that one",
+            fix=f"name another folder, or set that one aside: {set_aside(Path(path))}",
         )
     total, missing = plan.num_views * plan.num_blocks, writer.missing()
     if not missing and writer.store.exists(MANIFEST_NAME):

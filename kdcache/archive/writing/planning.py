@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.reading.reader import dump_command, open_archive
 from kdcache.codecs import CODECS
+from kdcache.datasets.classes import how_classes_differ, how_samples_differ
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
+from kdcache.system.files import set_aside
 from kdcache.views.policy import PROBE_VERSION
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "new_plan",
     "recorded_plan",
     "require_same",
-    "require_same_samples",
     "samples_record",
 ]
 
@@ -98,13 +98,12 @@ def load_plan(store: LocalStore) -> ArchivePlan:
         plan = ArchivePlan.model_validate_json(store.read(PLAN, limit=MANIFEST_LIMIT))
         CODECS.from_dict(plan.codec), LAYOUTS.from_dict(plan.layout)
     except (ValidationError, KdcacheError) as error:
-        aside = f"mv {shlex.quote(str(store.root))} {shlex.quote(str(store.root) + '.damaged')}"
         raise IntegrityError(
             f"{store.path(PLAN)} is not the plan of a dump any more",
             why=str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.what,
             fix="run the dump-teacher command again: finished views are kept"
             if store.exists(MANIFEST_NAME)
-            else f"set the folder aside ({aside}) and run its dump-teacher command again",
+            else f"set the folder aside ({set_aside(store.root)}) and run its dump-teacher command again",
         ) from None
     return plan
 
@@ -121,7 +120,7 @@ def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
         raise IntegrityError(
             f"{store.path(SAMPLES)} does not hold the labels and keys of a dump any more",
             why=str(error).splitlines()[0],
-            fix=f"rm {shlex.quote(str(store.path(SAMPLES)))}; it is written anew by: {dump_command(plan.provenance)}",
+            fix=f"{set_aside(store.path(SAMPLES))}; it is written anew by: {dump_command(plan.provenance)}",
         ) from None
     return dict(samples)
 
@@ -151,15 +150,22 @@ def samples_record(plan: ArchivePlan, labels: NDArray[np.int64] | None, keys: Se
     }
 
 
-def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan) -> None:
+def require_same(store: LocalStore, earlier: ArchivePlan, plan: ArchivePlan, samples: dict[str, Any] | None) -> None:
+    """Raises IncompatibleError, naming what differs, unless `earlier` in the folder is `plan`, with `samples` where known."""
     was, now = (_normalised(archive_plan.identity) for archive_plan in (earlier, plan))
     for key in (key for key in ArchivePlan.model_fields if now.get(key) != was.get(key)):
+        if key in {"num_samples", "source"} and samples is not None:
+            _require_same_samples(store, earlier, samples)
         theirs, ours = _differing(was.get(key), now.get(key))
+        said = f"it has {json.dumps(theirs)[:160]}, this dump has {json.dumps(ours)[:160]}"
         raise IncompatibleError(
             f"{store.root} holds {'a part of another archive' if key == 'subset_of' else f'a dump with another {key}'}",
-            why=f"it has {json.dumps(theirs)[:160]}, this dump has {json.dumps(ours)[:160]}",
-            fix="write to another folder, or delete that one",
+            why=how_classes_differ(earlier.class_names, plan.class_names) if key == "class_names" else said,
+            fix=f"write to another folder, or set that one aside: {set_aside(store.root)}",
         )
+
+    if samples is not None:
+        _require_same_samples(store, earlier, samples)
 
 
 def _differing(was: Any, now: Any) -> tuple[Any, Any]:
@@ -176,7 +182,7 @@ def _normalised(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "layout": LAYOUTS.to_dict(layout), "codec": CODECS.to_dict(codec)}
 
 
-def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str, Any]) -> None:
+def _require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str, Any]) -> None:
     if store.exists(SAMPLES):
         earlier = load_samples(store, plan)
     elif store.exists(MANIFEST_NAME):
@@ -189,9 +195,17 @@ def require_same_samples(store: LocalStore, plan: ArchivePlan, samples: dict[str
         if values != earlier[name]:
             raise IncompatibleError(
                 f"{store.root} holds a dump with other {name}",
-                why=f"the {name} of its samples are not those of this dump",
-                fix="write to another folder, or delete that one",
+                why=_how_samples_differ(earlier, samples, plan.class_names)
+                or f"the {name} of its samples are not those of this dump",
+                fix=f"write to another folder, or set that one aside: {set_aside(store.root)}",
             )
+
+
+def _how_samples_differ(was: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> str:
+    """Which samples changed; empty where one of the two has no keys or labels."""
+    if None in (was["keys"], was["labels"], now["keys"], now["labels"]):
+        return ""
+    return how_samples_differ((was["keys"], was["labels"]), (now["keys"], now["labels"]), names)
 
 
 def _shard_rows(wanted: int | None, row_bytes: int, num_samples: int) -> int:

@@ -15,6 +15,7 @@ from kdcache.archive.reading.reader import Archive
 from kdcache.archive.writing.planning import PLAN
 from kdcache.archive.writing.writer import ArchiveWriter
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.system.files import set_aside
 
 __all__ = ["write_archive"]
 
@@ -42,7 +43,7 @@ def write_archive(
         raise UsageError(
             f"{path} already holds an archive",
             why="these logits cannot be compared with those that made it",
-            fix="write to another folder, or delete that one",
+            fix=f"write to another folder, or set that one aside: {set_aside(Path(path))}",
         )
     if sample is not None and np.shape(sample) != logits.shape[:2]:
         raise UsageError(

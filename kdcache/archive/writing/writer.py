@@ -10,6 +10,7 @@ Who begins, extends or finishes a dump holds the archive's lock meanwhile; who w
 import itertools
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,10 +37,12 @@ from kdcache.archive.format.manifest import (
     Statistics,
     TeacherCard,
     archive_digest,
+    sealed,
 )
 from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import LAYOUTS, Buffers, ShardReader, row_fields, rows_digest
 from kdcache.archive.layouts.fields import PROBE_BYTES
+from kdcache.archive.reading.binding import BoundReader, shard_checksums
 from kdcache.archive.reading.reader import Archive, dump_command, open_archive
 from kdcache.archive.reading.statistics import compute_statistics
 from kdcache.archive.writing.card import card_files
@@ -53,23 +56,22 @@ from kdcache.archive.writing.planning import (
     new_plan,
     recorded_plan,
     require_same,
-    require_same_samples,
     samples_record,
 )
+from kdcache.archive.writing.sweeping import LOCK, alone, sweep_finished
 from kdcache.codecs import CODECS, UnstorableError
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
 from kdcache.system.energy import Spent
-from kdcache.system.files import sweep_temporaries, translated_os_errors
-from kdcache.system.locks import NoLocksError, locked, locked_if_possible
+from kdcache.system.files import translated_os_errors
+from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
 
-__all__ = ["ArchiveWriter", "sweep"]
+__all__ = ["ArchiveWriter"]
 
 SIDECARS = f"{WORK}/shards"
 COSTS = f"{WORK}/costs"  # a file for each shard, which is replaced where the shard is written again
-LOCK = ".lock"  # not in WORK, which is deleted under it
 HASHERS = 2  # threads
 
 
@@ -158,7 +160,7 @@ class ArchiveWriter:
         self._device: str | None = None
         self._done: dict[tuple[int, int], ShardRecord] = {}
         covered = store.exists(MANIFEST_NAME) and open_archive(store.root).num_views >= plan.num_views
-        with nullcontext() if covered else _alone(store):  # a finished archive may well be read-only
+        with nullcontext() if covered else alone(store):  # a finished archive may well be read-only
             self._begin(plan, samples)
 
     def _begin(self, plan: ArchivePlan, samples: dict[str, Any] | None) -> None:
@@ -167,9 +169,7 @@ class ArchiveWriter:
         if store.exists(MANIFEST_NAME):
             self._done = {(shard.view, shard.block): shard for shard in open_archive(store.root).shards()}
         if (earlier := recorded_plan(store.root)) is not None:
-            require_same(store, earlier, plan)
-            if samples is not None:
-                require_same_samples(store, earlier, samples)
+            require_same(store, earlier, plan, samples)
             views, begun = max(plan.num_views, earlier.num_views), begun_plan(store)
             if begun is not None and views > earlier.num_views:  # another process appends, perhaps more of them
                 views = max(views, begun.num_views)
@@ -331,6 +331,7 @@ class ArchiveWriter:
                 rows=self.plan.block_rows(block),
                 rows_digest=digest.result(),
                 files=tuple(sorted((found.result() for found in records), key=lambda found: found.path)),
+                checksums=shard_checksums(self._layout.open(self.plan, self.store), self.plan, view, block),
             )
         if self._lap is not None:  # before the shard counts as finished, since then another process may finish the archive
             cost = DumpCost(record.rows, self._lap())
@@ -368,7 +369,7 @@ class ArchiveWriter:
         store = self.store
         if (done := self._finished()) and not store.path(WORK).is_dir() and not store.exists(LOCK):
             return done  # by another process, to the end
-        with _alone(store):  # processes that share a dump may all come here last; one of them does it
+        with alone(store):  # processes that share a dump may all come here last; one of them does it
             try:
                 archive = self._finished() or self._finalize(progress or Silent(), statistics)
             except (IntegrityError, OSError):
@@ -376,8 +377,13 @@ class ArchiveWriter:
                 if (done := self._finished()) is None:
                     raise
                 archive = done
-            _sweep(store, archive)
+            sweep_finished(store, archive)
         return archive
+
+    def _write_again(self, shards: Sequence[tuple[int, int]]) -> str:
+        """The advice for an archive that cannot be finished, as files of these shards are not what was written."""
+        records = " ".join(shlex.quote(str(self.store.path(_sidecar(*shard)))) for shard in shards)
+        return f"have them written again: rm {records}, and {dump_command(self.plan.provenance)}"
 
     def _finished(self) -> Archive | None:
         """The archive, if it is there with all views that are planned."""
@@ -396,7 +402,14 @@ class ArchiveWriter:
         shards = [self._done[shard] for shard in self.shards()]
         samples = load_samples(self.store, self.plan)
         labels = None if samples["labels"] is None else np.array(samples["labels"], np.int64)
-        reader = self._layout.open(self.plan, self.store)
+        reader = BoundReader(
+            self._layout.open(self.plan, self.store),
+            self.plan,
+            self.store.name,
+            lambda view, block: self._done[view, block],
+            self._done.values,
+            self._write_again,
+        )
         _require_every_sample_once(self.plan, reader)
         if statistics is None:
             statistics = compute_statistics(self.plan, reader, labels, progress)
@@ -426,45 +439,8 @@ class ArchiveWriter:
         for name, data in closing.items():
             self.store.write(name, data)
         manifest = draft.model_copy(update={"files": records})
-        self.store.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        self.store.write(MANIFEST_NAME, sealed(manifest))
         return open_archive(self.store.root)
-
-
-def sweep(path: str | os.PathLike[str]) -> None:
-    """Delete what a killed writer has left behind in a finished archive; nothing while views are appended to it."""
-    store = LocalStore(path)
-    if store.path(WORK).is_dir() or store.exists(LOCK):
-        with _alone(store):
-            _sweep(store, open_archive(path))
-
-
-def _sweep(store: LocalStore, archive: Archive) -> None:
-    begun = begun_plan(store)
-    if begun is not None and begun.num_views > archive.num_views:
-        return
-    for old in store.root.glob("shards-*.jsonl"):
-        if old.name != archive.manifest.shards.path:
-            old.unlink(missing_ok=True)
-    sweep_temporaries(store.root)
-    shutil.rmtree(store.path(WORK), ignore_errors=True)
-
-
-@contextmanager
-def _alone(store: LocalStore) -> Iterator[None]:
-    """Be the only process that begins, extends or finishes an archive.
-
-    Where there are no locks, all go on at once: processes of one dump write the same bytes, each file whole.
-    """
-    path = store.path(LOCK)
-    with ExitStack() as held:
-        with translated_os_errors(path):
-            store.root.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked_if_possible(path))
-        try:
-            yield
-        finally:
-            if not store.path(WORK).is_dir():  # nothing is being written any more
-                path.unlink(missing_ok=True)
 
 
 def _require_every_sample_once(plan: ArchivePlan, reader: ShardReader) -> None:
@@ -477,7 +453,7 @@ def _require_every_sample_once(plan: ArchivePlan, reader: ShardReader) -> None:
             raise UsageError(
                 f"view {view} does not hold sample {int(np.argmin(present))}",
                 why="every view holds every sample once, in any order; this one holds others twice",
-                fix="delete the archive, and pass which sample sits at each position of the whole view",
+                fix="write to another folder, and pass which sample sits at each position of the whole view",
             )
 
 

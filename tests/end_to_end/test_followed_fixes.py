@@ -1,0 +1,110 @@
+"""Damage of every file that a command reads back: the fix of the error is followed to the letter, and the command ends well."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kdcache.cli import run
+from tests.end_to_end.conftest import FEW
+from tests.end_to_end.test_distill import only
+
+STUDENT = ["distill", "--tau", "4", *FEW, "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(few_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a teacher, its archive and a student of it; only to be copied."""
+    home = tmp_path_factory.mktemp("finished") / "home"
+    shutil.copytree(few_trained, home)
+    assert run([*STUDENT, "--home", str(home)]) == 0
+    return home
+
+
+Command = Callable[[Path, list[str]], list[str]]  # from the workspace, and the options that name teacher and dataset
+
+
+def distil(home: Path, teacher: list[str]) -> list[str]:
+    return STUDENT
+
+
+def dump(home: Path, teacher: list[str]) -> list[str]:
+    return ["dump-teacher", *teacher, "--views", "3"]
+
+
+def train(home: Path, teacher: list[str]) -> list[str]:
+    return ["train-teacher", *teacher, "--from-scratch", "--epochs", "1"]
+
+
+def report(home: Path, teacher: list[str]) -> list[str]:
+    return ["report", str(home / "runs"), "--output", str(home / "report")]
+
+
+def export(home: Path, teacher: list[str]) -> list[str]:
+    terms = ["--license", "data=cc-by-4.0,weights=mit"]
+    return ["export", str(only(home, "runs/*/*/")), "--output", str(home / "exported"), *terms]
+
+
+# What is read back: the file, the command that meets the damage, and those to repeat where the fix says so.
+DAMAGED: dict[str, tuple[str, Command, list[Command]]] = {
+    "a run's settings": ("runs/*/*/args.yaml", report, [distil]),
+    "a run's summary": ("runs/*/*/summary.json", report, [distil]),
+    "a run's figures": ("runs/*/*/metrics.jsonl", report, [distil]),
+    "an exported run's model": ("runs/*/*/config.json", export, [distil]),
+    "a teacher's record": ("teachers/*/teacher.json", train, []),
+    "a canvas's record": ("data/*/canvas.json", distil, []),
+    "a canvas's pixels": ("data/*/pixels.npy", distil, []),
+    "a manifest": ("archives/*/kdcache.json", distil, [dump]),
+}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def follow(fix: str) -> None:
+    """Run the part of a fix that moves files."""
+    command = re.search(r"\bmv .*?(?=$|; )", fix)
+    assert command, fix
+    subprocess.run(command[0], shell=True, check=True)
+
+
+def test_an_export_makes_a_model_card_anew_that_says_too_little(finished: Path, tmp_path: Path, kdcache) -> None:
+    home = tmp_path / "my home"
+    shutil.copytree(finished, home)
+    only(home, "runs/*/*/config.json").write_text("{}")
+    damaged = kdcache(*export(home, []))
+    assert damaged.status == 4
+    follow(damaged.err.rpartition("fix: ")[2].strip())
+    assert kdcache(*export(home, [])).status == 0
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_set_aside_and_made_anew(
+    name: str, finished: Path, few_trained: Path, tmp_path: Path, kdcache
+) -> None:
+    pattern, meets, makes = DAMAGED[name]
+    home, source = tmp_path / "my home", few_trained.parent / "digits"
+    shutil.copytree(finished, home)
+    teacher = ["--teacher", "test_vit", "--dataset", f"arrays:{source}", "--canvas", "32", "--policy", "digits"]
+    files = sorted(home.glob(pattern))
+    assert files
+    for file in files:
+        cut(file)
+    command = [*meets(home, teacher), "--home", str(home)] if meets not in {report, export} else meets(home, teacher)
+    while (result := kdcache(*command)).status == 4:  # of several damaged files, a command names one at a time
+        assert "Traceback" not in result.err
+        before = len(list(home.rglob("*.aside")))
+        follow(result.err.rpartition("fix: ")[2].strip())
+        assert len(list(home.rglob("*.aside"))) == before + 1, "nothing may be lost"
+        for make in makes:
+            made = kdcache(*make(home, teacher), "--home", home)
+            assert made.status == 0, made.err
+    assert result.status == 0, result.err
+    assert list(home.rglob("*.aside"))
+    listed = kdcache("ls", "--home", home)
+    assert listed.status == 0
+    assert "   damaged" not in listed.out
