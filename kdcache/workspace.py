@@ -17,7 +17,7 @@ from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
-from kdcache.system.files import is_set_aside, set_aside
+from kdcache.system.files import is_set_aside, local_path, set_aside
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
 from kdcache.system.seals import SEAL, unsealed
@@ -152,8 +152,9 @@ class Workspace:
     def __init__(
         self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False, allow_large: bool = False
     ) -> None:
-        object.__setattr__(self, "home", Path(home))
-        object.__setattr__(self, "data_dir", None if data_dir is None else Path(data_dir))
+        here = "name a folder of this machine; an archive goes elsewhere by: kdcache push ARCHIVE DESTINATION"
+        object.__setattr__(self, "home", local_path(home, "--home", elsewhere=here))
+        object.__setattr__(self, "data_dir", None if data_dir is None else local_path(data_dir, "--data-dir"))
         object.__setattr__(self, "skip_corrupt", skip_corrupt)
         object.__setattr__(self, "allow_large", allow_large)
 

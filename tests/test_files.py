@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ import filelock
 import numpy as np
 import pytest
 
-from kdcache.archive import Archive, open_archive
+from kdcache.archive import Archive, open_archive, write_archive
 from kdcache.archive.format.manifest import FileRecord
 from kdcache.archive.format.store import sha256
 from kdcache.archive.reading.cache import ABANDONED, Cache
+from kdcache.cli import run
 from kdcache.datasets.canvas import load_canvas, require_intact
 from kdcache.datasets.folder import Folder
 from kdcache.errors import RetryError
 from kdcache.sharing.push_pull import pull
-from kdcache.system.files import create_atomically, sweep_temporaries, write_atomically
+from kdcache.system.files import create_atomically, sweep_temporaries, translated_os_errors, write_atomically, write_changed
 from kdcache.system.locks import NoLocksError, locked, locked_by_family
+from kdcache.system.refusals import NOT_ALLOWED, refusal
 from kdcache.training.checkpoint import LOCK, own_folder
 from tests.archives import files, finish, writer
 from tests.test_writing import at_once
@@ -278,3 +280,93 @@ def test_a_pull_without_locks_is_compared_with_its_digests_even_if_nobody_asked(
     pull(open_archive(archive.path), tmp_path / "b", verify=False)
     assert "full" in levels, "two processes may have written into the same beginnings of files"
     assert files(tmp_path / "b") == files(tmp_path / "a")
+
+
+# ---------------------------------------------------------------- what the system refuses
+
+REMEDIES = {
+    errno.ENOSPC: "df -h",
+    errno.EDQUOT: "quota",
+    errno.EFBIG: "ulimit -f",
+    errno.EMFILE: "ulimit -n",
+    errno.ENFILE: "fs.file-max",
+    errno.ENOLCK: "file locks",
+    524: "file locks",
+    errno.EIO: "dmesg",
+    errno.EACCES: "permissions",
+    errno.EROFS: "read-only",
+    errno.ENAMETOOLONG: "shorter path",
+    errno.ELOOP: "link",
+    errno.ESTALE: "mount",
+    errno.EAGAIN: "ulimit -u",
+    errno.ECONNRESET: "network",
+    errno.EXDEV: "mend the cause",
+}
+
+
+@pytest.mark.parametrize("number", REMEDIES, ids=lambda number: errno.errorcode.get(number, str(number)))
+def test_every_error_of_the_system_names_its_file_and_what_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    path = tmp_path / "archive"
+    write_archive(path, np.zeros((1, 3, 4), np.float32), ["a", "b", "c", "d"])
+
+    def refuse(self: Path, *arguments: object) -> bytes:
+        raise OSError(number, os.strerror(number))  # as those of an open file, which name none
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert run(["info", str(path)]) in {4, 75}
+    what, _, fix = capsys.readouterr().err.splitlines()
+    assert str(path) in what
+    monkeypatch.undo()
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises((RetryError, OSError)) as caught:
+        write_atomically(tmp_path / "new", b"data")
+    error = caught.value if isinstance(caught.value, RetryError) else refusal(caught.value)
+    assert str(tmp_path / "new") in error.what
+    if number not in NOT_ALLOWED:
+        assert REMEDIES[number] in error.fix
+    assert number == errno.ENOSPC or "df -h" not in error.fix + fix
+    assert names(tmp_path) == ["archive"], "no temporary file is left"
+
+
+def test_a_disk_without_inodes_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.statvfs_result((4096, 4096, 10**6, 10**5, 10**5, 1000, 0, 0, 0, 255))  # bytes are left, and no inode
+    monkeypatch.setattr(os, "statvfs", lambda place: full)
+    with pytest.raises(RetryError) as caught, translated_os_errors(tmp_path / "not/there"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "df -i" in caught.value.fix
+    assert "df -h" not in caught.value.fix
+
+
+def test_too_few_descriptors_are_told_as_such(
+    tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    code = """
+import os, resource, sys
+from kdcache.system.files import write_atomically
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+try:
+    write_atomically(Path(sys.argv[1]) / "file", b"data")
+except Exception as error:
+    print(error)
+"""
+    said = run_python(code, tmp_path).stdout
+    assert f"error: {tmp_path / 'file'} cannot be written" in said
+    assert "ulimit -n" in said
+
+
+def test_files_that_have_these_bytes_stay_as_they_are(tmp_path: Path) -> None:
+    write_changed(tmp_path / "file", b"data")
+    os.utime(tmp_path / "file", (1, 1))
+    write_changed(tmp_path / "file", b"data")
+    assert (tmp_path / "file").stat().st_mtime == 1
+    write_changed(tmp_path / "file", b"more")
+    assert (tmp_path / "file").read_bytes() == b"more"

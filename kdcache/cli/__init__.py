@@ -4,13 +4,13 @@ import errno
 import os
 import select
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from kdcache.errors import KdcacheError, NotFoundError, RetryError, UsageError
+from kdcache.system.interrupts import obey_like_ctrl_c
 
 __all__ = ["main", "run"]
 
@@ -19,8 +19,7 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `kdcache`: runs a command and exits with its documented status."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # what ends jobs on clusters is an interruption like Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    obey_like_ctrl_c()  # what ends jobs on clusters is an interruption
     warnings.formatwarning = _shown(warnings.formatwarning)
     status = run(sys.argv[1:] if argv is None else argv)
     if _unread():

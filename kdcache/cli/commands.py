@@ -6,6 +6,7 @@ modules of commands name classes of options in quotes, and `DECLARED` says where
 
 import importlib
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -125,7 +126,12 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
         else:
             flags.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
 
+    from kdcache.options import flag_of
+
     def call(_context: typer.Context, **values: Any) -> None:
+        arguments = {param.name for param in _context.command.params if param.param_type_name == "argument"}
+        titles = {key: key.upper() if key in arguments else flag_of(key) for key in values}
+        values = {key: value if key == "config" else _at_home(titles[key], value) for key, value in values.items()}
         for name, kind in classes.items():
             named = {key: values.pop(key) for key in kind.declared()}
             given = {key: value for key, value in named.items() if _is_given(_context, key) and value is not None}
@@ -136,6 +142,17 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
     call.__annotations__ = {flag.name: flag.annotation for flag in flags}
     return call
+
+
+def _at_home(title: str, value: Any) -> Any:
+    """A value in which `~` is a home folder, as shells have it in words of their own but not in `--home=~/w` or in variables."""
+    from kdcache.system.files import local_path
+
+    if isinstance(value, list):
+        return [_at_home(title, each) for each in value]
+    if isinstance(value, Path):
+        return local_path(value, title)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value  # noqa: PTH111
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

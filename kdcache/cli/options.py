@@ -32,8 +32,10 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
         return None
     import yaml
 
+    from kdcache.system.files import local_path
     from kdcache.training.config import under_present_names
 
+    file = local_path(file, "--config", elsewhere="name a file of this machine")
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -129,7 +131,7 @@ def find_archive(place: str) -> Any:
 
     if not place:
         raise UsageError("an archive without a name", why="the argument is empty", fix="list the archives with: kdcache ls")
-    named = Path(os.environ.get("KDCACHE_HOME") or ".") / "archives" / place
+    named = Path(os.environ.get("KDCACHE_HOME") or ".").expanduser() / "archives" / place
     return open_archive(named if not is_url(place) and not Path(place).exists() and named.is_dir() else place)
 
 

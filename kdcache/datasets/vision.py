@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import re
+import shlex
 import shutil
 import sys
 import urllib.error
@@ -320,7 +321,7 @@ class Torch(UsersOwn):
             raise NotFoundError(
                 f"dataset {self.title} is not in {place} yet",
                 why=f"nothing is fetched by this command ({why})",
-                fix=f"kdcache datasets --fetch {DATASETS.spec(self)}",
+                fix=f"kdcache datasets --fetch {shlex.quote(DATASETS.spec(self))}",
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked_if_possible(

@@ -21,6 +21,7 @@ from kdcache.datasets.canvas import Canvas
 from kdcache.errors import KdcacheError, RetryError, UsageError, unknown_name
 from kdcache.replay.chunks import Resident, render_chunks, seconds_on_gpu
 from kdcache.replay.rendered import DrawTables, Item, Rendered
+from kdcache.system.interrupts import ENDING
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.workers import require_workers, starting_workers
 from kdcache.views.policy import PROBE_VERSION, RendererChoice, ViewPolicy
@@ -96,7 +97,7 @@ def render_batches(
 
 def _outlive_signals(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM in a worker: they often go to the whole job, and the main process ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *ENDING):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from kdcache.errors import RetryError
+from kdcache.errors import RetryError, UsageError
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.refusals import NO_ROOM, NOT_ALLOWED, named, remedy
 
@@ -22,6 +22,7 @@ __all__ = [
     "create_atomically",
     "is_set_aside",
     "is_temporary",
+    "local_path",
     "set_aside",
     "sweep_temporaries",
     "tidying",
@@ -109,6 +110,15 @@ def write_changed(file: Path, data: bytes) -> None:
     except OSError:  # which writing tells, if it stands in its way too
         pass
     write_atomically(file, data)
+
+
+def local_path(place: str | os.PathLike[str], what: str, *, elsewhere: str = "name a folder of this machine") -> Path:
+    """`place` with `~` as shells have it. UsageError for a URL, whose name a folder here would get; `what` says whose it is."""
+    text = os.path.expanduser(os.fspath(place))  # noqa: PTH111  # Path's raises for users that there are not
+    if re.match(r"[A-Za-z][\w.+-]+:/", text):
+        address = re.sub(":/+", "://", text, count=1)  # which a Path has made shorter
+        raise UsageError(f"{what} {address}", why="it is an address, and a place on this machine is needed", fix=elsewhere)
+    return Path(text)
 
 
 def unique() -> str:

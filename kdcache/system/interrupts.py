@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, deferred until a step is complete."""
+"""Ctrl-C and SIGTERM, deferred until a step is complete; and SIGUSR1 and SIGHUP, which clusters and lost terminals send."""
 
 import signal
 import threading
@@ -8,16 +8,27 @@ from typing import Any
 
 from kdcache.errors import RetryError
 
-__all__ = ["Stopped", "stopped_between_steps"]
+__all__ = ["ENDING", "Stopped", "obey_like_ctrl_c", "stopped_between_steps"]
+
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # beside Ctrl-C
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised between two steps, when nothing is half done."""
+    """Ctrl-C, SIGTERM or the like, raised between two steps, when nothing is half done."""
+
+
+def obey_like_ctrl_c() -> None:
+    """From now on, what ends a program interrupts it as Ctrl-C does; signals that are ignored or handled otherwise stay so."""
+    for number in ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def stopped_between_steps() -> Iterator[Callable[[], None]]:
-    """Defer Ctrl-C and SIGTERM. Yields a function that raises Stopped if one arrived; call it after every step.
+    """Defer Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP. Yields a function that raises Stopped if one arrived; call it after every step.
+
+    Handlers that others have set for the last two stay.
 
     A second signal interrupts at once. Python runs signal handlers only in its main thread; in others nothing is deferred.
     """
@@ -38,8 +49,11 @@ def stopped_between_steps() -> Iterator[Callable[[], None]]:
             raise Stopped
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # signals that a shell or `nohup` ignores stay ignored
+        for number in (signal.SIGINT, *ENDING):
+            present = signal.getsignal(number)
+            if present in (signal.SIG_IGN, None):  # signals that a shell or `nohup` ignores stay ignored
+                continue
+            if number in {signal.SIGINT, signal.SIGTERM} or present in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, note)
     try:
         yield check

@@ -38,7 +38,7 @@ from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.room import free_bytes, sizes
 from kdcache.teachers import as_is
-from kdcache.teachers.config import DumpConfig, TeacherConfig, usual_dump
+from kdcache.teachers.config import DumpConfig, TeacherAndData, TeacherConfig, usual_dump
 from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.teachers.noise import measured_noise
 from kdcache.teachers.plans import DumpPlan, begun_once, folder_of, going_on, squashed_before
@@ -163,13 +163,16 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
     teacher, names = teacher_at(config.teacher_folder), plan.canvas.card.class_names
     if difference := how_classes_differ(teacher.record["class_names"], names):
         subject = config.subject
-        command = shlex.join(["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset])
         raise IncompatibleError(
             f"teacher {config.teacher_folder} has other classes than dataset {subject.dataset}",
             why=difference,
-            fix=f"train one on this dataset: {command}",
+            fix=f"train one on this dataset: {_training(subject)}",
         )
     return teacher
+
+
+def _training(subject: TeacherAndData) -> str:
+    return shlex.join(["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset])
 
 
 def _epochs(config: DumpConfig, source: Source) -> int:
@@ -339,7 +342,7 @@ def ensured_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) ->
         raise NotFoundError(
             f"no teacher {subject.teacher!r} trained on {subject.dataset} at {size} px",
             why="--no-finetune forbids training one now",
-            fix=f"kdcache train-teacher --teacher {subject.teacher} --dataset {subject.dataset} --size {size}",
+            fix=f"{_training(subject)} --size {size}",
         )
     lock = workspace.teachers / f".{dataset_label(plan.source)}--{folder_name(subject.teacher)}.lock"
     _after_the_first(lock.exists)

@@ -109,7 +109,7 @@ class LocalStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = Path(os.path.expanduser(root))  # noqa: PTH111  # Path's raises for users that there are not
 
     @property
     def name(self) -> str:

@@ -50,6 +50,7 @@ def open_archive(path: str | os.PathLike[str]) -> "Archive":
     if is_url(path):
         return _open_remote(str(path))
     store = LocalStore(path)
+    path = store.root
     if not store.exists(MANIFEST_NAME):
         if (Path(path) / WORK).is_dir():
             raise IncompleteError(
