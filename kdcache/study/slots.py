@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.study.jobs import Job
+from kdcache.system.documents import read_json
 from kdcache.system.locks import locked_by_family
 from kdcache.system.peak import gpu_memory
 
@@ -111,7 +112,7 @@ def _claims(places: Sequence[Path]) -> tuple[list[int | None], list[Path]]:
                 free.append(place)
                 continue
         try:
-            claim = json.loads(place.read_text())
+            claim = read_json(place)
         except (OSError, ValueError):  # a version without claims, which has the GPU to itself
             claim = None
         claims.append(claim if isinstance(claim, int) else None)

@@ -17,6 +17,7 @@ from kdcache.archive.layouts.base import unit_bytes_rows
 from kdcache.archive.reading.reader import dump_command, open_archive
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
+from kdcache.system.documents import parse_json
 from kdcache.views.policy import PROBE_VERSION
 
 __all__ = [
@@ -112,7 +113,7 @@ def load_plan(store: LocalStore) -> ArchivePlan:
 def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
     """The recorded labels and keys, None for either if absent. The lists are checked, as the archive may be a stranger's."""
     try:
-        samples = json.loads(store.read(SAMPLES))
+        samples = parse_json(store.read(SAMPLES))
         for name, kind in (("labels", int), ("keys", str)):
             values = samples[name]
             if values is not None and not (len(values) == plan.num_samples and all(type(value) is kind for value in values)):
