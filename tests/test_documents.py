@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from kdcache.cli import run
+from kdcache.datasets.tars import in_tar, members
 from kdcache.errors import KdcacheError
 from kdcache.models.classes import read_classes
 from kdcache.models.names import resolve
@@ -146,3 +150,59 @@ def test_records_models_and_classes_refuse_them(kind: str, tmp_path: Path) -> No
 def test_values_on_the_command_line_are_read_within_limits(value: str) -> None:
     with pytest.raises(KdcacheError):
         ViewPolicy.draft(f"pets:hflip={value}")
+
+
+# ---------------------------------------------------------------- names and outputs that are no text
+
+
+def command(*arguments: str | bytes | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "kdcache", *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, check=False
+    )
+
+
+def test_an_output_in_ascii_has_escapes_for_other_characters(tmp_path: Path) -> None:
+    name = "schön-😀"
+    for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        home = tmp_path / name
+        made = command("quickstart", "--dry-run", "--home", home, cwd=tmp_path, **environment)
+        listed = command("policy", "pets:nothing=ü", cwd=tmp_path, **environment)
+        for result in (made, listed):
+            assert result.returncode in {0, 2}, result.stderr
+            assert b"Traceback" not in result.stderr
+            assert b"bug in kdcache" not in result.stderr
+
+
+def test_a_workspace_whose_path_is_no_text_is_refused_in_one_error_and_a_link_to_it_works(tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/w\xff"
+    Path(os.fsdecode(place)).mkdir()
+    for result in (
+        command("ls", "--home", place, cwd=tmp_path),
+        command("ls", cwd=Path(os.fsdecode(place))),
+        command("ls", cwd=tmp_path, KDCACHE_HOME=os.fsdecode(place)),
+        command("info", place + b"/archive", cwd=tmp_path),
+        command("report", place, "--home", tmp_path, cwd=tmp_path),
+    ):
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 3
+        assert b"is not UTF-8 text" in result.stderr
+        assert b"ln -s" in result.stderr
+    (tmp_path / "link").symlink_to(Path(os.fsdecode(place)))
+    assert command("ls", "--home", tmp_path / "link", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["sparse", "beyond the end", "long name", "pax"])
+def test_a_tar_member_that_claims_to_be_huge_is_refused_before_memory_is_taken(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.tar"
+    info = tarfile.TarInfo("huge.png")
+    info.size = 8 << 30
+    info.type = {"long name": tarfile.GNUTYPE_LONGNAME, "pax": tarfile.XHDTYPE}.get(kind, tarfile.REGTYPE)
+    file.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    with file.open("r+b") as opened:
+        opened.truncate(4096 if kind == "beyond the end" else (8 << 30) + 2048)
+    with pytest.raises(KdcacheError) as caught:
+        for member in members(file):
+            in_tar(member)
+    assert str(file) in caught.value.what
+    assert "8,589,934,592" in str(caught.value)
+    assert ("huge.png" in str(caught.value)) == (kind in {"sparse", "beyond the end"})
