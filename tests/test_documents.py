@@ -201,8 +201,7 @@ def test_a_tar_member_that_claims_to_be_huge_is_refused_before_memory_is_taken(k
     with file.open("r+b") as opened:
         opened.truncate(4096 if kind == "beyond the end" else (8 << 30) + 2048)
     with pytest.raises(KdcacheError) as caught:
-        for member in members(file):
-            in_tar(member)
+        list(map(in_tar, members(file)))
     assert str(file) in caught.value.what
     assert "8,589,934,592" in str(caught.value)
     assert ("huge.png" in str(caught.value)) == (kind in {"sparse", "beyond the end"})
