@@ -1,7 +1,6 @@
 """The workspace: folders `archives/ teachers/ runs/ data/ reports/ exports/ studies/` below one home folder."""
 
 import errno
-import json
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -17,14 +16,16 @@ from kdcache.datasets import DATASETS, Source, Split
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
+from kdcache.system import documents
 from kdcache.system.files import is_set_aside, local_path, set_aside
 from kdcache.system.progress import Progress
 from kdcache.system.remote import is_url
-from kdcache.system.seals import SEAL, unsealed
+from kdcache.system.seals import SEAL
 
 __all__ = [
     "Workspace",
     "archive_source",
+    "damaged_record",
     "dataset_label",
     "parse_dataset",
     "read_record",
@@ -54,15 +55,11 @@ def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
 def read_record(file: Path) -> dict[str, Any]:
     """Read a JSON record that kdcache wrote. Raises IntegrityError if it is damaged."""
     try:
-        data = file.read_bytes()
-        record = json.loads(data)
-        if not isinstance(record, dict):
-            raise ValueError("it holds no mapping")
-        return unsealed(record, data)
+        return documents.read_record(file)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
             raise  # which says nothing of the record
-        raise _damaged(file, str(error).splitlines()[0]) from None
+        raise damaged_record(file, str(error).splitlines()[0]) from None
 
 
 class _TeacherRecord(BaseModel):
@@ -90,11 +87,12 @@ def read_teacher(folder: Path) -> dict[str, Any]:
         _TeacherRecord.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise damaged_record(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return record
 
 
-def _damaged(file: Path, why: str) -> IntegrityError:
+def damaged_record(file: Path, why: str) -> IntegrityError:
+    """The error for a file in the folder of a teacher or run that is not what kdcache wrote."""
     aside = f"set the folder aside and repeat the command that made it: {set_aside(file.parent)}"
     meant = f", or take its field {SEAL} out if it was changed on purpose" if "BLAKE3" in why else ""
     return IntegrityError(

@@ -1,12 +1,15 @@
 """The command line: parses, calls, prints. Modules that need torch are imported inside the commands that use them."""
 
+import codecs
 import errno
+import io
 import os
 import select
 import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kdcache.errors import KdcacheError, NotFoundError, RetryError, UsageError
@@ -29,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command line; errors become three lines on stderr and an exit status."""
+    _print_anything()
+    if (unreadable := _not_text(argv)) is not None:
+        return _report(unreadable, unreadable.exit_code)
     try:
         import typer
 
@@ -97,6 +103,36 @@ def _shown(usually: Callable[..., str]) -> Callable[..., str]:
         return f"{message}\n" if issubclass(category, Notice) else usually(message, category, *place, **line)
 
     return shown
+
+
+def _print_anything() -> None:
+    """Whatever is printed can be: characters that the output's encoding lacks are written as escapes, names as their bytes."""
+    codecs.register_error("kdcache", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="kdcache")
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError) and "\udc80" <= error.object[error.start] <= "\udcff":
+        return bytes([ord(error.object[error.start]) - 0xDC00]), error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+def _not_text(argv: list[str]) -> UsageError | None:
+    """The error for an argument, or a working directory, whose bytes are no text: records are UTF-8 and could not name it."""
+    cwd = str(Path.cwd()) if Path().is_dir() else ""
+    set_here = [(f"{name}={value!r}", value) for name, value in os.environ.items() if name.startswith("KDCACHE_")]
+    arguments = [(f"argument {argument!r}", argument) for argument in argv]
+    for what, text in (*arguments, *set_here, (f"the working directory {cwd!r}", cwd)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return UsageError(
+                f"{what} is not UTF-8 text",
+                why=f"file names are {sys.getfilesystemencoding()} here, and records of what is made hold paths as UTF-8",
+                fix="set PYTHONUTF8=1; or, where the bytes are of another encoding, rename the folder, or name it through a "
+                "link: ln -s",
+            )
+    return None
 
 
 def _unread() -> bool:

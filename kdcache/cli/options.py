@@ -30,19 +30,18 @@ def _load_config(context: typer.Context, file: Path | None) -> Path | None:
     """Take option values from a YAML mapping; flags and environment variables still win."""
     if file is None:
         return None
-    import yaml
-
+    from kdcache.system.documents import DocumentError, read_yaml
     from kdcache.system.files import local_path
     from kdcache.training.config import under_present_names
 
     file = local_path(file, "--config", elsewhere="name a file of this machine")
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = read_yaml(file)
     except FileNotFoundError:
         raise NotFoundError(
             f"configuration {file} does not exist", why="--config names a YAML file", fix="correct the path"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except (DocumentError, OSError) as error:
         raise UsageError(
             f"configuration {file} is not YAML",
             why=" ".join(str(error).split())[:200],

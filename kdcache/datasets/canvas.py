@@ -31,12 +31,13 @@ from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split
 from kdcache.datasets.classes import say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, RetryError, UsageError, printable
+from kdcache.system.documents import read_record
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import named
 from kdcache.system.room import require_room
-from kdcache.system.seals import sealed_record, unsealed
+from kdcache.system.seals import sealed_record
 
 __all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
 
@@ -44,6 +45,7 @@ MAX_SIZE = 4096  # pixels; a larger side is surely a typing mistake
 FORMAT = 2  # increases when the same files give other pixels
 _CHUNK_BYTES = 1 << 26  # pixels that are decoded and written together; a kill loses at most two chunks
 _CHUNK_SAMPLES = 512
+_LARGEST_RECORD = 1 << 32  # bytes of canvas.json, with the key of every sample
 
 _Outcome = tuple[int, int] | str  # of one sample: original (width, height), or the reason why it cannot be decoded
 
@@ -178,8 +180,7 @@ def require_intact(canvas: Canvas) -> None:
 def _open(path: Path) -> Canvas:
     try:
         with named(path):
-            text = (path / "canvas.json").read_bytes()
-            meta = unsealed(json.loads(text), text)
+            meta = read_record(path / "canvas.json", limit=_LARGEST_RECORD)
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)

@@ -1,6 +1,7 @@
 """Images inside tar files, read in place. An index of the members' offsets is made once, and nothing is unpacked."""
 
 import io
+import os
 import posixpath
 import shlex
 import tarfile
@@ -28,6 +29,9 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "unlz4",
 }
 
+LARGEST_HEADER = 1 << 20  # bytes of a header's extension, as of a long name
+LARGEST_MEMBER = 1 << 30  # bytes
+
 
 @dataclass(frozen=True)
 class Member:
@@ -39,6 +43,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
+        self.require_small()
         return self.head(self.size)
 
     def head(self, count: int) -> bytes:
@@ -46,6 +51,24 @@ class Member:
         with self.file.open("rb") as tar:
             tar.seek(self.offset)
             return tar.read(min(count, self.size))
+
+    def require_small(self) -> None:
+        """Raises UsageError for what would take all memory to read."""
+        if self.size > LARGEST_MEMBER:
+            raise UsageError(
+                f"{self.file} has a member {self.name!r} of {self.size:,} bytes",
+                why=f"it would be read into memory, and no picture has more than {LARGEST_MEMBER:,} bytes",
+                fix="make the tar file again without it",
+            )
+
+
+class _Headers(io.FileIO):
+    """A file of which headers are read: a header that claims to be huge is refused before memory is taken for it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header at byte {self.tell():,} claims to have {size:,} bytes")
+        return super().read(size) or b""
 
 
 def members(file: Path, offset: int = 0, size: int | None = None) -> Iterator[Member]:
@@ -59,9 +82,10 @@ def members(file: Path, offset: int = 0, size: int | None = None) -> Iterator[Me
 def _entries(file: Path, offset: int = 0, size: int | None = None) -> Iterator[Entry[Member | None]]:
     """All members but folders. Files that were appended behind the end mark of another tar file are read too."""
     try:
-        with file.open("rb") as whole:
+        with _Headers(file) as whole:
             known: dict[str, Member] = {}
-            end = file.stat().st_size if size is None else offset + size
+            length = os.fstat(whole.fileno()).st_size
+            end = length if size is None else offset + size
             start = -1
             at: int | None = offset
             while at is not None:
@@ -73,6 +97,8 @@ def _entries(file: Path, offset: int = 0, size: int | None = None) -> Iterator[E
                     for info in tar:
                         tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members, possibly millions
                         if not info.isdir():
+                            if not info.issparse():  # whose size is that of the file before it was packed
+                                _require_size(info, file, length)
                             yield _entry(info, file, known)
                     at = _next(whole, tar.offset, end)
     except (tarfile.TarError, EOFError) as error:
@@ -97,7 +123,7 @@ def _entry(info: tarfile.TarInfo, file: Path, known: dict[str, Member]) -> Entry
     return Entry(name, member, member.head if member is not None else lambda count: b"", problem)
 
 
-def _next(whole: io.BufferedReader, at: int, end: int) -> int | None:
+def _next(whole: io.RawIOBase, at: int, end: int) -> int | None:
     """Where another tar file begins behind the end mark, or what tarfile stopped at is damaged; None if there are but zeros."""
     whole.seek(at)
     while at < end:
@@ -128,8 +154,15 @@ def compressed(file: Path) -> KdcacheError | None:
     )
 
 
+def _require_size(member: tarfile.TarInfo, file: Path, length: int) -> None:
+    """Refuse by its name a member that is not all there."""
+    if member.size > length - member.offset_data:
+        raise damaged_file(file, f"its member {member.name!r} claims {member.size:,} bytes, more than there are in the file")
+
+
 def in_tar(member: Member) -> Callable[[], Image.Image]:
-    """A function that opens the image inside a tar file."""
+    """A function that opens the image inside a tar file. Raises UsageError for a member that is too large to be one."""
+    member.require_small()
     return lambda: Image.open(io.BytesIO(member.read()))
 
 

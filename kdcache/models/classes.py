@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import timm_with_zoo
+from kdcache.system.documents import DocumentError, DoubledNameError, parse_json
 
 __all__ = [
     "WNID",
@@ -375,33 +376,20 @@ def read_classes(file: Path, names: Sequence[str]) -> Stated:
         return Stated(in_order=True) if str(file) == SAME else Stated(imagenet(str(file)))
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_once) if text.lstrip()[:1] in {"{", "["} else None
+        content = parse_json(text, finite=True) if text.lstrip()[:1] in {"{", "["} else None
     except OSError as error:
         raise _wrong(file, "cannot be read", error.strerror or str(error)) from None
     except UnicodeDecodeError as error:
         raise _wrong(file, "is not UTF-8 text", f"byte {error.start} belongs to another encoding") from None
-    except _DoubledError as error:
-        raise _wrong(file, f"has {error.args[0]!r} twice", "a class has one output") from None
-    except (ValueError, RecursionError) as error:
+    except DoubledNameError as error:
+        raise _wrong(file, f"has {error.name!r} twice", "a class has one output") from None
+    except DocumentError as error:
         raise _wrong(file, "is not JSON, with which it begins", str(error).splitlines()[0]) from None
     if content is None:
         return Stated(_in_lines(file, text.splitlines()))
     if isinstance(content, list):
         return Stated(_in_lines(file, [_label(file, label) for label in content]))
     return _by_key(file, content, names)
-
-
-class _DoubledError(Exception):
-    pass
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _DoubledError(key)
-        content[key] = value
-    return content
 
 
 def _wrong(file: Path, what: str, why: str) -> KdcacheError:

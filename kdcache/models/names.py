@@ -24,6 +24,7 @@ from typing import Any
 
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
 from kdcache.importing import first_line, load_function
+from kdcache.system.documents import read_json
 
 __all__ = [
     "ALIASES",
@@ -406,11 +407,11 @@ def _require_kind(file: Path, name: str) -> None:
 def read_config(file: Path, name: str) -> dict[str, Any]:
     """Parse the `config.json` of a model in a folder or on the Hub. Raises IntegrityError if it is damaged."""
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = read_json(file)
         if isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict):
             return config
         why = "it holds no mapping"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         why = first_line(error)
     raise damaged(name, why)
 

@@ -3,6 +3,7 @@
 Batches depend only on (policy, seed, epoch), not on the number of workers or the batch at which training resumed.
 """
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.archive import AnyArchive
 from kdcache.datasets.canvas import Canvas
@@ -153,13 +155,15 @@ class ViewStream:
     def _batches(self, view: int, positions: NDArray[np.int64], start: int) -> Iterator[Batch]:
         number, parts = self.part
         own = self.batch_size // parts
-        starts = (batch * self.batch_size + number * own for batch in range(start, len(self)))
+        worker = get_worker_info()  # of a DataLoader, which takes batches from its workers in turn
+        mine = range(start, len(self)) if worker is None else range(start + worker.id, len(self), worker.num_workers)
+        starts = (batch * self.batch_size + number * own for batch in mine)
         items = [(view, positions[begin : begin + own]) for begin in starts]
         for item in render_batches(
             self.canvas,
             self.policy,
             items,
-            workers=self.workers,
+            workers=self.workers if worker is None else 0,  # which may have no processes of its own
             archive=self.archive,
             renderer=self.renderer,
             device=self.device,
@@ -183,10 +187,43 @@ class ViewStream:
         )
 
 
-class CachedTargets(ViewStream):
+class _Epochs:
+    """Counts the epochs that have begun, in numbers that a DataLoader's workers share without a lock.
+
+    All workers of a pass get the same epoch: the first of them counts on, and writes in the same number whose pass it is.
+    Behind it each worker has the last epoch that it began, as a pass is also a new one where it has been in it already.
+    """
+
+    _BITS = 31
+    _WORKERS = 1024
+
+    def __init__(self) -> None:
+        self._state = torch.zeros(1 + self._WORKERS, dtype=torch.int64)
+        with contextlib.suppress(RuntimeError):  # a machine without shared memory, where no DataLoader has workers
+            self._state.share_memory_()
+        self._passes = 0  # of this process
+
+    def next(self) -> int:
+        worker, state = get_worker_info(), int(self._state[0])
+        begun = state & ((1 << self._BITS) - 1)
+        self._passes += 1
+        whose = 0
+        if worker is not None:  # seeds are drawn anew for each set of workers, which counts its passes alike
+            whose = zlib.crc32(f"{worker.seed - worker.id} {self._passes}".encode()) or 1
+            own = self._state[1 + worker.id % self._WORKERS]
+            if state >> self._BITS == whose and int(own) < begun:
+                own.fill_(begun)
+                return begun - 1
+            own.fill_(begun + 1)
+        self._state[0] = whose << self._BITS | begun + 1  # at once, and the same by whichever worker
+        return begun
+
+
+class CachedTargets(ViewStream, IterableDataset[Batch]):
     """Batches of an archive or ensemble: its views are rendered again from the canvas, and checked by fingerprint.
 
-    Each `for batch in stream` yields the next epoch's batches; `epoch(e)` yields those of any epoch. Raises
+    Each `for batch in stream` yields the next epoch's batches; `epoch(e)` yields those of any epoch. In a DataLoader, made with
+    `batch_size=None`, workers share the batches, and they come in the same order as without. Raises
     IncompatibleError, with a diagnosis, at the first view that differs from the teacher's. `allow_drift` accepts views of
     a canvas that was decoded differently, if their 4 x 4 grid means are within that many grey levels; `drifted` counts
     them.
@@ -224,7 +261,7 @@ class CachedTargets(ViewStream):
         self.archive = archive
         self.allow_drift = allow_drift
         self._drifted = 0
-        self._next_epoch = 0
+        self._epochs = _Epochs()
         self._second: CachedTargets | None = None
         if second is not None:
             require_second(Subject.of(archive), Subject.of(second))
@@ -237,8 +274,7 @@ class CachedTargets(ViewStream):
         return self._drifted + (self._second.drifted if self._second else 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        yield from self.epoch(epoch)
+        return self.epoch(self._epochs.next())
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on. A remote view is fetched first, and the next one in the background."""
@@ -262,7 +298,7 @@ class CachedTargets(ViewStream):
         A `control` is first fitted to the archive.
         """
         fitted = fit_control(control, self.archive, tau) if control else None
-        return TargetPairs(self, tau, normalise or (lambda images: images), fitted)
+        return TargetPairs(self, tau, normalise or _as_they_are, fitted)
 
     def view(self, epoch: int) -> int:
         return self.archive.views[epoch_view(self.archive.num_views, self.seed, epoch)]
@@ -290,9 +326,13 @@ class CachedTargets(ViewStream):
         return replace(batch, keys=row_keys(self.archive.digest, batch.view, batch.sample))
 
 
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
 @dataclass(frozen=True)
-class TargetPairs:
-    """`(images, Targets)` pairs of a stream's batches. Each iteration is the next epoch.
+class TargetPairs(IterableDataset[tuple[Tensor, Targets]]):
+    """`(images, Targets)` pairs of a stream's batches. Each iteration is the next epoch, in a DataLoader too.
 
     For a stream with second views, images are `[2B, 3, S, S]`: all first views, then all second ones.
     """
@@ -306,7 +346,10 @@ class TargetPairs:
         return len(self.stream)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
-        for batch in self.stream:
+        return self._of(iter(self.stream))  # which counts the epoch now, not at its first batch
+
+    def _of(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Targets]]:
+        for batch in batches:
             images = [self.normalise(half.images) for half in (batch, batch.second) if half is not None]
             yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
 

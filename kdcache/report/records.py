@@ -1,6 +1,5 @@
 """Reading and checking of run folders that `kdcache distill` wrote."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,24 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
+from kdcache.system.documents import read_json, read_record, read_yaml
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.seals import unsealed
 from kdcache.training.config import under_present_names
 from kdcache.views.tested import WHOLE
 
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
-SAFELY_NESTED = 1000
 _Text = Annotated[str, BeforeValidator(str)]  # YAML parses an unquoted date as a date
 
 
@@ -168,7 +165,7 @@ class RunRecord:
         Reads the file at each call. Raises IntegrityError if it is damaged.
         """
         file = self.folder / MOMENTS
-        return _parse(LogitMoments, file, json.loads) if file.is_file() else None
+        return _parse(LogitMoments, file, read_json) if file.is_file() else None
 
 
 def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:
@@ -211,20 +208,9 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def _read_run(folder: Path) -> RunRecord:
-    args = _parse(RunArgs, folder / ARGS, _load_yaml)
-    summary = _parse(Summary, folder / SUMMARY, _load_sealed) if (folder / SUMMARY).exists() else None
+    args = _parse(RunArgs, folder / ARGS, read_yaml)
+    summary = _parse(Summary, folder / SUMMARY, read_record) if (folder / SUMMARY).exists() else None
     return RunRecord(folder, args, _read_metrics(folder / METRICS, finished=summary is not None), summary)
-
-
-def _load_yaml(text: str) -> Any:
-    """Parse YAML with the C parser, which is eight times as fast. Text that could overflow its stack is parsed in Python."""
-    deepest = sum(map(text.count, "[{-?\n"))
-    return yaml.load(text, yaml.SafeLoader if deepest > SAFELY_NESTED else getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _load_sealed(text: str) -> Any:
-    record = json.loads(text)
-    return unsealed(record, text.encode()) if isinstance(record, dict) else record
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -232,13 +218,13 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def _parse(model: type[_Model], path: Path, load: Any) -> _Model:
     try:
-        return model.model_validate(load(path.read_text("utf-8")))
+        return model.model_validate(load(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(path, f"{'.'.join(map(str, first['loc'])) or 'its content'}: {first['msg']}") from None
     except FileNotFoundError:
         raise _damaged(path, "it does not exist") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(path, (str(error).splitlines() or ["unreadable"])[0]) from None
 
 

@@ -21,6 +21,7 @@ from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, 
 from kdcache.report import RunRecord, collect
 from kdcache.sharing.hub import OF_THE_HUB, quiet_hub, told_by_the_hub
 from kdcache.sharing.publishing import require_licences
+from kdcache.system.documents import parse_json
 from kdcache.system.files import is_temporary, set_aside, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.tested import WHOLE, TestViews
@@ -230,7 +231,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
     training = record["training"]
     curves = folder / "metrics.jsonl"
     try:
-        rows = [dict(json.loads(line)) for line in curves.read_text().splitlines()] if curves.is_file() else []
+        rows = [dict(parse_json(line)) for line in curves.read_bytes().splitlines()] if curves.is_file() else []
     except (ValueError, TypeError):
         raise IntegrityError(
             f"{curves} is damaged", why="not all of its lines are JSON objects", fix="restore it, or train the teacher again"

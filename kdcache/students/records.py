@@ -17,6 +17,7 @@ from kdcache.options import as_text
 from kdcache.replay.stream import ORDER_VERSION
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec
+from kdcache.system.documents import DocumentError, read_yaml
 from kdcache.system.files import set_aside, write_atomically
 from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
@@ -120,11 +121,11 @@ def _members(archive: Ensemble) -> dict[str, Any]:
 
 def _read_args(file: Path) -> dict[str, Any]:
     try:
-        args = yaml.safe_load(file.read_text("utf-8"))
+        args = read_yaml(file)
         if isinstance(args, dict) and isinstance(args.get("resumed", []), list):
             return args
         why = "it holds no configuration"
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except DocumentError as error:
         why = " ".join(str(error).split())[:200]
     raise IntegrityError(
         f"{file} is damaged",

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
@@ -13,6 +12,7 @@ from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, u
 from kdcache.options import Option, Options, Temperatures, integers
 from kdcache.report.records import Experiment
 from kdcache.students.config import DistillConfig
+from kdcache.system.documents import read_yaml
 from kdcache.teachers.config import DumpRecipe, TeacherConfig
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
@@ -222,12 +222,10 @@ def find_study(name: str) -> Path:
 
 def _mapping(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        data = yaml.safe_load(file.read_text("utf-8"))
+        data = read_yaml(file, limit=LARGEST_FILE)
         if not isinstance(data, dict):
             raise ValueError("it holds no mapping")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(
             f"study {file} is not one",
             why=" ".join(str(error).split())[:200],

@@ -17,6 +17,7 @@ from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.study.jobs import Job
+from kdcache.system.documents import read_json
 from kdcache.system.locks import has_locks, locked_by_family
 from kdcache.system.peak import gpu_memory
 
@@ -118,7 +119,7 @@ def _claims(places: Sequence[Path]) -> tuple[list[int | None], list[Path]]:
                 free.append(place)
                 continue
         try:
-            claim = json.loads(place.read_text())
+            claim = read_json(place)
         except (OSError, ValueError):  # a version without claims, which has the GPU to itself
             claim = None
         claims.append(claim if isinstance(claim, int) else None)

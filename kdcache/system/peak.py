@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kdcache.system.documents import read_json
 from kdcache.system.files import write_atomically
 
 __all__ = ["PEAK_FILE", "gpu_memory", "read_peak", "tell_peak"]
@@ -34,7 +35,7 @@ def _tell(file: Path, process: int) -> None:
 def read_peak(file: Path) -> int | None:
     """Bytes that were told; None if the process has used no GPU."""
     try:
-        return int(json.loads(file.read_text()))
+        return int(read_json(file))
     except (OSError, ValueError):
         return None
 

@@ -1,14 +1,15 @@
 """The training of teachers of several durations in lockstep, on one stream of views."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcache.importing import first_line
 from kdcache.replay.stream import ViewStream
 from kdcache.system.distributed import Team, this_rank
+from kdcache.system.documents import parse_json
 from kdcache.system.energy import UNKNOWN, Spent, total
 from kdcache.system.interrupts import stopped_between_steps
 from kdcache.system.progress import Progress
@@ -16,7 +17,7 @@ from kdcache.teachers.registry import Exam
 from kdcache.training.devices import metered
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import Pace, charge, in_lockstep, suspended_at_errors
-from kdcache.workspace import read_record
+from kdcache.workspace import damaged_record, read_record
 
 __all__ = ["cost_of", "finetune", "finished_row"]
 
@@ -89,7 +90,10 @@ def _duration(seconds: float) -> str:
 def cost_of(folder: Path) -> Spent:
     """What training took, by its log; nothing is known of weights that were taken as they are."""
     log = folder / "metrics.jsonl"
-    return total(Spent.of(json.loads(line)) for line in log.read_text().splitlines()) if log.is_file() else UNKNOWN
+    try:
+        return total(Spent.of(parse_json(line)) for line in log.read_bytes().splitlines()) if log.is_file() else UNKNOWN
+    except (ValueError, TypeError, AttributeError) as error:
+        raise damaged_record(log, first_line(error)) from None
 
 
 def finished_row(folder: Path) -> dict[str, float] | None:
@@ -99,5 +103,9 @@ def finished_row(folder: Path) -> dict[str, float] | None:
         return None
     if read_record(folder / "summary.json").get("status") != "complete":
         return None
-    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    log = folder / "metrics.jsonl"
+    try:
+        row: dict[str, float] = dict(parse_json(log.read_bytes().splitlines()[-1]))
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise damaged_record(log, first_line(error)) from None
     return row

@@ -27,6 +27,7 @@ from kdcache.models.heads import zero_head
 from kdcache.replay.prefetch import render_batches
 from kdcache.replay.stream import ViewStream, epoch_positions
 from kdcache.system.distributed import Team, this_rank
+from kdcache.system.documents import parse_json
 from kdcache.system.energy import Spent, total
 from kdcache.system.files import set_aside, write_atomically
 from kdcache.system.interrupts import stopped_between_steps
@@ -73,8 +74,8 @@ def read_head(folder: Path) -> Head | None:
         with safe_open(file, "pt") as kept:
             known = kept.metadata()
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        spent, amp = Spent.of(json.loads(known["spent"])), bool(json.loads(known.get("amp", "false")))
-        return Head(tensors, json.loads(known["row"]), spent, amp)
+        spent, amp = Spent.of(parse_json(known["spent"])), bool(parse_json(known.get("amp", "false")))
+        return Head(tensors, parse_json(known["row"]), spent, amp)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"{file} is damaged",

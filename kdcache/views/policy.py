@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, unknown_name
+from kdcache.system.documents import DocumentError, parse_yaml, read_yaml
 from kdcache.views.crops import UNIT, CenterCrop, Crop, InceptionCrop, PadCrop, Piece, check_ranges, crop_boxes
 
 __all__ = [
@@ -215,8 +215,8 @@ class ViewPolicy(BaseModel):
             try:
                 if not equals:
                     raise ValueError("no value")
-                _assign(fields, path.strip().split("."), yaml.safe_load(text))
-            except (ValueError, RecursionError, yaml.YAMLError):
+                _assign(fields, path.strip().split("."), parse_yaml(text))
+            except ValueError:
                 raise UsageError(
                     f"view policy {spec!r} has the part {change!r}",
                     why="after the colon come fields with their values, written as in YAML",
@@ -322,14 +322,14 @@ def _read(file: str) -> dict[str, Any]:
     if Path(file).suffix not in _SUFFIXES:
         raise unknown_name("view policy", file, PRESETS)
     try:
-        fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        fields = read_yaml(Path(file))
     except FileNotFoundError:
         raise NotFoundError(
             f"policy file {file!r} does not exist",
             why="a name that ends in .yaml or .json is read as a file",
             fix=f"create it (kdcache policy pets > {file}), or use a preset: {', '.join(PRESETS)}",
         ) from None
-    except (OSError, RecursionError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, DocumentError) as error:
         raise UsageError(
             f"policy file {file!r} cannot be read", why=" ".join(str(error).split())[:200], fix="correct the file"
         ) from None

@@ -1,15 +1,18 @@
 """Protects what a student sees: every sample once an epoch, and stored logits beside the very views they belong to."""
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from kdcache.archive import ArchiveWriter, derive, write_archive
 from kdcache.datasets.canvas import Canvas, load_canvas
@@ -216,6 +219,76 @@ def test_worker_processes_change_nothing(dump: Dump) -> None:
     alone, helped = (epochs(CachedTargets(dump.archive, dump.canvas, 5, seed=1, workers=workers), 2) for workers in (0, 2))
     assert len(alone) == len(helped) == 8
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("workers", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {"persistent_workers": True}),
+        (7, {"persistent_workers": True}),  # more than there are batches
+        pytest.param(2, {"multiprocessing_context": "spawn"}, marks=pytest.mark.exhaustive),
+        pytest.param(2, {"multiprocessing_context": "spawn", "persistent_workers": True}, marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_loaders_workers_share_the_batches_of_each_epoch(
+    dump: Dump, workers: int, options: dict[str, Any], pairs: bool
+) -> None:
+    """They come once each and in order, with the next epoch each time, as without workers."""
+    expected = epochs(CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9), 3)
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9, workers=2 if workers == 3 else 0)
+    loader = DataLoader(stream.pairs(tau=2.0) if pairs else stream, batch_size=None, num_workers=workers, **options)
+    assert len(loader) == len(stream) == 5
+    shown = []
+    for _ in range(3):
+        torch.manual_seed(0)  # as users do who want each epoch to be the same again
+        shown += list(loader)
+    assert len(shown) == len(expected) == 15
+    for found, batch in zip(shown, expected, strict=True):
+        if pairs:
+            assert torch.equal(found[0], batch.images)
+            assert torch.equal(found[1].logits, batch.targets(2.0).logits)
+        else:
+            assert same(found, batch)
+
+
+def test_a_stream_goes_to_other_processes(dump: Dump) -> None:
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9)
+    next(iter(stream))
+    there = pickle.loads(pickle.dumps(stream.pairs(2.0)))
+    for (images, _), batch in zip(there, stream.epoch(1), strict=True):
+        assert torch.equal(images, batch.images)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_an_epoch_that_is_left_early_is_followed_by_the_next(dump: Dump) -> None:
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9)
+    for options in ({"num_workers": 2, "persistent_workers": True}, {"num_workers": 3}, {}):
+        loader: Any = DataLoader(stream, batch_size=None, **options)
+        begun = stream._epochs._state[0].item() & 0x7FFFFFFF
+        for further in range(3):
+            first = next(iter(loader))
+            assert same(first, next(stream.epoch(begun + further)))
+
+
+def test_workers_share_the_part_that_a_process_of_several_has(dump: Dump) -> None:
+    parts = []
+    for number in range(2):
+        stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9, part=(number, 2))
+        parts += [batch.positions for batch in DataLoader(stream, batch_size=None, num_workers=2)]
+    assert sorted(np.concatenate(parts).tolist()) == sorted(epoch_positions(len(dump.canvas), 9, 0)[:20].tolist())
+
+
+def test_workers_share_second_views_too(dump: Dump) -> None:
+    stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9, second=dump.archive)
+    expected = list(stream.epoch(0))
+    for found, batch in zip(DataLoader(stream, batch_size=None, num_workers=2), expected, strict=True):
+        assert same(found, batch)
+        assert same(found.second, batch.second)  # type: ignore[arg-type]
 
 
 def test_iterating_goes_on_with_the_next_epoch_and_any_epoch_can_be_had_again(dump: Dump) -> None:

@@ -25,6 +25,7 @@ from kdcache.archive.layouts.mapped import MappedRows, Run, damaged, map_file
 from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
 from kdcache.registry import FITTED
+from kdcache.system.documents import parse_json
 
 __all__ = ["Hdf5Layout"]
 
@@ -134,7 +135,7 @@ class _Hdf5File:
         self.name = name
         self.data = map_file(store, name)
         try:
-            datasets = json.loads(self.data[:USER_BLOCK].tobytes())["datasets"]
+            datasets = parse_json(self.data[:USER_BLOCK].tobytes().rstrip(b"\0 "))["datasets"]
             self._datasets = {
                 str(key): (int(value["start"]), str(value["dtype"]), tuple(int(n) for n in value["shape"]))
                 for key, value in datasets.items()

@@ -1,6 +1,5 @@
 """Archives: opening one, and reading its rows. This needs NumPy and no deep-learning framework."""
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from kdcache.archive.reading.verification import Level, Verification, Verifier
 from kdcache.codecs import CODECS
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.given import whole_numbers
+from kdcache.system.documents import parse_json
 from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import MissingError, is_url, open_remote
@@ -111,7 +111,7 @@ def _manifest_fix(store: LocalStore) -> str:
 
 def _resume_command(store: LocalStore) -> str:
     try:
-        plan = json.loads(store.read(f"{WORK}/plan.json", limit=MANIFEST_LIMIT))
+        plan = parse_json(store.read(f"{WORK}/plan.json", limit=MANIFEST_LIMIT))
         return dump_command(plan["provenance"])
     except (KdcacheError, ValueError, KeyError, TypeError, RecursionError):
         return dump_command({})

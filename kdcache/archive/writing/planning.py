@@ -16,6 +16,7 @@ from kdcache.codecs import CODECS
 from kdcache.datasets.classes import how_classes_differ, how_samples_differ
 from kdcache.datasets.labels import label_numbers, require_names
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
+from kdcache.system.documents import parse_json
 from kdcache.system.files import set_aside
 from kdcache.views.policy import PROBE_VERSION
 
@@ -104,7 +105,7 @@ def load_plan(store: LocalStore) -> ArchivePlan:
 def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
     """The recorded labels and keys, None for either if absent. The lists are checked, as the archive may be a stranger's."""
     try:
-        samples = json.loads(store.read(SAMPLES))
+        samples = parse_json(store.read(SAMPLES))
         for name, kind in (("labels", int), ("keys", str)):
             values = samples[name]
             if values is not None and not (len(values) == plan.num_samples and all(type(value) is kind for value in values)):

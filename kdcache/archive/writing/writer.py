@@ -63,6 +63,7 @@ from kdcache.codecs import CODECS, UnstorableError
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
 from kdcache.given import as_logits, whole_numbers
+from kdcache.system.documents import parse_json
 from kdcache.system.energy import Spent
 from kdcache.system.files import translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
@@ -350,7 +351,7 @@ class ArchiveWriter:
             kinds |= dict.fromkeys(itertools.chain(*ranges), kind)
         for name in self.store.names(COSTS, ".json"):
             with suppress(IntegrityError, ValueError):  # of passes whose record is damaged nothing is known
-                record = json.loads(self.store.read(name))
+                record = parse_json(self.store.read(name))
                 costs.append(DumpCost.of(record))
                 view, block = map(int, Path(name).stem.split("-"))
                 if isinstance(record, dict) and DEVICE in record:
