@@ -174,6 +174,9 @@ def verify(
         Path | None, typer.Option("--signed-by", help="Also check the signature, by this public key in PEM.")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Where the images are now [as in the dump]")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="module:function, of a teacher that a function makes: it is run.")
+    ] = None,
     device: Annotated[str, Of("RenderOptions", "device")] = "auto",
     renderer: Annotated[Any, Of("RenderOptions", "renderer")] = "auto",
     skip_corrupt: SkipCorruptOption = False,
@@ -195,8 +198,8 @@ def verify(
 
             recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt, allow_large)
             canvas = place.canvas(archive_source(opened, dataset), "train", recorded.size if recorded else None, progress)
-            teacher = matching_teacher(opened, place, progress)
-            results.append(replay_with_teacher(opened, canvas, replay, teacher, progress, device=device, renderer=renderer))
+            found, how = matching_teacher(opened, place, progress), {"device": device, "renderer": renderer, "named": teacher}
+            results.append(replay_with_teacher(opened, canvas, replay, found, progress, **how))
     if as_json:
         print_json(
             [

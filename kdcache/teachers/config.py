@@ -11,7 +11,17 @@ from kdcache.archive import ArchivePlan, new_plan
 from kdcache.options import LARGEST_INTEGER, Option, Options, Share, Triple, Usual, integers
 from kdcache.training.config import MODEL_FORMS, HowTested, Runtime, Training, ViewOptions
 
-__all__ = ["USUAL", "DumpConfig", "DumpRecipe", "Precision", "TeacherAndData", "TeacherConfig", "UsualDump", "usual_dump"]
+__all__ = [
+    "USUAL",
+    "Accepted",
+    "DumpConfig",
+    "DumpRecipe",
+    "Precision",
+    "TeacherAndData",
+    "TeacherConfig",
+    "UsualDump",
+    "usual_dump",
+]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
@@ -131,6 +141,18 @@ class DumpRecipe(Options):
         )
 
 
+class Accepted(Options):
+    """What is dumped although it was found to be no teacher's logits, or in no right order. The archive records what occurred."""
+
+    panel: ClassVar[str] = "Teachers that are refused otherwise"
+
+    accept_random_teacher: Annotated[bool, Option("Logits that are others each time: dropout, noise.")] = False
+    accept_batch_dependent_teacher: Annotated[bool, Option("Logits that depend on the other images of a batch.")] = False
+    accept_probabilities: Annotated[bool, Option("Outputs that are probabilities, or their logarithms.")] = False
+    accept_constant_teacher: Annotated[bool, Option("Logits that are the same for all images, or all classes.")] = False
+    accept_class_order: Annotated[bool, Option("Classes that are right more often in another order.")] = False
+
+
 class DumpConfig(Options):
     """What to dump, from which teacher, to where."""
 
@@ -157,5 +179,6 @@ class DumpConfig(Options):
     shard: Annotated[
         Share | None, Option("I/N: write every N-th shard only, from number I on; for arrays of jobs [all shards].")
     ] = None
+    accepted: Accepted = Accepted()
     runtime: Runtime = Runtime()
     command: str = Field("", exclude=True)

@@ -39,6 +39,7 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.system.room import free_bytes, sizes
 from kdcache.teachers import as_is
 from kdcache.teachers.config import DumpConfig, TeacherAndData, TeacherConfig, usual_dump
+from kdcache.teachers.examination import examined
 from kdcache.teachers.forward import Forward, suited_memory_format
 from kdcache.teachers.noise import measured_noise
 from kdcache.teachers.plans import DumpPlan, begun_once, folder_of, going_on, squashed_before
@@ -161,6 +162,12 @@ def existing_teacher(plan: DumpPlan, workspace: Workspace, progress: Progress) -
             classes=config.classes,
         )
     teacher, names = teacher_at(config.teacher_folder), plan.canvas.card.class_names
+    if teacher.record["name"] != public_name(plan.exact):
+        raise UsageError(
+            f"--teacher {config.subject.teacher} with --teacher-folder {config.teacher_folder}",
+            why=f"the folder's teacher is {teacher.record['name']}, not {public_name(plan.exact)}",
+            fix=f"--teacher {shlex.quote(str(teacher.record['name']))}, or another --teacher-folder",
+        )
     if difference := how_classes_differ(teacher.record["class_names"], names):
         subject = config.subject
         raise IncompatibleError(
@@ -211,7 +218,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         with enough_memory(
             f"no memory for the teacher on {device}", fix="end what else uses that memory, and repeat the command"
         ):
-            writer, forward = _begun(plan, teacher, path, device, progress)
+            writer, forward = _begun(plan, teacher, path, device, workspace, progress)
     share = _own_share(config.shard)
     if undivided := share is None and not has_locks(path):
         share = (this_rank().number, this_rank().of)
@@ -241,7 +248,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
 
 
 def _begun(
-    plan: DumpPlan, teacher: Teacher, path: Path, device: torch.device, progress: Progress
+    plan: DumpPlan, teacher: Teacher, path: Path, device: torch.device, workspace: Workspace, progress: Progress
 ) -> tuple[ArchiveWriter, Forward]:
     """The writer of the archive in `path`, begun or resumed, and the teacher; says which it is, and how much is missing."""
     config, recipe, record = plan.config, plan.config.recipe, teacher.record
@@ -251,7 +258,7 @@ def _begun(
     if "classes" in record:
         for line in ClassMap.recorded(record["class_names"], record["classes"]).lines():
             progress.say(line)
-    if text := doubt(teacher):
+    if text := doubt(teacher, plan.canvas.labels):
         progress.say(text)
     recorded = recorded_plan(path)
     begun = recorded.teacher if recorded else None
@@ -259,6 +266,7 @@ def _begun(
     model = model.to(device)
     suited = begun.memory_format if begun else suited_memory_format(model, plan.policy.size, device, plan.precision)
     forward = Forward(model, normalise, device, plan.precision, suited)
+    accepted = begun.accepted if begun else examined(forward, plan, teacher, workspace, progress)
     stated = plan.source.licence if isinstance(plan.source, UsersOwn) else None
     writer = ArchiveWriter(
         path,
@@ -288,6 +296,7 @@ def _begun(
             noise=begun.noise if begun else measured_noise(forward, plan.canvas, plan.policy, plan.batch_size, progress),
             weights_licence=terms,
             test_views=record.get("test_views"),
+            accepted=accepted or None,
         ),
         licences=Licences(data=stated) if stated else None,
         provenance={

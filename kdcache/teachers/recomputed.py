@@ -12,11 +12,13 @@ from kdcache.archive import DEVICE, Archive, Failure, Verification, shards_by_de
 from kdcache.codecs import CODECS
 from kdcache.datasets.canvas import Canvas
 from kdcache.errors import IncompatibleError
+from kdcache.models.names import is_factory
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.room import numbers
 from kdcache.teachers.config import Precision
+from kdcache.teachers.examination import tolerance
 from kdcache.teachers.forward import Forward, batches
 from kdcache.teachers.registry import Teacher, load_teacher
 from kdcache.training.devices import device_kind, enough_memory, memory_elsewhere, resolve_device
@@ -38,8 +40,12 @@ def replay_with_teacher(
     *,
     device: str = "cpu",
     renderer: RendererChoice = "auto",
+    named: str | None = None,
 ) -> Verification:
     """Replay views; with the teacher at hand, recompute their logits too, and compare within its own noise and the codec.
+
+    A teacher that a function makes is run only if that function is `named`, as records may be a stranger's. One whose logits are
+    others each time is computed twice, said to be random, and compared with nothing.
 
     Both are done on `device`. Logits that differ by more make the result's error an IncompatibleError: whether files are
     damaged is told by their checksums alone. RetryError where views or a batch find too little memory.
@@ -53,6 +59,12 @@ def replay_with_teacher(
     if teacher is None or card is None or policy is None:
         result.notes.append("logits were not recomputed: the teacher is not in this workspace")
         return result
+    if is_factory(name := str(teacher.record.get("name", ""))) and name != named:
+        asked = f"typed: --teacher {shlex.quote(name)}" + (f", not {named}" if named else "")
+        result.notes.append(
+            f"logits were not recomputed: {teacher.folder} names a function, which is run only where it is {asked}"
+        )
+        return result
     # The same batches as in the dump, since a batch's size may move a logit's last bits.
     rows = min(archive.manifest.block_rows(0), -(-views // card.batch_size) * card.batch_size)
     items = [(archive.views.start, batch) for batch in batches(range(rows), card.batch_size)]
@@ -63,11 +75,18 @@ def replay_with_teacher(
         model, normalise = load_teacher(teacher)
         forward = Forward(model.to(target), normalise, target, card.precision, card.memory_format)
         rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
-        logits, first = [], None
+        logits, first, again = [], None, 0.0
         for item in rendered:
-            first = item.images[:ESTIMATED] if first is None else first
             logits.append(forward(item.images))
+            if first is None:
+                first = item.images[:ESTIMATED]
+                again = float(np.abs(forward(item.images) - logits[0]).max())
         assert first is not None
+        if not again <= tolerance(forward, logits[0]):
+            result.notes.append(
+                f"logits were not compared: this teacher's are others each time, up to {again:.3g} apart in two passes"
+            )
+            return result
         coding, view = CODECS.from_dict(archive.manifest.codec), archive.views.start
         stored = archive.stored(view, 0)
         difference = np.abs(np.concatenate(logits) - coding.decode(stored)[:rows]).max(axis=1)

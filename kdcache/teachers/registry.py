@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.datasets.canvas import Canvas
@@ -101,10 +103,14 @@ def compared(teachers: Sequence[Teacher]) -> list[str]:
     ]
 
 
-def doubt(teacher: Teacher) -> str | None:
-    """A warning about a teacher with low accuracy, or None."""
+def doubt(teacher: Teacher, labels: NDArray) -> str | None:
+    """A warning about a teacher whose accuracy is near that of always guessing the most frequent of `labels [N]`, or None.
+
+    Near is three times as much, or two ninths of the way from there to 100 %, whichever is less: they are the same at 10 classes.
+    """
     record, classes = teacher.record, len(teacher.record["class_names"])
-    if classes < 10 or record["top1_clean"] >= 3 * 100 / classes:
+    guessing = 100 * float(np.bincount(labels).max()) / len(labels)
+    if record["top1_clean"] >= guessing + min(2 * guessing, (100 - guessing) * 2 / 9):
         return None
     if record["training"].get("epochs") == 0 and not record["training"].get("head_epochs"):
         why = (
@@ -115,7 +121,7 @@ def doubt(teacher: Teacher) -> str | None:
         why = "it was trained too briefly or at a wrong rate, or labels and images do not belong together"
     return (
         f"WARNING: teacher {teacher.folder} has a top-1 of {record['top1_clean']:.2f} % on clean test images, where guessing has "
-        f"{100 / classes:.2f} %: {why}. Students would learn from noise"
+        f"{guessing:.2f} % of {classes} classes: {why}. Students would learn from noise"
     )
 
 

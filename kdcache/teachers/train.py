@@ -86,7 +86,8 @@ def train_teachers(
                 job.train(missing)
         team.wait()
         teachers = [teacher_at(plan.folder(epochs)) for epochs in plan.durations]
-    for line in [*compared(teachers), *filter(None, map(doubt, teachers))]:
+    labels = plan.train_canvas.labels
+    for line in [*compared(teachers), *filter(None, (doubt(teacher, labels) for teacher in teachers))]:
         progress.say(line)
     return teachers
 

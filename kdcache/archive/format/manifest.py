@@ -131,6 +131,8 @@ class TeacherCard(_Record):
     noise: Noise | None = None
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
     test_views: TestViews | None = Field(None, exclude_if=_left_out(None))  # None: the whole images, made square
+    # What was found wrong with the teacher before its dump, and accepted: by the option, in words.
+    accepted: dict[str, str] | None = Field(None, exclude_if=_left_out(None))
 
     @property
     def known_noise(self) -> Noise | None:

@@ -1,0 +1,115 @@
+"""Whether a teacher knows a dataset's classes in another order: the best assignment of outputs, against their own."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ClassOrder", "class_order"]
+
+CERTAIN = 1e-4  # chance that outputs in the right order look as wrong as this
+GAIN = 0.1  # least mean gain in recall, of classes that change places, in the images that the order is taken from
+
+
+@dataclass(frozen=True)
+class ClassOrder:
+    """What `images` say of the order: `outputs[i]` is the output that is class i under the best assignment.
+
+    `as_is` and `reordered` are accuracies in percent, of images that the order was not taken from. `better` says whether the
+    other order is clearly better.
+    """
+
+    images: int
+    outputs: tuple[int, ...]
+    as_is: float
+    reordered: float
+    better: bool
+
+    @property
+    def moved(self) -> list[int]:
+        """The classes whose output is another one's."""
+        return [number for number, output in enumerate(self.outputs) if output != number]
+
+
+def class_order(predicted: NDArray, labels: NDArray, classes: int) -> ClassOrder:
+    """Compare the outputs `predicted [N]` with `labels [N]` as they are, and under the best assignment to the classes.
+
+    With few images of a class, the best assignment of the same images is better than the own order by chance alone. So the
+    images of each class are halved: the order that one half suggests is judged by the other, and the reverse. It is clearly
+    better if, among images of classes that it moves, those that only it makes right are so many more than those that it makes
+    wrong that this has a chance of 1e-4 at most (sign test), and if it at least doubles what is right. The second condition
+    spares weak teachers that take one class for another: they have no better order, or a little better one. Recalls are assigned
+    rather than counts, so that no class gets an output for being frequent, and cycles of classes that hardly gain in their own
+    half are left in place.
+    """
+    halves = _halves(labels)
+    won = lost = right = moved_right = as_is = 0
+    for judged in (halves, ~halves):
+        outputs = _assigned(predicted[~judged], labels[~judged], classes)
+        truth, seen = labels[judged], predicted[judged]
+        moved = outputs[truth] != truth
+        own, other = seen == truth, seen == outputs[truth]
+        won, lost = won + int((other & ~own).sum()), lost + int((own & ~other).sum())
+        as_is, right = as_is + int(own.sum()), right + int(other.sum())
+        moved_right += int((own & moved).sum())
+    better = won > 0 and _sign_test(won, lost) <= CERTAIN and won >= 2 * moved_right
+    number = max(1, len(labels))
+    outputs = _assigned(predicted, labels, classes)
+    return ClassOrder(len(labels), tuple(outputs.tolist()), 100 * as_is / number, 100 * right / number, better)
+
+
+def _halves(labels: NDArray) -> NDArray[np.bool_]:
+    """Every second image of each class: bool `[N]`."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    place = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    half = np.empty(len(labels), np.bool_)
+    half[order] = place % 2 == 0
+    return half
+
+
+def _assigned(predicted: NDArray, labels: NDArray, classes: int) -> NDArray[np.int64]:
+    """The output of each class, int64 `[C]`, that gives the largest sum of recalls; its own where others are no better."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    own = np.arange(classes)
+    # Only classes and outputs that occur beside the diagonal can move; a matrix of 21,841 classes would be large.
+    off = predicted != labels
+    _, group = connected_components(
+        coo_array((np.ones(int(off.sum())), (labels[off], predicted[off])), shape=(classes, classes)), directed=False
+    )
+    open_ = np.flatnonzero(np.bincount(group)[group] > 1)
+    if not len(open_):
+        return own
+    index = np.full(classes, -1)
+    index[open_] = np.arange(len(open_))
+    kept = index[labels] >= 0
+    recall = np.zeros((len(open_), len(open_)))
+    np.add.at(recall, (index[labels[kept]], index[predicted[kept]]), 1)
+    recall /= np.maximum(recall.sum(axis=1, keepdims=True), 1)
+    rows, columns = linear_sum_assignment(recall + 1e-6 * np.eye(len(open_)), maximize=True)
+    gain = recall[rows, columns] - recall.diagonal()
+    found, result = open_[columns], own.copy()
+    result[open_] = found
+    seen = np.zeros(classes, np.bool_)
+    gains = dict(zip(open_.tolist(), gain.tolist(), strict=True))
+    for start in open_.tolist():
+        cycle, each = [], start
+        while not seen[each]:
+            seen[each] = True
+            cycle.append(each)
+            each = int(result[each])
+        if len(cycle) > 1 and sum(gains[one] for one in cycle) < GAIN * len(cycle):
+            own_again = np.array(cycle)
+            result[own_again] = own_again
+    return result
+
+
+def _sign_test(won: int, lost: int) -> float:
+    """The chance of so many wins or more where wins and losses are equally likely."""
+    from scipy.stats import binom
+
+    return float(binom.sf(won - 1, won + lost, 0.5)) if won + lost else math.nan

@@ -1,0 +1,198 @@
+"""Teachers that are no teachers, or know the classes in another order: refused before a dump, by name, unless it is meant."""
+
+import json
+import shlex
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.archive import open_archive
+from kdcache.teachers.order import class_order
+from tests.end_to_end.test_distill import only
+
+NAMES = ["blue", "green", "red"]
+
+TEACHERS = """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Mean(nn.Module):
+        places = (2, 1, 0)
+
+        def __init__(self, num_classes):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((1,), 4.0))
+
+        def forward(self, x):
+            return self.scale * x.mean(dim=(2, 3))[:, list(self.places)]
+
+    class Rotated(Mean):
+        places = (1, 0, 2)
+
+    class Noisy(Mean):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.1)
+
+    class Company(Mean):
+        def forward(self, x):
+            return F.batch_norm(super().forward(x), None, None, training=True) if len(x) > 1 else super().forward(x)
+
+    class Even(Mean):
+        def forward(self, x):
+            return super().forward(x).softmax(dim=1)
+
+    class Logarithms(Mean):
+        def forward(self, x):
+            return super().forward(x).log_softmax(dim=1)
+
+    class Blind(Mean):
+        def forward(self, x):
+            return 0 * super().forward(x) + torch.tensor([1.0, 2.0, 3.0])
+
+    class Broken(Mean):
+        def forward(self, x):
+            return super().forward(x) + (torch.nan if x.std() > 0 and len(x) > 1 and x.mean() != 0 else 0)
+"""
+
+
+@pytest.fixture
+def coloured(tmp_path, monkeypatch):
+    """A folder of images in three colours, and a module of teachers in the working directory."""
+    rng = np.random.default_rng(7)
+    for split in ("train", "test"):
+        for name, channel in zip(NAMES, (2, 1, 0), strict=True):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(10):
+                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += np.uint8(100 + i)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    (tmp_path / "odd_teachers.py").write_text(textwrap.dedent(TEACHERS))
+    monkeypatch.chdir(tmp_path)
+    return f"folder:{tmp_path / 'images'}"
+
+
+def dump(kdcache, data, teacher, *more):
+    shown = ["--canvas", "16", "--size", "16", "--policy", "none", "--views", "1", "-b", "8"]
+    teacher = ["--teacher", f"odd_teachers:{teacher}"]
+    return kdcache("dump-teacher", "--dataset", data, *teacher, "--teacher-epochs", "0", *shown, "--home", "home", *more)
+
+
+def test_a_sound_teacher_is_dumped_without_a_word(coloured, kdcache, tmp_path):
+    result = dump(kdcache, coloured, "Mean")
+    assert result.status == 0, result.err
+    assert "WARNING" not in result.err
+    assert open_archive(only(tmp_path / "home", "archives/*")).manifest.teacher.accepted is None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words", "flag"),
+    [
+        ("Noisy", "the same batch twice", "--accept-random-teacher"),
+        ("Company", "views in another batch", "--accept-batch-dependent-teacher"),
+        ("Even", "are probabilities", "--accept-probabilities"),
+        ("Logarithms", "logarithms of probabilities", "--accept-probabilities"),
+        ("Blind", "the same for 8 different views", "--accept-constant-teacher"),
+    ],
+)
+def test_no_teacher_is_dumped_unless_it_is_meant(coloured, kdcache, tmp_path, teacher, words, flag):
+    refused = dump(kdcache, coloured, teacher)
+    assert refused.status == 5
+    assert words in refused.err
+    assert flag in refused.err.split("fix:")[1]
+    assert not list((tmp_path / "home" / "archives").glob("*/kdcache.json"))
+    meant = dump(kdcache, coloured, teacher, flag)
+    assert meant.status == 0, meant.err
+    archive = open_archive(only(tmp_path / "home", "archives/*"))
+    assert words in archive.manifest.teacher.accepted[flag.removeprefix("--").replace("-", "_")]
+    replayed = kdcache("verify", archive.path, "--replay", "4", "--home", "home", "--teacher", f"odd_teachers:{teacher}")
+    assert replayed.status == 0, replayed.err
+    assert ("others each time" in replayed.out + replayed.err) == (teacher == "Noisy")
+
+
+def test_logits_that_are_not_finite_are_refused_whatever_is_accepted(coloured, kdcache):
+    refused = dump(kdcache, coloured, "Broken", "--accept-random-teacher")
+    assert refused.status == 5
+    assert "not finite" in refused.err
+
+
+def test_classes_in_another_order_are_named_and_put_right(coloured, kdcache, tmp_path):
+    refused = dump(kdcache, coloured, "Rotated")
+    assert refused.status == 5
+    assert "3 of 3 classes are in another order: 'blue' is its output of 'red'" in refused.err
+    file = refused.err.split("fix:")[1].split("--classes ")[1].split(";")[0]
+    assert json.loads((tmp_path / shlex.split(file)[0]).read_text()) == {"blue": 2, "green": 0, "red": 1}
+    mended = dump(kdcache, coloured, "Rotated", "--classes", shlex.split(file)[0])
+    assert mended.status == 0, mended.err
+    assert "WARNING" not in mended.err
+    archive = open_archive(only(tmp_path / "home", "archives/*"))
+    assert archive.manifest.statistics.top1_views == 100
+    assert archive.manifest.teacher.accepted is None
+
+
+def test_another_order_that_is_meant_is_recorded(coloured, kdcache, tmp_path):
+    meant = dump(kdcache, coloured, "Rotated", "--accept-class-order")
+    assert meant.status == 0, meant.err
+    assert "where guessing has 33.33 % of 3 classes" in meant.err
+    accepted = open_archive(only(tmp_path / "home", "archives/*")).manifest.teacher.accepted
+    assert "another order" in accepted["accept_class_order"]
+
+
+def test_a_folder_of_another_teacher_is_not_dumped_under_this_ones_name(coloured, kdcache, tmp_path):
+    assert dump(kdcache, coloured, "Mean").status == 0
+    folder = only(tmp_path / "home", "teachers/*")
+    shown = ["--canvas", "16", "--size", "16", "--policy", "none", "--views", "1", "--home", "home", "--teacher-folder", folder]
+    refused = kdcache("dump-teacher", "--dataset", coloured, "--teacher", "odd_teachers:Even", *shown)
+    assert refused.status == 2
+    assert "the folder's teacher is odd_teachers:Mean, not odd_teachers:Even" in refused.err
+    assert kdcache("dump-teacher", "--dataset", coloured, "--teacher", "odd_teachers:Mean", *shown).status == 0
+
+
+def answers(classes, images, accuracy, order=None, seed=0):
+    """Labels, and outputs that are right with some probability, else any, of a teacher with its classes in that order."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(images) % classes
+    outputs = np.where(rng.random(images) < accuracy, labels, rng.integers(0, classes, images))
+    return outputs if order is None else np.argsort(order)[outputs], labels
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("classes", "accuracy"), [(2, 0.5), (3, 0.0), (10, 0.0), (10, 0.2), (37, 0.1), (100, 0.0), (1000, 0.3)])
+def test_weak_teachers_in_the_right_order_are_not_accused(classes, accuracy, seed):
+    assert not class_order(*answers(classes, 512, accuracy, seed=seed), classes).better
+
+
+@pytest.mark.parametrize(("classes", "accuracy"), [(2, 0.8), (3, 0.6), (10, 0.4), (37, 0.6), (100, 0.7), (128, 0.8)])
+def test_classes_that_are_rotated_are_put_back(classes, accuracy):
+    order = np.roll(np.arange(classes), 1)
+    found = class_order(*answers(classes, 512, accuracy, order), classes)
+    assert found.better
+    assert np.mean(np.argsort(order)[order] == np.arange(classes)) == 1
+    assert np.mean(np.array(found.outputs) == np.argsort(order)) > 0.9
+
+
+def test_two_classes_that_are_exchanged_are_found_among_the_others():
+    order = np.arange(10)
+    order[[3, 7]] = 7, 3
+    found = class_order(*answers(10, 512, 0.9, order), 10)
+    assert (found.better, found.moved) == (True, [3, 7])
+
+
+def test_one_frequent_class_is_no_order():
+    labels = np.repeat([0, 1, 2], [400, 60, 40])
+    assert not class_order(np.full(500, 2), labels, 3).better
+
+
+def test_a_function_that_a_record_names_is_not_called_unless_it_is_typed(coloured, kdcache, tmp_path):
+    assert dump(kdcache, coloured, "Mean").status == 0
+    folder = only(tmp_path / "home", "teachers/*")
+    record = json.loads((folder / "teacher.json").read_text()) | {"name": "planted:make"}
+    (folder / "teacher.json").write_text(json.dumps(record))
+    (tmp_path / "planted.py").write_text("open('ran', 'w').close()\ndef make(num_classes): ...\n")
+    archive = only(tmp_path / "home", "archives/*")
+    result = kdcache("verify", archive, "--replay", "4", "--home", "home")
+    assert result.status == 0, result.err
+    assert "--teacher planted:make" in result.out
+    assert not (tmp_path / "ran").exists()
