@@ -99,8 +99,8 @@ def replay_with_teacher(
             here: tuple[Precision, ...] = (card.precision,) if card.precision != "fp32" else ("fp16", "bf16")
             allowed = codec + FLOOR + 2 * max(moved, _moved(forward, first, here))
     largest = float(difference.max())
-    most, bound = numbers(largest, allowed)
-    result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {most}, allowed {bound}")
+    most, permitted = numbers(largest, allowed)
+    result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {most}, allowed {permitted}")
     if not largest <= allowed:
         again = f"kdcache verify {shlex.quote(archive.location)} --replay {views} --device auto"
         _tell(result, archive, difference, allowed, device_kind(target), again)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from kdcache.archive import open_archive
+from kdcache.system.seals import sealed_record
 from kdcache.teachers.order import class_order
 from tests.end_to_end.test_distill import only
 
@@ -189,7 +190,7 @@ def test_a_function_that_a_record_names_is_not_called_unless_it_is_typed(coloure
     assert dump(kdcache, coloured, "Mean").status == 0
     folder = only(tmp_path / "home", "teachers/*")
     record = json.loads((folder / "teacher.json").read_text()) | {"name": "planted:make"}
-    (folder / "teacher.json").write_text(json.dumps(record))
+    (folder / "teacher.json").write_bytes(sealed_record(record))
     (tmp_path / "planted.py").write_text("open('ran', 'w').close()\ndef make(num_classes): ...\n")
     archive = only(tmp_path / "home", "archives/*")
     result = kdcache("verify", archive, "--replay", "4", "--home", "home")
