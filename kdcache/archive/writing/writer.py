@@ -456,7 +456,7 @@ def _require_every_sample_once(plan: ArchivePlan, reader: ShardReader) -> None:
             raise UsageError(
                 f"view {view} does not hold sample {int(np.argmin(present))}",
                 why="every view holds every sample once, in any order; this one holds others twice",
-                fix="delete the archive, and pass which sample sits at each position of the whole view",
+                fix="write to another folder, and pass which sample sits at each position of the whole view",
             )
 
 
