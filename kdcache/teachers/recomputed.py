@@ -102,8 +102,8 @@ def replay_with_teacher(
     most, permitted = numbers(largest, allowed)
     result.notes.append(f"{rows} logit vectors recomputed on {target}: largest difference {most}, allowed {permitted}")
     if not largest <= allowed:
-        again = f"kdcache verify {shlex.quote(archive.location)} --replay {views} --device auto"
-        _tell(result, archive, difference, allowed, device_kind(target), again)
+        command = f"kdcache verify {shlex.quote(archive.location)} --replay {views} --device auto"
+        _tell(result, archive, difference, allowed, device_kind(target), command)
     return result
 
 

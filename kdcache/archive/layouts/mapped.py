@@ -136,5 +136,5 @@ def damaged(name: str, damage: str) -> IntegrityError:
     return IntegrityError(
         f"{name}: {damage}",
         why="the file's bytes are not those that were written",
-        fix="restore this file from a copy, or set the archive aside and run its dump again; kdcache verify lists all damage",
+        fix="restore this file from a copy, or run the dump again with --output FOLDER; kdcache verify lists all damage",
     )

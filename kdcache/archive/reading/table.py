@@ -26,7 +26,10 @@ class ShardTable:
             raise _changed(f"{table.path} has {len(data):,} bytes, the manifest says {table.bytes:,}")
         if (found := sha256(data)) != table.sha256:
             raise _changed(f"{table.path}: sha256 is {found[:12]}..., the manifest says {table.sha256[:12]}...")
-        return list(io.BytesIO(data))
+        lines, shards = list(io.BytesIO(data)), self._manifest.num_views * self._manifest.num_blocks
+        if len(lines) > shards:  # told before each of them is parsed
+            raise _changed(f"{table.path} has {len(lines):,} records of {shards:,} shards")
+        return lines
 
     def records(self) -> Iterator[ShardRecord]:
         return iter([self._parsed(line) for line in self.read()])

@@ -74,7 +74,7 @@ class Verification:
             raise IntegrityError(
                 f"verify ({self.level}) found {len(self.failures)} damaged place(s); first: {self.failures[0]}",
                 why="the archive is not what its manifest says",
-                fix="restore the named files from a copy, or set the archive aside and run its dump again",
+                fix="restore the named files from a copy, or run its dump again to another folder (--output FOLDER)",
             )
 
 
