@@ -112,8 +112,12 @@ def doubts(names: Sequence[str]) -> list[str]:
     if len(numbers) == len(names) and numbers != list(range(len(names))):
         at = next(i for i, number in enumerate(numbers) if number != i)
         said.append(
-            f"warning: class names are numbers, and not those of their labels: label {at} is class {names[at]!r} "
-            "(class folders are in the order of their letters, so that 10 comes before 2)"
+            f"warning: class names are numbers, and not those of their labels: label {at} is class {names[at]!r}"
+            + (
+                " (class folders are in the order of their letters, so that 10 comes before 2)"
+                if numbers != sorted(numbers)
+                else ""
+            )
         )
     spelled: dict[str, str] = {}
     for name in names:
