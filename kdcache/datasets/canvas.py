@@ -237,8 +237,8 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
 
     Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
     """
-    lock = path.with_name(path.name + ".lock")
-    with locked_if_possible(lock, waiting=lambda: progress.say(f"waiting for another process to build {path}")) as alone:
+    lock, text = path.with_name(path.name + ".lock"), f"waiting for another process to build {path}"
+    with locked_if_possible(lock, waiting=lambda: progress.say(text)) as alone:
         if alone:
             yield _unfinished(path)
             lock.unlink(missing_ok=True)  # while it is held: later it may be another process's
@@ -361,7 +361,6 @@ def _decode_all(
     )
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
     try:
-        # Of what is decoded, errors have the sample's name already.
         with (
             named(folder),
             (folder / "pixels.npy").open("ab") as pixels,
