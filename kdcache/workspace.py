@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
-from kdcache.datasets import DATASETS, Source, Split
-from kdcache.datasets.canvas import Canvas, load_canvas
+from kdcache.datasets import DATASETS, Source, Split, UsersOwn
+from kdcache.datasets.canvas import Canvas, canvases_of, load_canvas
 from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
 from kdcache.system import documents
@@ -30,6 +31,7 @@ __all__ = [
     "parse_dataset",
     "read_record",
     "read_teacher",
+    "recorded_source",
     "require_writable",
     "versions",
 ]
@@ -40,16 +42,58 @@ def parse_dataset(spec: str, progress: Progress | None = None) -> Source:
     return find_source(spec, progress)
 
 
-def archive_source(archive: AnyArchive, spec: str | None = None) -> Source:
-    """The source of an archive's images: `spec`, or the one that its dump recorded. Raises UsageError without either."""
-    spec = spec or archive.manifest.provenance.get("dataset")
+def archive_source(archive: AnyArchive, workspace: "Workspace", spec: str | None = None) -> Source:
+    """The source of an archive's images: `spec`, or the one that its dump recorded. Raises UsageError without either.
+
+    What an archive records may be a stranger's: a repository, a function, and a place outside the workspace are taken from it
+    only if this workspace has a canvas of that very source already, whose digest is the one that the archive records.
+    """
+    if spec is not None:
+        return parse_dataset(spec)
+    spec = archive.manifest.provenance.get("dataset")
     if not isinstance(spec, str):
         raise UsageError(
             f"archive {archive.location} does not say where its images are",
             why="it was not written by dump-teacher",
             fix="name them: --dataset NAME",
         )
-    return parse_dataset(spec)
+    source = recorded_source(spec)
+    if source is not None and (_stays_inside(source, workspace) or _seen_before(source, archive, workspace)):
+        return source
+    raise UsageError(
+        f"archive {archive.location} says that its images are {spec}",
+        why="that is outside this workspace, which has no canvas of them yet, and an archive may be a stranger's",
+        fix=f"if you trust it, name them yourself: --dataset {shlex.quote(spec)}",
+    )
+
+
+def recorded_source(spec: str) -> Source | None:
+    """The source of a record, which has a registered name and options; None for any other text. Reads nothing."""
+    if spec.partition(":")[0] not in DATASETS:
+        return None
+    return DATASETS.parse(spec)
+
+
+def _stays_inside(source: Source, workspace: "Workspace") -> bool:
+    """Whether a source reads below the workspace only, or is one that kdcache knows by name."""
+    if getattr(source, "repo", "") or getattr(source, "function", ""):
+        return False
+    if not isinstance(source, UsersOwn):
+        root = str(getattr(source, "root", ""))
+        return not root or _below(root, workspace)
+    places = [str(value) for value in vars(source).values() if isinstance(value, str) and os.sep in value]
+    places += [str(source.root)] if hasattr(source, "root") else []
+    return bool(places) and all(_below(place, workspace) for place in places)
+
+
+def _below(place: str, workspace: "Workspace") -> bool:
+    found = Path(place).expanduser().resolve()
+    return any(found.is_relative_to(folder.resolve()) for folder in (workspace.home, workspace.data))
+
+
+def _seen_before(source: Source, archive: AnyArchive, workspace: "Workspace") -> bool:
+    card = archive.manifest.source
+    return card is not None and any(each.card.digest == card.digest for each in canvases_of(source, "train", workspace.data))
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def verify(
             from kdcache.workspace import archive_source
 
             recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt, allow_large)
-            canvas = place.canvas(archive_source(opened, dataset), "train", recorded.size if recorded else None, progress)
+            canvas = place.canvas(archive_source(opened, place, dataset), "train", recorded.size if recorded else None, progress)
             found, how = matching_teacher(opened, place, progress), {"device": device, "renderer": renderer, "named": teacher}
             results.append(replay_with_teacher(opened, canvas, replay, found, progress, **how))
     if as_json:
@@ -249,9 +249,8 @@ def view(
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
-        canvas = workspace(home, data_dir, skip_corrupt, allow_large).canvas(
-            archive_source(opened, dataset), "train", recorded.size if recorded else None, progress
-        )
+        place = workspace(home, data_dir, skip_corrupt, allow_large)
+        canvas = place.canvas(archive_source(opened, place, dataset), "train", recorded.size if recorded else None, progress)
     write_changed(out, contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))
     print(out)
 

@@ -7,6 +7,7 @@ every process builds in a hidden folder of its own, and a killed build begins an
 """
 
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
-from kdcache.errors import IntegrityError, RetryError, UsageError, printable
+from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
 from kdcache.system.documents import read_record
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
@@ -39,7 +40,7 @@ from kdcache.system.refusals import named
 from kdcache.system.room import require_room
 from kdcache.system.seals import sealed_record
 
-__all__ = ["MAX_SIZE", "Canvas", "canvas_path", "load_canvas", "require_intact"]
+__all__ = ["MAX_SIZE", "Canvas", "canvas_path", "canvases_of", "load_canvas", "require_intact"]
 
 MAX_SIZE = 4096  # pixels; a larger side is surely a typing mistake
 FORMAT = 2  # increases when the same files give other pixels
@@ -155,6 +156,16 @@ def canvas_path(source: Source, split: Split, size: int, home: Path) -> Path:
     """Folder of the canvas of a split, for the present state of its files, whether built or not. Fetches nothing."""
     series, state = _names(source, split, size, source.open(home, fetch=False).fingerprint())
     return home / f"{series}-{state[:8]}"
+
+
+def canvases_of(source: Source, split: Split, home: Path) -> Iterator[Canvas]:
+    """The canvases of a split that were built below `home` before, of any size and state. The source itself is not looked at."""
+    name = getattr(source, "short_name", DATASETS.name_of(source))
+    for folder in sorted(home.glob(f"{glob.escape(name)}-{split}-*px-????????-????????")):
+        size = folder.name.removeprefix(f"{name}-{split}-").partition("px-")[0]
+        if size.isdecimal() and folder.name.startswith(f"{_names(source, split, int(size), '')[0]}-"):
+            with suppress(KdcacheError):
+                yield _open(folder)
 
 
 def _names(source: Source, split: Split, size: int, fingerprint: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
-from kdcache.importing import first_line, load_function
+from kdcache.importing import first_line, is_function_name, load_function
 from kdcache.system.documents import read_json
 
 __all__ = [
@@ -139,9 +139,14 @@ def _names_in_source() -> frozenset[str]:
     return frozenset(name for name in names if name.partition(".")[0] in names)  # some weights have no model any more
 
 
-def resolve(name: str, kind: str = "model") -> str:
-    """The exact name behind an alias, a timm name or a reference. Raises NotFoundError, for timm's with close matches."""
+def resolve(name: str, kind: str = "model", *, run: bool = True) -> str:
+    """The exact name behind an alias, a timm name or a reference. Raises NotFoundError, for timm's with close matches.
+
+    Without `run`, a function's module is not imported, so that plans and dry runs execute nothing.
+    """
     if is_reference(name):
+        if not run and is_factory(name) and is_function_name(name):
+            return name
         return exact_name(name)
     exact = ALIASES.get(name, name)
     if exact in _names_in_source():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kdcache.archive import AnyArchive
+from kdcache.datasets import DATASETS
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.views.policy import ViewPolicy
 
@@ -34,7 +35,8 @@ class Subject:
             archive.num_samples,
             archive.class_names,
             manifest.policy,
-            dataset if isinstance(dataset, str) else None,
+            # Records have registered names: what else an archive says is looked for nowhere.
+            dataset if isinstance(dataset, str) and dataset.partition(":")[0] in DATASETS else None,
         )
 
 

@@ -213,6 +213,17 @@ def _page(
     )
 
 
+def _cell(value: Any) -> Any:
+    """A cell of a CSV file, which is read by spreadsheets: text that they would compute is marked as text by an apostrophe."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def _csv(records: Sequence[RunRecord]) -> str:
     """CSV with one line per run: its settings, its status, and the numbers of its last epoch."""
     costs = tuple(asdict(NOTHING))
@@ -221,11 +232,13 @@ def _csv(records: Sequence[RunRecord]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     args = [name for name in type(records[0].args).model_fields if name not in {"method", "control", "archives"}]
     results = ("epochs", "final_top1", "best_top1", "best_epoch", "final_loss", "seconds", "reason")
-    writer.writerow(["run_folder", "status", *args, "epochs_done", *results[1:], *costs, *(f"last_{name}" for name in last)])
+    columns = ["run_folder", "status", *args, "epochs_done", *results[1:], *costs, *(f"last_{name}" for name in last)]
+    writer.writerow(map(_cell, columns))
     for run in records:
         line: list[Any] = [run.folder, run.status, *(getattr(run.args, name) for name in args), run.epochs_done]
         line += [getattr(run.summary, name) if run.summary else None for name in results[1:]]
         line += asdict(run.spent).values()
         ends = [run.curves[name][-1] if run.epochs_done and name in run.curves else np.nan for name in last]
-        writer.writerow([*line, *(None if np.isnan(value) else f"{value:.10g}" for value in ends)])
+        line += [None if np.isnan(value) else f"{value:.10g}" for value in ends]
+        writer.writerow(map(_cell, line))
     return text.getvalue()

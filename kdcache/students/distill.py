@@ -357,7 +357,7 @@ def _allow_open_files(students: int) -> None:
 
 
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:
-    source = archive_source(archive, config.dataset)
+    source = archive_source(archive, workspace, config.dataset)
     recorded = archive.manifest.canvas
     size = recorded.size if recorded else None
     train, test = (workspace.canvas(source, split, size, progress) for split in ("train", "test"))

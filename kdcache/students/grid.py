@@ -124,7 +124,7 @@ def plan_students(
     require_batch_size(training.batch_size, first.samples)
     for optimizer, betas in {(each.opt, each.opt_betas) for each in trainings}:
         require_optimizer(optimizer, betas)
-    exact_names = {student: resolve(student, "student") for student in grid.student or (recipe.student,)}
+    exact_names = {student: resolve(student, "student", run=False) for student in grid.student or (recipe.student,)}
     targets = [CONTROLS.parse(spec) for spec in grid.control]
     losses = [(loss, control, tau) for loss, taus in _methods_and_taus(grid) for control in targets for tau in taus]
     for control in targets:

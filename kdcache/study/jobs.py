@@ -156,7 +156,7 @@ class _Expansion:
         sizes = {"size": spec.size, "canvas": spec.canvas}
         for name, teacher in itertools.product(spec.dataset, spec.teacher):
             source, counts = self._source(name)
-            resolve(teacher, "teacher")
+            resolve(teacher, "teacher", run=False)
             for training in _combinations(spec.train, "epochs", "seed"):
                 trained = self._train(teacher, name, training | sizes)
                 for options in _combinations(spec.dump, "policy"):
@@ -176,7 +176,7 @@ class _Expansion:
     def _train(self, model: str, name: str, options: Mapping[str, Any]) -> Job:
         source, _ = self._source(name)
         config = TeacherConfig.model_validate({**options, "teacher": model, "dataset": name})
-        teacher_recipe(config.recipe, resolve(model, "teacher"), published_name(source))
+        teacher_recipe(config.recipe, resolve(model, "teacher", run=False), published_name(source))
         if {"opt", "opt_betas"} & set(options):
             require_optimizer(config.training.opt, config.training.opt_betas)
         start = {True: " from scratch", False: " from pretrained weights", None: ""}[config.from_scratch]
@@ -198,7 +198,8 @@ class _Expansion:
                         why=f"study {self.name} reads images from there",
                         fix="write where yours are into a copy of the study, or take that dataset out of it",
                     )
-                if self.counted[name] is None and not getattr(source, "repo", ""):  # a repository would be asked for
+                # A repository would be asked for, and a function called: a plan does neither.
+                if self.counted[name] is None and not (getattr(source, "repo", "") or getattr(source, "function", "")):
                     images = source.open(self.workspace.data, fetch=False)
                     train, test = (len(images.samples(split)) for split in ("train", "test"))
                     self.counted[name] = Counts(train, test, len(images.class_names()))

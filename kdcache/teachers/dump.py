@@ -30,7 +30,7 @@ from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.errors import IncompatibleError, NotFoundError, UsageError
 from kdcache.models.classes import ClassMap, said_digest
 from kdcache.models.creation import licence
-from kdcache.models.names import folder_name, is_reference, public_name, resolve
+from kdcache.models.names import folder_name, is_factory, is_reference, public_name, resolve
 from kdcache.options import flag_of
 from kdcache.system.distributed import ALONE, this_rank
 from kdcache.system.files import tidying, translated_os_errors
@@ -69,6 +69,14 @@ def sketch_dump(config: DumpConfig, workspace: Workspace, progress: Progress) ->
     That ends in question marks where there is no canvas yet, on which its name depends.
     """
     source, recipe = parse_dataset(config.subject.dataset, progress), config.recipe
+    resolve(config.subject.teacher, "teacher", run=False)
+    for typed, what in ((config.subject.teacher, "teacher"), (getattr(source, "function", ""), "dataset")):
+        if typed and is_factory(typed):
+            progress.say(f"{what} {typed} is a function, which a dry run does not call: what depends on it is not known")
+    if getattr(source, "function", "") or is_factory(config.subject.teacher):
+        return str(
+            config.output or workspace.archives / f"{dataset_label(source)}--{folder_name(config.subject.teacher)}--????????"
+        )
     if canvas_path(source, "train", recipe.shown.canvas or source.recipe.canvas, workspace.data).is_dir():
         plan = plan_dump(config, workspace, progress)
         teacher = existing_teacher(plan, workspace, progress)

@@ -75,16 +75,16 @@ def replay_with_teacher(
         model, normalise = load_teacher(teacher)
         forward = Forward(model.to(target), normalise, target, card.precision, card.memory_format)
         rendered = render_batches(canvas, policy, items, renderer=renderer, device=target)
-        logits, first, again = [], None, 0.0
+        logits, first, apart = [], None, 0.0
         for item in rendered:
             logits.append(forward(item.images))
             if first is None:
                 first = item.images[:ESTIMATED]
-                again = float(np.abs(forward(item.images) - logits[0]).max())
+                apart = float(np.abs(forward(item.images) - logits[0]).max())
         assert first is not None
-        if not again <= tolerance(forward, logits[0]):
+        if not apart <= tolerance(forward, logits[0]):
             result.notes.append(
-                f"logits were not compared: this teacher's are others each time, up to {again:.3g} apart in two passes"
+                f"logits were not compared: this teacher's are others each time, up to {apart:.3g} apart in two passes"
             )
             return result
         coding, view = CODECS.from_dict(archive.manifest.codec), archive.views.start

@@ -197,3 +197,55 @@ def test_a_function_that_a_record_names_is_not_called_unless_it_is_typed(coloure
     assert result.status == 0, result.err
     assert "--teacher planted:make" in result.out
     assert not (tmp_path / "ran").exists()
+
+
+def planted(archive, dataset):
+    """An archive that says its images are elsewhere, as a stranger's may."""
+    manifest = json.loads((archive / "kdcache.json").read_text())
+    manifest["provenance"]["dataset"] = dataset
+    (archive / "kdcache.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("dataset", ["/", "folder:/", "hf:nobody/nothing", "factory:planted:make"])
+def test_an_archive_has_nothing_walked_fetched_or_run(coloured, kdcache, tmp_path, dataset):
+    assert dump(kdcache, coloured, "Mean").status == 0
+    archive = only(tmp_path / "home", "archives/*")
+    (tmp_path / "planted.py").write_text("open('ran', 'w').close()\n")
+    planted(archive, dataset)
+    before = sorted((tmp_path / "home" / "data").iterdir())
+    student = ["--student", "test_vit", "--epochs", "1", "-b", "8"]
+    for command in (["verify", archive, "--replay", "4"], ["distill", "--archive", archive, *student]):
+        refused = kdcache(*command, "--home", "home")
+        assert refused.status == 2, refused.err
+        assert "--dataset" in refused.err.split("fix:")[1]
+    assert sorted((tmp_path / "home" / "data").iterdir()) == before
+    assert not (tmp_path / "ran").exists()
+    assert kdcache("verify", archive, "--replay", "4", "--home", "home", "--dataset", coloured).status == 0
+
+
+def test_images_outside_the_workspace_are_read_again_where_their_user_named_them(coloured, kdcache, tmp_path):
+    assert dump(kdcache, coloured, "Mean").status == 0
+    archive = only(tmp_path / "home", "archives/*")
+    assert kdcache("verify", archive, "--replay", "4", "--home", "home").status == 0
+    elsewhere = kdcache("verify", archive, "--replay", "4", "--home", "other")
+    assert elsewhere.status == 2
+    named = shlex.split(elsewhere.err.split("--dataset ")[1])[0]
+    assert kdcache("verify", archive, "--replay", "4", "--home", "other", "--dataset", named).status == 0
+
+
+def test_plans_and_dry_runs_run_nothing(coloured, kdcache, tmp_path):
+    (tmp_path / "planted.py").write_text("open('ran', 'w').close()\ndef make(**_): ...\n")
+    dry = kdcache("dump-teacher", "--teacher", "planted:make", "--dataset", "digits", "--dry-run", "--home", "home")
+    assert dry.status == 0, dry.err
+    assert "does not call" in dry.err
+    assert kdcache("dump-teacher", "--teacher", "rn18", "--dataset", "planted:make", "--dry-run", "--home", "home").status == 0
+    study = {
+        **dict.fromkeys(("title", "paper", "question", "varies", "expected"), "words"),
+        "cost": {"gpu-hours": 1, "archive-bytes": "1 GB"},
+        "archives": {"a": {"dataset": ["planted:make"], "teacher": ["planted:make"]}},
+        "students": [{"archive": ["a"], "student": ["planted:make"], "epochs": 1}],
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    planned = kdcache("study", "plan", "study.yaml", "--home", "home")
+    assert not (tmp_path / "ran").exists(), planned.err
+    assert planned.status == 0, planned.err
