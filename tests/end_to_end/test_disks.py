@@ -156,6 +156,27 @@ def test_what_killed_commands_left_is_swept_away_when_they_are_repeated(kdcache,
     assert "is not empty" in kdcache(*wanted["export"], "--home", done).err
 
 
+KILLED_EXPORT = """
+import shutil, sys
+from pathlib import Path
+from kdcache.sharing.export import export, write_export
+from tests.kills import in_a_fork
+made, folder = export(Path(sys.argv[1])), Path(sys.argv[2])
+step = 0
+while in_a_fork(lambda: write_export(made, folder), step):
+    write_export(made, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == dict(made.files), step
+    shutil.rmtree(folder)
+    step += 1
+print(step)
+"""
+
+
+@pytest.mark.exhaustive
+def test_an_export_may_be_killed_at_any_step_and_repeated(run_python, full, tmp_path):
+    assert int(run_python(KILLED_EXPORT, commands(full)["export"][1], tmp_path / "exported").stdout) > 7
+
+
 # ------------------------------------------------------------------------------------------------------- no locks
 
 
