@@ -65,6 +65,7 @@ __all__ = [
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of models' folders
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # beside them, transformers' settings of image processors
+POINTER = "it is a Git LFS pointer, which stands for the weights: they were not fetched"
 FORMS = "an alias, a timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or package.module:function"
 # Models as timm registers them, weights in its tables of configurations, and the CIFAR networks in theirs.
 _NAMED = re.compile(r"^@register_model\s*\ndef (\w+)\(|^\s*[\"'](\w+\.\w+)[\"']\s*:\s*_?\w+\(|^ +\"(cifar_\w+)\":", re.MULTILINE)
@@ -323,22 +324,22 @@ def _download(name: str, file: str, *, needed: bool = True) -> Path | None:
 def _in_folder(name: str) -> str:
     """The exact name of a local folder. Raises IntegrityError if an exact name's folder has other contents now."""
     folder, pinned = place(name)
-    for name in (CONFIG, WEIGHTS):
-        if not (file := folder / name).is_file():
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
             raise NotFoundError(
                 f"{LOCAL}{folder} is not a model",
-                why=f"there is no {name} in it" if folder.is_dir() else "there is no such folder",
+                why=f"there is no {file} in it" if folder.is_dir() else "there is no such folder",
                 fix="name a folder with config.json and model.safetensors, or make one: kdcache export RUN",
             )
-        if is_pointer(file):
+        if is_pointer(path := folder / file):
             raise IntegrityError(
-                f"{file} cannot be read", why=POINTER, fix=f"fetch it: git -C {shlex.quote(str(folder))} lfs pull"
+                f"{path} cannot be read", why=POINTER, fix=f"fetch it: git -C {shlex.quote(str(folder))} lfs pull"
             )
     _require_kind(folder / CONFIG, name)
     processors = [file for file in PROCESSORS if is_transformers(name) and (folder / file).is_file()]
     digest = hashlib.sha256()
-    for name_of_file in (CONFIG, WEIGHTS, *processors):
-        with (folder / name_of_file).open("rb") as data:
+    for file in (CONFIG, WEIGHTS, *processors):
+        with (folder / file).open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     fingerprint = digest.hexdigest()[:12]
     if pinned not in {"", fingerprint}:
@@ -357,9 +358,6 @@ def place(name: str) -> tuple[Path, str]:
     if pinned and not Path(typed).expanduser().is_dir():
         return Path(pinned[1]).expanduser(), pinned[2]
     return Path(typed).expanduser(), ""
-
-
-POINTER = "it is a Git LFS pointer, which stands for the weights: they were not fetched"
 
 
 def is_pointer(file: Path) -> bool:

@@ -200,7 +200,7 @@ class _Epochs:
     def __init__(self) -> None:
         self._state = torch.zeros(1 + self._WORKERS, dtype=torch.int64)
         with contextlib.suppress(RuntimeError):  # a machine without shared memory, where no DataLoader has workers
-            self._state.share_memory_()
+            self._state.share_memory_()  # type: ignore[no-untyped-call]
         self._passes = 0  # of this process
 
     def next(self) -> int:

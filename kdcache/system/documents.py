@@ -197,7 +197,7 @@ def _require_small(events: Iterable[Any]) -> None:
         elif isinstance(event, yaml.CollectionStartEvent):
             if len(opened) > DEEPEST:
                 raise DocumentError(f"line {line}: {_TOO_DEEP}")
-            sizes.pop(event.anchor, None)
+            sizes.pop(event.anchor or "", None)
             opened.append((event.anchor, 1))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, count = opened.pop()
