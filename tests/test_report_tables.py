@@ -368,3 +368,10 @@ def test_latex_takes_the_tables(make_run: RunFolders, tmp_path: Path, shades: st
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_cells_that_spreadsheets_would_compute_are_text() -> None:
+    from kdcache.report.html import csv_cell
+
+    assert [csv_cell(text) for text in ("=1+1", "+x", "-x", "@x", "\tx", "\rx")] == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "'\rx"]
+    assert [csv_cell(value) for value in ("-0.5", "+1e-3", "kd", -0.5, None)] == ["-0.5", "+1e-3", "kd", -0.5, None]

@@ -213,7 +213,7 @@ def _page(
     )
 
 
-def _cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """A cell of a CSV file, which is read by spreadsheets: text that they would compute is marked as text by an apostrophe."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return value
@@ -233,12 +233,12 @@ def _csv(records: Sequence[RunRecord]) -> str:
     args = [name for name in type(records[0].args).model_fields if name not in {"method", "control", "archives"}]
     results = ("epochs", "final_top1", "best_top1", "best_epoch", "final_loss", "seconds", "reason")
     columns = ["run_folder", "status", *args, "epochs_done", *results[1:], *costs, *(f"last_{name}" for name in last)]
-    writer.writerow(map(_cell, columns))
+    writer.writerow(map(csv_cell, columns))
     for run in records:
         line: list[Any] = [run.folder, run.status, *(getattr(run.args, name) for name in args), run.epochs_done]
         line += [getattr(run.summary, name) if run.summary else None for name in results[1:]]
         line += asdict(run.spent).values()
         ends = [run.curves[name][-1] if run.epochs_done and name in run.curves else np.nan for name in last]
         line += [None if np.isnan(value) else f"{value:.10g}" for value in ends]
-        writer.writerow(map(_cell, line))
+        writer.writerow(map(csv_cell, line))
     return text.getvalue()

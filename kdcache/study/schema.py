@@ -13,7 +13,7 @@ from kdcache.options import Option, Options, Temperatures, integers
 from kdcache.report.records import Experiment
 from kdcache.students.config import DistillConfig
 from kdcache.system.documents import read_yaml
-from kdcache.teachers.config import DumpRecipe, TeacherConfig
+from kdcache.teachers.config import Accepted, DumpRecipe, TeacherConfig
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
 
@@ -90,7 +90,11 @@ class TrainSpec(form(TeacherConfig, without=SIZES, several={"epochs": Durations,
     """Options of train-teacher; of those with several values, each makes a teacher."""
 
 
-class DumpSpec(form(DumpRecipe, without=SIZES, several={"policy": Several[str]})):  # type: ignore[misc]
+class _Dump(DumpRecipe):
+    accepted: Accepted = Accepted()
+
+
+class DumpSpec(form(_Dump, without=SIZES, several={"policy": Several[str]})):  # type: ignore[misc]
     """Options of dump-teacher; of several policies, each makes an archive."""
 
 

@@ -25,7 +25,9 @@ def test_students_in_lockstep_equal_students_alone(few_home, few_archive, kdcach
     together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3", *student, "--home", home)
     assert together.status == 0, together.err
     alone = tmp_path / "alone"
-    result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *student, "--archive", few_archive, "--home", alone)
+    images = ["--dataset", open_archive(few_archive).manifest.provenance["dataset"]]  # which another workspace has to be told
+    here = ["--archive", few_archive, "--home", alone, *images]
+    result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *student, *here)
     assert result.status == 0, result.err
     pattern = "runs/*/test_vit--kd--tau20--bottom-3--seed0--*"
     for name in ("last.safetensors", "best.safetensors"):
