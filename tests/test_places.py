@@ -1,8 +1,8 @@
 """Protects the meaning of rows: those of another view, block, teacher or archive are refused, however sound their bytes are."""
 
 import json
-import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,17 +191,15 @@ def test_an_archive_is_not_finished_with_files_in_other_places(in_zarr: Archive,
     exchange(tmp_path / "new", file_of(in_zarr, "logits", 0, 0), file_of(in_zarr, "logits", 1, 0))
     with pytest.raises(IntegrityError, match=r"those of view 1, block 0") as caught:
         writer.finalize()
-    command, words = shlex.split(caught.value.fix.partition(": ")[2].partition(", and ")[0])[0], caught.value.fix
-    assert command == "rm"
-    assert "and kdcache dump-teacher --teacher t" in words
-    for path in shlex.split(words.partition(": rm ")[2].partition(", and ")[0]):  # as the error advises
-        Path(path).unlink()
+    asides, _, repeated = caught.value.fix.partition(": ")[2].partition("; ")
+    assert repeated.startswith("kdcache dump-teacher --teacher t")
+    subprocess.run(asides, shell=True, check=True)
     writer = ArchiveWriter.resume(tmp_path / "new")
     write()
     assert writer.finalize().verify("full").ok
 
 
-def test_a_cached_file_that_is_exchanged_after_its_check_is_noticed(
+def test_a_cached_file_that_is_exchanged_after_its_check_is_fetched_again(
     sound: Archive, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
@@ -213,8 +211,8 @@ def test_a_cached_file_that_is_exchanged_after_its_check_is_noticed(
         one, other = (archive.store.local(file_of(archive, "logits", view, 0)) for view in (0, 1))
         aside = one.read_bytes()
         one.write_bytes(other.read_bytes()[: len(aside)].ljust(len(aside)))
-        with pytest.raises(IntegrityError):
-            read(archive, "logits", 0, 3)
+        here, there = (each.take(0, np.array([3])).logits for each in (archive, sound))
+        np.testing.assert_array_equal(here, there)
 
 
 def test_plain_zarr_reads_a_lost_shard_as_nothing_that_is_stored(in_zarr: Archive, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ Who begins, extends or finishes a dump holds the archive's lock meanwhile; who w
 import itertools
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +64,7 @@ from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, Usage
 from kdcache.given import as_logits, whole_numbers
 from kdcache.system.documents import parse_json
 from kdcache.system.energy import Spent
-from kdcache.system.files import translated_os_errors
+from kdcache.system.files import set_aside, translated_os_errors
 from kdcache.system.locks import NoLocksError, locked
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.policy import ViewPolicy
@@ -384,8 +383,8 @@ class ArchiveWriter:
 
     def _write_again(self, shards: Sequence[tuple[int, int]]) -> str:
         """The advice for an archive that cannot be finished, as files of these shards are not what was written."""
-        records = " ".join(shlex.quote(str(self.store.path(_sidecar(*shard)))) for shard in shards)
-        return f"have them written again: rm {records}, and {dump_command(self.plan.provenance)}"
+        asides = " && ".join(set_aside(self.store.path(_sidecar(*shard))) for shard in shards)
+        return f"have them written again: {asides}; {dump_command(self.plan.provenance)}"
 
     def _finished(self) -> Archive | None:
         """The archive, if it is there with all views that are planned."""
