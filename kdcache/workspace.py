@@ -19,7 +19,7 @@ from kdcache.datasets.naming import find_source
 from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
 from kdcache.system import documents
 from kdcache.system.files import is_set_aside, local_path, set_aside
-from kdcache.system.progress import Progress
+from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
 from kdcache.system.seals import SEAL
 
@@ -46,7 +46,8 @@ def archive_source(archive: AnyArchive, workspace: "Workspace", spec: str | None
     """The source of an archive's images: `spec`, or the one that its dump recorded. Raises UsageError without either.
 
     What an archive records may be a stranger's: a repository, a function, and a place outside the workspace are taken from it
-    only if this workspace has a canvas of that very source already, whose digest is the one that the archive records.
+    only if this workspace has a canvas of that very source already, whose digest is the one that the archive records, or a
+    teacher that was made for it.
     """
     if spec is not None:
         return parse_dataset(spec)
@@ -58,7 +59,8 @@ def archive_source(archive: AnyArchive, workspace: "Workspace", spec: str | None
             fix="name them: --dataset NAME",
         )
     source = recorded_source(spec)
-    if source is not None and (_stays_inside(source, workspace) or _seen_before(source, archive, workspace)):
+    known = _stays_inside, _seen_before, _taught
+    if source is not None and any(is_known(source, archive, workspace) for is_known in known):
         return source
     raise UsageError(
         f"archive {archive.location} says that its images are {spec}",
@@ -74,7 +76,7 @@ def recorded_source(spec: str) -> Source | None:
     return DATASETS.parse(spec)
 
 
-def _stays_inside(source: Source, workspace: "Workspace") -> bool:
+def _stays_inside(source: Source, archive: AnyArchive, workspace: "Workspace") -> bool:
     """Whether a source reads below the workspace only, or is one that kdcache knows by name."""
     if getattr(source, "repo", "") or getattr(source, "function", ""):
         return False
@@ -94,6 +96,12 @@ def _below(place: str, workspace: "Workspace") -> bool:
 def _seen_before(source: Source, archive: AnyArchive, workspace: "Workspace") -> bool:
     card = archive.manifest.source
     return card is not None and any(each.card.digest == card.digest for each in canvases_of(source, "train", workspace.data))
+
+
+def _taught(source: Source, archive: AnyArchive, workspace: "Workspace") -> bool:
+    """Whether a teacher of this workspace, which only the user's own commands make, was trained or tested on this source."""
+    spec = DATASETS.spec(source)
+    return any(record.get("dataset") == spec for _, record in workspace.teacher_records(Silent()))
 
 
 def read_record(file: Path) -> dict[str, Any]:

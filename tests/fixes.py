@@ -16,7 +16,7 @@ ALL_OPTIONS = set().union(*OPTIONS.values())
 # Options of other programs that a fix may name, by the program.
 OTHERS = {"torchrun": {"--nproc-per-node"}, "pip install": {"--upgrade"}}
 
-_COMMAND = re.compile(r"(?<![\w./'\[-])kdcache (?!from |was |is )(?P<rest>[a-z][^;,()&]*)")
+_COMMAND = re.compile(r"(?<![\w./'\[-])kdcache (?!from |was |is |that )(?P<rest>[a-z][^;,()&]*)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _DELETE = re.compile(r"\b(delete|remove|erase|unlink)\b|\brm\b", re.IGNORECASE)
 

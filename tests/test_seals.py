@@ -99,7 +99,7 @@ def test_best_weights_that_a_resume_reads_are_checked(tmp_path: Path) -> None:
 def test_a_changed_bit_of_weights_is_noticed(tmp_path: Path, name: str) -> None:
     file = trained(tmp_path / "run", over=True) / f"{name}.safetensors"
     error = all_noticed(file, lambda: load_weights(Tiny(), file), 150)
-    assert f"mv {file.parent} {file.parent}.damaged" in error.fix
+    assert f"mv {file.parent} {file.parent}.aside" in error.fix
 
 
 def test_weights_are_still_everybodys_safetensors(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_changed_bit_of_a_head_is_noticed(tmp_path: Path) -> None:
 def test_a_changed_bit_of_a_summary_is_noticed(tmp_path: Path) -> None:
     file = trained(tmp_path, over=True) / "summary.json"
     error = all_noticed(file, lambda: read_record(file), 500)
-    assert f"mv {tmp_path} {tmp_path}.damaged" in error.fix
+    assert f"mv {tmp_path} {tmp_path}.aside" in error.fix
     assert SEAL not in read_record(file)
 
 

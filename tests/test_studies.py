@@ -304,7 +304,7 @@ OF_A_STUDY = {
     "distill": {"--dataset", "--strict", "--allow-drift", "--checkpoint-interval", "--memory", "--parallel"},
     "stats": {"--rows", "--fidelity", "--codec", "--plot"},
 }
-OF_THE_MACHINE = {"--device", "--workers", "--renderer", "--home", "--data-dir", "--config", "--skip-corrupt"}
+OF_THE_MACHINE = {"--device", "--workers", "--renderer", "--home", "--data-dir", "--config", "--skip-corrupt", "--allow-large"}
 OF_THE_MACHINE |= {"--dry-run", "--json", "--help"}
 
 

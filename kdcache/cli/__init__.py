@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def _print_anything() -> None:
     codecs.register_error("kdcache", _escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="kdcache")
+            with suppress(OSError):  # one that has become a pipe since Python opened it stays as it is
+                stream.reconfigure(errors="kdcache")
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:

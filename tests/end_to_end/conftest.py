@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from kdcache.archive import open_archive
 from kdcache.archive.format.manifest import FOR_PEOPLE
 from kdcache.cli import run
 
@@ -100,6 +101,11 @@ def few_home(few_trained, tmp_path) -> Path:
 @pytest.fixture
 def few_archive(few_home) -> Path:
     return next((few_home / "archives").iterdir())
+
+
+def with_images(archive: Path) -> list[str]:
+    """An archive, and where its images are: a workspace that has never seen them has to be told."""
+    return [str(archive), "--dataset", open_archive(archive).manifest.provenance["dataset"]]
 
 
 @pytest.fixture(scope="session")

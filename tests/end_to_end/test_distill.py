@@ -10,7 +10,7 @@ import yaml
 
 from kdcache import open_archive
 from kdcache.errors import IntegrityError
-from tests.end_to_end.conftest import FEW, STUDENT, until, without_costs
+from tests.end_to_end.conftest import FEW, STUDENT, until, with_images, without_costs
 from tests.end_to_end.forks import Started
 
 
@@ -25,8 +25,7 @@ def test_students_in_lockstep_equal_students_alone(few_home, few_archive, kdcach
     together = kdcache("distill", "--tau", "1,20", "--control", "none,bottom:3", *student, "--home", home)
     assert together.status == 0, together.err
     alone = tmp_path / "alone"
-    images = ["--dataset", open_archive(few_archive).manifest.provenance["dataset"]]  # which another workspace has to be told
-    here = ["--archive", few_archive, "--home", alone, *images]
+    here = ["--archive", *with_images(few_archive), "--home", alone]
     result = kdcache("distill", "--tau", "20", "--control", "bottom:3", *student, *here)
     assert result.status == 0, result.err
     pattern = "runs/*/test_vit--kd--tau20--bottom-3--seed0--*"

@@ -12,6 +12,7 @@ from kdcache.archive import open_archive
 from kdcache.system.seals import sealed_record
 from kdcache.teachers.order import class_order
 from tests.end_to_end.test_distill import only
+from tests.hostile import resealed
 
 NAMES = ["blue", "green", "red"]
 
@@ -203,7 +204,7 @@ def planted(archive, dataset):
     """An archive that says its images are elsewhere, as a stranger's may."""
     manifest = json.loads((archive / "kdcache.json").read_text())
     manifest["provenance"]["dataset"] = dataset
-    (archive / "kdcache.json").write_text(json.dumps(manifest))
+    (archive / "kdcache.json").write_text(json.dumps(resealed(manifest)))
 
 
 @pytest.mark.parametrize("dataset", ["/", "folder:/", "hf:nobody/nothing", "factory:planted:make"])

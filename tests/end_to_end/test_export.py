@@ -15,6 +15,7 @@ from kdcache.archive import open_archive
 from kdcache.cli import run
 from kdcache.models.creation import create_model, load_weights
 from kdcache.workspace import read_teacher
+from tests.end_to_end.conftest import with_images
 from tests.end_to_end.test_distill import only
 from tests.hub import WritableHub
 from tests.servers import FaultyServer
@@ -53,7 +54,7 @@ def shop(few_trained, tmp_path_factory):
     archive = only(few_trained, "archives/*")
     how = ["--model-ema-decay", "0.5", "--epochs", "2", "--batch-size", "40", "--lr", "0.01"]
     students = ["--student", "test_vit,cifar_resnet8"]
-    assert run(["distill", *students, *how, "--archive", str(archive), "--home", str(home)]) == 0
+    assert run(["distill", *students, *how, "--archive", *with_images(archive), "--home", str(home)]) == 0
     return home
 
 

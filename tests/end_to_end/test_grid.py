@@ -13,7 +13,7 @@ from kdcache.report import collect, summarise
 from kdcache.students.config import Grid
 from kdcache.students.grid import plan_students
 from kdcache.workspace import Workspace
-from tests.end_to_end.conftest import FEW
+from tests.end_to_end.conftest import FEW, with_images
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_training_options import rows
 
@@ -31,7 +31,7 @@ def test_optimisers_and_learning_rates_are_a_dimension_of_the_grid(few_home, few
     assert found == {("adamw", 0.002, 0.9), ("adamw", 0.01, 0.9), ("sgd", 0.05, 0.5)}
     alone = tmp_path / "alone"
     sgd = ["--opt", "sgd", "--lr", "0.05", "--momentum", "0.5"]
-    assert kdcache("distill", *SHORT, *sgd, "--archive", few_archive, "--home", alone).status == 0
+    assert kdcache("distill", *SHORT, *sgd, "--archive", *with_images(few_archive), "--home", alone).status == 0
     same_run(only(alone, "runs/*/*sgd-*"), only(few_home, "runs/*/*sgd-*"))
     settings = {row.setting for row in summarise(collect([few_home / "runs"])).rows}
     assert len(settings) == 3  # rows of their own, not seeds of one
@@ -60,7 +60,7 @@ def test_settings_that_cannot_be_are_refused(few_home, kdcache, arguments, words
 @pytest.mark.exhaustive
 def test_students_of_all_seeds_may_share_one_order(few_home, few_archive, kdcache, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--share-order"]
+    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", *with_images(few_archive), "--share-order"]
     assert kdcache(*common, "--seed", "0,1", "--home", together).status == 0
     assert kdcache(*common, "--seed", "1", "--home", alone).status == 0
     runs = {args_of(run)["seed"]: run for run in together.glob("runs/*/test_*--*")}
@@ -77,7 +77,7 @@ def test_students_of_all_seeds_may_share_one_order(few_home, few_archive, kdcach
 @pytest.mark.exhaustive
 def test_students_that_do_not_fit_into_memory_are_trained_in_groups(few_home, few_archive, kdcache, tmp_path):
     apart = tmp_path / "apart"
-    common = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4"]
+    common = ["distill", *SHORT, "--archive", *with_images(few_archive), "--tau", "1,4"]
     assert kdcache(*common, "--home", few_home).status == 0
     result = kdcache(*common, "--memory", "1MB", "--home", apart)
     assert result.status == 0
@@ -92,7 +92,7 @@ def test_students_that_do_not_fit_into_memory_are_trained_in_groups(few_home, fe
 @pytest.mark.exhaustive
 def test_testing_every_few_epochs_changes_no_weights(few_home, few_archive, kdcache, tmp_path):
     often, seldom = tmp_path / "often", tmp_path / "seldom"
-    common = ["distill", *SHORT[:-1], "3", "--archive", few_archive]
+    common = ["distill", *SHORT[:-1], "3", "--archive", *with_images(few_archive)]
     assert kdcache(*common, "--home", often).status == 0
     assert kdcache(*common, "--val-interval", "2", "--home", seldom).status == 0
     runs = [only(place, "runs/*/test_*--*") for place in (often, seldom)]
@@ -108,7 +108,18 @@ def test_testing_every_few_epochs_changes_no_weights(few_home, few_archive, kdca
 @pytest.mark.exhaustive
 def test_channels_last_and_compiled_students_learn_the_same(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a minute of C++
-    common = ["distill", *SHORT, "--student", "test_resnet", "--archive", few_archive, "--opt", "sgd", "--lr", "0.01"]
+    common = [
+        "distill",
+        *SHORT,
+        "--student",
+        "test_resnet",
+        "--archive",
+        *with_images(few_archive),
+        "--opt",
+        "sgd",
+        "--lr",
+        "0.01",
+    ]
     assert kdcache(*common, "--home", few_home).status == 0
     fast = tmp_path / "fast"
     result = kdcache(*common, "--channels-last", "--compile", "--home", fast)
@@ -130,7 +141,7 @@ def test_a_model_that_cannot_be_compiled_is_three_lines(few_home, few_archive, k
         return forward
 
     monkeypatch.setattr(torch, "compile", broken)
-    result = kdcache("distill", *SHORT, "--archive", few_archive, "--compile", "--home", few_home)
+    result = kdcache("distill", *SHORT, "--archive", *with_images(few_archive), "--compile", "--home", few_home)
     assert result.status == 5
     assert "why: no compiler here" in result.err
     assert "fix: leave --compile out" in result.err

@@ -12,7 +12,7 @@ from kdcache.students.student import Student
 from kdcache.teachers.forward import Forward
 from kdcache.training import learner
 from kdcache.training.clipping import Clipping
-from tests.end_to_end.conftest import FEW
+from tests.end_to_end.conftest import FEW, with_images
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_teachers import same_teacher
 from tests.weights import save_weights
@@ -60,7 +60,18 @@ def exhausted(monkeypatch):
 def test_students_that_run_out_of_memory_are_divided_and_become_the_same(
     few_home, few_archive, kdcache, tmp_path, exhausted, steps
 ):
-    grid = ["distill", "--epochs", "2", *FEW, "--archive", few_archive, "--tau", "1,2,4", "--checkpoint-interval", "0"]
+    grid = [
+        "distill",
+        "--epochs",
+        "2",
+        *FEW,
+        "--archive",
+        *with_images(few_archive),
+        "--tau",
+        "1,2,4",
+        "--checkpoint-interval",
+        "0",
+    ]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
     seen = exhausted(*steps)
@@ -77,7 +88,7 @@ def test_students_that_run_out_of_memory_are_divided_and_become_the_same(
 @pytest.mark.exhaustive
 def test_a_student_that_does_not_fit_alone_can_be_trained_on_smaller_batches(few_home, few_archive, kdcache, exhausted):
     exhausted(2)
-    done = kdcache("distill", "--epochs", "1", *FEW, "--archive", few_archive, "--home", few_home)
+    done = kdcache("distill", "--epochs", "1", *FEW, "--archive", *with_images(few_archive), "--home", few_home)
     assert done.status == 75
     error, why, fix = done.err.splitlines()[-3:]
     assert error.startswith("error: student test_vit kd tau 1")
@@ -100,7 +111,20 @@ def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_h
         step(*arguments)
 
     monkeypatch.setattr(Student, "step", stepped)
-    grid = ["distill", "--epochs", "1", *FEW, "--tau", "1,2,4", "--seed", "0,1", "--archive", few_archive, "--home", few_home]
+    grid = [
+        "distill",
+        "--epochs",
+        "1",
+        *FEW,
+        "--tau",
+        "1,2,4",
+        "--seed",
+        "0,1",
+        "--archive",
+        *with_images(few_archive),
+        "--home",
+        few_home,
+    ]
     done = kdcache(*grid)
     assert done.status == 75, done.err
     assert done.err.splitlines()[-3].startswith("error: student test_vit kd tau 1")
@@ -112,7 +136,7 @@ def test_a_student_that_does_not_fit_alone_leaves_the_others_to_be_trained(few_h
 @pytest.mark.exhaustive
 def test_other_errors_are_not_taken_for_a_lack_of_memory(few_home, few_archive, kdcache, exhausted):
     exhausted(2, kind=RuntimeError, text="mat1 and mat2 shapes cannot be multiplied")
-    done = kdcache("distill", "--epochs", "1", *FEW, "--tau", "1,2", "--archive", few_archive, "--home", few_home)
+    done = kdcache("distill", "--epochs", "1", *FEW, "--tau", "1,2", "--archive", *with_images(few_archive), "--home", few_home)
     assert done.status == 1
     assert "mat1 and mat2" in done.err
 

@@ -15,7 +15,7 @@ from kdcache.report import collect, summarise
 from kdcache.report.costs import costs
 from kdcache.training.learner import Learner
 from kdcache.workspace import Workspace
-from tests.end_to_end.conftest import DUMP, FEW
+from tests.end_to_end.conftest import DUMP, FEW, with_images
 from tests.end_to_end.test_distill import only, same_run
 
 QUICK = ["--student", "test_vit", "--epochs", "1", "--batch-size", "719"]  # two steps
@@ -56,7 +56,7 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
 def test_mlkd_is_shown_two_views_beside_students_of_one_and_resumes(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     home = few_home
     arguments = ["distill", "--preset", "paper:mlkd:cifar100,paper:kd:cifar100", "--student", "test_vit", "--epochs", 2]
-    arguments += ["--batch-size", 80, "--archive", few_archive]
+    arguments += ["--batch-size", 80, "--archive", *with_images(few_archive)]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     assert kdcache(*arguments[:2], "paper:kd:cifar100", *arguments[3:], "--home", tmp_path / "alone").status == 0

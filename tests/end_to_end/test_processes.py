@@ -22,7 +22,7 @@ from kdcache.system.distributed import Team
 from kdcache.training.clipping import Clipping
 from kdcache.training.learner import Learner
 from kdcache.training.wrapping import with_synchronised_norms
-from tests.end_to_end.conftest import FEW, until, without_costs
+from tests.end_to_end.conftest import FEW, until, with_images, without_costs
 from tests.end_to_end.forks import Forked
 from tests.end_to_end.test_distill import same_run
 from tests.end_to_end.test_teachers import same_teacher
@@ -72,7 +72,7 @@ def runs(home):
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_divide_the_students_and_change_none_of_them(few_home, few_archive, kdcache, tmp_path):
-    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,4", "--seed", "0,1"]
+    grid = ["distill", *SHORT, "--archive", *with_images(few_archive), "--tau", "1,4", "--seed", "0,1"]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
     out, err = two_processes(tmp_path / "said", *grid, "--home", few_home)
@@ -94,7 +94,7 @@ def _count_questions():
 @pytest.mark.slow
 def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_archive, kdcache, tmp_path):
     """Also of methods that relate samples or classes of a batch, learn something themselves, or see two views."""
-    grid = ["distill", *SHORT, "--archive", few_archive, "--method", "kd,dist,ctkd,mlkd", "--control", "bottom:2"]
+    grid = ["distill", *SHORT, "--archive", *with_images(few_archive), "--method", "kd,dist,ctkd,mlkd", "--control", "bottom:2"]
     grid += ["--parallel", "batches", "--opt", "sgd", "--lr", "0.01", "--model-ema-decay", "0.9"]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
@@ -121,7 +121,7 @@ def test_processes_that_divide_every_batch_find_the_losses_of_one(few_home, few_
 @pytest.mark.slow
 def test_processes_stop_together_and_go_on_together(few_home, few_archive, tmp_path):
     home = few_home
-    grid = ["distill", "--epochs", "4", "--batch-size", "8", "--student", "test_vit", "--archive", few_archive]
+    grid = ["distill", "--epochs", "4", "--batch-size", "8", "--student", "test_vit", "--archive", *with_images(few_archive)]
     grid += ["--parallel", "batches", "--checkpoint-interval", "0", "--home", home]
     process = torchrun(*grid, start_new_session=True)
     until(lambda: any(folder.joinpath("checkpoint.pt").is_file() for folder in runs(home).values()), process)
@@ -196,7 +196,18 @@ def _without_memory_once():
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_divide_their_students_together_when_one_of_them_is_out_of_memory(few_home, few_archive, kdcache, tmp_path):
-    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,2,4", "--parallel", "batches", "--checkpoint-interval", "0"]
+    grid = [
+        "distill",
+        *SHORT,
+        "--archive",
+        *with_images(few_archive),
+        "--tau",
+        "1,2,4",
+        "--parallel",
+        "batches",
+        "--checkpoint-interval",
+        "0",
+    ]
     alone = tmp_path / "alone"
     assert kdcache(*grid, "--home", alone).status == 0
     _, err = two_processes(tmp_path / "said", *grid, "--home", few_home, prepare=_without_memory_once)
@@ -226,7 +237,7 @@ def _without_memory_at_first():
 @pytest.mark.parametrize(("parallel", "trained"), [("batches", 1), ("students", 3)])
 def test_processes_train_all_students_but_those_that_do_not_fit(few_home, few_archive, tmp_path, parallel, trained):
     taus = "1,2" if parallel == "batches" else "1,2,4,8"
-    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", taus, "--parallel", parallel, "--home", few_home]
+    grid = ["distill", *SHORT, "--archive", *with_images(few_archive), "--tau", taus, "--parallel", parallel, "--home", few_home]
     two_processes(tmp_path / "said", *grid, prepare=_without_memory_at_first, statuses=(75, 75))
     assert sum((folder / "summary.json").is_file() for folder in runs(few_home).values()) == trained
     for rank in "01":
@@ -248,7 +259,7 @@ def _fail_in_the_third_step():
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_which_name_it(few_home, few_archive, tmp_path):
-    grid = ["distill", *SHORT, "--archive", few_archive, "--parallel", "batches", "--home", few_home]
+    grid = ["distill", *SHORT, "--archive", *with_images(few_archive), "--parallel", "batches", "--home", few_home]
     begun = time.monotonic()
     two_processes(tmp_path / "said", *grid, prepare=_fail_in_the_third_step, statuses=(75, 1))
     assert time.monotonic() - begun < 60
@@ -267,7 +278,18 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 @pytest.mark.parametrize(("prepare", "statuses"), [(_fail_in_the_third_step, (75, 1)), (_without_memory_once, (0, 0))])
 def test_gpus_that_wait_for_one_that_failed_are_set_free(few_home, few_archive, tmp_path, prepare, statuses):
     """By NCCL, a kernel that waits for another GPU waits for ever: it is broken off."""
-    grid = ["distill", *SHORT, "--archive", few_archive, "--tau", "1,2,4", "--parallel", "batches", "--home", few_home]
+    grid = [
+        "distill",
+        *SHORT,
+        "--archive",
+        *with_images(few_archive),
+        "--tau",
+        "1,2,4",
+        "--parallel",
+        "batches",
+        "--home",
+        few_home,
+    ]
     begun = time.monotonic()
     _, err = two_processes(tmp_path / "said", *grid, prepare=prepare, statuses=statuses, gpus="0,1")
     assert time.monotonic() - begun < 60
@@ -277,7 +299,7 @@ def test_gpus_that_wait_for_one_that_failed_are_set_free(few_home, few_archive, 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.gpu
 def test_processes_on_one_gpu_are_refused_by_name(few_home, few_archive, tmp_path):
-    grid = ["distill", *SHORT, "--archive", few_archive, "--home", few_home]
+    grid = ["distill", *SHORT, "--archive", *with_images(few_archive), "--home", few_home]
     _, err = two_processes(tmp_path / "said", *grid, statuses=(2, 2), gpus="0")
     assert "error: processes 0 and 1 have the same GPU" in err
 
@@ -298,7 +320,7 @@ def test_norms_that_processes_share_keep_the_models_weights():
 def test_processes_that_do_not_know_where_to_meet_are_told_how(few_home, few_archive, kdcache, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    result = kdcache("distill", *SHORT, "--archive", few_archive, "--home", few_home)
+    result = kdcache("distill", *SHORT, "--archive", *with_images(few_archive), "--home", few_home)
     assert result.status == 2
     assert "error: 3 processes without MASTER_ADDR and MASTER_PORT" in result.err
     assert "fix: start them with torchrun" in result.err

@@ -12,7 +12,7 @@ import yaml
 
 from kdcache.cli import run
 from kdcache.training.learner import Learner
-from tests.end_to_end.conftest import FEW, start, until
+from tests.end_to_end.conftest import FEW, start, until, with_images
 from tests.end_to_end.test_distill import only, same_run
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -23,14 +23,14 @@ TWO = ["distill", "--tau", "4,20", "--student", "test_vit", "--epochs", "2", "--
 def uninterrupted(few_trained, tmp_path_factory):
     """A workspace in which the two students were trained at one go."""
     home = tmp_path_factory.mktemp("uninterrupted")
-    assert run([*TWO, "--archive", str(next((few_trained / "archives").iterdir())), "--home", str(home)]) == 0
+    assert run([*TWO, "--archive", *with_images(next((few_trained / "archives").iterdir())), "--home", str(home)]) == 0
     return home
 
 
 # Of 2 students x 12 steps x 2 epochs: 24 is the end of an epoch.
 @pytest.mark.parametrize("at", [24, *(pytest.param(at, marks=EXHAUSTIVE) for at in (1, 7, 23, 25, 44))])
 def test_ctrl_c_at_any_step_keeps_all_of_them(few_home, few_archive, kdcache, uninterrupted, monkeypatch, at):
-    arguments, home = [*TWO, "--archive", few_archive], few_home
+    arguments, home = [*TWO, "--archive", *with_images(few_archive)], few_home
     step, steps = Learner.step, []
 
     def interrupted(self, *args):

@@ -14,7 +14,7 @@ from kdcache.report import collect, summarise
 from kdcache.training.config import TrainConfig
 from kdcache.training.graphs import Lanes
 from kdcache.training.learner import Learner
-from tests.end_to_end.conftest import FEW
+from tests.end_to_end.conftest import FEW, with_images
 from tests.end_to_end.test_distill import only, same_run
 from tests.end_to_end.test_methods import stop_after
 from tests.test_graphs import StandIn
@@ -97,7 +97,7 @@ def test_rates_that_contradict_each_other_are_refused(settings, words):
 def test_an_interrupted_run_with_all_of_it_ends_as_if_it_had_not_been(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     home = few_home
     how = ["--model-ema-decay", "0.9", "--amp", "--sched", "step", "--decay-epochs", "1", "--opt", "sgd", "--epochs", "2"]
-    arguments = ["distill", *FEW, "--student", "test_resnet", *how, "--archive", few_archive]
+    arguments = ["distill", *FEW, "--student", "test_resnet", *how, "--archive", *with_images(few_archive)]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     stop_after(monkeypatch, 3)
@@ -187,7 +187,7 @@ def test_a_graph_wants_a_gpu(few_home, kdcache):
 def test_students_whose_steps_are_replayed_become_what_they_are_without(few_home, few_archive, kdcache, tmp_path, monkeypatch):
     monkeypatch.setattr("kdcache.training.optimizers.FUSED_ON", {"cpu"})
     how = ["--method", "kd,ctkd", "--tau", "4", "--student", "test_vit", "--epochs", "2", "--batch-size", "32"]
-    arguments = ["distill", *how, "--archive", few_archive]
+    arguments = ["distill", *how, "--archive", *with_images(few_archive)]
     whole = tmp_path / "whole"
     assert kdcache(*arguments, "--home", whole).status == 0
     monkeypatch.setattr("kdcache.students.distill._Lockstep._lanes", lambda self, *arguments: Lanes([StandIn()]))

@@ -97,13 +97,13 @@ def interrupt(root: Path, home: Path, at: int = 2 * CHUNK, size: int = SIZE) -> 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of the samples that were decoded, as it happens."""
     keys: list[str] = []
-    original = module._decode
+    original = module.decode
 
     def decode(sample: Any, size: int) -> Any:
         keys.append(sample.key)
         return original(sample, size)
 
-    monkeypatch.setattr(module, "_decode", decode)
+    monkeypatch.setattr(module, "decode", decode)
     return keys
 
 

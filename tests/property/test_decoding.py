@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, features
 
 from kdcache.datasets import Sample
-from kdcache.datasets.canvas import Canvas, _decode, load_canvas
+from kdcache.datasets.canvas import Canvas, load_canvas
+from kdcache.datasets.decoding import decode
 from kdcache.datasets.folder import IMAGE_SUFFIXES, Folder
 from kdcache.errors import IntegrityError
 
@@ -134,7 +135,7 @@ def test_the_files_above_really_are_of_different_modes(folder: Path) -> None:
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
 def test_a_mode_that_no_file_has_but_a_source_may_hand_out_keeps_its_colour(image: Image.Image, colour: Any) -> None:
-    decoded = _decode(Sample("x", 0, image.copy), 8)
+    decoded = decode(Sample("x", 0, image.copy), 8)
     assert not isinstance(decoded, str), decoded
     assert np.abs(np.frombuffer(decoded[0], np.uint8).reshape(3, -1).T.astype(int) - colour).max() <= 2
 
@@ -348,7 +349,7 @@ def test_damage_anywhere_in_a_file_gives_pixels_or_a_reason_and_nothing_else(
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = _decode(Sample("x", 0, lambda: Image.open(io.BytesIO(content))), 8)
+            result = decode(Sample("x", 0, lambda: Image.open(io.BytesIO(content))), 8)
     if isinstance(result, str):
         assert result
         assert "\n" not in result
@@ -362,5 +363,5 @@ def test_an_unreadable_disk_is_not_taken_for_a_corrupt_picture(folder: Path) -> 
         raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output") as caught:
-        _decode(Sample("a/x.png", 0, load), 8)
+        decode(Sample("a/x.png", 0, load), 8)
     assert caught.value.filename == "a/x.png"
