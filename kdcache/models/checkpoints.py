@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import POINTER, is_pointer, split_weights
+from kdcache.system.files import set_aside
 from kdcache.system.seals import BrokenSealError, require_sealed
 
 __all__ = ["misfit", "read_weights"]
@@ -214,8 +215,7 @@ def _content(file: Path) -> Any:
     except (KdcacheError, MemoryError):
         raise
     except BrokenSealError as error:
-        aside = shlex.join(["mv", str(file.parent), f"{file.parent}.damaged"])
-        fix = f"restore it from a copy; or set its folder aside, and repeat the command that trained it: {aside}"
+        fix = f"restore it from a copy; or set its folder aside, and repeat the command that trained it: {set_aside(file.parent)}"
         raise _unreadable(file, str(error), fix) from error
     except Exception as error:  # readers raise different errors for a damaged file
         if len(begin) > 16 and not begin.startswith(_BEGINS) and not _is_safetensors(begin):
