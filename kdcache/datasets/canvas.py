@@ -138,7 +138,9 @@ def load_canvas(
                 _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
-    canvas = _open(path)
+    canvas = _open(path, state)
+    if (canvas.card.split, canvas.size) != (split, size):  # of a canvas that is older than the record of its state
+        raise _of_others(path, f"{canvas.card.name}/{canvas.card.split}, {canvas.size} px")
     if tell:
         say_classes(source, images, progress, canvas.card.class_names, canvas.labels.tolist())
     if skipped := canvas.card.skipped:
@@ -188,7 +190,16 @@ def require_intact(canvas: Canvas) -> None:
     object.__setattr__(canvas, "_checked", True)
 
 
-def _open(path: Path) -> Canvas:
+def _of_others(path: Path, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"canvas {path} is another one: {what}",
+        why="its folder was copied, renamed or exchanged: folders are named after the images, their state and their size",
+        fix=f"give it its own name again; or set it aside, and the right one is built: {set_aside(path)}",
+    )
+
+
+def _open(path: Path, state: str | None = None) -> Canvas:
+    """The canvas in a folder. With `state`, the digest of the files that its name comes from, it must be that of these files."""
     try:
         with named(path):
             meta = read_record(path / "canvas.json", limit=_LARGEST_RECORD)
@@ -196,6 +207,8 @@ def _open(path: Path) -> Canvas:
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
         card = SourceCard.model_validate(meta["card"])
+        if state is not None and meta.get("state", state) != state:  # older canvases do not record it
+            raise _of_others(path, f"{card.name}/{card.split}, {pixels.shape[-1]} px, of other files or in another state")
         keys = tuple(meta["keys"])
         if not len(pixels) == len(labels) == len(sizes) == len(keys) == card.num_samples:
             raise ValueError("its parts have different lengths")
@@ -207,7 +220,7 @@ def _open(path: Path) -> Canvas:
         canvas = Canvas(path, pixels, labels, sizes, keys, card, digest)
         if meta.get("sizes_digest", canvas.sizes_digest) != canvas.sizes_digest:  # older canvases have none
             raise ValueError("sizes.npy is not the one that was written with it")
-    except MemoryError:
+    except (KdcacheError, MemoryError):
         raise
     except Exception as error:  # NumPy parses headers as Python, which has many errors
         if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}:
@@ -334,7 +347,7 @@ def _build(
             np.save(file, array)
             _sync(file)
     digest = _digest(pixels, labels, keys)
-    meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest}
+    meta = {"card": card.model_dump(mode="json"), "keys": keys, "digest": digest, "state": state}
     meta["sizes_digest"] = Canvas(path, pixels, labels, sizes, tuple(keys), card, digest).sizes_digest
     with named(folder / "canvas.json"), (folder / "canvas.json").open("wb") as file:
         file.write(sealed_record(meta, indent=None))

@@ -27,6 +27,7 @@ from kdcache.replay.stream import CachedTargets
 from kdcache.replay.subject import Subject
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
+from kdcache.students.records import require_own
 from kdcache.students.student import Shown, Student
 from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import Meter, total
@@ -97,6 +98,8 @@ def _distill(
     epochs = specs[0].settings.epochs
     if not all(map(_is_trained, specs)):
         require_writable(workspace.runs)
+    for spec in specs:
+        require_own(spec, archive)
     with team.first_alone():
         train, test = _canvases(config, archive, workspace, progress)
     size = archive.manifest.policy.size if archive.manifest.policy else train.size

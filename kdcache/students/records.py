@@ -9,7 +9,7 @@ import yaml
 
 import kdcache
 from kdcache.archive import Ensemble, Licences
-from kdcache.errors import IntegrityError
+from kdcache.errors import IncompatibleError, IntegrityError
 from kdcache.methods import METHODS
 from kdcache.models.creation import licence
 from kdcache.models.names import public_name
@@ -23,7 +23,7 @@ from kdcache.targets import CONTROLS
 from kdcache.training.config import Runtime
 from kdcache.training.learner import Learner
 
-__all__ = ["record_graph", "write_args"]
+__all__ = ["record_graph", "require_own", "write_args"]
 
 
 def write_args(
@@ -89,6 +89,27 @@ def write_args(
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
+
+
+def require_own(spec: StudentSpec, archive: Ensemble) -> None:
+    """Raise IncompatibleError if the folder of a student has another one's run: it was copied or renamed."""
+    file = spec.folder / "args.yaml"
+    if not file.is_file():
+        return
+    args = _read_args(file)
+    wanted = {
+        "archive_digest": archive.digest,
+        "student": public_name(spec.name),
+        "control": CONTROLS.to_dict(spec.control),
+        "tau": spec.tau,
+        "seed": spec.seed,
+    }
+    if other := [name for name, value in wanted.items() if args.get(name, value) != value]:
+        raise IncompatibleError(
+            f"{spec.folder} has the run of another student: its {', '.join(other)} is {args[other[0]]}, not {wanted[other[0]]}",
+            why="the folder was copied, renamed or exchanged: folders are named after what was trained",
+            fix=f"give it its own name again; or set it aside, and repeat the command: {set_aside(spec.folder)}",
+        )
 
 
 def record_graph(folder: Path, state: str) -> None:

@@ -33,7 +33,7 @@ from kdcache.models.creation import licence
 from kdcache.models.names import folder_name, is_factory, is_reference, public_name, resolve
 from kdcache.options import flag_of
 from kdcache.system.distributed import ALONE, this_rank
-from kdcache.system.files import tidying, translated_os_errors
+from kdcache.system.files import set_aside, tidying, translated_os_errors
 from kdcache.system.locks import has_locks, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.room import free_bytes, sizes
@@ -211,6 +211,7 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
         path = folder_of(plan, teacher, workspace)
         if config.output is None and (path / "kdcache.json").is_file():  # a folder named by its recipe holds that recipe
             archive = open_archive(path)
+            _require_own(archive, plan, teacher)
             if archive.num_views >= plan.views:
                 with tidying():
                     sweep(path)
@@ -253,6 +254,23 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
     progress.say(f"{archive.path}: {archive.num_views} views of {archive.num_samples} samples, {archive.nbytes / 1e6:.1f} MB")
     progress.say(_top1(archive))
     return path
+
+
+def _require_own(archive: Archive, plan: DumpPlan, teacher: Teacher) -> None:
+    """Raise IncompatibleError for an archive in a folder that is named after another recipe: it was copied or renamed."""
+    manifest, record = archive.manifest, teacher.record
+    facts = {
+        "teacher": (manifest.teacher and manifest.teacher.weights_sha256, record["weights_sha256"]),
+        "views": (manifest.policy and manifest.policy.digest, plan.policy.digest),
+        "images": (manifest.source and manifest.source.digest, plan.canvas.card.digest),
+    }
+    if other := [name for name, (theirs, ours) in facts.items() if theirs != ours]:
+        first, second = (f"{digest}"[:12] for digest in facts[other[0]])
+        raise IncompatibleError(
+            f"{archive.location} is not the archive that its name says: it has another {' and other '.join(other)}",
+            why=f"the digest of its {other[0]} is {first}..., not {second}...: the folder was copied, renamed or exchanged",
+            fix=f"give it its own name again; or set it aside, and repeat the command: {set_aside(archive.path)}",
+        )
 
 
 def _begun(

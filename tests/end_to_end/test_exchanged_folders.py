@@ -1,0 +1,64 @@
+"""Folders that were copied over one another: what is in them is never taken for what their name says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdcache.system.seals import SEAL
+from tests.end_to_end.conftest import FEW
+from tests.end_to_end.test_distill import only
+
+DISTIL = ["distill", *FEW, "--epochs", "1"]
+
+
+@pytest.fixture
+def common(few_home: Path, few_trained: Path) -> list[str]:
+    images = f"arrays:{few_trained.parent / 'digits'}"
+    return ["--teacher", "test_vit", "--dataset", images, "--canvas", "32", "--home", str(few_home)]
+
+
+def refused(result, words: str) -> str:
+    assert result.status in {4, 5}, result.err
+    assert words in result.err
+    return result.err.rpartition("set it aside")[2].partition(": ")[2].strip()
+
+
+def test_an_archive_under_another_ones_name_is_not_complete(few_home, common, kdcache):
+    first = only(few_home, "archives/*")
+    dump = ["dump-teacher", *common, "--views", "3"]
+    assert kdcache(*dump, "--policy", "digits", "--view-seed", "1").status == 0
+    second = next(path for path in (few_home / "archives").iterdir() if path != first)
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    fix = refused(kdcache(*dump, "--policy", "digits"), "is not the archive that its name says: it has another views")
+    assert fix == f"mv {first} {first}.aside"
+    first.rename(f"{first}.aside")
+    assert kdcache(*dump, "--policy", "digits").status == 0
+
+
+def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache):
+    for tau in ("4", "20"):
+        assert kdcache(*DISTIL, "--tau", tau, "--home", few_home).status == 0
+    four, twenty = (only(few_home, f"runs/*/*--tau{tau}--*") for tau in ("4", "20"))
+    shutil.rmtree(four)
+    shutil.copytree(twenty, four)
+    result = kdcache(*DISTIL, "--tau", "4", "--home", few_home)
+    assert refused(result, "its tau is 20.0, not 4.0") == f"mv {four} {four}.aside"
+    four.rename(f"{four}.aside")
+    assert kdcache(*DISTIL, "--tau", "4", "--home", few_home).status == 0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_canvas_under_another_ones_name_is_not_used(few_home, kdcache, recorded):
+    train, test = (only(few_home, f"data/*-{split}-*px-*/") for split in ("train", "test"))
+    shutil.rmtree(test)
+    shutil.copytree(train, test)
+    if not recorded:  # as canvases were written before
+        record = json.loads((test / "canvas.json").read_text())
+        (test / "canvas.json").write_text(json.dumps({key: value for key, value in record.items() if key not in {"state", SEAL}}))
+    result = kdcache(*DISTIL, "--tau", "4", "--home", few_home)
+    assert refused(result, "is another one: ") == f"mv {test} {test}.aside"
+    test.rename(f"{test}.aside")
+    assert kdcache(*DISTIL, "--tau", "4", "--home", few_home).status == 0
