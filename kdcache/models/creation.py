@@ -57,6 +57,7 @@ __all__ = [
     "load_weights",
     "note",
     "published",
+    "require_weights",
     "timm_config",
     "weights_digest",
 ]
@@ -408,6 +409,16 @@ def _state_for(model: nn.Module, file: Path) -> dict[str, Tensor]:
 
 def _head_keys(model: nn.Module) -> set[str]:
     return {f"{name}.{part}" for name in classifier_names(model) for part in ("weight", "bias")}
+
+
+def require_weights(model: nn.Module, sha256: str, file: Path) -> None:
+    """Raise IncompatibleError if the weights that were loaded from `file` are not those of the record beside it."""
+    if weights_digest(model) != sha256:
+        raise IncompatibleError(
+            f"{file} is not the file that its record describes",
+            why="the sha256 of its weights differs from teacher.json",
+            fix="restore the file, or train the teacher again",
+        )
 
 
 def weights_digest(model: nn.Module) -> str:

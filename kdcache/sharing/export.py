@@ -15,7 +15,7 @@ from torch import nn
 
 from kdcache.archive import Licences, code_span, licence_fields, markdown_escaped, open_archive
 from kdcache.errors import IncompatibleError, IncompleteError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.models.creation import Normalisation, create_model, load_weights, timm_config, weights_digest
+from kdcache.models.creation import Normalisation, create_model, load_weights, require_weights, timm_config, weights_digest
 from kdcache.models.hf import is_hf
 from kdcache.models.names import CONFIG, HUB, LOCAL, WEIGHTS, is_factory, kept, resolve
 from kdcache.report import RunRecord, collect
@@ -67,6 +67,7 @@ class _Trained:
     scores: Mapping[str, float]
     tested: TestViews
     normalise: Normalisation | None = None  # None: the model's own
+    weights_sha256: str | None = None  # None: not recorded
 
 
 def export(
@@ -98,6 +99,8 @@ def export(
         )
     model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
     load_weights(model, trained.weights)
+    if trained.weights_sha256 is not None:
+        require_weights(model, trained.weights_sha256, trained.weights)
     config = timm_config(
         trained.name, model, trained.normalise or own, trained.tested.timm_fields(), trained.input_size, trained.class_names
     )
@@ -265,6 +268,7 @@ def _teacher(folder: Path, which: Which) -> _Trained:
         scores=_scores(columns, which) or {"top-1": record["top1_clean"]},
         tested=_tested(record, folder / "teacher.json"),
         normalise=Normalisation(tuple(record["mean"]), tuple(record["std"])),
+        weights_sha256=record["weights_sha256"] if which == "last" else None,
     )
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.datasets.canvas import Canvas
-from kdcache.errors import IncompatibleError, NotFoundError
+from kdcache.errors import NotFoundError
 from kdcache.models.classes import said_digest
-from kdcache.models.creation import Normalisation, load_weights, weights_digest
+from kdcache.models.creation import Normalisation, load_weights, require_weights
 from kdcache.models.names import kept, public_name, weights_identity
 from kdcache.replay.prefetch import render_batches
 from kdcache.stats import relative_entropy
@@ -203,10 +203,5 @@ def load_teacher(teacher: Teacher) -> tuple[nn.Module, Normalisation]:
         )
     model, _ = create_recorded(kept(record["name"], teacher.folder), record)
     load_weights(model, teacher.weights)
-    if weights_digest(model) != record["weights_sha256"]:
-        raise IncompatibleError(
-            f"{teacher.weights} is not the file that its record describes",
-            why="the sha256 of its weights differs from teacher.json",
-            fix="restore the file, or train the teacher again",
-        )
+    require_weights(model, record["weights_sha256"], teacher.weights)
     return model.eval().requires_grad_(False), Normalisation(tuple(record["mean"]), tuple(record["std"]))

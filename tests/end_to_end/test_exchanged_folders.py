@@ -62,3 +62,19 @@ def test_a_canvas_under_another_ones_name_is_not_used(few_home, kdcache, recorde
     assert refused(result, "is another one: ") == f"mv {test} {test}.aside"
     test.rename(f"{test}.aside")
     assert kdcache(*DISTIL, "--tau", "4", "--home", few_home).status == 0
+
+
+def test_another_teachers_weights_are_not_exported_or_dumped(few_home, common, kdcache):
+    first = only(few_home, "teachers/*/")
+    train = ["train-teacher", *common, "--policy", "digits", "--from-scratch", "--epochs", "1", "--seed", "1"]
+    assert kdcache(*train).status == 0
+    second = next(path for path in (few_home / "teachers").glob("*/") if path != first)
+    shutil.copy(second / "model.safetensors", first / "model.safetensors")
+    for command in (
+        ["export", first, "--output", few_home / "exported"],
+        ["dump-teacher", *common, "--policy", "digits", "--view-seed", "1", "--teacher-folder", first],
+    ):
+        result = kdcache(*command)
+        assert result.status == 5, result.err
+        assert f"{first / 'model.safetensors'} is not the file that its record describes" in result.err
+    assert not (few_home / "exported").exists()
