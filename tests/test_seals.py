@@ -92,7 +92,7 @@ def test_a_checkpoint_whose_end_is_lost_is_noticed(tmp_path: Path) -> None:
 
 def test_best_weights_that_a_resume_reads_are_checked(tmp_path: Path) -> None:
     folder = trained(tmp_path)
-    all_noticed(folder / "best.safetensors", lambda: resumed(folder), 100)
+    all_noticed(folder / "best.safetensors", lambda: resumed(folder), 40)
 
 
 @pytest.mark.parametrize("name", ["last", "ema", "best"])
@@ -151,6 +151,7 @@ def test_a_report_notices_a_changed_summary(tmp_path: Path) -> None:
         collect([tmp_path])
 
 
+@pytest.mark.exhaustive
 def test_changed_bits_of_a_canvas_are_noticed(tmp_path: Path) -> None:
     for label in ("a", "b"):
         (tmp_path / "images" / "train" / label).mkdir(parents=True)

@@ -18,6 +18,7 @@ def test_the_package_says_that_it_is_typed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mypy_finds_the_mistakes_of_users_and_no_others(tmp_path: Path) -> None:
     for program in ("sound.py", "mistaken.py"):  # elsewhere: what is beside kdcache is taken for a part of it
         (tmp_path / program).write_text((PROGRAMS / program).read_text())

@@ -224,7 +224,7 @@ def test_logits_of_another_view_are_refused_with_their_right_place(few_home, few
     right = [file.read_bytes() for file in files]
     for file, data in zip(files, reversed(right), strict=True):
         file.write_bytes(data)
-    distill = ("distill", "--tau", "4", *FEW, "--home", few_home)
+    distill = ("distill", "--tau", "4", *FEW, "--epochs", "2", "--home", few_home)
     result = kdcache(*distill)
     assert result.status == IntegrityError.exit_code, result.err
     named = [place for place in ("logits/c/0/0/0", "logits/c/1/0/0") if place in result.err]
