@@ -127,7 +127,7 @@ class TrainConfig(Training):
                 raise UsageError(
                     f"--warmup-lr {self.warmup_lr:g} without a warm-up",
                     why="a warm-up starts at it, and lasts for 0 epochs",
-                    fix=f"--warmup-epochs 1 --warmup-lr {self.warmup_lr:g}",
+                    fix=f"--warmup-epochs 1 --warmup-lr {self.warmup_lr if self.warmup_lr <= self.lr else 0:g}",
                 )
         elif self.warmup_epochs >= self.epochs:
             raise UsageError(

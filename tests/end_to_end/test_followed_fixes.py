@@ -108,3 +108,58 @@ def test_what_is_damaged_is_set_aside_and_made_anew(
     listed = kdcache("ls", "--home", home)
     assert listed.status == 0
     assert "   damaged" not in listed.out
+
+
+def amended(command: list[str], told: str) -> list[str]:
+    """The command as the error says that it should be: an option left out or set, or a wrong value in exchange for another."""
+    fix = told.rpartition("fix: ")[2].strip()
+    if left := re.match(r"leave (--[a-z-]+) out", fix):
+        place = command.index(left[1])
+        return command[:place] + command[place + 2 :]
+    options = re.findall(r"(--[a-z-]+) ([^\s,]\S*)", fix)
+    if not options:
+        wrong, right = re.search(r"error: .*'([^'\n]+)'", told), re.search(r"(?:use|such as) '?([^\s',]+)'?", fix)
+        assert wrong, told
+        assert right, told
+        return [word.replace(wrong[1], right[1]) for word in command]
+    for option, value in options[:1] if " or " in fix else options:
+        if option in command:
+            command = [*command[: command.index(option) + 1], value.rstrip(","), *command[command.index(option) + 2 :]]
+        else:
+            command = [*command, option, value]
+    return command
+
+
+DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]
+MISTAKES = [
+    ["distill", "--tau", "0"],
+    ["distill", "--tau", "abc"],
+    ["distill", "--seed", "-1"],
+    ["distill", "--method", "kdd"],
+    ["distill", "--batch-size", "5000"],
+    ["distill", "--opt", "nothing"],
+    ["distill", "--opt", "sgd", "--opt-betas", "0.9,0.99"],
+    ["distill", "--sched", "step"],
+    ["distill", "--sched", "step", "--decay-epochs", "3", "--min-lr", "0.1"],
+    ["distill", "--min-lr", "5"],
+    ["distill", "--warmup-epochs", "9999"],
+    ["distill", "--warmup-lr", "0.1"],
+    ["distill", "--memory", "much"],
+    ["distill", "--workers", "5000"],
+    [*DUMP, "--policy", "petz"],
+    [*DUMP, "--codec", "i8"],
+    [*DUMP, "--layout", "tar"],
+    [*DUMP, "--layout", "zarr:lz4"],
+    [*DUMP, "--layout", "zarr:pcodec", "--codec", "u8"],
+    [*DUMP, "--shard", "3/2"],
+]
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=lambda command: " ".join(command[-2:]))
+def test_a_command_that_is_mended_as_its_error_says_is_understood(command: list[str], trained: Path, kdcache) -> None:
+    told = kdcache(*command, "--dry-run", "--home", trained)
+    assert told.status == 2, told.err
+    mended = amended(command, told.err)
+    assert mended != command
+    result = kdcache(*mended, "--dry-run", "--home", trained)
+    assert result.status == 0, (mended, result.err)
