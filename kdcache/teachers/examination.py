@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from kdcache.replay.prefetch import render_batches
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
 from kdcache.teachers.forward import Forward, batches
-from kdcache.teachers.order import ClassOrder, class_order
+from kdcache.teachers.order import class_order, told_outputs
 from kdcache.teachers.plans import DumpPlan
 from kdcache.teachers.registry import Teacher
 from kdcache.views.policy import ViewPolicy
@@ -29,7 +28,8 @@ from kdcache.workspace import Workspace
 
 __all__ = ["examined", "tolerance"]
 
-SAMPLE = 512  # training images by which the order of classes is told
+SAMPLE = 512  # training images by which another order of classes is noticed
+TELLING = 8  # of each class, by which it is told which output is which class
 OF_A_CLASS = 4  # of them at least, where there are so many: two for each half
 FLAT = 1e-3  # of a logit: differences below this are none
 STEPS = {"fp32": 2**-23, "fp16": 2**-10, "bf16": 2**-7}
@@ -171,21 +171,27 @@ def _of_order(forward: Forward, plan: DumpPlan, teacher: Teacher, workspace: Wor
         return
     stated = teacher.record.get("test_views")
     shown = TestViews.model_validate(stated).policy if stated else WHOLE.policy.model_copy(update={"size": plan.policy.size})
+    places = np.argsort(shown.parameters(0, len(canvas), canvas.sizes).sample)
+
+    def answers(samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        shown_batches = _views(forward, canvas, shown, places[samples], plan.batch_size)
+        return np.concatenate([forward(images).argmax(axis=1) for images in shown_batches])
+
     samples = _sampled(canvas.labels, SAMPLE)
-    positions = np.argsort(shown.parameters(0, len(canvas), canvas.sizes).sample)[samples]
-    predicted = [forward(images).argmax(axis=1) for images in _views(forward, canvas, shown, positions, plan.batch_size)]
-    order = class_order(np.concatenate(predicted), canvas.labels[samples], len(names))
+    order = class_order(answers(samples), canvas.labels[samples], len(names))
     if not order.better:
         return
-    file = workspace.teachers / f"{teacher.folder.resolve().name}.classes.json"
-    moved = order.moved
-    pairs = ", ".join(f"{names[i]!r} is its output of {names[order.outputs[i]]!r}" for i in moved[:3])
+    samples = _sampled(canvas.labels, max(SAMPLE, TELLING * len(names)))
+    told = told_outputs(answers(samples), canvas.labels[samples], len(names))
+    mend = "" if plan.config.accepted.accept_class_order else _mended(plan, teacher, told, workspace)
+    moved = [number for number, output in told.items() if output != number] or order.moved
+    pairs = ", ".join(f"{names[i]!r} is its output of {names[told.get(i, order.outputs[i])]!r}" for i in moved[:3])
     yield _Finding(
         "accept_class_order",
         f"{len(moved)} of {len(names)} classes are in another order: {pairs}{', ...' if len(moved) > 3 else ''}",
         f"of {order.images} clean training images {order.as_is:.1f} % are right as they are, and {order.reordered:.1f} % in the "
         "order that other images suggest",
-        "" if plan.config.accepted.accept_class_order else _mended(plan, teacher, order, names, file),
+        mend,
     )
 
 
@@ -203,9 +209,13 @@ def _sampled(labels: NDArray, number: int) -> NDArray[np.int64]:
     return chosen
 
 
-def _mended(plan: DumpPlan, teacher: Teacher, order: ClassOrder, names: Sequence[str], file: Path) -> str:
-    """Write the mapping of classes to outputs, and say how it is given: by outputs of the weights that --classes speaks of."""
-    record, config = teacher.record, plan.config
+def _mended(plan: DumpPlan, teacher: Teacher, told: Mapping[int, int], workspace: Workspace) -> str:
+    """Write the mapping of classes to outputs, and say how it is given: by outputs of the weights that --classes speaks of.
+
+    Classes whose images do not tell are left out, so that whoever uses the file is asked for them by name.
+    """
+    record, config, names = teacher.record, plan.config, plan.canvas.card.class_names
+    file = workspace.teachers / f"{teacher.folder.resolve().name}.classes.json"
     training, mapping = record["training"], record.get("classes")
     as_is = training.get("epochs") == 0 and not training.get("head_epochs")
     checkpoint = config.checkpoint
@@ -213,10 +223,12 @@ def _mended(plan: DumpPlan, teacher: Teacher, order: ClassOrder, names: Sequence
         if mapping is not None and is_factory(plan.exact):
             return "name its checkpoint, and the classes of its outputs: --checkpoint FILE --classes FILE"
         checkpoint, mapping = teacher.weights, None
-    outputs = [mapping["outputs"][output] for output in order.outputs] if mapping is not None else list(order.outputs)
-    content = json.dumps(dict(zip(names, outputs, strict=True)), indent=1, ensure_ascii=False) + "\n"
+    known = {names[number]: output if mapping is None else mapping["outputs"][output] for number, output in told.items()}
+    content = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
     write_atomically(file, content.encode())
     weights = f"--checkpoint {shlex.quote(str(checkpoint))} " if checkpoint else ""
     without = " (without --teacher-folder)" if config.teacher_folder else ""
     weights += "--teacher-epochs 0 " if config.teacher_epochs else ""
-    return f"take its outputs in that order: {weights}--classes {shlex.quote(str(file))}{without}"
+    lacking = len(names) - len(known)
+    added = f", after adding the {lacking} classes whose images do not tell their output" if lacking else ""
+    return f"take its outputs in that order: {weights}--classes {shlex.quote(str(file))}{without}{added}"

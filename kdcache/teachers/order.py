@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClassOrder", "class_order"]
+__all__ = ["ClassOrder", "class_order", "told_outputs"]
 
 CERTAIN = 1e-4  # chance that outputs in the right order look as wrong as this
 GAIN = 0.1  # least mean gain in recall, of classes that change places, in the images that the order is taken from
@@ -57,6 +57,23 @@ def class_order(predicted: NDArray, labels: NDArray, classes: int) -> ClassOrder
     number = max(1, len(labels))
     outputs = _assigned(predicted, labels, classes)
     return ClassOrder(len(labels), tuple(outputs.tolist()), 100 * as_is / number, 100 * right / number, better)
+
+
+def told_outputs(predicted: NDArray, labels: NDArray, classes: int) -> dict[int, int]:
+    """The output of each class whose images themselves tell it: at least two answer with it, and more than with any other.
+
+    Classes without such an answer, and those that share one, are left out: the best assignment would give them whatever is left.
+    """
+    pairs, counts = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
+    of_class, output = np.divmod(pairs, classes)
+    by_count = np.lexsort((-counts, of_class))
+    first = np.r_[True, of_class[by_count][1:] != of_class[by_count][:-1]]
+    best = by_count[first]
+    second = np.zeros(classes, np.int64)
+    np.maximum.at(second, of_class[by_count[~first]], counts[by_count[~first]])
+    clear = (counts[best] >= 2) & (counts[best] > second[of_class[best]])
+    shared = np.bincount(output[best[clear]], minlength=classes) > 1
+    return {int(of_class[i]): int(output[i]) for i in best[clear] if not shared[output[i]]}
 
 
 def _halves(labels: NDArray) -> NDArray[np.bool_]:

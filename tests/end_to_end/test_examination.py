@@ -10,7 +10,7 @@ from PIL import Image
 
 from kdcache.archive import open_archive
 from kdcache.system.seals import sealed_record
-from kdcache.teachers.order import class_order
+from kdcache.teachers.order import class_order, told_outputs
 from tests.end_to_end.test_distill import only
 from tests.hostile import resealed
 
@@ -173,6 +173,18 @@ def test_classes_that_are_rotated_are_put_back(classes, accuracy):
     assert found.better
     assert np.mean(np.argsort(order)[order] == np.arange(classes)) == 1
     assert np.mean(np.array(found.outputs) == np.argsort(order)) > 0.9
+
+
+@pytest.mark.parametrize("seen", [1000, 600])
+def test_only_classes_whose_images_tell_are_put_into_the_mapping(seen):
+    """Of many classes, few images of each, and none of some: what the best assignment gives those is a guess."""
+    order, rng = np.roll(np.arange(1000), 1), np.random.default_rng(3)
+    labels = np.repeat(np.arange(seen), 8)
+    predicted = np.where(rng.random(len(labels)) < 0.6, order[labels], rng.integers(0, 1000, len(labels)))
+    assert class_order(predicted, labels, 1000).better
+    told = told_outputs(predicted, labels, 1000)
+    assert len(told) > 0.95 * seen
+    assert all(order[number] == output for number, output in told.items())
 
 
 def test_two_classes_that_are_exchanged_are_found_among_the_others():
