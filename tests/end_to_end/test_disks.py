@@ -311,7 +311,14 @@ def test_what_clusters_and_lost_terminals_send_stops_after_a_checkpoint(kdcache,
 def test_a_dump_ends_at_such_a_signal_unless_it_was_ignored_at_its_start(few_home, name, ignored):
     line = shlex.join([sys.executable, "-m", "kdcache", *commands(few_home)["dump-teacher"][:-1], "400", "--home", str(few_home)])
     nohup = "trap '' HUP; exec " if ignored else "exec "
-    process = subprocess.Popen(nohup + line, shell=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        nohup + line,
+        shell=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # tests may run under nohup themselves
+    )
     until(lambda: len(list(few_home.glob("archives/*/.dump"))) > 0, process)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=120)

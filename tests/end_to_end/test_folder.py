@@ -10,6 +10,7 @@ from PIL import Image
 from kdcache.archive import open_archive
 
 CLASSES = ("bright", "dark", "striped")
+from tests.end_to_end.conftest import with_images
 
 
 def write_images(root, split, count, seed):
@@ -183,14 +184,14 @@ def test_corrupt_images_are_left_out_by_every_command_and_relative_odd_paths_are
     source = json.loads(kdcache("info", "--json", archive).out)["source"]
     assert (source["num_samples"], source["skipped"]) == (35, ["dark/dark-01.jpg"])
 
-    # Another place, and a workspace that has to build its own canvases: the archive tells where the images are.
+    # Another place, and a workspace that has to build its own canvases, for which the archive's place of the images is repeated.
     monkeypatch.chdir(home)
-    archive, fresh = tmp_path / archive, ["--home", tmp_path / "fresh"]
-    verified = kdcache("verify", archive, "--replay", 9, "--skip-corrupt", *fresh)
+    archive, fresh = with_images(tmp_path / archive), ["--home", tmp_path / "fresh"]
+    verified = kdcache("verify", *archive, "--replay", 9, "--skip-corrupt", *fresh)
     assert verified.status == 0, verified.err
     assert "replay 9: ok, 9 checked" in verified.out
-    assert kdcache("view", archive, "--out", tmp_path / "sheet.png", "--skip-corrupt", "--home", tmp_path / "third").status == 0
-    students = ["distill", "--archive", archive, "--student", "test_resnet", "--epochs", 1, "--batch-size", 16, *fresh]
+    assert kdcache("view", *archive, "--out", tmp_path / "sheet.png", "--skip-corrupt", "--home", tmp_path / "third").status == 0
+    students = ["distill", "--archive", *archive, "--student", "test_resnet", "--epochs", 1, "--batch-size", 16, *fresh]
     refused = kdcache(*students)
     assert refused.status == 4
     assert "bright-02.jpg" in refused.err

@@ -93,7 +93,7 @@ def test_a_study_runs_tells_what_failed_and_goes_on_with_what_is_missing(tmp_pat
     assert [job["done"] for job in json.loads(planned.out)["jobs"]] == [True] * 4
     third = kdcache("study", "run", file, "--home", tmp_path)
     assert third.out == second.out
-    assert "4 of 4 jobs are done already" in third.err
+    assert "all 4 jobs are done already" in third.err
 
     (run,) = map(Path, done["distill"]["outputs"])
     run.rename(tmp_path / "elsewhere")
