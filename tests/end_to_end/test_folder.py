@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from kdcache.archive import open_archive
+from tests.end_to_end.conftest import with_images
 
 CLASSES = ("bright", "dark", "striped")
-from tests.end_to_end.conftest import with_images
 
 
 def write_images(root, split, count, seed):
