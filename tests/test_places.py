@@ -290,7 +290,7 @@ def _changed(value: Any) -> Any:
 
 
 def test_no_value_of_a_manifest_can_be_changed(tmp_path: Path) -> None:
-    """Of a teacher's card too, and of statistics, which nothing else covers."""
+    """The teacher's card and the statistics are among them, which nothing else covers."""
     path = derive(open_archive(GOLDEN), tmp_path / "a").path
     text = (path / "kdcache.json").read_text()
     leaves = _leaves(json.loads(text))

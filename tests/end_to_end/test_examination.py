@@ -177,7 +177,7 @@ def test_classes_that_are_rotated_are_put_back(classes, accuracy):
 
 @pytest.mark.parametrize("seen", [1000, 600])
 def test_only_classes_whose_images_tell_are_put_into_the_mapping(seen):
-    """Of many classes, few images of each, and none of some: what the best assignment gives those is a guess."""
+    """There are many classes, with few images each or none: what the best assignment gives those is a guess."""
     order, rng = np.roll(np.arange(1000), 1), np.random.default_rng(3)
     labels = np.repeat(np.arange(seen), 8)
     predicted = np.where(rng.random(len(labels)) < 0.6, order[labels], rng.integers(0, 1000, len(labels)))

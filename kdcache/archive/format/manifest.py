@@ -315,7 +315,7 @@ class Manifest(ArchivePlan):
     shards: FileRecord  # the table of shards, one ShardRecord a line
     statistics: Statistics
     optional: dict[str, Any] = {}  # readers may ignore it
-    # Of all other fields (see `sealed`). Older manifests have none; one whose shards have `checksums` must have it.
+    # The digest of all other fields (see `sealed`). Older manifests have none; one whose shards have `checksums` must have it.
     manifest_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", exclude_if=_left_out(None))
 
     @model_validator(mode="after")
