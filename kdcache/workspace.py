@@ -192,21 +192,29 @@ class Workspace:
     """The folders below `home`. Each is made at the first write to it.
 
     `skip_corrupt`: canvases built here leave out images that cannot be decoded. `allow_large`: they have images of any size.
+    `force`: of datasets that are tested on their training images, too.
     """
 
     home: Path
     data_dir: Path | None = None
     skip_corrupt: bool = False
     allow_large: bool = False
+    force: bool = False
 
     def __init__(
-        self, home: Path | str, data_dir: Path | str | None = None, skip_corrupt: bool = False, allow_large: bool = False
+        self,
+        home: Path | str,
+        data_dir: Path | str | None = None,
+        skip_corrupt: bool = False,
+        allow_large: bool = False,
+        force: bool = False,
     ) -> None:
         here = "name a folder of this machine; an archive goes elsewhere by: kdcache push ARCHIVE DESTINATION"
         object.__setattr__(self, "home", local_path(home, "--home", elsewhere=here))
         object.__setattr__(self, "data_dir", None if data_dir is None else local_path(data_dir, "--data-dir"))
         object.__setattr__(self, "skip_corrupt", skip_corrupt)
         object.__setattr__(self, "allow_large", allow_large)
+        object.__setattr__(self, "force", force)
 
     @property
     def archives(self) -> Path:
@@ -251,7 +259,7 @@ class Workspace:
         `building` is called before one is built, and may raise.
         """
         size = size or source.recipe.canvas
-        taken = {"skip_corrupt": self.skip_corrupt, "allow_large": self.allow_large}
+        taken = {"skip_corrupt": self.skip_corrupt, "allow_large": self.allow_large, "force": self.force}
         return load_canvas(source, split, size, self.data, progress, tell=tell, building=building, **taken)
 
     def archive_folders(self) -> list[Path]:

@@ -186,9 +186,22 @@ def test_testing_on_the_training_images_is_refused(tmp_path: Path) -> None:
     (root / "test").symlink_to("train")
     with pytest.raises(UsageError, match="trained on") as caught:
         canvas_of(f"folder:{root}", tmp_path / "home")
-    spec = caught.value.fix.partition("--dataset ")[2]
+    spec = caught.value.fix.partition("--dataset ")[2].partition(";")[0]
     for split in ("train", "test"):
         assert len(canvas_of(spec, tmp_path / "home", split)[0])
+    home = ["--home", str(tmp_path / "home")]
+    common = ["--teacher", "test_vit", "--dataset", f"folder:{root}", "--size", "32", "--canvas", "32", *home]
+    train = ["train-teacher", *common, "--from-scratch", "--epochs", "1", "--batch-size", "3"]
+    assert run(train) == UsageError.exit_code
+    assert run([*train, "--force"]) == 0  # as the error says
+    dump = ["dump-teacher", *common, "--views", "1", "--no-finetune"]
+    assert run(dump) == UsageError.exit_code
+    assert run([*dump, "--force"]) == 0
+    student = ["distill", "--student", "test_vit", "--epochs", "1", "--batch-size", "6", *home]
+    assert run(student) == UsageError.exit_code
+    assert run([*student, "--force"]) == 0
+    archive = str(next((tmp_path / "home/archives").iterdir()))
+    assert run(["verify", archive, "--replay", "4", *home]) == 0
 
 
 def test_files_beside_the_images_change_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -619,7 +632,10 @@ def test_without_a_test_split_a_part_is_held_out_and_said(tmp_path: Path) -> Non
     assert "0.2 of the images of split train are held out" in images.remarks[0]  # type: ignore[attr-defined]
     assert len(opened(",test=0.5").samples("test")) > len(test)
     assert opened(",test=0.5").fingerprint() != images.fingerprint()
-    for wrong, said in (("train", "trained on"), ("1.5", "between 0 and 1"), ("dev", "no split 'dev'")):
+    refused = opened(",test=train").refused  # type: ignore[attr-defined] # by `load_canvas`, without --force
+    assert "trained on" in refused.what
+    assert "test=0.2" in refused.fix
+    for wrong, said in (("1.5", "between 0 and 1"), ("dev", "no split 'dev'")):
         with pytest.raises(UsageError) as caught:
             opened(f",test={wrong}")
         assert said in str(caught.value)

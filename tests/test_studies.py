@@ -298,9 +298,9 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_name(name: str) -> None:
 
 # Options that a study does not have: it sets them itself for each job, or they are the machine's (set in the environment).
 OF_A_STUDY = {
-    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--parallel"},
+    "train-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--parallel", "--force"},
     "dump-teacher": {"--teacher", "--dataset", "--size", "--canvas", "--teacher-folder", "--teacher-epochs", "--checkpoint"}
-    | {"--classes", "--finetune", "--output", "--shard", "--start-view"},
+    | {"--classes", "--finetune", "--output", "--shard", "--start-view", "--force"},
     "distill": {"--dataset", "--strict", "--allow-drift", "--checkpoint-interval", "--memory", "--parallel"},
     "stats": {"--rows", "--fidelity", "--codec", "--plot"},
 }

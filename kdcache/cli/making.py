@@ -12,6 +12,7 @@ from kdcache.cli.options import (
     ConfigOption,
     DataDirOption,
     DryRunOption,
+    ForceOption,
     HomeOption,
     JsonOption,
     SkipCorruptOption,
@@ -54,6 +55,7 @@ def train_teacher(
     options: "TeacherConfig",
     skip_corrupt: SkipCorruptOption = False,
     allow_large: AllowLargeOption = False,
+    force: ForceOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
     config: ConfigOption = None,
@@ -62,7 +64,7 @@ def train_teacher(
     from kdcache.system.distributed import this_rank
     from kdcache.teachers.train import train_teachers
 
-    place, speaker = workspace(home, data_dir, skip_corrupt, allow_large), this_rank().first
+    place, speaker = workspace(home, data_dir, skip_corrupt, allow_large, force=force), this_rank().first
     with bars(quiet=not speaker) as progress:
         teachers = train_teachers(options, place, progress)
     for teacher in teachers if speaker else ():
@@ -73,6 +75,7 @@ def dump_teacher(
     options: "DumpConfig",
     skip_corrupt: SkipCorruptOption = False,
     allow_large: AllowLargeOption = False,
+    force: ForceOption = False,
     dry_run: DryRunOption = False,
     home: HomeOption = Path(),
     data_dir: DataDirOption = None,
@@ -85,7 +88,7 @@ def dump_teacher(
 
     speaker = this_rank().first
     with bars(quiet=not speaker) as progress:
-        place = workspace(home, data_dir, skip_corrupt, allow_large)
+        place = workspace(home, data_dir, skip_corrupt, allow_large, force=force)
         path = str(sketch_dump(options, place, progress) if dry_run else dump(options, place, progress))
     if speaker:
         print(path)
@@ -154,7 +157,8 @@ def distill(
     from kdcache.students.grid import doubts, open_archives
     from kdcache.system.distributed import this_rank
 
-    place, speaker = workspace(home, data_dir, skip_corrupt, allow_large), this_rank().first
+    place = workspace(home, data_dir, skip_corrupt, allow_large, force=options.grid.force)
+    speaker = this_rank().first
     with bars(quiet=not speaker) as progress:
         if not dry_run:
             results = run(options, place, progress)

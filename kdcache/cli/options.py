@@ -94,16 +94,21 @@ SkipCorruptOption = Annotated[
 AllowLargeOption = Annotated[
     bool, typer.Option("--allow-large", help="Decode images beyond 178 megapixels, too.", rich_help_panel="Common")
 ]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Test on training images, where a dataset says so.", rich_help_panel="Common")
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and do none of it.", rich_help_panel="Common")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Common")]
 
 
-def workspace(home: Path, data_dir: Path | None = None, skip_corrupt: bool = False, allow_large: bool = False) -> Any:
+def workspace(
+    home: Path, data_dir: Path | None = None, skip_corrupt: bool = False, allow_large: bool = False, *, force: bool = False
+) -> Any:
     from kdcache.workspace import Workspace
 
-    return Workspace(home, data_dir, skip_corrupt, allow_large)
+    return Workspace(home, data_dir, skip_corrupt, allow_large, force)
 
 
 def command_line() -> str:

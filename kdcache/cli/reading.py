@@ -196,7 +196,7 @@ def verify(
             from kdcache.teachers.recomputed import matching_teacher, replay_with_teacher
             from kdcache.workspace import archive_source
 
-            recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt, allow_large)
+            recorded, place = opened.manifest.canvas, workspace(home, data_dir, skip_corrupt, allow_large, force=True)
             canvas = place.canvas(archive_source(opened, place, dataset), "train", recorded.size if recorded else None, progress)
             found, how = matching_teacher(opened, place, progress), {"device": device, "renderer": renderer, "named": teacher}
             results.append(replay_with_teacher(opened, canvas, replay, found, progress, **how))
@@ -249,7 +249,7 @@ def view(
         )
     recorded = opened.manifest.canvas
     with bars() as progress:
-        place = workspace(home, data_dir, skip_corrupt, allow_large)
+        place = workspace(home, data_dir, skip_corrupt, allow_large, force=True)
         canvas = place.canvas(archive_source(opened, place, dataset), "train", recorded.size if recorded else None, progress)
     write_changed(out, contact_sheet(opened, canvas, samples, chosen, allow_drift=allow_drift))
     print(out)

@@ -104,6 +104,7 @@ def load_canvas(
     *,
     skip_corrupt: bool = False,
     allow_large: bool = False,
+    force: bool = False,
     tell: bool = False,
     building: Callable[[], None] = lambda: None,
 ) -> Canvas:
@@ -111,11 +112,11 @@ def load_canvas(
 
     With `skip_corrupt`, a build leaves out images that cannot be decoded, and lists them in the source card. Later calls
     use that canvas with or without the option. With `allow_large`, images beyond 178 megapixels, which Pillow takes for an
-    attack, are decoded too. With `tell`, the classes of a training split are told before it is decoded. `building` is called
-    before a build.
+    attack, are decoded too. With `force`, tests on training images are allowed. With `tell`, the classes of a training split
+    are told before it is decoded. `building` is called before a build.
 
-    Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`;
-    RetryError if the disk has no room, or if images change while they are decoded.
+    Raises IntegrityError, which names every image that cannot be decoded; UsageError for a size beyond `MAX_SIZE`, and for
+    test images that are training images; RetryError if the disk has no room, or if images change while they are decoded.
     """
     progress = progress or Silent()
     if not 1 <= size <= MAX_SIZE:
@@ -123,6 +124,8 @@ def load_canvas(
             f"a canvas of {size} px", why=f"its side is between 1 and {MAX_SIZE} px", fix="use for example --canvas 256"
         )
     images = source.open(home, progress)
+    if (refused := getattr(images, "refused", None)) is not None and not force:
+        raise refused
     fingerprint = images.fingerprint()
     series, state = _names(source, split, size, fingerprint)
     path = home / f"{series}-{state[:8]}"

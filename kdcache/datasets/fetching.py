@@ -190,7 +190,8 @@ def damaged_file(file: Path, why: str, *, fetched: bool = True) -> KdcacheError:
 class Listed(Images):
     """Images of classes `names`. `list_samples` lists a split's samples; `files` are the files that they are read from.
 
-    `remarks` are said to the user, and `unused` counts files of a split that are no samples.
+    `remarks` are said to the user, `unused` counts files of a split that are no samples, and `refused` says why only --force
+    uses these images.
     """
 
     def __init__(
@@ -201,8 +202,9 @@ class Listed(Images):
         files: Iterable[Path],
         remarks: Sequence[str] = (),
         unused: Callable[[Split], Mapping[str, int]] = lambda split: {},
+        refused: KdcacheError | None = None,
     ) -> None:
-        self.remarks, self.unused = remarks, unused
+        self.remarks, self.unused, self.refused = remarks, unused, refused
         self._base, self._names, self._list, self._files = base, tuple(names), list_samples, sorted(files)
 
     def class_names(self) -> Sequence[str]:

@@ -54,6 +54,17 @@ class Folder(UsersOwn):
     def open(self, data: Path, progress: Progress | None = None, *, fetch: bool = True) -> "Folder":
         return self
 
+    @property
+    def refused(self) -> UsageError | None:
+        train, test = self._split_folder("train"), self._split_folder("test")
+        if self.split_fraction is not None or train is None or test is None or not train.samefile(test):
+            return None
+        return tested_on_training(
+            f"dataset {DATASETS.spec(self)}",
+            f"{train.name}/ and {test.name}/ are the same folder",
+            f"split it: --dataset {DATASETS.spec(replace(self, root=str(train), split_fraction=0.2))}",
+        )
+
     def _split_folder(self, split: Split) -> Path | None:
         names = ("train",) if split == "train" else ("test", "val", "validation")
         return next((Path(self.root) / name for name in names if (Path(self.root) / name).is_dir()), None)
@@ -75,13 +86,7 @@ class Folder(UsersOwn):
                     fix=f"leave split_fraction out: --dataset {DATASETS.spec(replace(self, split_fraction=None))}",
                 )
             return root
-        base, other = self._split_folder(split), self._split_folder("test" if split == "train" else "train")
-        if base is not None and other is not None and base.samefile(other):
-            raise tested_on_training(
-                f"dataset {DATASETS.spec(self)}",
-                f"{base.name}/ and {other.name}/ are the same folder",
-                f"split it: --dataset {DATASETS.spec(replace(self, root=str(base), split_fraction=0.2))}",
-            )
+        base = self._split_folder(split)
         if base is None:
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",

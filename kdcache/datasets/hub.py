@@ -119,6 +119,13 @@ class _HubImages(Images):
         )
         self._order = " in the order of numbers" if reordered else ""
         self.remarks: list[str] = []
+        self.refused = None
+        if source.test == source.train:
+            self.refused = tested_on_training(
+                f"dataset hf:{source.repo}",
+                f"test={source.test} is its training split",
+                f"hold a part of it out: test={HELD_OUT}, or name another split",
+            )
         if self._fraction:
             self.remarks.append(
                 f"there is no test split: {self._fraction:g} of the images of split {source.train} are held out for testing, "
@@ -157,12 +164,6 @@ def _fraction(source: Hub, whole: Mapping[str, Any]) -> float:
     """The share of the training split that is held out for testing; 0 where there is a test split."""
     if source.test is None:
         return HELD_OUT if not any(name in whole and name != source.train for name in _TESTS) else 0
-    if source.test == source.train:
-        raise tested_on_training(
-            f"dataset hf:{source.repo}",
-            f"test={source.test} is its training split",
-            f"hold a part of it out: test={HELD_OUT}, or name another split",
-        )
     if source.test in whole:
         return 0
     try:

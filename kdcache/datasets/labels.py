@@ -150,11 +150,11 @@ def require_taught(train: Sequence[int], classes: int, where: str, naming: str) 
 
 
 def tested_on_training(where: str, why: str, fix: str) -> UsageError:
-    """The error for a dataset whose test images are its training images."""
+    """The error for a dataset whose test images are its training images: its images have it as `refused` (see `load_canvas`)."""
     return UsageError(
         f"{where} is to be tested on the images that it is trained on",
         why=f"{why}; a top-1 on training images says nothing of others",
-        fix=fix,
+        fix=f"{fix}; or, if that is meant, go on with --force",
     )
 
 

@@ -169,8 +169,9 @@ class Tars(Rooted, UsersOwn):
         for split, files in shards.items():
             if not files:
                 raise next(filter(None, map(compressed, others)), None) or _not_there("tars", self.root, f"{split}*.tar")
+        refused = None
         if twice := [file for file in shards["test"] if any(file.samefile(other) for other in shards["train"])]:
-            raise tested_on_training(
+            refused = tested_on_training(
                 f"dataset tars:{self.root}", f"{twice[0].name} is a training shard", "hold some of the shards out, as test*.tar"
             )
         listing = base / NAMES_FILE
@@ -201,7 +202,7 @@ class Tars(Rooted, UsersOwn):
             return listed
 
         files = [listing, *shards["train"], *shards["test"]]
-        return Listed(base, names, list_samples, files, unused=lambda split: samples(split)[1].counts())
+        return Listed(base, names, list_samples, files, unused=lambda split: samples(split)[1].counts(), refused=refused)
 
 
 def _shards(base: Path) -> tuple[dict[Split, list[Path]], list[Path]]:

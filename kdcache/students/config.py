@@ -38,7 +38,7 @@ class Grid(Options):
     training: StudentTraining = StudentTraining()
     tested: HowTested = HowTested()
     share_order: Annotated[bool, Option("Show all seeds the batches of seed 0, on one stream.")] = False
-    force: Annotated[bool, Option("Allow ttm and wttm beyond tau 10.")] = False
+    force: Annotated[bool, Option("Allow ttm and wttm beyond tau 10, and tests on training images.")] = False
 
 
 class DistillConfig(Options):
