@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from kdcache.workspace import Workspace
 
 __all__ = ["examined", "tolerance"]
 
-SAMPLE = 512  # training images by which another order of classes is noticed
-TELLING = 8  # of each class, by which it is told which output is which class
+SAMPLE, LARGEST_SAMPLE = 512, 4096  # training images by which another order of classes is noticed: by the number of classes
 OF_A_CLASS = 4  # of them at least, where there are so many: two for each half
+CLOSER = 32  # of each class that may be another one
 FLAT = 1e-3  # of a logit: differences below this are none
 STEPS = {"fp32": 2**-23, "fp16": 2**-10, "bf16": 2**-7}
 
@@ -177,12 +177,15 @@ def _of_order(forward: Forward, plan: DumpPlan, teacher: Teacher, workspace: Wor
         shown_batches = _views(forward, canvas, shown, places[samples], plan.batch_size)
         return np.concatenate([forward(images).argmax(axis=1) for images in shown_batches])
 
-    samples = _sampled(canvas.labels, SAMPLE)
-    order = class_order(answers(samples), canvas.labels[samples], len(names))
+    samples = _sampled(canvas.labels, min(max(SAMPLE, OF_A_CLASS * len(names)), LARGEST_SAMPLE))
+    predicted = answers(samples)
+    order = class_order(predicted, canvas.labels[samples], len(names))
+    if order.suspect and len(more := _more_of(canvas.labels, order.moved, samples)):
+        samples, predicted = np.r_[samples, more], np.r_[predicted, answers(more)]
+        order = class_order(predicted, canvas.labels[samples], len(names))
     if not order.better:
         return
-    samples = _sampled(canvas.labels, max(SAMPLE, TELLING * len(names)))
-    told = told_outputs(answers(samples), canvas.labels[samples], len(names))
+    told = told_outputs(predicted, canvas.labels[samples], len(names))
     mend = "" if plan.config.accepted.accept_class_order else _mended(plan, teacher, told, workspace)
     moved = [number for number, output in told.items() if output != number] or order.moved
     pairs = ", ".join(f"{names[i]!r} is its output of {names[told.get(i, order.outputs[i])]!r}" for i in moved[:3])
@@ -206,6 +209,16 @@ def _sampled(labels: NDArray, number: int) -> NDArray[np.int64]:
     # Four of each class first, class after class; then one more of each, as long as there is room.
     order = np.lexsort((np.where(place < OF_A_CLASS, place, 0), rank, np.maximum(place, OF_A_CLASS - 1)))
     chosen: NDArray[np.int64] = np.sort(by_class[order[:number]])
+    return chosen
+
+
+def _more_of(labels: NDArray, classes: Sequence[int], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Further samples of these classes, at most 32 of each and 4,096 in all."""
+    rest = np.setdiff1d(np.flatnonzero(np.isin(labels, classes)), known)
+    rest = np.random.default_rng(1).permutation(rest)
+    rest = rest[np.argsort(labels[rest], kind="stable")]
+    place = np.arange(len(rest)) - np.searchsorted(labels[rest], labels[rest])
+    chosen: NDArray[np.int64] = rest[np.argsort(place, kind="stable")][: min(CLOSER * len(classes), LARGEST_SAMPLE)]
     return chosen
 
 

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 __all__ = ["ClassOrder", "class_order", "told_outputs"]
 
-CERTAIN = 1e-4  # chance that outputs in the right order look as wrong as this
+CERTAIN = 1e-3  # chance that outputs in the right order look as wrong as this
+SUSPECT = 0.05  # likewise, from which on more images are worth a look
+ONE_TO_ONE = 0.8  # least share of classes that move, of those whose images agree on an output, that have it for themselves
 GAIN = 0.1  # least mean gain in recall, of classes that change places, in the images that the order is taken from
 
 
@@ -17,7 +19,7 @@ class ClassOrder:
     """What `images` say of the order: `outputs[i]` is the output that is class i under the best assignment.
 
     `as_is` and `reordered` are accuracies in percent, of images that the order was not taken from. `better` says whether the
-    other order is clearly better.
+    other order is clearly better, and `suspect` whether more images may show that it is.
     """
 
     images: int
@@ -25,6 +27,7 @@ class ClassOrder:
     as_is: float
     reordered: float
     better: bool
+    suspect: bool
 
     @property
     def moved(self) -> list[int]:
@@ -38,8 +41,9 @@ def class_order(predicted: NDArray, labels: NDArray, classes: int) -> ClassOrder
     With few images of a class, the best assignment of the same images is better than the own order by chance alone. So the
     images of each class are halved: the order that one half suggests is judged by the other, and the reverse. It is clearly
     better if, among images of classes that it moves, those that only it makes right are so many more than those that it makes
-    wrong that this has a chance of 1e-4 at most (sign test), and if it at least doubles what is right. The second condition
-    spares weak teachers that take one class for another: they have no better order, or a little better one. Recalls are assigned
+    wrong that this has a chance of 1e-3 at most (sign test), if it at least doubles what is right, and if classes that move have
+    outputs of their own. The last two conditions spare weak teachers that take one class for another: they have no better order,
+    or a little better one, or take several classes for the same. Recalls are assigned
     rather than counts, so that no class gets an output for being frequent, and cycles of classes that hardly gain in their own
     half are left in place.
     """
@@ -53,17 +57,38 @@ def class_order(predicted: NDArray, labels: NDArray, classes: int) -> ClassOrder
         won, lost = won + int((other & ~own).sum()), lost + int((own & ~other).sum())
         as_is, right = as_is + int(own.sum()), right + int(other.sum())
         moved_right += int((own & moved).sum())
-    better = won > 0 and _sign_test(won, lost) <= CERTAIN and won >= 2 * moved_right
+    chance = _sign_test(won, lost) if won >= max(1, 2 * moved_right) else 1.0
     number = max(1, len(labels))
     outputs = _assigned(predicted, labels, classes)
-    return ClassOrder(len(labels), tuple(outputs.tolist()), 100 * as_is / number, 100 * right / number, better)
+    own_outputs = chance <= SUSPECT and _one_to_one(predicted, labels, classes)
+    better, suspect = own_outputs and chance <= CERTAIN, own_outputs
+    return ClassOrder(len(labels), tuple(outputs.tolist()), 100 * as_is / number, 100 * right / number, better, suspect)
+
+
+def _one_to_one(predicted: NDArray, labels: NDArray, classes: int) -> bool:
+    """Whether classes whose images agree on another output than their own are few to share one, as in no order they do."""
+    told = _agreed(predicted, labels, classes)
+    moved = [output for number, output in told.items() if output != number]
+    shared = np.bincount(list(told.values()), minlength=classes) > 1
+    return bool(moved) and sum(not shared[output] for output in moved) >= ONE_TO_ONE * len(moved)
 
 
 def told_outputs(predicted: NDArray, labels: NDArray, classes: int) -> dict[int, int]:
-    """The output of each class whose images themselves tell it: at least two answer with it, and more than with any other.
+    """The output of each class whose images themselves tell it, and that no other class has.
 
-    Classes without such an answer, and those that share one, are left out: the best assignment would give them whatever is left.
+    The others are left out, as the best assignment gives them whatever is left. Where most classes have their own outputs, so
+    do others whose images do not tell, unless it is taken.
     """
+    told = _agreed(predicted, labels, classes)
+    shared = np.bincount(list(told.values()), minlength=classes) > 1
+    told = {number: output for number, output in told.items() if not shared[output]}
+    if 2 * sum(number == output for number, output in told.items()) > len(told):
+        told |= {number: number for number in range(classes) if number not in told and number not in set(told.values())}
+    return dict(sorted(told.items()))
+
+
+def _agreed(predicted: NDArray, labels: NDArray, classes: int) -> dict[int, int]:
+    """The output of each class with which at least two of its images answer, and more than with any other."""
     pairs, counts = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
     of_class, output = np.divmod(pairs, classes)
     by_count = np.lexsort((-counts, of_class))
@@ -72,8 +97,7 @@ def told_outputs(predicted: NDArray, labels: NDArray, classes: int) -> dict[int,
     second = np.zeros(classes, np.int64)
     np.maximum.at(second, of_class[by_count[~first]], counts[by_count[~first]])
     clear = (counts[best] >= 2) & (counts[best] > second[of_class[best]])
-    shared = np.bincount(output[best[clear]], minlength=classes) > 1
-    return {int(of_class[i]): int(output[i]) for i in best[clear] if not shared[output[i]]}
+    return {int(of_class[i]): int(output[i]) for i in best[clear]}
 
 
 def _halves(labels: NDArray) -> NDArray[np.bool_]:

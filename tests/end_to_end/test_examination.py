@@ -187,6 +187,33 @@ def test_only_classes_whose_images_tell_are_put_into_the_mapping(seen):
     assert all(order[number] == output for number, output in told.items())
 
 
+@pytest.mark.parametrize(("classes", "images"), [(37, 222), (100, 512)])
+def test_two_classes_of_many_that_are_exchanged_are_found_by_few_images(classes, images):
+    order = np.arange(classes)
+    order[[0, classes - 1]] = classes - 1, 0
+    assert class_order(*answers(classes, images, 1.0, order), classes).better
+
+
+def test_two_classes_of_very_many_that_are_exchanged_are_worth_a_closer_look():
+    order = np.arange(1000)
+    order[[3, 7]] = 7, 3
+    found = class_order(*answers(1000, 4096, 0.9, order), 1000)
+    assert found.suspect
+    assert {3, 7} <= set(found.moved)
+
+
+@pytest.mark.parametrize(("classes", "share"), [(10, 0.2), (10, 0.3), (37, 0.1), (100, 0.2)])
+def test_teachers_that_take_classes_for_others_are_not_accused_of_another_order(classes, share):
+    """Every class has confusions of its own, beside a small share of right answers."""
+    accused = 0
+    for seed in range(20):
+        rng, labels = np.random.default_rng(seed), np.arange(512) % classes
+        confused = rng.dirichlet(np.full(classes, 0.1), size=classes)
+        wrong = np.array([rng.choice(classes, p=confused[label]) for label in labels])
+        accused += class_order(np.where(rng.random(512) < share, labels, wrong), labels, classes).better
+    assert accused <= 1
+
+
 def test_two_classes_that_are_exchanged_are_found_among_the_others():
     order = np.arange(10)
     order[[3, 7]] = 7, 3
