@@ -211,7 +211,7 @@ def test_teachers_that_take_classes_for_others_are_not_accused_of_another_order(
         confused = rng.dirichlet(np.full(classes, 0.1), size=classes)
         wrong = np.array([rng.choice(classes, p=confused[label]) for label in labels])
         accused += class_order(np.where(rng.random(512) < share, labels, wrong), labels, classes).better
-    assert accused <= 1
+    assert accused <= 2
 
 
 def test_two_classes_that_are_exchanged_are_found_among_the_others():
