@@ -267,7 +267,7 @@ def _doubled(shard: Path, key: str, name: str, earlier: str) -> UsageError:
 
 def _label(shard: Path, member: Member, number: dict[str, int], classes: int) -> int:
     text = member.head(4096).decode("utf-8", "replace").strip()
-    if text.isascii() and text.isdigit() and int(text[:20]) < classes:
+    if text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < classes:
         return int(text)
     if composed(text) in number:
         return number[composed(text)]
