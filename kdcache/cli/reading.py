@@ -21,7 +21,7 @@ from kdcache.cli.options import (
     workspace,
 )
 from kdcache.cli.output import bars, print_json, print_table
-from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, UsageError, unknown_name
+from kdcache.errors import IncompatibleError, KdcacheError, NotFoundError, UsageError, printable, unknown_name
 from kdcache.system.files import write_changed
 
 FIDELITY_ROWS = 4096
@@ -57,6 +57,7 @@ def info(archive: ArchiveArgument, as_json: JsonOption = False) -> None:
         if noise := teacher.known_noise:
             better = noise.reference or "float32"
             rows.append(["teacher's noise", f"mean KL to {better} {noise.kl_mean:.2g} nats over {noise.views} views"])
+        rows += [["accepted of the teacher", printable(found)] for found in (teacher.accepted or {}).values()]
     if kinds := shards_by_device(manifest):
         rows.append(["computed on", ", ".join(f"{kind} ({count:,} shards)" for kind, count in kinds.items())])
     known = manifest.known_licences

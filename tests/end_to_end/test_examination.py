@@ -109,6 +109,9 @@ def test_no_teacher_is_dumped_unless_it_is_meant(coloured, kdcache, tmp_path, te
     assert meant.status == 0, meant.err
     archive = open_archive(only(tmp_path / "home", "archives/*"))
     assert words in archive.manifest.teacher.accepted[flag.removeprefix("--").replace("-", "_")]
+    for shown in (kdcache("info", archive.path).out, (archive.path / "README.md").read_text()):
+        assert "accepted of the teacher" in shown
+        assert words in " ".join(shown.replace("\\", "").split())
     replayed = kdcache("verify", archive.path, "--replay", "4", "--home", "home", "--teacher", f"odd_teachers:{teacher}")
     assert replayed.status == 0, replayed.err
     assert ("others each time" in replayed.out + replayed.err) == (teacher == "Noisy")

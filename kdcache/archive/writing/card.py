@@ -99,6 +99,8 @@ def _readme(manifest: Manifest, reading_lines: str) -> str:
     rows["licence of the teacher's weights"] = markdown_escaped(licences.weights or "unknown")
     if teacher and teacher.top1_clean is not None:
         rows["teacher's top-1, clean test images"] = f"{teacher.top1_clean:.2f} % ({teacher.test_title})"
+    if teacher and teacher.accepted:
+        rows["accepted of the teacher"] = markdown_escaped("; ".join(teacher.accepted.values()))
     if statistics.top1_views is not None:
         rows["teacher's top-1, these views (dominant label)"] = f"{statistics.top1_views:.2f} %"
     if kinds := shards_by_device(manifest):
