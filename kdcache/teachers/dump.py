@@ -273,6 +273,19 @@ def _require_own(archive: Archive, plan: DumpPlan, teacher: Teacher) -> None:
         )
 
 
+def _require_size(plan: DumpPlan, teacher: Teacher) -> None:
+    """Raise IncompatibleError for views of another size than the teacher was trained and tested on."""
+    own, size, subject = teacher.record["input_size"], plan.policy.size, plan.config.subject
+    if own == size:
+        return
+    command = ["kdcache", "train-teacher", "--teacher", subject.teacher, "--dataset", subject.dataset, "--size", str(size)]
+    raise IncompatibleError(
+        f"teacher {teacher.folder} sees images of {own} px, the views have {size} px",
+        why="its top-1, and what is recorded of it, are of images of its own size",
+        fix=f"--size {own}; or train one of that size: {shlex.join(command)}",
+    )
+
+
 def _begun(
     plan: DumpPlan, teacher: Teacher, path: Path, device: torch.device, workspace: Workspace, progress: Progress
 ) -> tuple[ArchiveWriter, Forward]:
@@ -288,6 +301,8 @@ def _begun(
         progress.say(text)
     recorded = recorded_plan(path)
     begun = recorded.teacher if recorded else None
+    if begun is None:
+        _require_size(plan, teacher)
     model, normalise = load_teacher(teacher)
     model = model.to(device)
     suited = begun.memory_format if begun else suited_memory_format(model, plan.policy.size, device, plan.precision)

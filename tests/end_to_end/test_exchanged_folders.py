@@ -1,6 +1,7 @@
 """Folders that were copied over one another: what is in them is never taken for what their name says."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def test_a_canvas_under_another_ones_name_is_not_used(few_home, kdcache, recorde
     assert refused(result, "is another one: ") == f"mv {test} {test}.aside"
     test.rename(f"{test}.aside")
     assert kdcache(*DISTIL, "--tau", "4", "--home", few_home).status == 0
+
+
+def test_views_of_another_size_than_a_folders_teacher_sees_are_refused(few_home, common, kdcache):
+    first = only(few_home, "teachers/*/")
+    dump = ["dump-teacher", *common, "--policy", "digits", "--views", "1"]
+    result = kdcache(*dump, "--size", "64", "--teacher-folder", first)
+    assert result.status == 5, result.err
+    assert "sees images of 32 px, the views have 64 px" in result.err
+    train = shlex.split(result.err.rpartition(": kdcache ")[2].strip())
+    how = ["--canvas", "32", "--policy", "digits", "--from-scratch", "--epochs", "1"]
+    assert kdcache(*train, *how, "--home", few_home).status == 0
+    for size in ("32", "64"):  # as the error says
+        assert kdcache(*dump, "--size", size, "--no-finetune").status == 0
 
 
 def test_another_teachers_weights_are_not_exported_or_dumped(few_home, common, kdcache):
