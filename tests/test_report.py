@@ -536,3 +536,12 @@ def test_a_report_opens_with_what_was_asked(make_run: RunFolders, tmp_path: Path
     assert "Smoke version" not in text
     small = dataclasses.replace(asked, smoke=True)
     assert "Smoke version" in write_report([tmp_path / "runs"], tmp_path / "out", experiment=small).html.read_text()
+
+
+def test_the_sheet_of_views_beside_the_runs_is_no_run(make_run: RunFolders, tmp_path: Path) -> None:
+    run = make_run()
+    sheet = run.parent / "views.png"
+    sheet.write_bytes(b"PNG")
+    assert [record.folder for record in collect([sheet, run])] == [run]  # as `kdcache report runs/*/*` has them
+    with pytest.raises(NotFoundError):
+        collect([sheet])

@@ -13,13 +13,12 @@ from kdcache.archive import Archive, open_archive
 from kdcache.errors import KdcacheError
 from kdcache.report.archive_figures import moments_drawing, sorted_softmax
 from kdcache.report.figures import Drawing, entropy_histograms
-from kdcache.report.records import ArchiveArgs, RunRecord
+from kdcache.report.records import SHEET, ArchiveArgs, RunRecord
 from kdcache.system.remote import is_url
 
 __all__ = ["ArchivePart", "archive_parts"]
 
 HISTOGRAM_ROWS = 100_000
-SHEET = "views.png"
 
 
 @dataclass(frozen=True)

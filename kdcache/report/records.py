@@ -24,6 +24,7 @@ from kdcache.views.tested import WHOLE
 __all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
+SHEET = "views.png"  # beside the runs of an archive
 _Text = Annotated[str, BeforeValidator(str)]  # YAML parses an unquoted date as a date
 
 
@@ -176,6 +177,8 @@ def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[
     progress = progress or Silent()
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
+        if path.name == SHEET and path.is_file():  # of runs/*/*
+            continue
         run_folders = {folder.resolve(): folder for folder in _run_folders(path)}
         if not run_folders:
             raise NotFoundError(

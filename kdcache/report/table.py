@@ -45,6 +45,11 @@ BEFORE = {
     "amp": False,  # where nobody asked, a run records what its device made of it
     "opt_betas": "",
     "head_init": "timm",
+    "init": "random",
+    "init_sha256": None,
+    "share_order": False,
+    "allow_drift": 0,
+    "moved_from": None,
     "test": WHOLE.title,
     "student_size": "the teacher's",
 }
@@ -231,6 +236,8 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
             for name in FOLLOWS_OPT:
                 if len(of_opt[args.dataset, args.teacher, args.opt, name]) == 1:
                     varied.pop(name, None)
+        if varied.get("init_sha256") == "none":  # weights of no file
+            del varied["init_sha256"]
         phrases = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
         if "archive_digest" in phrases and (known := training.get(args.archive_digest)):
             phrases["archive_digest"] = f"{known} ({phrases['archive_digest']})"
@@ -242,7 +249,7 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
 def _facts(record: RunRecord) -> dict[str, str]:
     """Recipe keys, then the keys that kdcache.report does not know, as text."""
     facts = BEFORE | {name: getattr(record.args, name) for name in RECIPE} | (record.args.model_extra or {})
-    facts |= {name: str(value)[:8] for name, value in facts.items() if name.endswith(("_digest", "_sha256"))}
+    facts |= {name: str(value)[:8] for name, value in facts.items() if value and name.endswith(("_digest", "_sha256"))}
     return {
         name: "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()

@@ -25,6 +25,7 @@ from kdcache.replay.chunks import rendering_memory
 from kdcache.replay.contact_sheet import contact_sheet
 from kdcache.replay.stream import CachedTargets
 from kdcache.replay.subject import Subject
+from kdcache.report.records import SHEET
 from kdcache.students.config import DistillConfig
 from kdcache.students.grid import StudentSpec, doubts, open_archives, plan_students
 from kdcache.students.records import require_own
@@ -127,7 +128,7 @@ def _distill(
         runtime = config.runtime
         evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, device=device, team=together)
         if team.first:
-            _write_sheet(archive, train, workspace.runs / archive.name / "views.png", config.allow_drift)
+            _write_sheet(archive, train, workspace.runs / archive.name / SHEET, config.allow_drift)
         rendering = rendering_memory(len(train), train.size, size, device) + evaluations.to_come
         available = room(device, runtime.memory, rendering)
         if device.type == "cpu":
