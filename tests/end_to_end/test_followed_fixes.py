@@ -1,6 +1,7 @@
 """Damage of every file that a command reads back: the fix of the error is followed to the letter, and the command ends well."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -162,4 +163,38 @@ def test_a_command_that_is_mended_as_its_error_says_is_understood(command: list[
     mended = amended(command, told.err)
     assert mended != command
     result = kdcache(*mended, "--dry-run", "--home", trained)
+    assert result.status == 0, (mended, result.err)
+
+
+MISTAKEN_FILES = [
+    ["view", "ARCHIVE", "--views", "7:9", "--out", "sheet.png"],
+    ["view", "ARCHIVE", "--out", "nowhere/sheet.png"],
+    ["stats", "ARCHIVE", "--codec", "u8"],
+    ["stats", "ARCHIVE", "--plot", "entropies.txt"],
+    ["convert", "ARCHIVE", "--views", "5:9", "-o", "converted"],
+    ["convert", "ARCHIVE", "--layout", "zarr:lz4", "-o", "converted"],
+    ["convert", "ARCHIVE", "--codec", "i8", "-o", "converted"],
+    ["pull", "ARCHIVE", "pulled", "--views", "9:12"],
+    ["policy", "petz"],
+]
+
+
+@pytest.mark.parametrize("command", MISTAKEN_FILES, ids=" ".join)
+def test_a_command_on_an_archive_that_is_mended_as_its_error_says_ends_well(
+    command: list[str], few_trained: Path, tmp_path: Path, kdcache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDCACHE_HOME", str(few_trained))
+    command = [word.replace("ARCHIVE", str(only(few_trained, "archives/*"))) for word in command]
+    told = kdcache(*command)
+    assert told.status == 2, told.err
+    fix = told.err.rpartition("fix: ")[2].strip()
+    if fix.startswith("mkdir "):
+        subprocess.run(fix, shell=True, check=True)
+        mended = command
+    elif fix.startswith("kdcache "):
+        mended = shlex.split(fix)[1:]
+    else:
+        mended = amended(command, told.err)
+    result = kdcache(*mended)
     assert result.status == 0, (mended, result.err)
