@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 import kdcache
 from kdcache.archive import Ensemble, Licences
-from kdcache.errors import IncompatibleError, IntegrityError
+from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError
 from kdcache.methods import METHODS
 from kdcache.models.creation import licence
 from kdcache.models.names import public_name
@@ -20,7 +21,7 @@ from kdcache.students.grid import StudentSpec
 from kdcache.system.documents import DocumentError, read_yaml
 from kdcache.system.files import set_aside, write_atomically
 from kdcache.targets import CONTROLS
-from kdcache.training.config import Runtime
+from kdcache.training.config import Runtime, under_present_names
 from kdcache.training.learner import Learner
 
 __all__ = ["record_graph", "require_own", "write_args"]
@@ -83,10 +84,8 @@ def write_args(
         "init": spec.start.name,
         "init_sha256": spec.start.sha256 or None,
         **({"head_init": settings.head_init} if spec.start.new_head else {}),
-        **settings.model_dump(mode="json", exclude={"head_init"}),
+        **_settings(spec),
         "amp": learner.amp,
-        "decay_epochs": as_text(settings.decay_epochs),
-        "opt_betas": as_text(settings.opt_betas or ()),
         **session,
     }
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
@@ -97,20 +96,36 @@ def require_own(spec: StudentSpec, archive: Ensemble) -> None:
     file = spec.folder / "args.yaml"
     if not file.is_file():
         return
-    args = _read_args(file)
+    args = under_present_names(_read_args(file))
+    with suppress(KdcacheError):  # older records lack newer options; what is unknown here is compared as it is recorded
+        args["method"] = METHODS.to_dict(METHODS.from_dict(args["method"]))
+        args["control"] = CONTROLS.to_dict(CONTROLS.from_dict(args["control"]))
+    args |= {"init_sha256": args.get("init_sha256") or None, "pretrained": args.get("init") == "pretrained"}
     wanted = {
         "archive_digest": archive.digest,
         "student": public_name(spec.name),
+        "method": METHODS.to_dict(spec.method),
         "control": CONTROLS.to_dict(spec.control),
         "tau": spec.tau,
         "seed": spec.seed,
+        "share_order": spec.order_seed != spec.seed,
+        "init_sha256": spec.start.sha256 or None,  # the weights' name may be another one by now
+        "pretrained": spec.start.pretrained,
+        **_settings(spec),
     }
     if other := [name for name, value in wanted.items() if args.get(name, value) != value]:
         raise IncompatibleError(
-            f"{spec.folder} has the run of another student: its {', '.join(other)} is {args[other[0]]}, not {wanted[other[0]]}",
+            f"{spec.folder} has the run of another student: its {other[0]} is {args[other[0]]}, not {wanted[other[0]]}",
             why="the folder was copied, renamed or exchanged: folders are named after what was trained",
             fix=f"give it its own name again; or set it aside, and repeat the command: {set_aside(spec.folder)}",
         )
+
+
+def _settings(spec: StudentSpec) -> dict[str, Any]:
+    """How a student is trained, as it is recorded. Whether in bf16 is for its device to say, if nobody asked."""
+    settings = spec.settings
+    texts = {"decay_epochs": as_text(settings.decay_epochs), "opt_betas": as_text(settings.opt_betas or ())}
+    return settings.model_dump(mode="json", exclude={"head_init", "amp"}) | texts
 
 
 def record_graph(folder: Path, state: str) -> None:

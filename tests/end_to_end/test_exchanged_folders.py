@@ -39,16 +39,29 @@ def test_an_archive_under_another_ones_name_is_not_complete(few_home, common, kd
     assert kdcache(*dump, "--policy", "digits").status == 0
 
 
-def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache):
-    for tau in ("4", "20"):
-        assert kdcache(*DISTIL, "--tau", tau, "--home", few_home).status == 0
-    four, twenty = (only(few_home, f"runs/*/*--tau{tau}--*") for tau in ("4", "20"))
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (["--tau", "4"], ["--tau", "20"], "its tau is 20.0, not 4.0"),
+        (["--lr", "0.002"], ["--lr", "0.001"], "its lr is 0.001, not 0.002"),
+        (["--method", "kd"], ["--method", "dist"], "its method is"),
+        (["--opt", "adamw"], ["--opt", "sgd"], "its opt is sgd, not adamw"),
+        (["--clip-grad", "1"], ["--clip-grad", "0"], "its clip_grad is None, not 1.0"),
+    ],
+)
+def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache, first, second, said):
+    assert kdcache(*DISTIL, *first, "--home", few_home).status == 0
+    four = only(few_home, "runs/*/*/")
+    assert kdcache(*DISTIL, *second, "--home", few_home).status == 0
+    other = next(run for run in few_home.glob("runs/*/*/") if run != four)
     shutil.rmtree(four)
-    shutil.copytree(twenty, four)
-    result = kdcache(*DISTIL, "--tau", "4", "--home", few_home)
-    assert refused(result, "its tau is 20.0, not 4.0") == f"mv {four} {four}.aside"
+    shutil.copytree(other, four)
+    result = kdcache(*DISTIL, *first, "--home", few_home)
+    assert refused(result, said) == f"mv {four} {four}.aside"
     four.rename(f"{four}.aside")
-    assert kdcache(*DISTIL, "--tau", "4", "--home", few_home).status == 0
+    assert kdcache(*DISTIL, *first, "--home", few_home).status == 0
+    again = kdcache(*DISTIL, *first, "--home", few_home)
+    assert "1 of 1 students are trained already" in again.err
 
 
 @pytest.mark.parametrize("recorded", [True, False])
