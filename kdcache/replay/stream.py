@@ -190,33 +190,35 @@ class ViewStream:
 class _Epochs:
     """Counts the epochs that have begun, in numbers that a DataLoader's workers share without a lock.
 
-    All workers of a pass get the same epoch: the first of them counts on, and writes in the same number whose pass it is.
-    Behind it each worker has the last epoch that it began, as a pass is also a new one where it has been in it already.
+    All workers of a pass get the same epoch: the first of them counts on, and writes beside the epoch whose pass it is. The last
+    passes are kept, as a worker may begin one when others are in the next. The last epoch that each worker began is kept too: a
+    pass that it has been in already, as by a seed that was set again, is a new one.
     """
 
     _BITS = 31
-    _WORKERS = 1024
+    _PASSES, _WORKERS = 64, 1024
 
     def __init__(self) -> None:
-        self._state = torch.zeros(1 + self._WORKERS, dtype=torch.int64)
+        self._state = torch.zeros(self._PASSES + self._WORKERS, dtype=torch.int64)
         with contextlib.suppress(RuntimeError):  # a machine without shared memory, where no DataLoader has workers
             self._state.share_memory_()  # type: ignore[no-untyped-call]
-        self._passes = 0  # of this process
+        self._own_passes = 0  # of this process
 
     def next(self) -> int:
-        worker, state = get_worker_info(), int(self._state[0])
-        begun = state & ((1 << self._BITS) - 1)
-        self._passes += 1
-        whose = 0
+        worker = get_worker_info()
+        passes = [divmod(word, 1 << self._BITS) for word in self._state[: self._PASSES].tolist()]  # whose, and epochs with it
+        self._own_passes += 1
+        whose = known = 0
         if worker is not None:  # seeds are drawn anew for each set of workers, which counts its passes alike
-            whose = zlib.crc32(f"{worker.seed - worker.id} {self._passes}".encode()) or 1
-            own = self._state[1 + worker.id % self._WORKERS]
-            if state >> self._BITS == whose and int(own) < begun:
-                own.fill_(begun)
-                return begun - 1
-            own.fill_(begun + 1)
-        self._state[0] = whose << self._BITS | begun + 1  # at once, and the same by whichever worker
-        return begun
+            whose = zlib.crc32(f"{worker.seed - worker.id} {self._own_passes}".encode()) or 1
+            last = int(self._state[self._PASSES + worker.id % self._WORKERS])
+            known = max((epochs for of, epochs in passes if of == whose and epochs > last), default=0)
+        epochs = known or 1 + max(epochs for _, epochs in passes)
+        if worker is not None:
+            self._state[self._PASSES + worker.id % self._WORKERS] = epochs
+        if not known:  # in one number, and the same by whichever worker
+            self._state[epochs % self._PASSES] = whose << self._BITS | epochs
+        return epochs - 1
 
 
 class CachedTargets(ViewStream, IterableDataset[Batch]):

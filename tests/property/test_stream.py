@@ -1,10 +1,12 @@
 """Protects what a student sees: every sample once an epoch, and stored logits beside the very views they belong to."""
 
+import copy
 import dataclasses
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.folder import Folder
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.methods import build
+from kdcache.replay import stream as stream_module
 from kdcache.replay.prefetch import render_batches
-from kdcache.replay.stream import BLOCK, Batch, CachedTargets, ViewStream, epoch_positions, epoch_view
+from kdcache.replay.stream import BLOCK, Batch, CachedTargets, ViewStream, _Epochs, epoch_positions, epoch_view
 from kdcache.targets import Targets, control, row_keys
 from kdcache.views import ViewPolicy, render_positions
 from tests.conftest import Dump
@@ -267,12 +270,29 @@ def test_a_stream_goes_to_other_processes(dump: Dump) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_an_epoch_that_is_left_early_is_followed_by_the_next(dump: Dump) -> None:
     stream = CachedTargets(dump.archive, dump.canvas, batch_size=4, seed=9)
+    epoch = 0
     for options in ({"num_workers": 2, "persistent_workers": True}, {"num_workers": 3}, {}):
         loader: Any = DataLoader(stream, batch_size=None, **options)
-        begun = stream._epochs._state[0].item() & 0x7FFFFFFF
-        for further in range(3):
+        for _ in range(3):
             first = next(iter(loader))
-            assert same(first, next(stream.epoch(begun + further)))
+            assert same(first, next(stream.epoch(epoch)))
+            epoch += 1
+
+
+@given(data=st.data(), workers=st.integers(1, 4), passes=st.integers(1, 6))
+def test_workers_that_are_late_are_in_the_epoch_of_their_pass(data: st.DataObject, workers: int, passes: int) -> None:
+    """Persistent workers begin their passes in any order: some may be in the next one before others have begun this one."""
+    shared = _Epochs()
+    before = shared.next()  # of the program itself
+    of_worker = [copy.copy(shared) for _ in range(workers)]  # as in processes: the tensor is one, the rest each one's own
+    turns = data.draw(st.permutations([number for number in range(workers) for _ in range(passes)]))
+    begun: dict[int, list[int]] = {number: [] for number in range(workers)}
+    for number in turns:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream_module, "get_worker_info", lambda n=number: SimpleNamespace(id=n, seed=1234 + n))
+            begun[number].append(of_worker[number].next())
+    assert all(epochs == [before + 1 + turn for turn in range(passes)] for epochs in begun.values())
+    assert shared.next() == before + 1 + passes
 
 
 def test_workers_share_the_part_that_a_process_of_several_has(dump: Dump) -> None:
