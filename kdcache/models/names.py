@@ -22,9 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, unknown_name
+from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.importing import first_line, is_function_name, load_function
 from kdcache.system.documents import read_json
+from kdcache.system.files import set_aside
 
 __all__ = [
     "ALIASES",
@@ -243,9 +244,18 @@ def is_factory(name: str) -> bool:
 def kept(name: str, folder: Path) -> str:
     """The name from which the model of a teacher or run is made again: its own `folder`, if that has timm's configuration.
 
-    The model's original files may have moved meanwhile. Without a configuration it is the exact name.
+    The model's original files may have moved meanwhile. Without a configuration it is the exact name: of an architecture, or of
+    a function. Raises NotFoundError for other places, which a record may not have read or fetched.
     """
-    return f"{LOCAL}{folder}" if (folder / CONFIG).is_file() else name
+    if (folder / CONFIG).is_file():
+        return f"{LOCAL}{folder}"
+    if name.startswith((HUB, LOCAL)):
+        raise NotFoundError(
+            f"{folder} has no {CONFIG}",
+            why=f"that is what its model is made from; {printable(name)}, which its record names, is not looked at",
+            fix=f"restore {CONFIG} from a copy; or set its folder aside, and train it again: {set_aside(folder)}",
+        )
+    return name
 
 
 def licence(name: str) -> str | None:

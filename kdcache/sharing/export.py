@@ -216,14 +216,25 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
                 why="it does not say the size of images and the names of classes",
                 fix=f"set it aside; it is made anew where the archive is at hand: {set_aside(run.folder / CONFIG)}",
             ) from None
+    archived = (run.args.archives or (run.args,))[0]
     try:
-        archive = open_archive((run.args.archives or (run.args,))[0].archive)
+        archive = open_archive(archived.archive)
     except KdcacheError as error:
         raise NotFoundError(
             f"{run.folder} does not say what its model looks like",
             why=f"it has no {CONFIG}, and its archive is not at hand: {error.what}",
             fix="bring the archive to where it was, or train the student again",
         ) from None
+    if archive.digest != archived.archive_digest:  # views may have been appended since; what they are of stays
+        manifest, more = archive.manifest, run.args.model_extra or {}
+        known = more.get("teacher_name"), run.args.dataset
+        there = manifest.teacher and manifest.teacher.name, manifest.provenance.get("dataset")
+        if run.args.archives or archive.name != archived.archive_name or known != there:
+            raise IncompatibleError(
+                f"{run.folder} was trained from another archive than {archive.location} is now",
+                why=f"it has no {CONFIG}, so that its archive says what its model looks like, and that one's digest has changed",
+                fix="bring that archive to where it was, or train the student again",
+            )
     if archive.manifest.policy is None:
         raise NotFoundError(f"{run.folder} has no {CONFIG}", why="its archive tells no size of views", fix="train it again")
     return archive.manifest.policy.size, archive.class_names

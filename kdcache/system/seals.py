@@ -16,8 +16,10 @@ from kdcache.system.files import Buffers
 
 __all__ = [
     "SEAL",
+    "WEIGHTS_SEALS",
     "BrokenSealError",
     "require_sealed",
+    "seal_of",
     "sealed_record",
     "sealed_tensors",
     "sealed_zip",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 SEAL = "record_blake3"
+WEIGHTS_SEALS = "weights_blake3"  # in the record of a folder: the seals of its weights, by the names of their files
 _BLANK = b"0" * 64
 _END_OF_ZIP, _END_SIZE = b"PK\x05\x06", 22  # the last record of a zip file, and its bytes without a comment
 _COMMENT = f"{SEAL}:".encode()
@@ -119,6 +122,17 @@ def require_sealed(file: Path) -> None:
         found = header.find(mark)
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _require(data, 8 + found + len(mark) if found >= 0 else -1)
+
+
+def seal_of(file: Path) -> str | None:
+    """The seal in a safetensors file, which is not compared with its bytes; None if it has none, or is of another kind."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            metadata = json.loads(opened.read(length) if length <= file.stat().st_size else b"").get("__metadata__")
+        except (ValueError, AttributeError):
+            return None
+    return metadata.get(SEAL) if isinstance(metadata, dict) else None
 
 
 # ---------------------------------------------------------------- zip files, as torch.save writes them

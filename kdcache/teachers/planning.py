@@ -14,24 +14,27 @@ from torch import nn
 
 from kdcache.datasets import Source, published_name
 from kdcache.datasets.canvas import Canvas, require_intact
-from kdcache.errors import UsageError
+from kdcache.errors import IncompatibleError, UsageError
+from kdcache.models.checkpoints import require_recorded
 from kdcache.models.classes import said_digest
 from kdcache.models.creation import Normalisation, create_model, has_new_head, load_weights, published
-from kdcache.models.names import folder_name, is_factory, public_name, resolve, weights_identity
+from kdcache.models.names import WEIGHTS, folder_name, is_factory, public_name, resolve, weights_identity
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress
 from kdcache.teachers import as_is
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.head import linear_head, suitable_start
 from kdcache.teachers.recipes import RECIPES, TeacherRecipe, durations_of, settings_of, teacher_recipe
-from kdcache.training.config import Training
+from kdcache.training.config import Training, under_present_names
 from kdcache.training.devices import seeded
 from kdcache.training.optimizers import make_optimizer
 from kdcache.training.tested import model_filter, views_of_tests
 from kdcache.views.policy import ViewPolicy
-from kdcache.workspace import Workspace, dataset_label, parse_dataset, require_writable
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, read_teacher, require_writable
 
-__all__ = ["TeacherPlan"]
+__all__ = ["FOLDER", "TeacherPlan"]
 
+FOLDER = "folder"  # in a teacher's record: the name that its folder was made with
 VIEW_SEED = 0x7EAC4E5  # the teacher's own views; those of a dump have the policy's seed
 
 
@@ -210,6 +213,28 @@ class TeacherPlan:
         identity = json.dumps([self.name, settings, begun | self.how_tested.identity()], sort_keys=True)
         label = f"{dataset_label(self.source)}--{folder_name(self.config.subject.teacher)}"
         return self.workspace.teachers / f"{label}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    def require_own(self, epochs: int) -> None:
+        """Raise IncompatibleError if the folder of a teacher of so many epochs has another one: it was copied or renamed."""
+        folder = self.folder(epochs)
+        record = read_teacher(folder)
+        # Views differ where they have not changed since version 1 of policies; that, and settings, are in the folder's name.
+        begun = {key: value for key, value in self.begun(epochs).items() if key != "policy"}
+        wanted = json.loads(json.dumps({"name": self.name, "epochs": epochs, **begun, FOLDER: folder.name}))
+        there = {**under_present_names(record["training"]), "name": record["name"], FOLDER: record.get(FOLDER, folder.name)}
+        if other := [name for name, value in wanted.items() if there.get(name, value) != value]:
+            what = (
+                f"its {other[0]} is {there[other[0]]}, not {wanted[other[0]]}"
+                if other != [FOLDER]
+                else f"made as {there[FOLDER]}"
+            )
+            raise IncompatibleError(
+                f"{folder} has another teacher: {what}",
+                why="the folder was copied, renamed or exchanged: folders are named after how a teacher was made",
+                fix=f"give it its own name again; or set it aside, and repeat the command: {set_aside(folder)}",
+            )
+        if (folder / WEIGHTS).is_file():
+            require_recorded(folder / WEIGHTS)
 
     def model(self, *, pretrained: bool) -> nn.Module:
         names, size = self.train_canvas.card.class_names, self.policy.size

@@ -26,15 +26,15 @@ from kdcache.system.distributed import ALONE, Team, joined, this_rank
 from kdcache.system.energy import total
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress, Silent
-from kdcache.system.seals import sealed_record
+from kdcache.system.seals import WEIGHTS_SEALS, sealed_record
 from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.finetuning import cost_of, finetune, finished_row
 from kdcache.teachers.forward import Forward
 from kdcache.teachers.head import HEAD, Head, head_settings, read_head, train_head
-from kdcache.teachers.planning import TeacherPlan
+from kdcache.teachers.planning import FOLDER, TeacherPlan
 from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
-from kdcache.training.checkpoint import copied, tidy, write_weights
+from kdcache.training.checkpoint import copied, tidy, weights_seals, write_weights
 from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
@@ -115,6 +115,7 @@ class _Job:
         for epochs in plan.durations:
             folder = plan.folder(epochs)
             if (folder / "teacher.json").is_file():
+                plan.require_own(epochs)
                 self.progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
                 tidy(folder)
                 registered(folder, plan.said(epochs).get("said_sha256"))
@@ -381,6 +382,8 @@ class _Job:
         }
         if (folder / "last.safetensors").is_file():
             (folder / "last.safetensors").rename(folder / "model.safetensors")
+        record[FOLDER] = folder.name
+        record[WEIGHTS_SEALS] = weights_seals(folder)
         made_as = timm_config(
             plan.exact,
             model,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdcache.errors import IntegrityError, RetryError
 from kdcache.system.files import set_aside, sweep_temporaries, tidying, translated_os_errors, write_atomically
 from kdcache.system.locks import locked_if_possible
-from kdcache.system.seals import sealed_tensors, sealed_zip, unsealed_zip
+from kdcache.system.seals import seal_of, sealed_tensors, sealed_zip, unsealed_zip
 from kdcache.system.transfer import to_host
 from kdcache.training.devices import out_of_memory
 
@@ -31,6 +31,7 @@ __all__ = [
     "summary_of",
     "tidy",
     "unusable_checkpoint",
+    "weights_seals",
     "write_checkpoint",
     "write_log",
     "write_weights",
@@ -91,6 +92,11 @@ def write_checkpoint(
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write weights on the host as safetensors that a changed bit does not leave unnoticed."""
     write_atomically(file, sealed_tensors(save(tensors)))
+
+
+def weights_seals(folder: Path) -> dict[str, str | None]:
+    """The seals of all weights in a folder, by the names of their files: its record tells them apart from another folder's."""
+    return {file.stem: seal_of(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:

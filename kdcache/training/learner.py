@@ -18,7 +18,7 @@ from kdcache.system.distributed import ALONE, Team
 from kdcache.system.energy import UNKNOWN, Spent
 from kdcache.system.files import write_atomically
 from kdcache.system.precision import ieee_float32, repeatable
-from kdcache.system.seals import require_sealed, sealed_record
+from kdcache.system.seals import WEIGHTS_SEALS, require_sealed, sealed_record
 from kdcache.training.checkpoint import (
     CHECKPOINT,
     LOCK,
@@ -27,6 +27,7 @@ from kdcache.training.checkpoint import (
     read_checkpoint,
     summary_of,
     unusable_checkpoint,
+    weights_seals,
     write_log,
 )
 from kdcache.training.clipping import Clipping
@@ -476,7 +477,7 @@ class Learner:
         if status == "complete" and self._moments:
             found = moment_histogram(*torch.cat(self._moments, dim=1).double().cpu().numpy())
             write_atomically(self.folder / LOGIT_MOMENTS, found.model_dump_json().encode())
-        summary = {"status": status, **extra, **summary_of(self.rows), "amp": self.amp}
+        summary = {"status": status, **extra, **summary_of(self.rows), "amp": self.amp, WEIGHTS_SEALS: weights_seals(self.folder)}
         write_atomically(self.folder / "summary.json", sealed_record(summary))
         (self.folder / CHECKPOINT).unlink(missing_ok=True)  # twice the model's size, and of no further use
         (self.folder / LOCK).unlink(missing_ok=True)  # while it is held: later it may be another process's

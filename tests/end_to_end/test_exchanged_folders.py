@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kdcache.system.seals import SEAL
 from tests.end_to_end.conftest import FEW
@@ -23,7 +24,7 @@ def common(few_home: Path, few_trained: Path) -> list[str]:
 def refused(result, words: str) -> str:
     assert result.status in {4, 5}, result.err
     assert words in result.err
-    return result.err.rpartition("set it aside")[2].partition(": ")[2].strip()
+    return result.err.rpartition(": ")[2].strip()
 
 
 def test_an_archive_under_another_ones_name_is_not_complete(few_home, common, kdcache):
@@ -105,3 +106,47 @@ def test_another_teachers_weights_are_not_exported_or_dumped(few_home, common, k
         assert result.status == 5, result.err
         assert f"{first / 'model.safetensors'} is not the file that its record describes" in result.err
     assert not (few_home / "exported").exists()
+
+
+def test_weights_of_another_run_are_not_exported_and_start_nothing(few_home, kdcache):
+    how = ["--epochs", "1", "--model-ema-decay", "0.9", "--home", few_home]
+    assert kdcache("distill", *FEW, "--tau", "4,20", *how).status == 0
+    first, second = sorted(few_home.glob("runs/*/*/"))
+    for which in ("last", "best", "ema"):
+        kept = (first / f"{which}.safetensors").read_bytes()
+        shutil.copy(second / f"{which}.safetensors", first / f"{which}.safetensors")
+        result = kdcache("export", first, f"--{which}", "--output", few_home / "exported")
+        assert refused(result, "is not the file that its record describes") == f"mv {first} {first}.aside"
+        assert not (few_home / "exported").exists()
+        (first / f"{which}.safetensors").write_bytes(kept)
+    shutil.copy(second / "last.safetensors", first / "last.safetensors")
+    refused(kdcache(*DISTIL, "--init", first, "--home", few_home), "the BLAKE3 of these weights differs from summary.json")
+    (first / "last.safetensors").unlink()  # as one that another program wrote: without a seal
+    save_file(load_file(second / "last.safetensors"), first / "last.safetensors")
+    refused(kdcache("export", first, "--output", few_home / "exported"), "or written by another program")
+
+
+def test_a_teacher_under_another_ones_name_is_not_trained_already(few_home, common, kdcache):
+    how = ["--policy", "digits", "--from-scratch", "--epochs", "1"]
+    assert kdcache("train-teacher", *common, *how, "--seed", "1").status == 0
+    before = set((few_home / "teachers").glob("*/"))
+    assert kdcache("train-teacher", *common, *how, "--seed", "2", "--lr", "0.003").status == 0
+    (other,) = set((few_home / "teachers").glob("*/")) - before
+    (own,) = (each for each in before if json.loads((each / "teacher.json").read_text())["training"]["seed"] == 1)
+    own.rename(few_home / "own")
+    shutil.copytree(other, own)
+    fix = refused(kdcache("train-teacher", *common, *how, "--seed", "1"), "has another teacher: its seed is 2, not 1")
+    assert fix == f"mv {own} {own}.aside"
+    shutil.rmtree(own)
+    assert kdcache("train-teacher", *common, *how, "--seed", "1", "--lr", "0.003").status == 0
+    (rate,) = set((few_home / "teachers").glob("*/")) - before - {other}
+    shutil.copytree(rate, own)
+    refused(kdcache("train-teacher", *common, *how, "--seed", "1"), f"has another teacher: made as {rate.name}")
+    shutil.rmtree(own)
+    (few_home / "own").rename(own)
+    assert "already trained" in kdcache("train-teacher", *common, *how, "--seed", "1").err
+    shutil.copy(other / "model.safetensors", own / "model.safetensors")
+    refused(kdcache("train-teacher", *common, *how, "--seed", "1"), "is not the file that its record describes")
+    for init in (own, own / "model.safetensors"):
+        result = kdcache("distill", *FEW, "--student", "test_vit", "--init", init, "--epochs", "1", "--home", few_home)
+        refused(result, "is not the file that its record describes")

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kdcache.archive import open_archive
+from kdcache.archive import open_archive, write_archive
 from kdcache.cli import run
 from kdcache.models.creation import create_model, load_weights
 from kdcache.workspace import read_teacher
@@ -293,6 +294,18 @@ def test_only_whole_runs_are_exported(shop, kdcache, tmp_path):
     (run / "config.json").unlink()  # of runs from before it was kept: the archive says the same
     assert kdcache("export", run, "--output", tmp_path / "out").status == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == list("0123456789")
+    args = (run / "args.yaml").read_text()
+    write_archive(tmp_path / "other", np.zeros((1, 8, 10)), [f"{number}" for number in range(9, -1, -1)])
+    archive = next(line for line in args.splitlines() if line.startswith("archive: "))
+    (run / "args.yaml").write_text(args.replace(archive, f"archive: {tmp_path / 'other'}"))
+    other = kdcache("export", run, "--output", tmp_path / "other-out")
+    assert other.status == 5, other.err
+    assert "was trained from another archive than" in other.err
+    (run / "args.yaml").write_text(args.replace("student: test_vit", "student: hf-hub:stranger/net"))
+    fetching = kdcache("export", run, "--output", tmp_path / "other-out")
+    assert fetching.status == 3
+    assert "hf-hub:stranger/net, which its record names, is not looked at" in fetching.err
+    (run / "args.yaml").write_text(args)
     (run / "ema.safetensors").unlink()
     assert kdcache("export", run, "--ema").status == 3
     (run / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes()[:-1])
