@@ -29,7 +29,7 @@ import PIL
 from numpy.typing import NDArray
 
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
-from kdcache.datasets.classes import say_classes
+from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
 from kdcache.system.documents import read_record
@@ -142,8 +142,11 @@ def load_canvas(
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
     canvas = _open(path, state)
-    if (canvas.card.split, canvas.size) != (split, size):  # of a canvas that is older than the record of its state
+    # Of a canvas that is older than the record of its state, as much as can be told without decoding it again.
+    if (canvas.card.split, canvas.size) != (split, size):
         raise _of_others(path, f"{canvas.card.name}/{canvas.card.split}, {canvas.size} px")
+    if difference := how_classes_differ(canvas.card.class_names, images.class_names()):
+        raise _of_others(path, f"{canvas.card.name}/{canvas.card.split}, of other classes: {difference}")
     if tell:
         say_classes(source, images, progress, canvas.card.class_names, canvas.labels.tolist())
     if skipped := canvas.card.skipped:

@@ -34,7 +34,7 @@ RECIPE = ("archive_digest", "second_archive_digest", "average", "epochs", "batch
 FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
 _HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_interval", "host", "hostname", "graph"}
-_WHERE = {"home", "data_dir", "out", "output", "run", "run_name"}
+_WHERE = {"home", "data_dir", "out", "output", "run", "run_name", "folder"}
 _SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
 _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}

@@ -83,6 +83,7 @@ def write_args(
         "share_order": spec.order_seed != spec.seed,
         "init": spec.start.name,
         "init_sha256": spec.start.sha256 or None,
+        "folder": spec.folder.name,
         **({"head_init": settings.head_init} if spec.start.new_head else {}),
         **_settings(spec),
         "amp": learner.amp,
@@ -112,6 +113,7 @@ def require_own(spec: StudentSpec, archive: Ensemble) -> None:
         "init_sha256": spec.start.sha256 or None,  # the weights' name may be another one by now
         "pretrained": spec.start.pretrained,
         **_settings(spec),
+        "folder": spec.folder.name,  # which has all that there is, in six letters
     }
     if other := [name for name, value in wanted.items() if args.get(name, value) != value]:
         raise IncompatibleError(

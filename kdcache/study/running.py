@@ -4,6 +4,7 @@ Everything of a study is in HOME/studies/NAME: its plan, a record of each finish
 """
 
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,7 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import IncompleteError, NotFoundError, RetryError, UsageError, printable
+from kdcache.archive import open_archive
+from kdcache.errors import IncompleteError, KdcacheError, NotFoundError, RetryError, UsageError, printable
+from kdcache.report.records import SUMMARY
 from kdcache.study.jobs import Job, StudyPlan
 from kdcache.study.schema import shipped_folder
 from kdcache.study.slots import JOBS_PER_GPU, gpu_slot, gpus, measured
@@ -30,7 +33,7 @@ from kdcache.system.files import translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked_by_family, say_no_locks
 from kdcache.system.peak import PEAK_FILE, read_peak
 from kdcache.system.progress import Progress, Silent
-from kdcache.workspace import Workspace, read_record
+from kdcache.workspace import Workspace, read_record, read_teacher
 
 __all__ = ["Place", "command_of", "run_job", "run_study", "study_place"]
 
@@ -71,11 +74,17 @@ class Place:
         return read_record(self.record(job)) if self.record(job).is_file() else None
 
     def outputs(self, job: str) -> list[str] | None:
-        """What a finished job has made; None if it is not finished, or if any of that is not there any more."""
+        """What a finished job has made; None if it is not finished, or if any of that is not there any more.
+
+        Nor is a job finished where something else has taken the place of what it made: its command, run again, says what.
+        """
         if not self.record(job).is_file():
             return None
-        paths = [str(path) for path in read_record(self.record(job)).get("outputs", [])]
-        return paths if all(Path(path).exists() for path in paths) else None
+        record = read_record(self.record(job))
+        paths = [str(path) for path in record.get("outputs", [])]
+        made = record.get("made") or [None] * len(paths)  # records that were written before have none
+        there = all(Path(path).exists() and own in {None, _made_of(Path(path))} for path, own in zip(paths, made, strict=True))
+        return paths if there else None
 
     def done(self, job: str) -> bool:
         return self.outputs(job) is not None
@@ -99,6 +108,24 @@ def _arguments(job: Job, place: Place, workspace: Workspace, missing: Callable[[
         arguments += ["--home", str(workspace.home.absolute())]
         arguments += ["--data-dir", str(workspace.data_dir.absolute())] if workspace.data_dir else []
     return arguments
+
+
+def _made_of(output: Path) -> str | None:
+    """What tells an archive, a teacher or a run in a folder from any other, however it grows or is moved.
+
+    Empty for damaged ones, and None for a folder of another kind, such as a report, which may be made again at any time.
+    """
+    try:
+        if (output / "kdcache.json").is_file():
+            identity = json.dumps(open_archive(output).manifest.identity, sort_keys=True)
+            return hashlib.sha256(identity.encode()).hexdigest()
+        if (output / "teacher.json").is_file():
+            return str(read_teacher(output)["weights_sha256"])
+        if (output / SUMMARY).is_file():
+            return hashlib.sha256((output / SUMMARY).read_bytes()).hexdigest()
+    except KdcacheError:
+        return ""
+    return None
 
 
 def _plain(text: str) -> str:
@@ -328,10 +355,12 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
         progress.say(f"failed with exit status {status}: {job.title} (log: {place.log(name)})")
         return status
     seconds = time.monotonic() - begun
+    outputs = _outputs(job, arguments, printed, Path(plan["directory"]))
     record = {
         "command": shlex.join(["kdcache", *arguments]),
         "title": job.title,
-        "outputs": _outputs(job, arguments, printed, Path(plan["directory"])),
+        "outputs": outputs,
+        "made": [_made_of(Path(output)) for output in outputs],
         "seconds": round(seconds, 1),
         **({} if peak is None else {"gpu_bytes": peak}),
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -259,16 +259,20 @@ def dump_teacher(config: DumpConfig, workspace: Workspace, progress: Progress | 
 def _require_own(archive: Archive, plan: DumpPlan, teacher: Teacher) -> None:
     """Raise IncompatibleError for an archive in a folder that is named after another recipe: it was copied or renamed."""
     manifest, record = archive.manifest, teacher.record
+    recipe = plan.config.recipe
     facts = {
         "teacher": (manifest.teacher and manifest.teacher.weights_sha256, record["weights_sha256"]),
         "views": (manifest.policy and manifest.policy.digest, plan.policy.digest),
         "images": (manifest.source and manifest.source.digest, plan.canvas.card.digest),
+        "precision": (manifest.teacher and manifest.teacher.precision, plan.precision),
+        "codec": (manifest.codec, CODECS.to_dict(CODECS.parse(recipe.codec))),
+        "layout": (manifest.layout["name"], LAYOUTS.name_of(LAYOUTS.parse(recipe.layout))),
     }
     if other := [name for name, (theirs, ours) in facts.items() if theirs != ours]:
-        first, second = (f"{digest}"[:12] for digest in facts[other[0]])
+        first, second = (f"{fact}"[:24] for fact in facts[other[0]])
         raise IncompatibleError(
             f"{archive.location} is not the archive that its name says: it has another {' and other '.join(other)}",
-            why=f"the digest of its {other[0]} is {first}..., not {second}...: the folder was copied, renamed or exchanged",
+            why=f"its {other[0]} is {first}, not {second}: the folder was copied, renamed or exchanged",
             fix=f"give it its own name again; or set it aside, and repeat the command: {set_aside(archive.path)}",
         )
 

@@ -48,6 +48,7 @@ def test_an_archive_under_another_ones_name_is_not_complete(few_home, common, kd
         (["--method", "kd"], ["--method", "dist"], "its method is"),
         (["--opt", "adamw"], ["--opt", "sgd"], "its opt is sgd, not adamw"),
         (["--clip-grad", "1"], ["--clip-grad", "0"], "its clip_grad is None, not 1.0"),
+        ([], ["--student-size", "16"], "its folder is test_vit-16px--kd--tau"),
     ],
 )
 def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache, first, second, said):
@@ -63,6 +64,19 @@ def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache,
     assert kdcache(*DISTIL, *first, "--home", few_home).status == 0
     again = kdcache(*DISTIL, *first, "--home", few_home)
     assert "1 of 1 students are trained already" in again.err
+
+
+@pytest.mark.parametrize(("option", "first", "second"), [("codec", "i16", "f32"), ("layout", "zarr", "hdf5")])
+def test_an_archive_of_another_form_is_not_complete(few_home, common, kdcache, option, first, second):
+    dump, before = ["dump-teacher", *common, "--policy", "digits", "--views", "1"], set((few_home / "archives").glob("*/"))
+    made = []
+    for value in (first, second):
+        assert kdcache(*dump, "--view-seed", "7", f"--{option}", value).status == 0
+        made += set((few_home / "archives").glob("*/")) - before - set(made)
+    shutil.rmtree(made[0])
+    shutil.copytree(made[1], made[0])
+    again = kdcache(*dump, "--view-seed", "7", f"--{option}", first)
+    refused(again, f"is not the archive that its name says: it has another {option}")
 
 
 @pytest.mark.parametrize("recorded", [True, False])

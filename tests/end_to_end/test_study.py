@@ -13,11 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
 
 from kdcache import __version__
+from kdcache.archive import write_archive
 from kdcache.errors import UsageError
 from kdcache.study.jobs import Job, StudyPlan, plan_study
 from kdcache.study.running import run_study, study_place
@@ -99,6 +101,17 @@ def test_a_study_runs_tells_what_failed_and_goes_on_with_what_is_missing(tmp_pat
     run.rename(tmp_path / "elsewhere")
     planned = kdcache("study", "plan", file, "--json", "--home", tmp_path)
     assert [job["done"] for job in json.loads(planned.out)["jobs"]] == [True, True, False, True], "what was deleted is missing"
+
+    (archive,) = map(Path, done["dump"]["outputs"])
+    names = [str(number) for number in range(10)]
+    shutil.copytree(tmp_path / "elsewhere", run)
+    archive.rename(tmp_path / "own")
+    write_archive(archive, np.zeros((1, 8, 10)), names)
+    planned = kdcache("study", "plan", file, "--json", "--home", tmp_path)
+    assert [job["done"] for job in json.loads(planned.out)["jobs"]] == [True, False, True, True], "it is another one"
+    other = kdcache("study", "run", file, "--home", tmp_path)
+    assert other.status == 6
+    assert "is not the archive that its name says" in other.err
 
 
 @pytest.mark.exhaustive
