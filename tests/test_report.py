@@ -15,7 +15,7 @@ from PIL import Image
 
 import kdcache
 from kdcache.errors import IntegrityError, NotFoundError, UsageError
-from kdcache.report import Experiment, Report, Row, Table, collect, paired, summarise, write_report
+from kdcache.report import Experiment, Published, Report, Row, Table, collect, paired, summarise, write_report
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from tests.reports import Page, RunFolders
 
@@ -536,6 +536,27 @@ def test_a_report_opens_with_what_was_asked(make_run: RunFolders, tmp_path: Path
     assert "Smoke version" not in text
     small = dataclasses.replace(asked, smoke=True)
     assert "Smoke version" in write_report([tmp_path / "runs"], tmp_path / "out", experiment=small).html.read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_papers_own_numbers_stand_in_grey_beside_those_that_repeat_them(make_run: RunFolders, tmp_path: Path) -> None:
+    for tau in (1.0, 4.0):
+        make_run(90.0, tau=tau, method_spec="kd:tau_squared=0")
+    common = (("student", "rn18"), ("method", "kd"))
+    numbers = (
+        Published("Table 7", (*common, ("tau", 4)), 77.77),
+        Published("Table 7", (("student", "rn18"), ("method", "dkd")), 66.66),
+        Published("Table 8", (*common, ("tau", "4"), ("dataset", "pets")), 55.55),
+    )
+    asked = Experiment("Tau", "a paper", "Is it?", "tau", "It is.", published=numbers)
+    text = write_report([tmp_path / "runs"], tmp_path / "out", experiment=asked).html.read_text()
+    assert "In grey, the paper's own numbers" in text
+    assert 'Table 8">55.55</span>' in text, "the one that says most of the run"
+    assert "66.66" not in text
+    assert "77.77" not in text, "another number says more of the run"
+    without = write_report([tmp_path / "runs"], tmp_path / "out").html.read_text()
+    assert 'class="paper"' not in without
+    assert "In grey, the paper" not in without
 
 
 def test_the_sheet_of_views_beside_the_runs_is_no_run(make_run: RunFolders, tmp_path: Path) -> None:

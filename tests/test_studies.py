@@ -37,6 +37,12 @@ def students(**options: Any) -> dict[str, Any]:
     return {**SMALL["students"][0], **options}
 
 
+def table(**parts: Any) -> dict[str, Any]:
+    """A table of a paper."""
+    whole = {"table": "Table 1", "of": {"dataset": "pets"}, "by": ["teacher"], "across": {"tau": [1, 4]}}
+    return whole | {"rows": [["rn50", 71.5, 73]]} | parts
+
+
 @pytest.fixture
 def planned(tmp_path: Path):
     """The jobs of a study that is written into a file."""
@@ -235,6 +241,10 @@ def test_ten_thousand_students_are_planned(planned) -> None:
         ({"archives": {"one": {"dataset": "digits", "teacher": "test_vit", "train": {"recipe": "crb"}}}}, "unknown recipe"),
         ({"archives": {"one": {"dataset": "digits", "teacher": "test_vit", "train": {"epoch": 1}}}}, "archives.one.train.epoch"),
         ({"archives": {}}, "archives"),
+        ({"published": [table(by=["models"])]}, "unknown field of published Table 1 'models'"),
+        ({"published": [table(rows=[["rn50", 71.5]])]}, "is not teacher and 2 accuracies in percent"),
+        ({"published": [table(rows=[["rn50", 71.5, 715]])]}, "is not teacher and 2 accuracies in percent"),
+        ({"published": [table(rows=[["rn50", "many", 71]])]}, "is not teacher and 2 accuracies in percent"),
         ({"students": [students(**{"second-archive": "two"})]}, "unknown second-archive in students.0 'two'"),
         ({"students": [students(**{"second-archive": "one"})]}, "without a method of two views"),
         (two_views({"dataset": "cifar10"}), "second-archive two is 0 archives for students of 3 views of test_vit on digits"),
@@ -275,6 +285,17 @@ def test_how_to_write_it_is_said(planned, change: dict[str, Any], fix: str) -> N
     with pytest.raises(UsageError) as raised:
         planned(changed(**change))
     assert raised.value.fix == fix
+
+
+def test_a_studys_paper_has_numbers_for_its_report_but_not_for_the_smoke_versions(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(changed(published=[table(), table(by=["student"], rows=[["rn18", None, 70]])])))
+    numbers = load_study(file).experiment(smoke=False).published
+    found = [(*number.facts, number.table, number.top1) for number in numbers]
+    fine = ("dataset", "pets"), ("teacher", "rn50")
+    assert found[:2] == [(*fine, ("tau", "1"), "Table 1", 71.5), (*fine, ("tau", "4"), "Table 1", 73.0)]
+    assert found[2:] == [(("dataset", "pets"), ("student", "resnet18.a1_in1k"), ("tau", "4"), "Table 1", 70.0)]
+    assert load_study(file, smoke=True).experiment(smoke=True).published == ()
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ __all__ = [
     "Cell",
     "Experiment",
     "PairedDifference",
+    "Published",
     "Report",
     "Row",
     "RunRecord",
@@ -26,14 +27,16 @@ _PUBLIC = {
     "Table": "table",
     "paired": "table",
     "summarise": "table",
-    "Experiment": "records",
+    "Experiment": "experiment",
+    "Published": "experiment",
     "Report": "html",
     "write_report": "html",
 }
 
 if TYPE_CHECKING:
+    from kdcache.report.experiment import Experiment, Published
     from kdcache.report.html import Report, write_report
-    from kdcache.report.records import Experiment, RunRecord, collect
+    from kdcache.report.records import RunRecord, collect
     from kdcache.report.table import Cell, PairedDifference, Row, Table, paired, summarise
 
 

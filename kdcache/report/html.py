@@ -21,11 +21,12 @@ from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import ArchiveCosts, costs
+from kdcache.report.experiment import Experiment, published_for
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
 from kdcache.report.moment_figures import moment_drawings
-from kdcache.report.records import Experiment, RunRecord, collect
+from kdcache.report.records import RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.training_figures import training_drawings
 from kdcache.system.energy import NOTHING
@@ -189,6 +190,7 @@ def _page(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         experiment=experiment,
+        published=published_for(experiment.published if experiment else ()),
         answers=tau_answers,
         overview=overview(tau_answers) if len(tau_answers) > MOST_SPOKEN else None,
         contrasts=contrasts(table),

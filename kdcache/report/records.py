@@ -21,7 +21,7 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.training.config import under_present_names
 from kdcache.views.tested import WHOLE
 
-__all__ = ["ArchiveArgs", "Experiment", "RunArgs", "RunRecord", "Summary", "collect"]
+__all__ = ["ArchiveArgs", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
 SHEET = "views.png"  # beside the runs of an archive
@@ -33,18 +33,6 @@ def _finite(value: Any) -> Any:
 
 
 _Number = Annotated[float | None, BeforeValidator(_finite)]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """The study that runs belong to. `smoke`: they are of its smoke version, and their numbers mean nothing."""
-
-    title: str
-    paper: str
-    question: str
-    varies: str
-    expected: str
-    smoke: bool = False
 
 
 class ArchiveArgs(BaseModel):

@@ -1,7 +1,7 @@
 """What a study's YAML file may say. Its options are those of `train-teacher`, `dump-teacher` and `distill`, under their names."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
@@ -9,8 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from pydantic.fields import FieldInfo
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, unknown_name
+from kdcache.models.names import ALIASES
 from kdcache.options import Option, Options, Temperatures, integers
-from kdcache.report.records import Experiment
+from kdcache.report.experiment import KNOWN_BY, Experiment, Published
 from kdcache.students.config import DistillConfig
 from kdcache.system.documents import read_yaml
 from kdcache.teachers.config import Accepted, DumpRecipe, TeacherConfig
@@ -130,6 +131,46 @@ class Cost(_Data):
     note: str = ""
 
 
+class PublishedTable(_Data):
+    """A table of the paper: test top-1 in percent, in lines that begin with the values of `by`, over those of one more field."""
+
+    table: str
+    of: dict[str, str] = {}  # what holds for all of it
+    by: tuple[str, ...]
+    across: dict[str, tuple[str, ...]] = Field(min_length=1, max_length=1)
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        ((field, columns),) = self.across.items()
+        for name in (*self.of, *self.by, field):
+            if name not in KNOWN_BY:
+                raise unknown_name(f"field of published {self.table}", name, KNOWN_BY)
+        for row in self.rows:
+            numbers = row[len(self.by) :]
+            known = all(each is None or (isinstance(each, float) and 0 <= each <= 100) for each in numbers)
+            if len(numbers) != len(columns) or not known:
+                form = " and ".join(filter(None, (", ".join(self.by), f"{len(columns)} accuracies in percent")))
+                raise UsageError(
+                    f"published {self.table}: {list(row)} is not {form}",
+                    why="a line has as many values as `by` and `across` name",
+                    fix="write the line as the paper has it, and null for what the paper leaves out",
+                )
+        return self
+
+    def numbers(self) -> Iterator[Published]:
+        ((field, columns),) = self.across.items()
+        for row in self.rows:
+            facts = {**self.of, **dict(zip(self.by, map(str, row), strict=False))}
+            for column, number in zip(columns, row[len(self.by) :], strict=True):
+                if number is not None:
+                    assert isinstance(number, float)
+                    known = {**facts, field: column}
+                    if "student" in known:  # runs have its exact name
+                        known["student"] = ALIASES.get(known["student"], known["student"])
+                    yield Published(self.table, tuple(known.items()), number)
+
+
 class Smoke(_Data):
     """What the smoke version replaces: of each option a value, or values one by one (`{old: new}`); nothing takes it away."""
 
@@ -157,10 +198,12 @@ class Study(_Data):
     students: tuple[StudentsSpec, ...] = ()
     stats: StatsSpec | None = None
     smoke: Smoke = Smoke()
+    published: tuple[PublishedTable, ...] = ()
 
     def experiment(self, *, smoke: bool) -> Experiment:
-        """What its report opens with."""
-        return Experiment(self.title, self.paper, self.question, self.varies, self.expected, smoke)
+        """What its report opens with; the smoke version's numbers are not those of the paper's models and data."""
+        published = () if smoke else tuple(number for table in self.published for number in table.numbers())
+        return Experiment(self.title, self.paper, self.question, self.varies, self.expected, smoke, published)
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> "Study":
