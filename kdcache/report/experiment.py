@@ -24,6 +24,8 @@ KNOWN_BY: dict[str, Callable[[RunArgs], object]] = {
     "epochs": lambda args: args.epochs,
     "opt": lambda args: args.opt,
     "batch-size": lambda args: args.batch_size,
+    "kd-weight": lambda args: args.method.get("kd_weight", 1),
+    "ce-weight": lambda args: args.method.get("ce_weight", 0),
     "init": lambda args: (args.model_extra or {}).get("init", "random"),
 }
 

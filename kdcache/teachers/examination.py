@@ -1,6 +1,7 @@
 """What is asked of a teacher before its logits are kept: that they are logits, the same each time, in the classes' order."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from kdcache.replay.prefetch import render_batches
 from kdcache.system.files import write_atomically
 from kdcache.system.progress import Progress
 from kdcache.teachers.forward import Forward, batches
-from kdcache.teachers.order import class_order, told_outputs
+from kdcache.teachers.order import class_order, exchanged, told_cycles, told_outputs
 from kdcache.teachers.plans import DumpPlan
 from kdcache.teachers.registry import Teacher
 from kdcache.views.policy import ViewPolicy
@@ -181,12 +182,20 @@ def _of_order(forward: Forward, plan: DumpPlan, teacher: Teacher, workspace: Wor
     samples = _sampled(canvas.labels, min(max(SAMPLE, OF_A_CLASS * len(names)), LARGEST_SAMPLE))
     predicted = answers(samples)
     order = class_order(predicted, canvas.labels[samples], len(names))
-    if order.suspect and len(more := _more_of(canvas.labels, order.moved, samples)):
-        samples, predicted = np.r_[samples, more], np.r_[predicted, answers(more)]
+    cycles = [] if order.better else told_cycles(predicted, canvas.labels[samples], len(names))
+    doubtful = sorted({*itertools.chain(*cycles), *(order.moved if order.suspect else ())})
+    found = None
+    if doubtful and len(more := _more_of(canvas.labels, doubtful, samples)):
+        closer = answers(more)
+        found = exchanged(closer, canvas.labels[more], cycles, len(names))
+        samples, predicted = np.r_[samples, more], np.r_[predicted, closer]
         order = class_order(predicted, canvas.labels[samples], len(names))
-    if not order.better:
+    if order.better:
+        told = told_outputs(predicted, canvas.labels[samples], len(names))
+    elif found is not None:
+        order, told = found, dict(enumerate(found.outputs))
+    else:
         return
-    told = told_outputs(predicted, canvas.labels[samples], len(names))
     mend = "" if plan.config.accepted.accept_class_order else _mended(plan, teacher, told, workspace)
     moved = [number for number, output in told.items() if output != number] or order.moved
     pairs = ", ".join(f"{names[i]!r} is its output of {names[told.get(i, order.outputs[i])]!r}" for i in moved[:3])

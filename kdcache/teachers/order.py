@@ -1,12 +1,13 @@
 """Whether a teacher knows a dataset's classes in another order: the best assignment of outputs, against their own."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ClassOrder", "class_order", "told_outputs"]
+__all__ = ["ClassOrder", "class_order", "exchanged", "told_cycles", "told_outputs"]
 
 CERTAIN = 1e-3  # chance that outputs in the right order look as wrong as this
 SUSPECT = 0.05  # likewise, from which on more images are worth a look
@@ -85,6 +86,47 @@ def told_outputs(predicted: NDArray, labels: NDArray, classes: int) -> dict[int,
     if 2 * sum(number == output for number, output in told.items()) > len(told):
         told |= {number: number for number in range(classes) if number not in told and number not in set(told.values())}
     return dict(sorted(told.items()))
+
+
+def told_cycles(predicted: NDArray, labels: NDArray, classes: int) -> list[list[int]]:
+    """Classes that seem to have changed places: the images of each agree on the output of the next, and the last on the first's.
+
+    A few images of each class show that by chance too, or where two classes look alike: others have to confirm it.
+    """
+    told = _agreed(predicted, labels, classes)
+    cycles, seen = [], set[int]()
+    for start in told:
+        path: list[int] = []
+        each = start
+        while each in told and each not in seen:
+            seen.add(each)
+            path.append(each)
+            each = told[each]
+        if each in path and len(cycle := path[path.index(each) :]) > 1:
+            cycles.append(cycle)
+    return cycles
+
+
+def exchanged(predicted: NDArray, labels: NDArray, cycles: Sequence[Sequence[int]], classes: int) -> ClassOrder | None:
+    """The order in which `cycles` have changed places that these images confirm; None if they confirm none of them.
+
+    The images are of those classes, and others than the cycles were found by. Each class of a cycle must have twice as many
+    that the next one's output makes right as its own, and all together so many more that this has a chance of 1e-3 at most
+    (sign test, divided among the cycles).
+    """
+    outputs = np.arange(classes)
+    for cycle in cycles:
+        own, other = np.array(cycle), np.roll(cycle, -1)
+        won = np.array([int((predicted[labels == i] == j).sum()) for i, j in zip(own, other, strict=True)])
+        lost = np.array([int((predicted[labels == i] == i).sum()) for i in own])
+        if (won > 2 * lost).all() and _sign_test(int(won.sum()), int(lost.sum())) <= CERTAIN / len(cycles):
+            outputs[own] = other
+    among = outputs[labels] != labels
+    if not among.any():
+        return None
+    truth, seen = labels[among], predicted[among]
+    as_is, right = 100 * float((seen == truth).mean()), 100 * float((seen == outputs[truth]).mean())
+    return ClassOrder(len(truth), tuple(outputs.tolist()), as_is, right, better=True, suspect=False)
 
 
 def _agreed(predicted: NDArray, labels: NDArray, classes: int) -> dict[int, int]:
