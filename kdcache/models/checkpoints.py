@@ -292,8 +292,8 @@ def _content(file: Path) -> Any:
             why, fix = "it is no file of weights: neither PyTorch, safetensors nor NumPy begin one like it", USABLE
         elif isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
             why, fix = _said(error), USABLE
-        elif "TorchScript" in (why := _said(error)):
-            fix = USABLE
+        elif "TorchScript" in (said := _said(error)):
+            why, fix = said, USABLE
         elif begin.startswith(b"PK") or _is_safetensors(begin) or isinstance(error, EOFError) or len(begin) < 16:
             why = f"it is damaged or was cut off, at {file.stat().st_size:,} bytes: {_said(error)}"
             fix = "get it again, or from a copy"
