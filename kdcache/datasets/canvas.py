@@ -138,7 +138,8 @@ def load_canvas(
         with _alone(path, progress) as folder:
             if not path.is_dir():
                 _mention_others(series, path, progress)
-                _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
+                with named(folder):
+                    _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
     canvas = _open(path, state)
