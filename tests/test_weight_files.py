@@ -453,7 +453,7 @@ def test_pointers_in_a_models_folder_are_named(tmp_path: Path) -> None:
 
 def test_folders_and_pipes_are_named_as_such(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
-    assert "not a regular file" in refused(tmp_path / "pipe.pth", NotFoundError).why
+    assert "is a pipe" in refused(tmp_path / "pipe.pth", NotFoundError).what
     assert "folder" in refused(tmp_path, NotFoundError).what
     assert "does not exist" in refused(tmp_path / "no.pth", NotFoundError).what
 

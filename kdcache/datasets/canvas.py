@@ -32,7 +32,7 @@ from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split
 from kdcache.datasets.classes import say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
-from kdcache.system.documents import read_record
+from kdcache.system.documents import NO_FILE, read_record
 from kdcache.system.files import set_aside, unique, write_atomically
 from kdcache.system.locks import locked_if_possible
 from kdcache.system.progress import Progress, Silent
@@ -207,6 +207,8 @@ def _open(path: Path, state: str | None = None) -> Canvas:
     try:
         with named(path):
             meta = read_record(path / "canvas.json", limit=_LARGEST_RECORD)
+        if any((path / name).exists() and not (path / name).is_file() for name in ("pixels.npy", "labels.npy", "sizes.npy")):
+            raise ValueError(NO_FILE)  # but a pipe, from which reading would wait without end
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)

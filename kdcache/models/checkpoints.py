@@ -20,8 +20,7 @@ from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import POINTER, is_pointer, split_weights
-from kdcache.system.documents import NO_FILE
-from kdcache.system.files import set_aside
+from kdcache.system.files import lacking, set_aside
 from kdcache.system.seals import BrokenSealError, require_sealed
 
 __all__ = ["misfit", "read_weights", "require_plain"]
@@ -232,9 +231,7 @@ def _missing(file: Path) -> KdcacheError:
         return NotFoundError(
             f"checkpoint {file} is a folder", why="weights are in a file", fix=f"name the file of weights in it: {file}/FILE"
         )
-    if file.exists():
-        return NotFoundError(f"checkpoint {file} cannot be read", why=NO_FILE, fix="write it to a file, and name that")
-    return NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    return NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
 
 
 def _unreadable(file: Path, why: str, fix: str) -> IntegrityError:

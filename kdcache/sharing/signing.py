@@ -16,6 +16,7 @@ from kdcache.archive.format.store import LocalStore
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.errors import IntegrityError, NotFoundError, UsageError, printable
+from kdcache.system.files import lacking
 from kdcache.system.refusals import named
 
 __all__ = ["SIGNATURE_NAME", "sign_archive", "verify_signature"]
@@ -109,7 +110,7 @@ def _hashing() -> Any:
 def _require_file(key: Path) -> None:
     if not key.is_file():
         raise NotFoundError(
-            f"key {key} does not exist", why="there is no such file", fix=f"correct the path {shlex.quote(str(key))}; {MAKE_KEYS}"
+            f"key {key} {lacking(key)}", why="a key is in a file", fix=f"correct the path {shlex.quote(str(key))}; {MAKE_KEYS}"
         )
 
 

@@ -235,6 +235,36 @@ def test_without_locks_a_second_dump_is_told_to_divide_the_work(kdcache, few_hom
         assert kdcache("verify", path).status == 0
 
 
+# ------------------------------------------------------------------------------------------------------- pipes
+
+
+def test_what_would_be_waited_for_without_end_is_named(kdcache, done, tmp_path):
+    """A shell puts a pipe in the place of `<(...)`; other programs leave some, and devices, in folders."""
+    wanted, pipe = commands(done), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for line in (
+        [*wanted["dump-teacher"], "--classes", pipe],
+        [*wanted["dump-teacher"], "--checkpoint", pipe],
+        [*wanted["distill"], "--init", pipe],
+        ["study", "plan", pipe],
+    ):
+        refused = kdcache(*line, "--home", done)
+        assert refused.status == 3, refused.err
+        assert f"{pipe}" in refused.err.splitlines()[-3]
+        assert "is a pipe" in refused.err
+    for pattern, name in (("data/*-train-*/pixels.npy", "distill"), ("runs/*/*/metrics.jsonl", "report")):
+        (file,) = done.glob(pattern)
+        file.unlink()
+        os.mkfifo(file)
+        refused = kdcache(*wanted[name], "--tau", "9", "--home", done) if name == "distill" else kdcache("report", "--home", done)
+        assert refused.status == 4, refused.err
+        assert "not a regular file" in refused.err
+        command = refused.err.strip().rpartition(": ")[2]
+        subprocess.run(command, shell=True, check=True)
+        if name == "distill":
+            assert kdcache(*wanted[name], "--home", done).status == 0
+
+
 # ------------------------------------------------------------------------------------------------------- workers
 
 FEW_FORKS = """
