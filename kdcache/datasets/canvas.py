@@ -34,7 +34,7 @@ from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
 from kdcache.system.documents import NO_FILE, read_record
 from kdcache.system.files import set_aside, unique, write_atomically
-from kdcache.system.locks import locked_if_possible
+from kdcache.system.locks import locked, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import named
 from kdcache.system.room import require_room
@@ -142,6 +142,10 @@ def load_canvas(
                     _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
+        if (lock := _lock(path)).exists():
+            with locked(lock, wait=False) as alone:
+                if alone:  # else whoever holds it deletes it
+                    lock.unlink(missing_ok=True)
     canvas = _open(path, state)
     if (canvas.card.split, canvas.size) != (split, size):  # of a canvas that is older than the record of its state
         raise _of_others(path, f"{canvas.card.name}/{canvas.card.split}, {canvas.size} px")
@@ -267,7 +271,7 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
 
     Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
     """
-    lock, text = path.with_name(path.name + ".lock"), f"waiting for another process to build {path}"
+    lock, text = _lock(path), f"waiting for another process to build {path}"
     with locked_if_possible(lock, waiting=lambda: progress.say(text)) as alone:
         if alone:
             yield _unfinished(path)
@@ -293,6 +297,10 @@ def _mention_others(series: str, path: Path, progress: Progress) -> None:
             f"canvases of earlier states of these files: {len(others)}, {size / 1e6:.1f} MB; "
             f"once nothing needs them: rm -r {shlex.join(map(str, others))}"
         )
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 def _unfinished(path: Path) -> Path:

@@ -138,6 +138,7 @@ def test_what_killed_commands_left_is_swept_away_when_they_are_repeated(kdcache,
             for name in (".lock", "checkpoint.pt", ".last.safetensors.7-0123abcd.tmp")
         ),
         canvas / "journal.jsonl",
+        canvas.with_name(f"{canvas.name}.lock"),
         exported / ".model.safetensors.99-0123abcd.tmp",
         exported / ".README.md.tmp",
         done / "reports/latest/figures/.any.svg.99-0123abcd.tmp",
@@ -152,6 +153,10 @@ def test_what_killed_commands_left_is_swept_away_when_they_are_repeated(kdcache,
     assert kdcache("push", archive, target, *TOLD).status == 0
     assert [path for path in left if path.exists() and path.name != ".README.md.tmp"] == []
     assert not (target / ".pull").exists()
+    (teacher / "teacher.json").unlink()  # as where it was killed while this was written
+    (teacher / ".teacher.json.7-0123abcd.tmp").write_bytes(b"half")
+    assert kdcache(*wanted["train-teacher"], "--home", done).status == 0
+    assert not list(teacher.glob(".*"))
     (exported / "own.txt").write_text("mine")
     assert "is not empty" in kdcache(*wanted["export"], "--home", done).err
 
