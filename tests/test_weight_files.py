@@ -7,7 +7,9 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,8 +159,33 @@ def test_old_pickles_and_numpy_archives_are_read(state: State, tmp_path: Path) -
         ),
         (lambda a, b: {**below("net.", a), **below("ema_net.", b)}, ("net", "ema_net")),
         (lambda a, b: lightning(a) | {"callbacks": {"EMA": {"weights": b}}}, ("state_dict", "callbacks.EMA.weights")),
+        (lambda a, b: {"model": a, "hooks": {"EMA": {"of": {"the": {"state": b}}}}}, ("model", "hooks.EMA.of.the.state")),
+        (lambda a, b: {"models": [a, b]}, ("models.0", "models.1")),
+        (lambda a, b: {**a, "ema": b}, (".", "ema")),
+        (lambda a, b: {**a, **below("ema.", b)}, (".", "ema")),
+        (
+            lambda a, b: {"model": a, "ema": {"initted": torch.tensor(True), "step": torch.ones(1), **below("ema_model.", b)}},
+            ("model", "ema.ema_model"),
+        ),
+        (
+            lambda a, b: {"state_dict": {**below("module.student.net.", a), **below("module.teacher.net.", b)}},
+            ("state_dict.module.student", "state_dict.module.teacher"),
+        ),
     ],
-    ids=["timm", "deit", "shadow", "self-distilled", "modules", "callback"],
+    ids=[
+        "timm",
+        "deit",
+        "shadow",
+        "self-distilled",
+        "modules",
+        "callback",
+        "deep",
+        "list",
+        "flat",
+        "dotted",
+        "counted",
+        "wrapped",
+    ],
 )
 def test_several_sets_are_offered_by_name(
     content: Callable[[State, State], Any], names: tuple[str, str], state: State, other: State, tmp_path: Path
@@ -180,6 +207,88 @@ def test_weights_of_a_loss_beside_the_models_are_not_dropped_silently(state: Sta
     torch.save({"state_dict": below("model.", state) | {"criterion.weight": torch.ones(10)}}, file)
     assert refused(file, UsageError).fix.endswith(f"{file}#state_dict.model")
     assert is_read(Path(f"{file}#state_dict.model"), state)
+
+
+def test_an_average_that_is_a_list_without_names_is_told(state: State, other: State, tmp_path: Path) -> None:
+    """As of torch-ema, which keeps no names: it is not taken, and not dropped silently."""
+    shadow = [value for key, value in other.items() if "running" not in key and value.ndim]
+    torch.save({"model": state, "ema": {"decay": 0.9, "shadow_params": shadow, "collected_params": None}}, tmp_path / "c.pth")
+    error = refused(tmp_path / "c.pth", UsageError)
+    assert "ema.shadow_params" in error.why
+    assert error.fix.endswith(f"{tmp_path / 'c.pth'}#model")
+    assert is_read(Path(f"{tmp_path / 'c.pth'}#model"), state)
+
+
+def test_what_holds_itself_or_much_else_is_read(state: State, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"model": state}
+    content["self"] = [content]
+    within: dict[str, Any] = {}
+    for _ in range(40):  # 4^40 paths to one mapping
+        within = {"a": within, "b": within, "c": [within, within]}
+    torch.save(content | within, tmp_path / "c.pth")
+    assert is_read(tmp_path / "c.pth", state)
+    moments = {key: {"exp_avg": value, "exp_avg_sq": value} for key, value in state.items()}
+    torch.save({"model": below("other.", {f"{key}.x": v for key, v in state.items()}), "optimizer": moments}, tmp_path / "o.pth")
+    assert f"{len(state)} missing, {len(state)} unknown" in refused(tmp_path / "o.pth", IncompatibleError).what
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda value: (100 * value).to(torch.int8), "int8"),
+        (lambda value: value.bool(), "bool"),
+        (lambda value: value + 0j, "complex64"),
+        (lambda value: value.to_sparse() if value.ndim else value, "sparse_coo"),
+        (lambda value: value.to("meta"), "on no device"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "qint8"),
+        (lambda value: value * float("nan"), "not finite"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_not_taken_for_some(
+    change: Callable[[Tensor], Tensor], kind: str, state: State, tmp_path: Path
+) -> None:
+    torch.save({key: change(value) if value.is_floating_point() else value for key, value in state.items()}, tmp_path / "c.pth")
+    error = refused(tmp_path / "c.pth", KdcacheError)
+    assert kind in error.what
+    assert "conv1.0.weight" in error.what
+
+
+def test_norms_need_no_counts_of_batches(state: State, tmp_path: Path) -> None:
+    """PyTorch counts them since 0.4.1, and no other program does."""
+    torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, tmp_path / "old.pth")
+    assert is_read(tmp_path / "old.pth", state)
+
+
+def test_advice_on_incomplete_weights_works(state: State, tmp_path: Path) -> None:
+    names = list(state)
+    for number, part in enumerate((names[:20], names[20:]), start=1):
+        save_file({key: state[key] for key in part}, tmp_path / f"model-{number:05}-of-00002.safetensors")
+    listed = tmp_path / "model.safetensors.index.json"
+    listed.write_text('{"metadata": {"total_size": 1}, "weight_map": {"a": "b"}}')
+    for file in (listed, tmp_path / "model-00002-of-00002.safetensors"):
+        fix = refused(file, KdcacheError).fix
+        program, option, code = shlex.split(fix.partition(": ")[2])
+        assert (program, option) == ("python3", "-c")
+        exec(code, {})
+        joined = tmp_path / "model-joined.safetensors"
+        assert is_read(joined, state)
+        joined.unlink()
+    torch.save(dict(made().named_parameters()), tmp_path / "parameters.pth")
+    assert "not its named_parameters()" in refused(tmp_path / "parameters.pth", IncompatibleError).fix
+
+
+def test_a_classifier_of_another_kind_is_told_by_its_shape(state: State, tmp_path: Path) -> None:
+    for weight in (state["fc.weight"][:, :, None, None], torch.tensor(1.0)):
+        torch.save({**state, "fc.weight": weight}, tmp_path / "c.pth")
+        assert f"fc.weight {list(weight.shape)} for" in refused(tmp_path / "c.pth", IncompatibleError).why
+
+
+def test_numpy_archives_may_hold_more_than_weights(state: State, tmp_path: Path) -> None:
+    arrays = {key: value.numpy() for key, value in state.items()}
+    odd = {key: value.astype(value.dtype.newbyteorder(">")) for key, value in arrays.items()}
+    np.savez(tmp_path / "c.npz", args=np.array({"lr": 1}, dtype=object), model=np.array("resnet"), **odd)
+    assert is_read(tmp_path / "c.npz", state)
 
 
 def test_a_file_whose_name_has_the_mark_is_that_file(state: State, tmp_path: Path) -> None:
@@ -319,6 +428,21 @@ def test_what_does_not_fit_is_counted_and_named(state: State, tmp_path: Path) ->
     assert sorted(names)[0] in error.why
 
 
+def test_zip_files_of_other_things_are_named_so(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pth")
+    with zipfile.ZipFile(tmp_path / "download.zip", "w") as packed:
+        packed.write(tmp_path / "weights.pth", "weights.pth")
+    error = refused(tmp_path / "download.zip", IntegrityError)
+    assert "weights.pth" in error.why
+    assert "unpack it" in error.fix
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_are_named_as_such(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(made().eval(), torch.zeros(1, 3, 32, 32)), tmp_path / "program.pt")
+    assert refused(tmp_path / "program.pt", IntegrityError).why == "it is a TorchScript program, not weights"
+
+
 def test_pointers_in_a_models_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
     (tmp_path / "model.safetensors").write_bytes(POINTER)
@@ -327,7 +451,9 @@ def test_pointers_in_a_models_folder_are_named(tmp_path: Path) -> None:
     assert "Git LFS pointer" in caught.value.why
 
 
-def test_folders_are_named_as_such(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_named_as_such(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "is a pipe" in refused(tmp_path / "pipe.pth", NotFoundError).what
     assert "folder" in refused(tmp_path, NotFoundError).what
     assert "does not exist" in refused(tmp_path / "no.pth", NotFoundError).what
 

@@ -32,9 +32,9 @@ from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split
 from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
 from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
-from kdcache.system.documents import read_record
+from kdcache.system.documents import NO_FILE, read_record
 from kdcache.system.files import set_aside, unique, write_atomically
-from kdcache.system.locks import locked_if_possible
+from kdcache.system.locks import locked, locked_if_possible
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.refusals import named
 from kdcache.system.room import require_room
@@ -138,9 +138,14 @@ def load_canvas(
         with _alone(path, progress) as folder:
             if not path.is_dir():
                 _mention_others(series, path, progress)
-                _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
+                with named(folder):
+                    _build(source, images, split, size, path, folder, state, fingerprint, skip_corrupt, allow_large, progress)
     with suppress(OSError):  # of a build that was killed as it had finished; in a read-only folder it stays
         (path / "journal.jsonl").unlink(missing_ok=True)
+        if (lock := _lock(path)).exists():
+            with locked(lock, wait=False) as alone:
+                if alone:  # else whoever holds it deletes it
+                    lock.unlink(missing_ok=True)
     canvas = _open(path, state)
     # Of a canvas that is older than the record of its state, as much as can be told without decoding it again.
     if (canvas.card.split, canvas.size) != (split, size):
@@ -209,6 +214,8 @@ def _open(path: Path, state: str | None = None) -> Canvas:
     try:
         with named(path):
             meta = read_record(path / "canvas.json", limit=_LARGEST_RECORD)
+        if any((path / name).exists() and not (path / name).is_file() for name in ("pixels.npy", "labels.npy", "sizes.npy")):
+            raise ValueError(NO_FILE)  # but a pipe, from which reading would wait without end
         pixels = np.load(path / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(path / "labels.npy", allow_pickle=False)
         sizes = np.load(path / "sizes.npy", allow_pickle=False)
@@ -267,7 +274,7 @@ def _alone(path: Path, progress: Progress) -> Iterator[Path]:
 
     Two processes that wrote into one folder would mix their pixels: without locks, each gets a folder of its own.
     """
-    lock, text = path.with_name(path.name + ".lock"), f"waiting for another process to build {path}"
+    lock, text = _lock(path), f"waiting for another process to build {path}"
     with locked_if_possible(lock, waiting=lambda: progress.say(text)) as alone:
         if alone:
             yield _unfinished(path)
@@ -293,6 +300,10 @@ def _mention_others(series: str, path: Path, progress: Progress) -> None:
             f"canvases of earlier states of these files: {len(others)}, {size / 1e6:.1f} MB; "
             f"once nothing needs them: rm -r {shlex.join(map(str, others))}"
         )
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 def _unfinished(path: Path) -> Path:

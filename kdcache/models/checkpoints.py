@@ -6,8 +6,9 @@ average), each of which has a name; under names with what wrapped the model befo
 
 import re
 import shlex
+import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from torch import Tensor
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import POINTER, is_pointer, split_weights
 from kdcache.system.documents import read_record
-from kdcache.system.files import set_aside
+from kdcache.system.files import lacking, set_aside
 from kdcache.system.seals import WEIGHTS_SEALS, BrokenSealError, require_sealed, seal_of
 
-__all__ = ["misfit", "read_weights", "require_recorded"]
+__all__ = ["misfit", "read_weights", "require_plain", "require_recorded"]
 
 Renames = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-DEEPEST = 3  # mappings, one in another, in which weights are looked for
+WHOLE = "."  # in `FILE#.`: the weights that are below no name, beside others that are
 MOST_WRAPPERS = 6  # parts of a name that wrappers have put before it
 SHOWN = 5  # names that a message lists
+# Names of one of several files with the weights of one model, and of the list of them, as transformers writes.
+_OF_SEVERAL = re.compile(r"(?P<begin>.+)-\d+-of-\d+(?P<ending>\.\w+)|(?P<list>.+)(?P<listed>\.\w+)\.index\.json")
 # Parts of names that torch's wrappers give to what they wrap, anywhere in a model.
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What AveragedModel and others count, beside the weights.
@@ -110,41 +113,76 @@ class _Table:
 def read_weights(place: Path, names: Collection[str], rename: Renames = dict) -> dict[str, Tensor]:
     """The weights in a file, or in the part of it that `FILE#NAME` names, for a model whose tensors have these `names`.
 
-    `rename` gives tensors the model's names, where a project of its kind has others. No code in the file is run. Raises
-    NotFoundError without the file or part, IntegrityError for a file that cannot be read, and UsageError where several of its
-    parts fit: which one is meant is for the user to say.
+    `FILE#.` names what is below no name, beside what is. `rename` gives tensors the model's names, where a project of its kind
+    has others. No code in the file is run. Raises NotFoundError without the file or part, IntegrityError for a file that cannot
+    be read, and UsageError where several of its parts fit: which one is meant is for the user to say.
     """
     file, part = split_weights(place)
     if not file.is_file():
         raise _missing(file)
     content = _content(file)
-    sets = {name: weights for name, weights in _sets(content).items() if weights}
+    sets, lists = _sets(content)
     known = frozenset(name for name in names if not name.endswith("num_batches_tracked"))
 
     def fitted(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
         return _fitted(weights, known, rename)
 
-    if part:
-        if part not in sets and part not in (parts := _parts(sets, known, fitted)):
-            offered = [name for name in {**sets, **parts} if name] or ["the whole file, without #"]
-            raise NotFoundError(
-                f"{file} has no weights called {part!r}",
-                why=f"it has: {_some(offered, 20)}",
-                fix=f"name one of them: {file}#{offered[0]}" if sets.keys() - {""} else f"name the file: {file}",
-            )
-        return fitted(sets[part] if part in sets else parts[part])[1]
     if not sets:
         raise _unreadable(file, _without_weights(content), USABLE)
-    found = {name: fitted(weights) for name, weights in sets.items()}
+    found = {name: each for whole, weights in sets.items() for name, each in _candidates(whole, weights, known, fitted).items()}
+    if part:
+        if (name := "" if part == WHOLE else part) in found:
+            return found[name][1]
+        named = sets.get(name) or _below(name, sets)
+        if not named:
+            offered = [name or WHOLE for name in {**sets, **found}]
+            alone = offered == [WHOLE]
+            raise NotFoundError(
+                f"{file} has no weights called {part!r}",
+                why=f"it has: {'the whole file, without #' if alone else _some(offered, 20)}",
+                fix=f"name the file: {file}" if alone else f"name one of them: {file}#{offered[0]}",
+            )
+        return fitted(named)[1]
     best = max(count for count, _ in found.values())
-    if best:
-        found = {name: (count, weights) for name, (count, weights) in found.items() if 2 * count >= best}
+    if not best:  # they are another model's, and the largest set is told what it lacks
+        return max(sets.values(), key=len)
+    found = {name: (count, weights) for name, (count, weights) in found.items() if 2 * count >= best}
     if len(found) > 1:
         raise _several(file, found, "the file holds several sets of weights")
-    ((count, weights),) = found.values()
-    if count < len(known) and (parts := _parts({name: sets[name] for name in found}, known, fitted)):
-        raise _several(file, parts, "beside these weights it holds others, which are not the model's")
+    ((name, (_, weights)),) = found.items()
+    if name not in sets:
+        raise _several(file, found, "beside these weights it holds others, which are not the model's")
+    if of_shapes := [listed for listed, tensors in lists.items() if _is_a_set(tensors, weights)]:
+        raise _several(file, found, f"beside these weights it holds others as a list without names: {_some(of_shapes)}")
     return weights
+
+
+def require_plain(file: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise IncompatibleError where weights are not plain numbers, or IntegrityError where they are not finite.
+
+    A model would take quantised or complex ones as if they were the weights, and train from NaN without a word. Buffers may be
+    infinite, as masks are.
+    """
+    for key, value in state.items():
+        kind = f"{value.layout}" if value.layout is not torch.strided else "on no device" if value.is_meta else f"{value.dtype}"
+        fraction = own[key].is_floating_point()
+        if (
+            value.layout is not torch.strided
+            or value.is_meta
+            or value.is_quantized
+            or (fraction and not value.is_floating_point())
+        ):
+            raise IncompatibleError(
+                f"{file}: {key} is {kind.removeprefix('torch.')}, and {str(own[key].dtype).removeprefix('torch.')} is needed",
+                why="of quantised, complex, sparse or missing numbers the model would get other weights than were trained",
+                fix="have the program that wrote it write plain weights: torch.save(model.state_dict(), FILE)",
+            )
+        if fraction and bool(value.isnan().any()):
+            raise IntegrityError(
+                f"{file}: {key} is not finite",
+                why="there is NaN in it, as of a training that diverged",
+                fix="give weights of before that, such as those of an earlier epoch",
+            )
 
 
 def misfit(file: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> IncompatibleError:
@@ -160,8 +198,34 @@ def misfit(file: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
         f"{file} does not fit the model: {len(differing)} tensors of another shape, {len(missing)} missing, "
         f"{len(unknown)} unknown",
         why="; ".join(f"{what}: {_some(names)}" for what, names in kinds if names),
-        fix="name the model and --size that the checkpoint was made with",
+        fix=_completed(file, missing)
+        if missing and not differing and not unknown
+        else "name the model and --size that the checkpoint was made with",
     )
+
+
+def _completed(file: Path, missing: Collection[str]) -> str:
+    """What mends weights of which all are the model's, and some are missing."""
+    if joined := _joined(file):
+        return joined
+    if all(name.rpartition(".")[2] in {"running_mean", "running_var", "num_batches_tracked"} for name in missing):
+        return "have the program that wrote it write all of the model: model.state_dict(), and not its named_parameters()"
+    return "name the model and --size that the checkpoint was made with, or a file that has all of its weights"
+
+
+def _joined(file: Path) -> str | None:
+    """How to make one file of several, of which `file` is one or the list; None if it is neither by its name."""
+    if (found := _OF_SEVERAL.fullmatch(file.name)) is None:
+        return None
+    ending = found["ending"] or found["listed"]
+    begin = file.with_name(found["begin"] or found["list"])
+    load, save = ("load_file(f)", "save_file") if ending == ".safetensors" else ("torch.load(f, weights_only=True)", "torch.save")
+    code = (
+        f"import glob, torch; from safetensors.torch import load_file, save_file; "
+        f"{save}({{k: v for f in glob.glob(glob.escape({str(begin)!r}) + '-*-of-*{ending}') for k, v in {load}.items()}}, "
+        f"{f'{begin}-joined{ending}'!r})"
+    )
+    return f"join all files of these weights, and name the one that this writes: {shlex.join(['python3', '-c', code])}"
 
 
 def _missing(file: Path) -> KdcacheError:
@@ -169,7 +233,7 @@ def _missing(file: Path) -> KdcacheError:
         return NotFoundError(
             f"checkpoint {file} is a folder", why="weights are in a file", fix=f"name the file of weights in it: {file}/FILE"
         )
-    return NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+    return NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
 
 
 def _unreadable(file: Path, why: str, fix: str) -> IntegrityError:
@@ -177,11 +241,11 @@ def _unreadable(file: Path, why: str, fix: str) -> IntegrityError:
 
 
 def _several(file: Path, names: Collection[str], why: str) -> UsageError:
-    places = [f"{file}#{name}" if name else str(file) for name in names]
+    places = [f"{file}#{name or WHOLE}" for name in names]
     return UsageError(
         f"{file} holds {len(places)} sets of weights for this model: {', '.join(name or 'the whole file' for name in names)}"
         if len(places) > 1
-        else f"{file} holds more than the weights of this model, which are {', '.join(names)}",
+        else f"{file} holds more than the weights of this model, which are {', '.join(names) or 'those that are below no name'}",
         why=why,
         fix=f"name the ones to use: {' or '.join(places)}",
     )
@@ -202,7 +266,7 @@ def _content(file: Path) -> Any:
     with file.open("rb") as opened:
         begin = opened.read(1024)
     if (why := _other_kind(begin)) is not None:
-        fix = next((fix for word, fix in _FIXES.items() if word in why), USABLE)
+        fix = _joined(file) or next((fix for word, fix in _FIXES.items() if word in why), USABLE)
         raise _unreadable(file, why, fix)
     try:
         if _is_safetensors(begin):
@@ -214,6 +278,9 @@ def _content(file: Path) -> Any:
                 names = members.namelist()
             if names and all(name.endswith(".npy") for name in names):
                 return _of_numpy(file)
+            if not any(name.endswith(("/data.pkl", "/constants.pkl")) for name in names):
+                packed = f"it is a zip archive of other files: {_some(names) or 'none'}"
+                raise _unreadable(file, packed, _FIXES["archive"] if names else USABLE)
         return _unpickled(file)
     except (KdcacheError, MemoryError):
         raise
@@ -225,6 +292,8 @@ def _content(file: Path) -> Any:
             why, fix = "it is no file of weights: neither PyTorch, safetensors nor NumPy begin one like it", USABLE
         elif isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
             why, fix = _said(error), USABLE
+        elif "TorchScript" in (said := _said(error)):
+            why, fix = said, USABLE
         elif begin.startswith(b"PK") or _is_safetensors(begin) or isinstance(error, EOFError) or len(begin) < 16:
             why = f"it is damaged or was cut off, at {file.stat().st_size:,} bytes: {_said(error)}"
             fix = "get it again, or from a copy"
@@ -273,15 +342,27 @@ def _is_safetensors(begin: bytes) -> bool:
 
 
 def _of_numpy(file: Path) -> dict[str, Tensor]:
+    found = {}
     with np.load(file, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        for name in arrays.files:
+            try:
+                array = arrays[name]
+            except ValueError as error:  # of objects, such as arguments, which are not read
+                if "pickle" not in str(error):
+                    raise
+                continue
+            if array.dtype.kind in "biufc":
+                found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return found
 
 
 def _unpickled(file: Path) -> Any:
     inert: list[Any] = [(_Table if name in TABLES else _Beside, name) for name in (*HARMLESS, *TABLES)]
     with torch.serialization.safe_globals(inert):
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, on its own classes and on what it reads; errors say the rest
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             refused = _refused(file, error)
             if not refused:
@@ -325,25 +406,80 @@ def _without_weights(content: Any) -> str:
 # ------------------------------------------------------------ which of it are the model's weights
 
 
-def _sets(content: Any) -> dict[str, dict[str, Tensor]]:
-    """All sets of weights by name, "" for what is not below a name; tensors of values that have no shape are no weights."""
+def _sets(content: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[Tensor]]]:
+    """All sets of weights by name, "" for what is not below a name; and all lists of tensors, as of moving averages.
+
+    Tensors without a shape are no weights: they are counts and figures.
+    """
     sets: dict[str, dict[str, Tensor]] = {}
+    lists: dict[str, list[Tensor]] = {}
+    waiting: deque[tuple[str, Any]] = deque([("", content)] if isinstance(content, Mapping | list | tuple) else ())
+    seen = {id(content)}
+    while waiting:
+        path, value = waiting.popleft()
+        if isinstance(value, Mapping):
+            within = [(key, each) for key, each in value.items() if isinstance(key, str) and key != "_metadata"]
+            tensors = {key: each for key, each in within if isinstance(each, Tensor)}
+            if any(each.ndim for each in tensors.values()) and all(isinstance(key, str) for key in value):
+                sets[path] = tensors
+        else:
+            within = [(str(number), each) for number, each in enumerate(value)]
+            if tensors_only := [each for _, each in within if isinstance(each, Tensor)]:
+                lists[path] = tensors_only
+        for key, each in within:
+            if isinstance(each, Mapping | list | tuple) and id(each) not in seen:  # what holds itself is looked at once
+                seen.add(id(each))
+                waiting.append((f"{path}.{key}" if path else key, each))
+    return sets, lists
 
-    def look(value: Any, path: tuple[str, ...]) -> None:
-        if not isinstance(value, Mapping) or len(path) > DEEPEST:
-            return
-        tensors = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, Tensor)}
-        if any(each.ndim for each in tensors.values()) and all(isinstance(key, str) for key in value):
-            sets[".".join(path)] = tensors
-        for key, each in value.items():
-            if isinstance(key, str) and key != "_metadata":
-                look(each, (*path, key))
 
-    look(content, ())
-    if isinstance(content, list | tuple):  # as (model, optimiser) of some programs
-        for number, each in enumerate(content[:10]):
-            look(each, (str(number),))
-    return sets
+def _is_a_set(tensors: Collection[Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether tensors without names have the shapes of most of these weights, as a moving average has."""
+    own = Counter(tuple(each.shape) for each in weights.values() if each.ndim)
+    found = Counter(tuple(each.shape) for each in tensors if each.ndim)
+    return found <= own and 3 * found.total() >= own.total()
+
+
+def _below(part: str, sets: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights whose names begin with `part`, in the set that it begins with."""
+    for name, weights in sets.items():
+        start = f"{part.removeprefix(f'{name}.') if name else part}."
+        if not name or part.startswith(f"{name}."):
+            below = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+            if below:
+                return below
+    return {}
+
+
+def _candidates(
+    name: str,
+    weights: Mapping[str, Tensor],
+    known: Collection[str],
+    fitted: Callable[[Mapping[str, Tensor]], tuple[int, dict[str, Tensor]]],
+) -> dict[str, tuple[int, dict[str, Tensor]]]:
+    """A set, or those that it is made of (`student.`, `module.teacher.`): by name, what `_fitted` says of each.
+
+    One that has all that the model has is a set of its own, whatever else is beside it.
+    """
+    whole = fitted(weights)
+    counted = {key: value for key, value in weights.items() if key not in _COUNTS}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in counted.items():
+        first, dot, rest = key.partition(".")
+        if dot:
+            groups.setdefault(first, {})[rest] = value
+    found: dict[str, tuple[int, dict[str, Tensor]]] = {}
+    for first, group in groups.items():
+        # One group of all is a wrapper that `_fitted` takes off; what is in it may still be several.
+        if len(group) >= len(known) and (len(group) < len(counted) or not whole[0]):
+            within = _candidates(f"{name}.{first}" if name else first, group, known, fitted)
+            within = {each: fits for each, fits in within.items() if fits[0] >= len(known)}
+            if within and len(group) < len(counted):
+                counted = {key: value for key, value in counted.items() if not key.startswith(f"{first}.")}
+            found |= within
+    if not found:
+        return {name: whole}
+    return {name: fitted(counted)} | found if whole[0] >= len(known) else found
 
 
 def _fitted(weights: Mapping[str, Tensor], known: Collection[str], rename: Renames) -> tuple[int, dict[str, Tensor]]:
@@ -371,20 +507,4 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
             break
         current = {key.partition(".")[2]: value for key, value in counted.items()}
         found.append(current)
-    return found
-
-
-def _parts(
-    sets: Mapping[str, Mapping[str, Tensor]],
-    known: Collection[str],
-    fitted: Callable[[Mapping[str, Tensor]], tuple[int, dict[str, Tensor]]],
-) -> dict[str, dict[str, Tensor]]:
-    """Sets that are among others under a first part of their own (`student.`, `teacher.`) and have all that the model has."""
-    found = {}
-    for name, weights in sets.items():
-        first = list(dict.fromkeys(key.partition(".")[0] for key in weights if "." in key))
-        for each in first if len(first) > 1 or len(first) < len(weights) else ():
-            part = {key.partition(".")[2]: value for key, value in weights.items() if key.startswith(f"{each}.")}
-            if len(part) < len(weights) and len(part) >= len(known) and fitted(part)[0] >= len(known):
-                found[f"{name}.{each}" if name else each] = part
     return found

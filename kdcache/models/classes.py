@@ -26,6 +26,7 @@ from typing import Any, Self
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import timm_with_zoo
 from kdcache.system.documents import DocumentError, DoubledNameError, parse_json
+from kdcache.system.files import lacking
 
 __all__ = [
     "WNID",
@@ -354,7 +355,7 @@ def said_digest(file: Path) -> str:
     if str(file) in {SAME, *LISTS}:
         return hashlib.sha256(str(file).encode()).hexdigest()
     raise NotFoundError(
-        f"--classes {file} {'is a folder' if file.is_dir() else 'does not exist'}",
+        f"--classes {file} {lacking(file)}",
         why="it is to be a file, or the name of a list",
         fix=f"correct the path, or name a list: {', '.join(LISTS)}, or {SAME} for the dataset's own order",
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.importing import first_line, this_folder_too, unusable
 from kdcache.models import hf
-from kdcache.models.checkpoints import misfit, read_weights
+from kdcache.models.checkpoints import misfit, read_weights, require_plain
 from kdcache.models.classes import Outputs, imagenet, labelled
 from kdcache.models.heads import classifier_names
 from kdcache.models.names import (
@@ -375,11 +375,15 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
     """
     state = _state_for(model, file)
     own = model.state_dict()
+    # PyTorch has counted batches since 0.4.1 only, and uses the counts where a norm has no momentum.
+    if all(key.endswith("num_batches_tracked") for key in own.keys() - state.keys()):
+        state = {key: own[key] for key in own.keys() - state.keys()} | state
     differing = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     head = _head_keys(model)
     others = differing and not set(differing) <= head
-    if others or own.keys() != state.keys():
+    if others or own.keys() != state.keys() or any(state[key].shape[1:] != own[key].shape[1:] for key in differing):
         raise misfit(file, own, state)
+    require_plain(file, own, state)
     if not differing:
         model.load_state_dict(state)
         return []

@@ -25,7 +25,7 @@ from typing import Any
 from kdcache.errors import IncompatibleError, IntegrityError, NotFoundError, RetryError, UsageError, printable, unknown_name
 from kdcache.importing import first_line, is_function_name, load_function
 from kdcache.system.documents import read_json
-from kdcache.system.files import set_aside
+from kdcache.system.files import lacking, set_aside
 
 __all__ = [
     "ALIASES",
@@ -388,7 +388,7 @@ def weights_identity(place: Path) -> str:
     """sha256 of a file of weights, with the part that is named of it. Raises NotFoundError if there is no such file."""
     file, part = split_weights(place)
     if not file.is_file():
-        raise NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
+        raise NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return f"{digest}#{part}" if part else digest

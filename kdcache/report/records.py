@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from kdcache.archive import LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
-from kdcache.system.documents import read_json, read_record, read_yaml
+from kdcache.system.documents import NO_FILE, read_json, read_record, read_yaml
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
@@ -223,6 +223,8 @@ def _read_metrics(path: Path, *, finished: bool) -> dict[str, NDArray[np.float64
     """Columns of a metrics.jsonl, sorted by epoch. The last line of an epoch counts, since a resume may repeat epochs."""
     if not path.exists() and not finished:
         return {"epoch": np.empty(0)}
+    if path.exists() and not path.is_file():
+        raise _damaged(path, NO_FILE)
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -16,6 +16,8 @@ from kdcache.archive.format.store import LocalStore
 from kdcache.archive.reading.reader import Archive
 from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.errors import IntegrityError, NotFoundError, UsageError, printable
+from kdcache.system.files import lacking
+from kdcache.system.refusals import named
 
 __all__ = ["SIGNATURE_NAME", "sign_archive", "verify_signature"]
 
@@ -64,7 +66,9 @@ def verify_signature(archive: Archive, public_key: Path) -> Verification:
     result = Verification("signature", checked=len(SIGNED))
     with _signed_files(archive) as folder, tempfile.TemporaryDirectory() as beside:
         signature = Path(beside) / SIGNATURE_NAME
-        signature.write_bytes(archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT))
+        data = archive.store.read(SIGNATURE_NAME, limit=SIGNATURE_LIMIT)
+        with named(signature):
+            signature.write_bytes(data)
         try:
             checker.verify(folder, signature)
         except Exception as error:  # a stranger's file can make the parsers raise anything
@@ -83,7 +87,9 @@ def _signed_files(archive: Archive) -> Iterator[Path]:
     """A temporary folder with exactly the files that a signature covers."""
     with tempfile.TemporaryDirectory() as folder:
         for name in SIGNED:
-            (Path(folder) / name).write_bytes(archive.store.read(name, limit=MANIFEST_LIMIT))
+            data = archive.store.read(name, limit=MANIFEST_LIMIT)
+            with named(Path(folder) / name):
+                (Path(folder) / name).write_bytes(data)
         yield Path(folder)
 
 
@@ -104,7 +110,7 @@ def _hashing() -> Any:
 def _require_file(key: Path) -> None:
     if not key.is_file():
         raise NotFoundError(
-            f"key {key} does not exist", why="there is no such file", fix=f"correct the path {shlex.quote(str(key))}; {MAKE_KEYS}"
+            f"key {key} {lacking(key)}", why="a key is in a file", fix=f"correct the path {shlex.quote(str(key))}; {MAKE_KEYS}"
         )
 
 

@@ -17,6 +17,7 @@ from kdcache.methods.presets import preset
 from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve, split_weights, weights_identity
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
+from kdcache.system.files import lacking
 from kdcache.system.progress import Progress, Silent
 from kdcache.targets import CONTROLS, Control
 from kdcache.training.config import HowTested, StudentTraining, TrainConfig
@@ -265,7 +266,7 @@ def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> S
     weights = next((file for file in files if split_weights(file)[0].is_file()), None)
     if weights is None:
         raise NotFoundError(
-            f"--init {init!r} is not there",
+            f"--init {init!r} {'is not there' if not path.exists() else 'has no weights' if path.is_dir() else lacking(path)}",
             why=f"it is {', '.join(STARTS)}, a file of weights, or the folder of a teacher or run",
             fix="write one of these names, or a path that is there",
         )

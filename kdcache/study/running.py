@@ -33,6 +33,7 @@ from kdcache.system.files import translated_os_errors, write_atomically
 from kdcache.system.locks import NoLocksError, locked_by_family, say_no_locks
 from kdcache.system.peak import PEAK_FILE, read_peak
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.refusals import named
 from kdcache.workspace import Workspace, read_record, read_teacher
 
 __all__ = ["Place", "command_of", "run_job", "run_study", "study_place"]
@@ -397,8 +398,9 @@ def _call(
     It holds `locks` as long as it runs, even if this process is killed.
     """
     with log.open("a") as file:
-        file.write(f"$ {shlex.join(['kdcache', *arguments])}\n")
-        file.flush()
+        with named(log):
+            file.write(f"$ {shlex.join(['kdcache', *arguments])}\n")
+            file.flush()
         process = subprocess.Popen(
             [sys.executable, "-m", "kdcache", *arguments],
             stdout=subprocess.PIPE,

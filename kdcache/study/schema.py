@@ -14,6 +14,7 @@ from kdcache.options import Option, Options, Temperatures, integers
 from kdcache.report.experiment import KNOWN_BY, Experiment, Published
 from kdcache.students.config import DistillConfig
 from kdcache.system.documents import read_yaml
+from kdcache.system.files import lacking
 from kdcache.teachers.config import Accepted, DumpRecipe, TeacherConfig
 
 __all__ = ["ArchiveSpec", "StudentsSpec", "Study", "TrainSpec", "find_study", "load_study", "shipped", "shipped_folder"]
@@ -262,7 +263,7 @@ def find_study(name: str) -> Path:
     if Path(name).suffix or Path(name).name != name:
         ours = ", ".join(shipped())
         raise NotFoundError(
-            f"no study at {name}", why="there is no such file", fix=f"name a file, or one of kdcache's own: {ours}"
+            f"no study at {name}", why=f"it {lacking(Path(name))}", fix=f"name a file, or one of kdcache's own: {ours}"
         )
     raise unknown_name("study", name, shipped(), error=NotFoundError)
 

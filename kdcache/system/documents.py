@@ -14,12 +14,14 @@ from typing import Any
 
 from kdcache.system.seals import unsealed
 
-__all__ = ["DocumentError", "DoubledNameError", "parse_json", "parse_yaml", "read_json", "read_record", "read_yaml"]
+__all__ = ["NO_FILE", "DocumentError", "DoubledNameError", "parse_json", "parse_yaml", "read_json", "read_record", "read_yaml"]
 
 LARGEST = 64 << 20  # bytes of a document
 MOST_VALUES = 1_000_000  # of a YAML text, each alias counted as what it stands for
 DEEPEST = 100  # collections, one in another
 MOST_DIGITS = 400  # of a number: more than the largest float has
+
+NO_FILE = "it is not a regular file"
 
 _BAD_CHARACTER = re.compile("[\0\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXobB_:.]*")
@@ -105,7 +107,7 @@ _TOO_DEEP = f"more than {DEEPEST} collections are nested in one another"
 def _bytes(file: Path, limit: int) -> bytes:
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise DocumentError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
+        raise DocumentError("it is a folder" if stat.S_ISDIR(found.st_mode) else NO_FILE)
     with file.open("rb") as opened:
         data = opened.read(limit + 1)
     if len(data) > limit:

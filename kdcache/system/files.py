@@ -22,6 +22,7 @@ __all__ = [
     "create_atomically",
     "is_set_aside",
     "is_temporary",
+    "lacking",
     "local_path",
     "set_aside",
     "sweep_temporaries",
@@ -119,6 +120,13 @@ def local_path(place: str | os.PathLike[str], what: str, *, elsewhere: str = "na
         address = re.sub(":/+", "://", text, count=1)  # which a Path has made shorter
         raise UsageError(f"{what} {address}", why="it is an address, and a place on this machine is needed", fix=elsewhere)
     return Path(text)
+
+
+def lacking(path: Path) -> str:
+    """What is in the place of a file that is to be read: nothing, a folder, or what would be waited for without end."""
+    if path.is_dir():
+        return "is a folder"
+    return "is a pipe, a socket or a device, and not a file" if path.exists() else "does not exist"
 
 
 def unique() -> str:

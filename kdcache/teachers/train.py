@@ -117,12 +117,14 @@ class _Job:
             if (folder / "teacher.json").is_file():
                 plan.require_own(epochs)
                 self.progress.say(f"teacher: {folder} (already {'trained' if epochs else 'tested'})")
-                tidy(folder)
                 registered(folder, plan.said(epochs).get("said_sha256"))
             elif not epochs and not plan.head_epochs(0):
                 self._register()
             elif (row := finished_row(folder)) is not None:
                 self._record(epochs, plan.finished_model(folder), row)
+            else:
+                continue
+            tidy(folder)
 
     def _register(self) -> None:
         """Test weights as they are, and keep them as a teacher."""

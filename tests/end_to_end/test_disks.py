@@ -138,6 +138,7 @@ def test_what_killed_commands_left_is_swept_away_when_they_are_repeated(kdcache,
             for name in (".lock", "checkpoint.pt", ".last.safetensors.7-0123abcd.tmp")
         ),
         canvas / "journal.jsonl",
+        canvas.with_name(f"{canvas.name}.lock"),
         exported / ".model.safetensors.99-0123abcd.tmp",
         exported / ".README.md.tmp",
         done / "reports/latest/figures/.any.svg.99-0123abcd.tmp",
@@ -152,6 +153,10 @@ def test_what_killed_commands_left_is_swept_away_when_they_are_repeated(kdcache,
     assert kdcache("push", archive, target, *TOLD).status == 0
     assert [path for path in left if path.exists() and path.name != ".README.md.tmp"] == []
     assert not (target / ".pull").exists()
+    (teacher / "teacher.json").unlink()  # as where it was killed while this was written
+    (teacher / ".teacher.json.7-0123abcd.tmp").write_bytes(b"half")
+    assert kdcache(*wanted["train-teacher"], "--home", done).status == 0
+    assert not list(teacher.glob(".*"))
     (exported / "own.txt").write_text("mine")
     assert "is not empty" in kdcache(*wanted["export"], "--home", done).err
 
@@ -233,6 +238,36 @@ def test_without_locks_a_second_dump_is_told_to_divide_the_work(kdcache, few_hom
     assert [process.wait(timeout=300) for process in divided] == [0, 0]
     for path in (few_home / "archives").iterdir():
         assert kdcache("verify", path).status == 0
+
+
+# ------------------------------------------------------------------------------------------------------- pipes
+
+
+def test_what_would_be_waited_for_without_end_is_named(kdcache, done, tmp_path):
+    """A shell puts a pipe in the place of `<(...)`; other programs leave some, and devices, in folders."""
+    wanted, pipe = commands(done), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for line in (
+        [*wanted["dump-teacher"], "--classes", pipe],
+        [*wanted["dump-teacher"], "--checkpoint", pipe],
+        [*wanted["distill"], "--init", pipe],
+        ["study", "plan", pipe],
+    ):
+        refused = kdcache(*line, "--home", done)
+        assert refused.status == 3, refused.err
+        assert f"{pipe}" in refused.err.splitlines()[-3]
+        assert "is a pipe" in refused.err
+    for pattern, name in (("data/*-train-*/pixels.npy", "distill"), ("runs/*/*/metrics.jsonl", "report")):
+        (file,) = done.glob(pattern)
+        file.unlink()
+        os.mkfifo(file)
+        refused = kdcache(*wanted[name], "--tau", "9", "--home", done) if name == "distill" else kdcache("report", "--home", done)
+        assert refused.status == 4, refused.err
+        assert "not a regular file" in refused.err
+        command = refused.err.strip().rpartition(": ")[2]
+        subprocess.run(command, shell=True, check=True)
+        if name == "distill":
+            assert kdcache(*wanted[name], "--home", done).status == 0
 
 
 # ------------------------------------------------------------------------------------------------------- workers

@@ -4,6 +4,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -426,6 +427,17 @@ class Usage(NamedTuple):
     total: int
     used: int
     free: int
+
+
+def test_a_disk_that_is_full_before_anything_is_written_is_named(root: Path, home: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            load_canvas(Folder(str(root)), "train", SIZE, home)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path(caught.value.filename).is_relative_to(home)
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_decoded(
