@@ -108,6 +108,12 @@ class Registry(Generic[T]):
 
         Keyword-only options always need their names. A backslash protects a comma, equals sign or backslash in a value.
         """
+        if not isinstance(spec, str):
+            raise UsageError(
+                f"{self.kind} {spec!r:.80}",
+                why=f"a {type(spec).__name__} is no name of one",
+                fix=f"choose one of: {', '.join(sorted(self))}",
+            )
         name, _, rest = spec.partition(":")
         component = self[name]
         hints = typing.get_type_hints(component)

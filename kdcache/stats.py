@@ -8,6 +8,9 @@ argmax class and renormalises, that is, the softmax of the remaining logits.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdcache.errors import UsageError
+from kdcache.given import as_array
+
 __all__ = [
     "entropies_and_argmax",
     "entropy",
@@ -28,9 +31,27 @@ UNDERFLOW = -1000.0  # e^-1000 is 0 in float64, and so is -1000 e^-1000
 
 def _tempered(logits: ArrayLike, tau: float) -> Floats:
     """logits / tau, shifted so that each row's maximum is 0, which does not change the softmax."""
-    z = np.asarray(logits, dtype=np.float64) / tau
+    _require_tau(tau)
+    z = _numbers(logits).astype(np.float64, copy=False) / tau
     shifted: Floats = z - z.max(axis=-1, keepdims=True)
     return shifted
+
+
+def _numbers(logits: ArrayLike) -> NDArray:
+    """`logits` as an array of real numbers `[..., C]`. UsageError for others, such as masked and complex ones."""
+    array = as_array(logits, "logits")
+    if array.dtype.kind not in "fiu" or not array.ndim:
+        raise UsageError(
+            f"logits are {array.dtype} {list(array.shape)}",
+            why="they are real numbers [..., C], one for every class",
+            fix="give an array of float32",
+        )
+    return array
+
+
+def _require_tau(tau: float) -> None:
+    if not 0 < tau < np.inf:
+        raise UsageError(f"tau is {tau}", why="a temperature is positive and finite", fix="give a number such as 1, 4 or 20")
 
 
 def softmax(logits: ArrayLike, tau: float = 1.0) -> Floats:
@@ -73,7 +94,8 @@ def relative_entropy(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, Float
 
 def entropies_and_argmax(logits: ArrayLike, tau: float = 1.0) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """(h, h_rest) of `relative_entropy`, and the argmax, int64 `[...]` (the first one of a tie)."""
-    logits = np.asarray(logits)
+    logits = _numbers(logits)
+    _require_tau(tau)
     classes = logits.shape[-1]
     if classes < 2:
         raise ValueError(f"relative entropy needs at least 2 classes, got {classes}")
@@ -134,7 +156,7 @@ def _join(gap: Floats, s: Floats, d: Floats) -> tuple[Floats, Floats, Floats]:
 
 def logit_moments(logits: ArrayLike) -> tuple[Floats, Floats]:
     """Mean and population standard deviation over the classes of `logits [..., C]`: float64 `[...]` each."""
-    z = np.asarray(logits, dtype=np.float64)
+    z = _numbers(logits).astype(np.float64, copy=False)
     return z.mean(axis=-1), z.std(axis=-1)
 
 

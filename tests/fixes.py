@@ -14,7 +14,7 @@ OPTIONS: dict[str, set[str]] = {
 ALL_OPTIONS = set().union(*OPTIONS.values())
 
 # Options of other programs that a fix may name, by the program.
-OTHERS = {"torchrun": {"--nproc-per-node"}, "pip install": {"--upgrade"}}
+OTHERS = {"torchrun": {"--nproc-per-node"}, "pip install": {"--upgrade"}, "hf download": {"--revision"}}
 
 _COMMAND = re.compile(r"(?<![\w./'\[-])kdcache (?!from |was |is |that )(?P<rest>[a-z][^;,()&]*)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kdcache.archive import open_archive, write_archive
+from kdcache import stats
+from kdcache.archive import ArchiveWriter, open_archive, write_archive
 from kdcache.cli import run
 from kdcache.datasets import DATASETS, Images
 from kdcache.datasets.canvas import Canvas, load_canvas
@@ -659,6 +660,8 @@ NAMES = ["a", "b", "c"]
         lambda values: torch.from_numpy(values).bfloat16(),
         lambda values: torch.from_numpy(values).half(),
         lambda values: torch.from_numpy(values).to_sparse(),
+        lambda values: [torch.from_numpy(view).requires_grad_() for view in values],
+        lambda values: tuple([torch.from_numpy(row) for row in view] for view in values),
         lambda values: (
             -torch.view_as_complex(torch.stack([torch.zeros(values.shape), torch.from_numpy(values)], -1)).conj().imag * -1
         ),
@@ -670,6 +673,7 @@ def test_logits_of_any_form_are_written_as_they_are(tmp_path: Path, given: Any) 
         tmp_path / "a", values, NAMES, codec="f32", labels=torch.tensor([0, 1, 2, 0, 1]), keys=np.array([*"vwxyz"])
     )
     expected = values.detach().to_dense().float().numpy() if isinstance(values, torch.Tensor) else LOGITS
+    assert write_archive(tmp_path / "b", values, NAMES, labels=[torch.tensor(2)] * 5).labels().tolist() == [2] * 5  # type: ignore[union-attr]
     np.testing.assert_array_equal([archive.logits(view, slice(0, 5)) for view in (0, 1)], expected)
     assert archive.keys() == [*"vwxyz"]
 
@@ -707,8 +711,26 @@ def test_logits_of_any_form_are_written_as_they_are(tmp_path: Path, given: Any) 
         ({"class_names": ["caf\u00e9", "cafe\u0301", "c"]}, "spelled in two ways"),
         ({"keys": ["a", "b", "\udcff", "d", "e"]}, "UTF-8"),
         ({"keys": range(5)}, "key 0"),
+        ({"logits": [np.ma.array(LOGITS[0], mask=LOGITS[0] > 3), LOGITS[1]]}, "logits[0] at [0, 0] is masked"),
+        ({"logits": [LOGITS[0], [[1, 2, 3]] * 4 + [np.ma.array([1, 2, 3], mask=[0, 0, 1])]]}, "logits[1][4] at [2] is masked"),
+        ({"logits": torch.from_numpy(LOGITS).to("meta")}, "a tensor that is no array"),
+        ({"sample": [np.ma.array(range(5), mask=[0, 0, 1, 0, 0])] * 2}, "sample numbers[0] at [2] is masked"),
+        ({"labels": {0: "a", 1: "b", 2: "c", 3: "a", 4: "b"}}, "sample labels are a dict"),
+        ({"labels": {0, 1, 2, 3, 4}}, "sample labels are a set"),
+        ({"labels": "abcab"}, "sample labels are a str"),
+        ({"labels": [0, 1, 2, 0, 1 << 15_000]}, "sample label 4 is a number of 15001 bits"),
+        ({"labels": 3}, "sample labels are a int"),
+        ({"class_names": {"a", "b", "c"}}, "class names are a set"),
+        ({"class_names": "abc"}, "class names are a str"),
+        ({"class_names": None}, "class names are a NoneType"),
+        ({"class_names": ["a\0", "b", "c"]}, "NUL"),
+        ({"keys": set("vwxyz")}, "keys are a set"),
+        ({"keys": "vwxyz"}, "keys are a str"),
+        ({"keys": np.array("vwxyz")}, "keys are a ndarray"),
+        ({"keys": ["a\0b", "c", "d", "e", "f"]}, "without the character NUL"),
+        ({"codec": None}, "a NoneType is no name of one"),
+        ({"layout": 3}, "a int is no name of one"),
     ],
-    ids=str,
 )
 def test_what_numpy_would_change_without_a_word_is_refused_and_leaves_nothing(tmp_path: Path, changed: Any, said: str) -> None:
     given = {"logits": LOGITS, "class_names": NAMES, "codec": "f32"} | changed
@@ -717,6 +739,89 @@ def test_what_numpy_would_change_without_a_word_is_refused_and_leaves_nothing(tm
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 3
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"digest": np.arange(5) + 0.5}, "digests at [0] is 0.5"),
+        ({"digest": np.arange(5) - 1}, "digests at [0] is -1"),
+        ({"digest": np.full(5, 2**32)}, "digests at [0] is 4294967296"),
+        ({"digest": np.ma.array(range(5), mask=[0, 1, 0, 0, 0])}, "digests at [1] is masked"),
+        ({"digest": np.arange(3)}, "digests have the shape [3]"),
+        ({"digest": 7}, "digests have the shape []"),
+        ({"digest": np.arange(5) * 1j}, "digests are complex128"),
+        ({"digest": [*"abcde"]}, "digests are <U1"),
+        ({"probe": np.full((5, 16), 256)}, "probes at [0, 0] is 256"),
+        ({"probe": np.full((5, 16), 0.7)}, "probes at [0, 0] is 0.7"),
+        ({"probe": np.zeros((5, 4), np.uint8)}, "probes have the shape [5, 4]"),
+        ({"probe": np.zeros((16, 5), np.uint8)}, "probes have the shape [16, 5]"),
+    ],
+    ids=str,
+)
+def test_fingerprints_are_stored_as_they_are_or_refused(tmp_path: Path, changed: Any, said: str) -> None:
+    writer = ArchiveWriter(tmp_path / "a", num_views=1, num_samples=5, class_names=NAMES)
+    with pytest.raises(UsageError) as caught:
+        writer.write(0, 0, LOGITS[0], **changed)
+    assert said in str(caught.value)
+    digest, probe = np.arange(5) * 800_000_000.0, torch.full((5, 16), 200)
+    writer.write(0, 0, LOGITS[0], digest=digest, probe=probe)  # type: ignore[arg-type]
+    rows = writer.finalize().read(0, 0, 5)
+    assert rows.digest.tolist() == digest.tolist()
+    assert rows.probe.tolist() == probe.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_views": 1.5}, "of 1.5 views"),
+        ({"num_views": 0}, "of 0 views"),
+        ({"num_samples": "5"}, "of '5' samples"),
+        ({"num_samples": 2**31}, "of 2147483648 samples"),
+        ({"shard_rows": -1}, "of -1 shard_rows"),
+        ({"first_view": 0.5}, "of 0.5 first_view"),
+        ({"provenance": {"a": np.float32(1)}}, "provenance that is no JSON"),
+        ({"provenance": {"a": "\ud800"}}, "provenance that is no JSON"),
+        ({"provenance": {"a": 1 << 15_000}}, "provenance that is no JSON"),
+        ({"teacher": "vit"}, "with teacher 'vit'"),
+    ],
+)
+def test_plans_that_no_manifest_could_hold_are_refused(tmp_path: Path, changed: Any, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        ArchiveWriter(tmp_path / "a", **{"num_views": 1, "num_samples": 5, "class_names": NAMES} | changed)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+    assert not (tmp_path / "a").exists()
+
+
+def test_rows_that_an_archive_does_not_have_are_never_given(tmp_path: Path) -> None:
+    writer = ArchiveWriter(tmp_path / "a", num_views=1, num_samples=5, class_names=NAMES, shard_rows=2)  # the last has padding
+    for view, block in writer.missing():
+        writer.write(view, block, LOGITS[0, writer.positions(block)])
+    archive = writer.finalize()
+    for rows in (np.array([5]), np.array([-1]), slice(4, 6), slice(-1, 5), slice(0, 5, 2), slice(None)):
+        for read in (archive.logits, lambda view, rows: archive.gather("sample", view, rows)):
+            with pytest.raises(IndexError):
+                read(0, rows)
+    with pytest.raises(UsageError, match="shape"):
+        archive.take(0, np.zeros((2, 2), np.int64))
+    with pytest.raises(TypeError):
+        archive.read(0, 0.5, 2)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no such level"):
+        archive.verify("ful")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", [stats.softmax, stats.relative_entropy, stats.logit_moments, stats.entropy])
+def test_statistics_are_of_real_numbers_that_are_all_there(of: Any) -> None:
+    for wrong in (np.ma.array(LOGITS, mask=LOGITS > 3), LOGITS + 1j, LOGITS > 0, LOGITS.astype(str), [[None, 1.0]], 3.0):
+        with pytest.raises(UsageError):
+            of(wrong)
+    for given in (LOGITS.tolist(), torch.from_numpy(LOGITS).requires_grad_(), [*torch.from_numpy(LOGITS)]):
+        np.testing.assert_allclose(of(given), of(LOGITS))
+    if of is not stats.logit_moments:
+        for tau in (0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(UsageError, match="tau is"):
+                of(LOGITS, tau)
 
 
 def test_labels_may_be_names_and_names_may_be_numpys(tmp_path: Path) -> None:

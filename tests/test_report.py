@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import kdcache
@@ -18,6 +19,7 @@ from kdcache.errors import IntegrityError, NotFoundError, UsageError
 from kdcache.report import Experiment, Published, Report, Row, Table, collect, paired, summarise, write_report
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from tests.reports import Page, RunFolders
+from tests.servers import FaultyServer
 
 
 @pytest.fixture
@@ -346,6 +348,20 @@ def test_archive_that_moved_with_its_workspace_is_found(study: Path) -> None:
     for name in ("runs", "archives"):
         (study / name).rename(moved / name)
     assert "cannot be shown" not in write_report([moved / "runs"], study / "out").html.read_text("utf-8")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_archive_at_an_address_is_shown_once_it_was_pulled_and_not_fetched_before(study: Path) -> None:
+    with FaultyServer(study / "archives") as server:
+        for args in study.glob("runs/*/*/args.yaml"):
+            record = yaml.safe_load(args.read_text())
+            args.write_text(yaml.safe_dump(record | {"archive": f"{server.url}/{record['archive_name']}"}))
+        here = (study / "archives").rename(study / "elsewhere")
+        page = write_report([study / "runs"], study / "out").html.read_text("utf-8")
+        assert not server.requests
+    assert f"where kdcache pull {server.url}/" in page
+    here.rename(study / "archives")
+    assert "cannot be shown" not in write_report([study / "runs"], study / "out").html.read_text("utf-8")
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -9,7 +9,6 @@ every process builds in a hidden folder of its own, and a killed build begins an
 import errno
 import glob
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -26,11 +25,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from kdcache.datasets import DATASETS, Images, Sample, Source, SourceCard, Split, identity, source_card
 from kdcache.datasets.classes import how_classes_differ, say_classes
 from kdcache.datasets.decoding import LARGE, decode, generous
+from kdcache.datasets.journal import Outcome, journal_line, npy_header, resume
 from kdcache.errors import IntegrityError, KdcacheError, RetryError, UsageError, printable
 from kdcache.system.documents import NO_FILE, read_record
 from kdcache.system.files import set_aside, unique, write_atomically
@@ -47,8 +48,6 @@ FORMAT = 2  # increases when the same files give other pixels
 _CHUNK_BYTES = 1 << 26  # pixels that are decoded and written together; a kill loses at most two chunks
 _CHUNK_SAMPLES = 512
 _LARGEST_RECORD = 1 << 32  # bytes of canvas.json, with the key of every sample
-
-_Outcome = tuple[int, int] | str  # of one sample: original (width, height), or the reason why it cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def _build(
     labels = np.array([sample.label for sample, _ in kept], np.int64)
     keys = [sample.key for sample, _ in kept]
     with named(folder / "pixels.npy"), (folder / "pixels.npy").open("r+b") as file:
-        file.write(_npy_header(len(kept), size))
+        file.write(npy_header(len(kept), size))
         _sync(file)
     pixels = np.load(folder / "pixels.npy", mmap_mode="r")
     sizes = np.array([outcome for _, outcome in kept], np.int32)
@@ -386,9 +385,9 @@ def _decode_all(
     task: str,
     progress: Progress,
     allow_large: bool,
-) -> list[_Outcome]:
+) -> list[Outcome]:
     """Write the pixels of all samples that can be decoded to `folder`, in order. Returns the outcome of every sample."""
-    outcomes = _resume(folder, identity, size)
+    outcomes = resume(folder, identity, size)
     before, step, started = len(outcomes), _chunk(size), time.monotonic()
     if before:
         progress.say(f"{task}: {before} of {len(samples)} images were decoded before, going on from there")
@@ -410,13 +409,15 @@ def _decode_all(
         ):
             chunks = (samples[start : start + step] for start in range(before, len(samples), step))
             for decoded in _ahead(pool, lambda sample: decode(sample, size), chunks):
+                written = blake3()
                 for result in decoded:
                     if not isinstance(result, str):
                         pixels.write(result[0])
+                        written.update(result[0])
                 _sync(pixels)
                 # The journal lists samples only after their pixels are synced to disk.
                 finished = [result if isinstance(result, str) else result[1] for result in decoded]
-                journal.write(json.dumps(finished).encode() + b"\n")
+                journal.write(journal_line(finished, written))
                 _sync(journal)
                 outcomes += finished
                 speed = (len(outcomes) - before) / max(time.monotonic() - started, 1e-9)
@@ -424,37 +425,6 @@ def _decode_all(
     finally:
         pool.shutdown(cancel_futures=True)
     return outcomes
-
-
-def _resume(folder: Path, identity: dict[str, str], size: int) -> list[_Outcome]:
-    """The outcomes in an earlier build's journal, with its files truncated to match; or a new empty build."""
-    pixels, journal = folder / "pixels.npy", folder / "journal.jsonl"
-    outcomes: list[_Outcome] = []
-    try:
-        text = journal.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # the last line may have been cut short
-        first, *lines = whole.splitlines()
-        if json.loads(first) == identity:
-            outcomes = [outcome if isinstance(outcome, str) else tuple(outcome) for line in lines for outcome in json.loads(line)]
-        end = len(_npy_header(0, size)) + 3 * size * size * sum(not isinstance(outcome, str) for outcome in outcomes)
-        if outcomes and pixels.stat().st_size >= end:
-            os.truncate(pixels, end)
-            os.truncate(journal, len(whole))
-            return outcomes
-    except (FileNotFoundError, ValueError, TypeError):  # killed before anything was finished
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    pixels.write_bytes(_npy_header(0, size))
-    journal.write_text(json.dumps(identity) + "\n")
-    return []
-
-
-def _npy_header(rows: int, size: int) -> bytes:
-    """The header of `pixels.npy`. NumPy pads it, so its length is the same for any number of rows."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (rows, 3, size, size)})
-    return header.getvalue()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from kdcache.datasets import Split
 from kdcache.errors import UsageError
-from kdcache.given import as_array
+from kdcache.given import as_array, in_order
+from kdcache.system.documents import is_text
 
 __all__ = [
     "NAMES_FILE",
@@ -49,10 +50,10 @@ def require_names(names: Sequence[Any], where: str) -> None:
                 why="classes are told by their names, which are texts",
                 fix=f"give texts, such as {str(name)!r}" if name is not None else "give every class a name of its own",
             )
-        if not name.strip() or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+        if not name.strip() or not is_text(name):
             raise UsageError(
                 f"{where}: class {number} has the name {name!a}",
-                why="classes are told by their names, and those are text that UTF-8 can hold",
+                why="classes are told by their names, and those are text that UTF-8 can hold, without the character NUL",
                 fix="give every class a name of its own",
             )
         if (first := earlier.setdefault(composed(name), number)) != number:
@@ -209,6 +210,8 @@ def _plain(labels: Any, what: str, by_value: bool) -> list[Any]:
     """Labels as ints or texts. Raises UsageError for the first that is neither."""
     if isinstance(labels, np.ma.MaskedArray) or hasattr(labels, "detach"):
         labels = as_array(labels, f"{what}s")
+    if not isinstance(labels, np.ndarray):
+        labels = in_order(labels, f"{what}s")
     if isinstance(labels, np.ndarray):
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
@@ -226,7 +229,9 @@ def _plain(labels: Any, what: str, by_value: bool) -> list[Any]:
 
 
 def _one(label: Any, what: str, by_value: bool) -> Any:
-    if isinstance(label, np.generic):
+    if isinstance(label, np.generic) or (
+        hasattr(label, "detach") and getattr(label, "ndim", None) == 0
+    ):  # also of a list of tensors
         label = label.item()
     if isinstance(label, bytes):
         label = label.decode("utf-8", "replace")
@@ -238,9 +243,11 @@ def _one(label: Any, what: str, by_value: bool) -> Any:
         if by_value:
             return str(label)
         raise UsageError(f"{what} is {label}", why="a label is the number of a class", fix="write 0 and 1: labels.astype(int)")
-    if isinstance(label, int | float) and math.isfinite(label) and label == int(label):
+    if isinstance(label, int) and abs(label) >> 63:
+        raise UsageError(f"{what} is a number of {label.bit_length()} bits", why="no class has such a number", fix="correct it")
+    if isinstance(label, int) or (isinstance(label, float) and math.isfinite(label) and label == int(label)):
         return int(label)
-    if isinstance(label, int | float):
+    if isinstance(label, float):
         why = "it is not a number" if math.isnan(label) else "a label is the whole number of a class"
     else:
         why = "it is missing" if label is None else f"a {type(label).__name__} is neither a number nor a text"

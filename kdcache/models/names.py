@@ -244,18 +244,38 @@ def is_factory(name: str) -> bool:
 def kept(name: str, folder: Path) -> str:
     """The name from which the model of a teacher or run is made again: its own `folder`, if that has timm's configuration.
 
-    The model's original files may have moved meanwhile. Without a configuration it is the exact name: of an architecture, or of
-    a function. Raises NotFoundError for other places, which a record may not have read or fetched.
+    The model's original files may have moved meanwhile. Without a configuration it is the exact name. A record may be a
+    stranger's, so that NotFoundError is raised for another folder, and for a model on the Hub whose configuration was never
+    fetched here.
     """
     if (folder / CONFIG).is_file():
         return f"{LOCAL}{folder}"
-    if name.startswith((HUB, LOCAL)):
+    if name.startswith(LOCAL):
         raise NotFoundError(
             f"{folder} has no {CONFIG}",
             why=f"that is what its model is made from; {printable(name)}, which its record names, is not looked at",
             fix=f"restore {CONFIG} from a copy; or set its folder aside, and train it again: {set_aside(folder)}",
         )
+    if name.startswith(HUB) and not _fetched_before(name):
+        repo, _, revision = name.removeprefix(HUB).partition("@")
+        wanted = shlex.join(["hf", "download", repo, CONFIG, *(["--revision", revision] if revision else [])])
+        raise NotFoundError(
+            f"{folder} has no {CONFIG}, and says that its model is {name}",
+            why="nothing is fetched because a record says so, which may be a stranger's",
+            fix=f"restore {CONFIG} from a copy; or, if you trust it, fetch that of the Hub: {wanted}",
+        )
     return name
+
+
+def _fetched_before(name: str) -> bool:
+    """Whether the configuration of a model on the Hub is in the Hub's cache on this machine."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    repo, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return isinstance(try_to_load_from_cache(repo, CONFIG, revision=revision or None), str)
+    except errors.HFValidationError:
+        return False
 
 
 def licence(name: str) -> str | None:

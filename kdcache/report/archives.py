@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,9 @@ def _find_archive(run: RunRecord, args: ArchiveArgs) -> tuple[Archive | None, st
     home = run.folder.resolve().parent.parent.parent
     reason = ""
     copy = home / "archives" / args.archive_name
-    places: list[Path | str] = [copy, args.archive] if is_url(args.archive) else [Path(args.archive), home / args.archive, copy]
-    for path in dict.fromkeys(places):
+    if is_url(args.archive):  # nothing is fetched because a record says so, which may be a stranger's
+        reason = f"it is not in {copy.parent}, where kdcache pull {shlex.quote(args.archive)} puts it"
+    for path in dict.fromkeys([copy] if is_url(args.archive) else [Path(args.archive), home / args.archive, copy]):
         try:
             archive = open_archive(path)
         except (KdcacheError, OSError) as error:

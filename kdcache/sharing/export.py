@@ -24,6 +24,7 @@ from kdcache.sharing.publishing import require_licences
 from kdcache.system.documents import parse_json
 from kdcache.system.files import is_temporary, set_aside, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import is_url
 from kdcache.views.tested import WHOLE, TestViews
 from kdcache.workspace import dataset_label, parse_dataset, read_record, read_teacher
 
@@ -217,6 +218,12 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
                 fix=f"set it aside; it is made anew where the archive is at hand: {set_aside(run.folder / CONFIG)}",
             ) from None
     archived = (run.args.archives or (run.args,))[0]
+    if is_url(archived.archive):
+        raise NotFoundError(
+            f"{run.folder} has no {CONFIG}, and says that its archive is at {archived.archive}",
+            why="nothing is fetched because a record says so, which may be a stranger's",
+            fix=f"restore {CONFIG} from a copy, or train the student again",
+        )
     try:
         archive = open_archive(archived.archive)
     except KdcacheError as error:

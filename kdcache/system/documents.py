@@ -14,7 +14,17 @@ from typing import Any
 
 from kdcache.system.seals import unsealed
 
-__all__ = ["NO_FILE", "DocumentError", "DoubledNameError", "parse_json", "parse_yaml", "read_json", "read_record", "read_yaml"]
+__all__ = [
+    "NO_FILE",
+    "DocumentError",
+    "DoubledNameError",
+    "is_text",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_record",
+    "read_yaml",
+]
 
 LARGEST = 64 << 20  # bytes of a document
 MOST_VALUES = 1_000_000  # of a YAML text, each alias counted as what it stands for
@@ -162,6 +172,11 @@ def _require_plain(value: Any) -> None:
             break
         level = below
     raise DocumentError(_TOO_DEEP)
+
+
+def is_text(text: str) -> bool:
+    """Whether documents can hold it: it has neither NUL nor halves of a character."""
+    return _BAD_CHARACTER.search(text) is None
 
 
 def _require_text(text: str, place: str = "") -> None:

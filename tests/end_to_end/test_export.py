@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ from kdcache.workspace import read_teacher
 from tests.end_to_end.conftest import with_images
 from tests.end_to_end.test_distill import only
 from tests.hub import WritableHub
-from tests.servers import FaultyServer
+from tests.servers import Answer, FaultyServer
 
 TERMS = ["--license", "data=cc-by-4.0,weights=mit"]
 NETS = """
@@ -286,6 +287,37 @@ def test_exports_that_cannot_be_are_refused(shop, kdcache, monkeypatch, argument
     assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == ["error", "why", "fix"]
 
 
+@pytest.mark.parametrize("field", ["archive", "student"])
+def test_a_run_of_a_stranger_has_nothing_fetched(shop, kdcache, tmp_path, monkeypatch, field):
+    """What its record names may be anybody's server; the command that the fix tells of is the user's own."""
+    run, fetched = tmp_path / "run", []
+
+    def content(request):
+        fetched.append(request.path)
+        return Answer(404)
+
+    with FaultyServer(content) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        shutil.copytree(only(shop, "runs/*/test_vit--*"), run)
+        (run / "config.json").unlink()
+        args = yaml.safe_load((run / "args.yaml").read_text())
+        args[field] = f"{server.url}/archive" if field == "archive" else "hf-hub:evil/model@main"
+        (run / "args.yaml").write_text(yaml.safe_dump(args))
+        result = kdcache("export", run, "--output", tmp_path / "out")
+    assert result.status == 3
+    assert "may be a stranger's" in result.err
+    assert not fetched
+    if field == "student":
+        assert "hf download evil/model config.json --revision main" in result.err
+        commit = tmp_path / "cache/models--evil--model/snapshots/0123456789012345678901234567890123456789"
+        commit.mkdir(parents=True)  # as that command leaves it
+        shutil.copy(only(shop, "runs/*/test_vit--*") / "config.json", commit)
+        args[field] = f"hf-hub:evil/model@{commit.name}"
+        (run / "args.yaml").write_text(yaml.safe_dump(args))
+        assert kdcache("export", run, "--output", tmp_path / "out").status == 0
+
+
 def test_only_whole_runs_are_exported(shop, kdcache, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -304,7 +336,7 @@ def test_only_whole_runs_are_exported(shop, kdcache, tmp_path):
     (run / "args.yaml").write_text(args.replace("student: test_vit", "student: hf-hub:stranger/net"))
     fetching = kdcache("export", run, "--output", tmp_path / "other-out")
     assert fetching.status == 3
-    assert "hf-hub:stranger/net, which its record names, is not looked at" in fetching.err
+    assert "says that its model is hf-hub:stranger/net" in fetching.err
     (run / "args.yaml").write_text(args)
     (run / "ema.safetensors").unlink()
     assert kdcache("export", run, "--ema").status == 3

@@ -1,5 +1,6 @@
 """Building a canvas: whatever stops it, and however many do it at once, it ends with the same bytes, of the right files."""
 
+import json
 import multiprocessing
 import operator
 import os
@@ -241,7 +242,39 @@ def test_files_cut_short_by_a_crash_never_end_in_wrong_pixels(
     assert resumed.intact
 
 
-@pytest.mark.parametrize("text", ["", "\n", "[]\n", "{}\n[[1, 2]]\n", "\ufffd\n", "null\nnull\n", "{"])
+@pytest.mark.parametrize("name", ["journal.jsonl", "pixels.npy"])
+def test_a_changed_bit_of_what_was_decoded_before_is_decoded_again(
+    root: Path, home: Path, tmp_path: Path, decoded: list[str], name: str
+) -> None:
+    """A resumed build reads back what it has never compared with anything else: pixels, and the sizes of images."""
+    expected = files(load_canvas(Folder(str(root)), "train", SIZE, tmp_path / "whole"))
+    sound = Path(shutil.copytree(interrupt(root, home, at=3 * CHUNK), tmp_path / "sound"))
+    data, again = (sound / name).read_bytes(), set()
+    for place in range(200 if name == "pixels.npy" else 0, len(data), len(data) // 12):
+        shutil.rmtree(home)
+        building = interrupt(root, home, at=3 * CHUNK)
+        (building / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        decoded.clear()
+        assert files(load_canvas(Folder(str(root)), "train", SIZE, home)) == expected, place
+        again.add(len(decoded))
+    assert max(again) == COUNT
+    assert COUNT - 3 * CHUNK not in again
+    assert COUNT - 2 * CHUNK in again, "sound chunks before the changed one are kept"
+
+
+def test_a_build_that_an_earlier_version_began_goes_on(root: Path, home: Path, tmp_path: Path, decoded: list[str]) -> None:
+    folder = interrupt(root, home)
+    first, *lines = (folder / "journal.jsonl").read_text().splitlines()
+    (folder / "journal.jsonl").write_text(
+        "".join(f"{line}\n" for line in [first, *(json.dumps(json.loads(x)["outcomes"]) for x in lines)])
+    )
+    decoded.clear()
+    resumed = load_canvas(Folder(str(root)), "train", SIZE, home)
+    assert len(decoded) < COUNT
+    assert files(resumed) == files(load_canvas(Folder(str(root)), "train", SIZE, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "\n", "", "\n", "[]\n", "{}\n[[1, 2]]\n", "\ufffd\n", "null\nnull\n", "{"])
 def test_a_journal_of_something_else_is_not_trusted(root: Path, home: Path, decoded: list[str], text: str) -> None:
     folder = interrupt(root, home)
     (folder / "journal.jsonl").write_text(text)

@@ -16,7 +16,7 @@ class _RowSource(Protocol):
     """The archive that rows are read from."""
 
     def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray: ...
-    def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]: ...
+    def decoded(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]: ...
 
 
 class Rows:
@@ -52,7 +52,7 @@ class Rows:
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """The teacher's logits: float32 `[n, C]`."""
-        return self._archive.logits(self._view, self._where)
+        return self._archive.decoded(self._view, self._where)
 
     @cached_property
     def sample(self) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Archives: opening one, and reading its rows. This needs NumPy and no deep-learning framework."""
 
+import operator
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -254,13 +255,13 @@ class Archive:
 
     def take(self, view: int, positions: NDArray[np.int64]) -> Rows:
         """Rows at any `positions`, int64 `[n]`, of `view`, in the order of `positions`."""
-        positions = whole_numbers(positions, "positions")
+        positions = whole_numbers(positions, "positions", listed=True)
         self._check_range(view, int(positions.min(initial=0)), int(positions.max(initial=-1)) + 1)
         return Rows(self, view, positions)
 
     def find(self, view: int, samples: NDArray[np.int64]) -> Rows:
         """Rows of any sample numbers `samples`, int64 `[n]`, in `view`, in the order of `samples`."""
-        samples = whole_numbers(samples, "sample numbers")
+        samples = whole_numbers(samples, "sample numbers", listed=True)
         if samples.size and not (samples.min() >= 0 and samples.max() < self.num_samples):
             raise IndexError(f"sample numbers must lie in 0..{self.num_samples - 1}")
         self._check_range(view, 0, 0)
@@ -277,8 +278,11 @@ class Archive:
         return self.checked(name, view, slice(0, self.num_samples))
 
     def checked(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        """A copy of `gather`'s values. Sample and class numbers are checked against their range, so they are safe as indices."""
-        values = np.array(self.gather(name, view, rows))
+        """A copy of `gather`'s values, of positions that are known to be the archive's.
+
+        Sample and class numbers are checked against their range, so they are safe as indices.
+        """
+        values = np.array(self._gathered(name, view, rows))
         numbers = {"sample": self.num_samples, "argmax": self.num_classes}.get(name)
         if numbers and values.size and not 0 <= values.min() <= values.max() < numbers:
             raise IntegrityError(
@@ -308,7 +312,14 @@ class Archive:
         return (name for block in range(self.manifest.num_blocks) for name in self.reader.files(view, block))
 
     def gather(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
-        """A stored field at a slice or an array of positions, `[n, ...]`. It may be a memory map: do not change it."""
+        """A stored field at a slice or an array of positions, `[n, ...]`. It may be a memory map: do not change it.
+
+        Raises IndexError for positions that the view does not have, and for slices with a step.
+        """
+        self._check_rows(view, rows)
+        return self._gathered(name, view, rows)
+
+    def _gathered(self, name: str, view: int, rows: slice | NDArray[np.int64]) -> NDArray:
         shards = self._in_shards(rows) if isinstance(rows, slice) else self._scattered(rows)
         parts = [(where, self.reader.gather(name, view, block, inside)) for block, inside, where in shards]
         if len(parts) == 1:
@@ -321,6 +332,11 @@ class Archive:
 
     def logits(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits at a slice or an array of positions: float32 `[n, C]`. See also `read`, `take` and `find`."""
+        self._check_rows(view, rows)
+        return self.decoded(view, rows)
+
+    def decoded(self, view: int, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `logits`, of positions that are known to be the archive's."""
         self._require_logits()
         if isinstance(rows, slice):
             return self._slice_of_logits(view, rows)
@@ -415,10 +431,19 @@ class Archive:
             )
         return positions
 
+    def _check_rows(self, view: int, rows: slice | NDArray[np.int64]) -> None:
+        """Beyond the last position, a file may hold rows that fill its last unit up; and a step would be passed over."""
+        if not isinstance(rows, slice):
+            self._check_range(view, int(rows.min(initial=0)), int(rows.max(initial=-1)) + 1)
+        elif rows.step not in {None, 1} or rows.start is None or rows.stop is None:
+            raise IndexError(f"{rows} of an archive: give its first and its last position, or an array of positions")
+        else:
+            self._check_range(view, rows.start, rows.stop)
+
     def _check_range(self, view: int, start: int, stop: int) -> None:
-        if view not in self.views:
+        if operator.index(view) not in self.views:
             raise IndexError(f"view {view} of an archive with views {self.views.start}..{self.views.stop - 1}")
-        if not 0 <= start <= stop <= self.num_samples:
+        if not 0 <= operator.index(start) <= operator.index(stop) <= self.num_samples:
             raise IndexError(f"positions {start}..{stop} of an archive with {self.num_samples} samples")
 
     @cached_property

@@ -4,7 +4,7 @@ import io
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from kdcache.archive.format.manifest import (
 from kdcache.archive.format.store import LocalStore, open_local, sha256_of
 from kdcache.archive.layouts import rows_digest
 from kdcache.codecs import CODECS
-from kdcache.errors import IntegrityError, KdcacheError
+from kdcache.errors import IntegrityError, KdcacheError, UsageError
 from kdcache.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ class Verifier:
     """Compares an archive's files and rows with its manifest."""
 
     def __init__(self, archive: "Archive", level: Level) -> None:
+        if level not in get_args(Level):
+            raise UsageError(
+                f"verify({level!r:.80})", why="there is no such level", fix=f"choose one of: {', '.join(get_args(Level))}"
+            )
         self._archive, self._manifest, self._store = archive, archive.manifest, archive.store
         self._level = level
         self._result = Verification(level)

@@ -5,9 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
+from pydantic_core import from_json
 
-from kdcache.archive.format.manifest import MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan
+from kdcache.archive.format.manifest import INT32, MANIFEST_LIMIT, MANIFEST_NAME, WORK, ArchivePlan, first_error
 from kdcache.archive.format.store import LocalStore
 from kdcache.archive.layouts import LAYOUTS
 from kdcache.archive.layouts.base import unit_bytes_rows
@@ -16,7 +18,8 @@ from kdcache.codecs import CODECS
 from kdcache.datasets.classes import how_classes_differ, how_samples_differ
 from kdcache.datasets.labels import label_numbers, require_names
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, UsageError
-from kdcache.system.documents import parse_json
+from kdcache.given import in_order
+from kdcache.system.documents import is_text, parse_json
 from kdcache.system.files import set_aside
 from kdcache.views.policy import PROBE_VERSION
 
@@ -47,27 +50,43 @@ def new_plan(
     **described: Any,
 ) -> ArchivePlan:
     """The plan of a new archive. `described` holds the plan's optional fields. Raises UsageError for an impossible plan."""
-    if num_views < 1 or num_samples < 1:
-        raise UsageError(
-            f"an archive of {num_views} views of {num_samples} samples", why="there is nothing in it", fix="give at least one"
-        )
+    counted = {"num_views": (num_views, 1), "num_samples": (num_samples, 1), "first_view": (described.get("first_view", 0), 0)}
+    for name, (value, least) in (counted | ({} if shard_rows is None else {"shard_rows": (shard_rows, 1)})).items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= INT32:
+            raise UsageError(
+                f"an archive of {value!r:.80} {name.removeprefix('num_')}",
+                why=f"it is a whole number from {least} to {INT32}",
+                fix=f"give an int for {name}; there is nothing in an archive without views or samples",
+            )
+    class_names = in_order(class_names, "class names")
     if len(class_names) < 2:
         raise UsageError(
             f"an archive of {len(class_names)} classes", why="distillation needs at least two", fix="give all class names"
         )
     require_names(class_names, "an archive")
     coding = CODECS.parse(codec)
-    plan = ArchivePlan(
-        num_views=num_views,
-        num_samples=num_samples,
-        class_names=tuple(class_names),
-        codec=CODECS.to_dict(coding),
-        layout={},
-        shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
-        probe_version=PROBE_VERSION,
-        rows_hash="blake3",
-        **described,
-    )
+    try:
+        plan = ArchivePlan(
+            num_views=int(num_views),
+            num_samples=int(num_samples),
+            class_names=tuple(class_names),
+            codec=CODECS.to_dict(coding),
+            layout={},
+            shard_rows=_shard_rows(shard_rows, coding.dtype.itemsize * len(class_names), num_samples),
+            probe_version=PROBE_VERSION,
+            rows_hash="blake3",
+            **described,
+        )
+        from_json(plan.model_dump_json())
+    except ValidationError as error:
+        field, wrong, why = first_error(error)
+        raise UsageError(f"an archive with {field} {wrong!r}", why=why, fix="correct it, or leave it out") from None
+    except ValueError as error:  # of what the manifest's JSON could not hold, such as arrays and numbers of a thousand digits
+        raise UsageError(
+            "an archive with a provenance that is no JSON",
+            why=" ".join(str(error).split())[:200],
+            fix="give texts, numbers and lists of them, such as float(value) for a NumPy number",
+        ) from None
     return plan.model_copy(update={"layout": LAYOUTS.to_dict(LAYOUTS.parse(layout).fit(plan))})
 
 
@@ -122,7 +141,7 @@ def load_samples(store: LocalStore, plan: ArchivePlan) -> dict[str, Any]:
 def samples_record(plan: ArchivePlan, labels: Any, keys: Sequence[str] | None) -> dict[str, Any]:
     """The record of labels and keys. Raises UsageError if they do not fit the plan's samples and classes."""
     labels = None if labels is None else label_numbers(labels, plan.class_names, "sample label")
-    keys = None if keys is None else list(keys)
+    keys = None if keys is None else in_order(keys, "keys")
     for name, values in (("labels", labels), ("keys", keys)):
         if values is not None and len(values) != plan.num_samples:
             raise UsageError(
@@ -131,8 +150,12 @@ def samples_record(plan: ArchivePlan, labels: Any, keys: Sequence[str] | None) -
                 fix="pass them all",
             )
     for key in keys or ():
-        if not isinstance(key, str) or any(0xD800 <= ord(c) <= 0xDFFF for c in key):
-            raise UsageError(f"key {key!r}", why="keys are text that UTF-8 can hold", fix="pass strings, str(key) for example")
+        if not isinstance(key, str) or not is_text(key):
+            raise UsageError(
+                f"key {key!r:.200}",
+                why="keys are text that UTF-8 can hold, without the character NUL",
+                fix="pass strings, str(key) for example",
+            )
     wrong = [label for label in labels or () if not 0 <= label < plan.num_classes]
     if wrong:
         raise UsageError(

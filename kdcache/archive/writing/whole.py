@@ -16,7 +16,7 @@ from kdcache.archive.reading.reader import Archive
 from kdcache.archive.writing.planning import PLAN
 from kdcache.archive.writing.writer import ArchiveWriter
 from kdcache.errors import KdcacheError, UsageError
-from kdcache.given import as_logits, whole_numbers
+from kdcache.given import as_logits, in_order, whole_numbers
 from kdcache.system.files import set_aside
 
 __all__ = ["are_probabilities", "write_archive"]
@@ -42,7 +42,7 @@ def write_archive(
     this, such as masked, complex or fractional numbers, and leaves no folder then.
     """
     logits = as_logits(logits)
-    class_names = [str(name) if isinstance(name, str) else name for name in class_names]
+    class_names = [str(name) if isinstance(name, str) else name for name in in_order(class_names, "class names")]
     if logits.ndim != 3 or logits.shape[2] != len(class_names):
         raise UsageError(
             f"logits of shape {list(logits.shape)} with {len(class_names)} class names",

@@ -9,6 +9,7 @@ Who begins, extends or finishes a dump holds the archive's lock meanwhile; who w
 
 import itertools
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,6 @@ from kdcache.archive.format.manifest import (
 )
 from kdcache.archive.format.store import LocalStore, sha256
 from kdcache.archive.layouts import LAYOUTS, Buffers, ShardReader, row_fields, rows_digest
-from kdcache.archive.layouts.fields import PROBE_BYTES
 from kdcache.archive.reading.binding import BoundReader, shard_checksums
 from kdcache.archive.reading.reader import Archive, dump_command, open_archive
 from kdcache.archive.reading.statistics import compute_statistics
@@ -61,7 +61,7 @@ from kdcache.archive.writing.sweeping import LOCK, alone, sweep_finished
 from kdcache.codecs import CODECS, UnstorableError
 from kdcache.datasets import SourceCard
 from kdcache.errors import IncompleteError, IntegrityError, NotFoundError, UsageError
-from kdcache.given import as_logits, whole_numbers
+from kdcache.given import as_logits, stored_numbers, whole_numbers
 from kdcache.system.documents import parse_json
 from kdcache.system.energy import Spent
 from kdcache.system.files import set_aside, translated_os_errors
@@ -282,12 +282,13 @@ class ArchiveWriter:
         """Write one shard whole: raw `logits` float32 `[n, C]` of the `positions(block)` of `view`, uncentred.
 
         `sample [n]` says which sample sits at each position (default: position j holds sample j); `digest [n]` and
-        `probe [n, 16]` are the views' fingerprints. Raises UsageError for values that the codec cannot hold.
+        `probe [n, 16]` are the views' fingerprints. Raises UsageError for values that the codec cannot hold, for fingerprints
+        that are no whole numbers of their dtype, and for other shapes.
         """
-        rows = self.positions(block)
+        rows = self.positions(operator.index(block))
         expected = (len(rows), self.plan.num_classes)
         logits = as_logits(logits)
-        if logits.shape != expected or view not in self.plan.views or not 0 <= block < self.plan.num_blocks:
+        if logits.shape != expected or operator.index(view) not in self.plan.views or block not in range(self.plan.num_blocks):
             raise UsageError(
                 f"shard (view {view}, block {block}) was given logits {list(logits.shape)}",
                 why=f"the archive has {self.plan.num_views} views, and this block is {list(expected)}",
@@ -310,11 +311,11 @@ class ArchiveWriter:
                 why=error.why,
                 fix=error.fix,
             ) from None
-        given = {
-            "sample": sample,
-            "digest": np.zeros(len(rows)) if digest is None else digest,
-            "probe": np.zeros((len(rows), PROBE_BYTES)) if probe is None else probe,
-        }
+        given: dict[str, NDArray] = {"sample": sample}
+        for name, values in (("digest", digest), ("probe", probe)):
+            dtype, shape = row_fields(self.plan)[name]
+            shape = (len(rows), *shape)
+            given[name] = np.zeros(shape, dtype) if values is None else stored_numbers(values, f"{name}s", dtype, shape)
         self.write_stored(view, block, {**encoded, **given})
 
     def write_stored(self, view: int, block: int, fields: Mapping[str, NDArray]) -> None:
