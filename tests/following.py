@@ -13,7 +13,7 @@ import pytest
 from kdcache.errors import KdcacheError
 from tests.sites import note, sites_of
 
-__all__ = ["amended", "followed", "followed_by_command", "told_sites", "typed"]
+__all__ = ["amended", "dataset_in", "followed", "followed_by_command", "told_sites", "typed"]
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -57,6 +57,11 @@ def followed_by_command(kdcache: Callable[..., Any], command: list[str], mend: C
     assert result.status == 0, (mended, result.err, told.err)
     note(made.get(error, set()))
     return result
+
+
+def dataset_in(fix: str) -> str:
+    """What a fix says to write behind --dataset."""
+    return fix.partition("--dataset ")[2].split()[0].rstrip(";,")
 
 
 def fix_of(told: str) -> str:

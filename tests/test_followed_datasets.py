@@ -13,7 +13,7 @@ import pytest
 from kdcache.datasets import SPLITS
 from kdcache.datasets.naming import find_source
 from tests import miniatures
-from tests.following import followed
+from tests.following import dataset_in, followed
 from tests.miniatures import encoded
 from tests.test_own_data import PAIR, arrays, folder, shard, tars
 
@@ -258,11 +258,6 @@ def after(says: str, *does: Callable[[], object], spec: str = "folder:f") -> Cal
         return spec
 
     return mend
-
-
-def dataset_in(fix: str) -> str:
-    """What a fix says to write behind --dataset."""
-    return fix.partition("--dataset ")[2].split()[0].rstrip(";,")
 
 
 def move(source: str, target: str) -> Callable[[], object]:
