@@ -5,7 +5,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from kdcache.errors import KdcacheError
 from tests.sites import note, sites_of
 
-__all__ = ["amended", "dataset_in", "followed", "followed_by_command", "told_sites", "typed"]
+__all__ = ["amended", "dataset_in", "fix_of", "followed", "followed_by_command", "told_sites", "typed"]
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -52,6 +51,7 @@ def followed_by_command(kdcache: Callable[..., Any], command: list[str], mend: C
     assert told.status not in {0, 1}, told
     error = told.err[told.err.index("error: ") :].strip()
     assert len(error.splitlines()) == 3, told.err
+    assert not error.endswith("--help"), error  # which is of a mistake in the test itself
     mended = mend(command, error)
     result = kdcache(*mended)
     assert result.status == 0, (mended, result.err, told.err)
@@ -105,8 +105,3 @@ def amended(command: list[str], told: str) -> list[str]:
         else:
             command = [*command, option, value]
     return command
-
-
-def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)

@@ -87,9 +87,10 @@ def note(names: set[str]) -> None:
 
 def followed_by_tests(record: Path) -> dict[str, str]:
     """Run the tests that follow fixes, and name the sites that they followed, with their fixes."""
-    options = ["-m", "", "-q", "-n2", "-k", "follow"]
-    environment = os.environ | {RECORD: str(record)}
-    subprocess.run([sys.executable, "-m", "pytest", *options, "tests"], check=True, env=environment, cwd=PACKAGE.parent)
+    files = sorted(FOLLOWED.parent.rglob("test_followed_*.py"))
+    command = [sys.executable, "-m", "pytest", "-m", "", "-q", "-n2", *map(str, files)]
+    done = subprocess.run(command, check=False, env=os.environ | {RECORD: str(record)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
     names = {json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()}
     return {name: fix for name, fix in sites().items() if name in names}
 

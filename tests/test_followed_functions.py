@@ -15,6 +15,7 @@ from tests.following import followed
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a source of the same second and length would be taken for the old one
 
 
 def write(source: str) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.models.names import POINTER, is_pointer, split_weights
+from kdcache.models.names import POINTER, is_pointer, missing_weights, split_weights
 from kdcache.system.files import set_aside
 from kdcache.system.seals import BrokenSealError, require_sealed
 
@@ -114,7 +114,7 @@ def read_weights(place: Path, names: Collection[str], rename: Renames = dict) ->
     """
     file, part = split_weights(place)
     if not file.is_file():
-        raise _missing(file)
+        raise missing_weights(file)
     content = _content(file)
     sets = {name: weights for name, weights in _sets(content).items() if weights}
     known = frozenset(name for name in names if not name.endswith("num_batches_tracked"))
@@ -160,14 +160,6 @@ def misfit(file: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
         why="; ".join(f"{what}: {_some(names)}" for what, names in kinds if names),
         fix="name the model and --size that the checkpoint was made with",
     )
-
-
-def _missing(file: Path) -> KdcacheError:
-    if file.is_dir():
-        return NotFoundError(
-            f"checkpoint {file} is a folder", why="weights are in a file", fix=f"name the file of weights in it: {file}/FILE"
-        )
-    return NotFoundError(f"checkpoint {file} does not exist", why="there is no such file", fix="correct the path")
 
 
 def _unreadable(file: Path, why: str, fix: str) -> IntegrityError:
