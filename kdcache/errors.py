@@ -103,6 +103,7 @@ def unknown_name(
 # Advice by prefix of pydantic's error types.
 _WRITTEN = {
     "literal_error": "use {expected}",
+    "union_tag_invalid": "use one of {expected_tags}",
     "greater_than_equal": "give a number that is at least {ge:g}",
     "greater_than": "give a number above {gt:g}",
     "less_than_equal": "give a number that is at most {le:g}",

@@ -249,7 +249,7 @@ def integers(value: Any) -> tuple[int, ...]:
             raise ValueError(value)
     except (IndexError, OverflowError, TypeError, ValueError):
         why = f"it takes whole numbers from 0 to 2^64 - 1 and ascending ranges of them, {MOST_NUMBERS:,} numbers at most"
-        raise _refused(why, "0-2") from None
+        raise _refused(why, "1-3") from None
     return tuple(numbers)
 
 

@@ -274,7 +274,7 @@ def test_a_close_match_is_offered_for_a_field(planned) -> None:
     [
         ({"students": [students(sched="cosin")]}, "use 'cosine' or 'step'"),
         ({"students": [students(epochs=0)]}, "give a number that is at least 1"),
-        ({"students": [students(epochs="x")]}, "write for example 0-2"),
+        ({"students": [students(epochs="x")]}, "write for example 1-3"),
         ({"students": [students(amp="perhaps")]}, "give true or false"),
         ({"students": [students(student=[])]}, "give at least 1"),
         ({"students": "x"}, "give a list, such as [a, b]"),

@@ -88,10 +88,11 @@ class Folder(UsersOwn):
             return root
         base = self._split_folder(split)
         if base is None:
+            whole = self._split_folder("test" if split == "train" else "train") or root  # where the folders of classes are
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
                 why="without split_fraction both splits must lie in folders of their own",
-                fix=f"create it, or split by hash: --dataset {DATASETS.spec(replace(self, split_fraction=0.2))}",
+                fix=f"create it, or split by hash: --dataset {DATASETS.spec(replace(self, root=str(whole), split_fraction=0.2))}",
             )
         return base
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,7 @@ class _HubImages(Images):
                 raise UsageError(
                     f"dataset hf:{source.repo} has no split {name!r}",
                     why=f"its splits are {', '.join(whole)}",
-                    fix=f"--dataset hf:{source.repo},train={next(iter(whole))},test="
-                    + (list(whole)[1] if len(whole) > 1 else str(HELD_OUT)),
+                    fix=f"--dataset {DATASETS.spec(_with_splits(source, list(whole)))}",
                 )
         features = whole[chosen["train"]].features
         self._image = _column(source, "image", source.image, [n for n, kind in features.items() if isinstance(kind, Pictures)])
@@ -179,6 +178,9 @@ def _fraction(source: Hub, whole: Mapping[str, Any]) -> float:
     return share
 
 
+_FITTING = {"image": "an Image feature of `datasets`", "label": "a ClassLabel, or a column called label"}
+
+
 def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) -> str:
     if chosen in fitting:
         return str(chosen)
@@ -188,8 +190,17 @@ def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) 
         f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {role}"
         + (f", and {chosen!r} is not one" if chosen else ""),
         why=f"these may: {', '.join(fitting) or 'none'}",
-        fix=f"name it: hf:{source.repo},{role}=" + (fitting[0] if fitting else "COLUMN"),
+        fix=f"name it: --dataset {DATASETS.spec(replace(source, **{role: fitting[0]}))}"
+        if fitting
+        else f"add such a column to it, {_FITTING[role]}, or use another dataset",
     )
+
+
+def _with_splits(source: Hub, known: Sequence[str]) -> Hub:
+    """The source with splits that there are; where there is only one, a part of it is held out."""
+    train = source.train if source.train in known else "train" if "train" in known else known[0]
+    others = [name for name in (source.test, *_TESTS, *known) if name in known and name != train]
+    return replace(source, train=train, test=others[0] if others else str(HELD_OUT))
 
 
 def _stored(cell: Mapping[str, Any]) -> Image.Image:

@@ -4,6 +4,7 @@ torchvision finds, downloads and reads them. It is imported when the images of s
 """
 
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -203,7 +204,9 @@ class Torch(UsersOwn):
             object.__setattr__(self, field, value)
         if self.variant is not None and kind.variant is None:
             raise UsageError(
-                f"dataset {self.title} with variant={self.variant}", why="it has no variants", fix=f"--dataset {self.title}"
+                f"dataset {self.title} with variant={self.variant}",
+                why="it has no variants",
+                fix=f"--dataset {self._typed(variant=None)}",
             )
         if kind.argument is None:
             self._require_fraction()
@@ -211,13 +214,13 @@ class Torch(UsersOwn):
             raise UsageError(
                 f"dataset {self.title} with split_fraction={self.split_fraction}",
                 why=f"it has splits of its own, {kind.train} and {kind.test} among them",
-                fix=f"leave it out: --dataset {self.title}",
+                fix=f"leave it out: --dataset {self._typed(split_fraction=None)}",
             )
         elif shared := set(self._splits("train")) & set(self._splits("test")):
             raise UsageError(
                 f"dataset {self.title}: {shared.pop()} is for training and for testing",
                 why="a figure on images that were trained on says nothing",
-                fix=f"choose others, or leave train and test out: --dataset {self.title}",
+                fix=f"choose others, or leave train and test out: --dataset {self._typed(train=None, test=None)}",
             )
 
     def _require_fraction(self) -> None:
@@ -226,7 +229,7 @@ class Torch(UsersOwn):
             raise UsageError(
                 f"dataset {self.title} has no splits of its own",
                 why="a share of its images is to be kept for testing, between 0 and 1",
-                fix=f"--dataset torch/{self.dataset},split_fraction=0.2",
+                fix=f"--dataset {self._typed(train=None, test=None, split_fraction=0.2)}",
             )
 
     @classmethod
@@ -242,6 +245,13 @@ class Torch(UsersOwn):
     @property
     def title(self) -> str:
         return f"torch/{self.dataset}"
+
+    def _typed(self, **changes: Any) -> str:
+        """This dataset with other options, as it is typed; they are not checked."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(other, name, value)
+        return f"torch/{DATASETS.spec(other).removeprefix('torch:').removeprefix('dataset=')}"
 
     @property
     def description(self) -> str:
@@ -292,7 +302,7 @@ class Torch(UsersOwn):
             raise UsageError(
                 f"dataset {DATASETS.spec(self)} has {len(shared)} images in both splits, {min(shared)} among them",
                 why="a figure on images that were trained on says nothing",
-                fix=f"choose other splits, or leave train and test out: --dataset {self.title}",
+                fix=f"choose other splits, or leave train and test out: --dataset {self._typed(train=None, test=None)}",
             )
 
     def _make(self, place: Path, wanted: list[str | None], *, download: bool) -> dict[str | None, Any]:
@@ -381,7 +391,8 @@ class Torch(UsersOwn):
             return UsageError(
                 f"dataset {DATASETS.spec(self)} is not understood",
                 why=f"torchvision says: {_said(error)}",
-                fix=f"correct train, test or variant, or leave them out: --dataset {self.title}",
+                fix="correct train, test or variant, or leave them out: "
+                f"--dataset {self._typed(train=None, test=None, variant=None)}",
             )
         kind = SETS[self.dataset]
         return IntegrityError(

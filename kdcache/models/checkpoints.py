@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
-from kdcache.models.names import POINTER, is_pointer, split_weights
+from kdcache.models.names import POINTER, is_pointer, missing_weights, split_weights
 from kdcache.system.documents import read_record
-from kdcache.system.files import lacking, set_aside
+from kdcache.system.files import set_aside
 from kdcache.system.seals import WEIGHTS_SEALS, BrokenSealError, require_sealed, seal_of
 
 __all__ = ["misfit", "read_weights", "require_plain", "require_recorded"]
@@ -119,7 +119,7 @@ def read_weights(place: Path, names: Collection[str], rename: Renames = dict) ->
     """
     file, part = split_weights(place)
     if not file.is_file():
-        raise _missing(file)
+        raise missing_weights(file)
     content = _content(file)
     sets, lists = _sets(content)
     known = frozenset(name for name in names if not name.endswith("num_batches_tracked"))
@@ -226,14 +226,6 @@ def _joined(file: Path) -> str | None:
         f"{f'{begin}-joined{ending}'!r})"
     )
     return f"join all files of these weights, and name the one that this writes: {shlex.join(['python3', '-c', code])}"
-
-
-def _missing(file: Path) -> KdcacheError:
-    if file.is_dir():
-        return NotFoundError(
-            f"checkpoint {file} is a folder", why="weights are in a file", fix=f"name the file of weights in it: {file}/FILE"
-        )
-    return NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
 
 
 def _unreadable(file: Path, why: str, fix: str) -> IntegrityError:

@@ -50,6 +50,7 @@ __all__ = [
     "licence",
     "list_models",
     "load_factory",
+    "missing_weights",
     "own_size",
     "place",
     "public_name",
@@ -404,11 +405,20 @@ def split_weights(place: Path) -> tuple[Path, str]:
     return place.with_name(file), part
 
 
+def missing_weights(file: Path) -> NotFoundError:
+    """The error for a file of weights that is not there, or is none."""
+    if file.is_dir():
+        return NotFoundError(
+            f"checkpoint {file} is a folder", why="weights are in a file", fix=f"name the file of weights in it: {file}/FILE"
+        )
+    return NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
+
+
 def weights_identity(place: Path) -> str:
     """sha256 of a file of weights, with the part that is named of it. Raises NotFoundError if there is no such file."""
     file, part = split_weights(place)
     if not file.is_file():
-        raise NotFoundError(f"checkpoint {file} {lacking(file)}", why="weights are in a file", fix="correct the path")
+        raise missing_weights(file)
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return f"{digest}#{part}" if part else digest

@@ -1,9 +1,6 @@
 """Damage of every file that a command reads back: the fix of the error is followed to the letter, and the command ends well."""
 
-import re
-import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +9,8 @@ import pytest
 from kdcache.cli import run
 from tests.end_to_end.conftest import FEW
 from tests.end_to_end.test_distill import only
+from tests.following import amended, fix_of, followed_by_command, told_sites, typed
+from tests.sites import note
 
 STUDENT = ["distill", "--tau", "4", *FEW, "--epochs", "1"]
 
@@ -66,21 +65,11 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def follow(fix: str) -> None:
-    """Run the part of a fix that moves files."""
-    command = re.search(r"\bmv .*?(?=$|; )", fix)
-    assert command, fix
-    subprocess.run(command[0], shell=True, check=True)
-
-
 def test_an_export_makes_a_model_card_anew_that_says_too_little(finished: Path, tmp_path: Path, kdcache) -> None:
     home = tmp_path / "my home"
     shutil.copytree(finished, home)
     only(home, "runs/*/*/config.json").write_text("{}")
-    damaged = kdcache(*export(home, []))
-    assert damaged.status == 4
-    follow(damaged.err.rpartition("fix: ")[2].strip())
-    assert kdcache(*export(home, [])).status == 0
+    followed_by_command(kdcache, export(home, []), amended)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -96,39 +85,21 @@ def test_what_is_damaged_is_set_aside_and_made_anew(
     for file in files:
         cut(file)
     command = [*meets(home, teacher), "--home", str(home)] if meets not in {report, export} else meets(home, teacher)
-    while (result := kdcache(*command)).status == 4:  # of several damaged files, a command names one at a time
-        assert "Traceback" not in result.err
-        before = len(list(home.rglob("*.aside")))
-        follow(result.err.rpartition("fix: ")[2].strip())
-        assert len(list(home.rglob("*.aside"))) == before + 1, "nothing may be lost"
-        for make in makes:
-            made = kdcache(*make(home, teacher), "--home", home)
-            assert made.status == 0, made.err
+    with told_sites() as sites:
+        while (result := kdcache(*command)).status == 4:  # of several damaged files, a command names one at a time
+            assert "Traceback" not in result.err
+            before = len(list(home.rglob("*.aside")))
+            typed(fix_of(result.err), "mv")
+            assert len(list(home.rglob("*.aside"))) == before + 1, "nothing may be lost"
+            for make in makes:
+                made = kdcache(*make(home, teacher), "--home", home)
+                assert made.status == 0, made.err
     assert result.status == 0, result.err
+    note({site for error, of_it in sites.items() if "mv " in error for site in of_it})
     assert list(home.rglob("*.aside"))
     listed = kdcache("ls", "--home", home)
     assert listed.status == 0
     assert "   damaged" not in listed.out
-
-
-def amended(command: list[str], told: str) -> list[str]:
-    """The command as the error says that it should be: an option left out or set, or a wrong value in exchange for another."""
-    fix = told.rpartition("fix: ")[2].strip()
-    if left := re.match(r"leave (--[a-z-]+) out", fix):
-        place = command.index(left[1])
-        return command[:place] + command[place + 2 :]
-    options = re.findall(r"(--[a-z-]+) ([^\s,]\S*)", fix)
-    if not options:
-        wrong, right = re.search(r"error: .*'([^'\n]+)'", told), re.search(r"(?:use|such as) '?([^\s',]+)'?", fix)
-        assert wrong, told
-        assert right, told
-        return [word.replace(wrong[1], right[1]) for word in command]
-    for option, value in options[:1] if " or " in fix else options:
-        if option in command:
-            command = [*command[: command.index(option) + 1], value.rstrip(","), *command[command.index(option) + 2 :]]
-        else:
-            command = [*command, option, value]
-    return command
 
 
 DUMP = ["dump-teacher", "--teacher", "test_vit", "--dataset", "digits"]
@@ -157,18 +128,24 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("command", MISTAKES, ids=lambda command: " ".join(command[-2:]))
-def test_a_command_that_is_mended_as_its_error_says_is_understood(command: list[str], trained: Path, kdcache) -> None:
-    told = kdcache(*command, "--dry-run", "--home", trained)
-    assert told.status == 2, told.err
-    mended = amended(command, told.err)
-    assert mended != command
-    result = kdcache(*mended, "--dry-run", "--home", trained)
-    assert result.status == 0, (mended, result.err)
+def test_a_command_that_is_mended_as_its_error_says_is_understood(
+    command: list[str], trained: Path, tmp_path: Path, kdcache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def mend(command: list[str], told: str) -> list[str]:
+        mended = amended(command, told)
+        assert "--dry-run" in mended
+        assert mended != command
+        return mended
+
+    followed_by_command(kdcache, [*command, "--dry-run", "--home", str(trained)], mend)
 
 
 MISTAKEN_FILES = [
     ["view", "ARCHIVE", "--views", "7:9", "--out", "sheet.png"],
     ["view", "ARCHIVE", "--out", "nowhere/sheet.png"],
+    ["view", "ARCHIVE", "--out", "."],
     ["stats", "ARCHIVE", "--codec", "u8"],
     ["stats", "ARCHIVE", "--plot", "entropies.txt"],
     ["convert", "ARCHIVE", "--views", "5:9", "-o", "converted"],
@@ -185,16 +162,4 @@ def test_a_command_on_an_archive_that_is_mended_as_its_error_says_ends_well(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDCACHE_HOME", str(few_trained))
-    command = [word.replace("ARCHIVE", str(only(few_trained, "archives/*"))) for word in command]
-    told = kdcache(*command)
-    assert told.status == 2, told.err
-    fix = told.err.rpartition("fix: ")[2].strip()
-    if fix.startswith("mkdir "):
-        subprocess.run(fix, shell=True, check=True)
-        mended = command
-    elif fix.startswith("kdcache "):
-        mended = shlex.split(fix)[1:]
-    else:
-        mended = amended(command, told.err)
-    result = kdcache(*mended)
-    assert result.status == 0, (mended, result.err)
+    followed_by_command(kdcache, [word.replace("ARCHIVE", str(only(few_trained, "archives/*"))) for word in command], amended)
