@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kdcache.system.seals import SEAL
 from tests.end_to_end.conftest import FEW
@@ -62,6 +63,18 @@ def test_a_run_under_another_ones_name_is_not_trained_already(few_home, kdcache,
     assert kdcache(*DISTIL, *first, "--home", few_home).status == 0
     again = kdcache(*DISTIL, *first, "--home", few_home)
     assert "1 of 1 students are trained already" in again.err
+
+
+def test_a_run_that_does_not_say_what_it_is_of_is_not_trained_already(few_home, kdcache):
+    """What a record lacks is not what was asked for."""
+    assert kdcache(*DISTIL, "--home", few_home).status == 0
+    file = only(few_home, "runs/*/*/args.yaml")
+    args = yaml.safe_load(file.read_text())
+    for lost in ({"method"}, {"control"}, {"student"}, {"archive_digest"}, {*args}):
+        file.write_text(yaml.safe_dump({key: value for key, value in args.items() if key not in lost}))
+        result = kdcache(*DISTIL, "--home", few_home)
+        refused(result, "it does not say the")
+        assert f"mv {file.parent} {file.parent}.aside" in result.err
 
 
 @pytest.mark.parametrize("recorded", [True, False])
