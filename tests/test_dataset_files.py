@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,19 @@ def test_tiny_imagenet_takes_test_labels_from_the_validation_listing(datasets_in
         "train/n01440764/images/n01440764_0.JPEG",
         "train/n01440764/images/n01440764_1.JPEG",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("tiny-imagenet", "wnids.txt"), ("tiny-imagenet", "val_annotations.txt"), ("cifar10", "batches.meta.txt")]
+)
+def test_a_listing_that_is_no_text_is_damaged(datasets_in_small: Path, tmp_path: Path, name: str, file: str) -> None:
+    copy = Path(shutil.copytree(datasets_in_small / name, tmp_path / name))
+    found = next(iter(copy.rglob(file)), None)
+    if found is None:
+        pytest.skip(f"there is no {file} in this form of {name}")
+    found.write_bytes(b"n0\xff\n")
+    with pytest.raises(IntegrityError, match=file):
+        opened(name, copy)
 
 
 def test_imagenet_is_read_out_of_its_tars_with_labels_of_the_development_kit(datasets_in_small: Path) -> None:

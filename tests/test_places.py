@@ -16,7 +16,7 @@ from kdcache.archive.format.store import LocalStore
 from kdcache.archive.reading import binding
 from kdcache.archive.reading.cache import CachedStore
 from kdcache.cli import run
-from kdcache.errors import IntegrityError, KdcacheError
+from kdcache.errors import IntegrityError, KdcacheError, UsageError
 from kdcache.sharing.push_pull import pull, push
 from tests.golden.make import ARCHIVE as GOLDEN
 from tests.hostile import LAYOUT_OPTIONS, SAMPLES, build, edit_manifest, edit_table, make_older
@@ -213,6 +213,31 @@ def test_a_cached_file_that_is_exchanged_after_its_check_is_fetched_again(
         one.write_bytes(other.read_bytes()[: len(aside)].ljust(len(aside)))
         here, there = (each.take(0, np.array([3])).logits for each in (archive, sound))
         np.testing.assert_array_equal(here, there)
+
+
+def test_what_is_no_file_in_the_cache_is_named_and_a_longer_beginning_is_fetched_anew(
+    sound: Archive, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
+    with FaultyServer(copy.parent) as server:
+        url = f"{server.url}/{copy.name}"
+        archive = open_archive(url)
+        archive.fetch(0)
+        entry = archive.store.local(file_of(archive, "logits", 0, 0))
+        data = entry.read_bytes()
+        entry.unlink()
+        entry.with_name(f"{entry.name}.part").write_bytes(data + b"more")
+        np.testing.assert_array_equal(open_archive(url).read(0, 0, 7).logits, sound.read(0, 0, 7).logits)
+        entry.unlink()
+        entry.mkdir()
+        with pytest.raises(UsageError, match="is a folder"):
+            open_archive(url).read(0, 0, 7).load()
+        shutil.rmtree(entry.parent)
+        entry.parent.write_bytes(b"")
+        with pytest.raises(UsageError, match="is no folder") as caught:
+            open_archive(url).read(0, 0, 7).load()
+        subprocess.run(caught.value.fix.partition(": ")[2].partition("; ")[0], shell=True, check=True)
+        np.testing.assert_array_equal(open_archive(url).read(0, 0, 7).logits, sound.read(0, 0, 7).logits)
 
 
 def test_plain_zarr_reads_a_lost_shard_as_nothing_that_is_stored(in_zarr: Archive, tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ def test_a_changed_bit_of_a_head_is_noticed(tmp_path: Path) -> None:
     assert (head.row, head.amp) == ({"test_top1": 3.0}, True)
 
 
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"[]", b"null", b'{"__metadata__": []}', b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_head_whose_header_was_made_to_break_its_reader_is_damaged(tmp_path: Path, header: bytes) -> None:
+    Head({"fc.weight": torch.ones(2, 3)}, {"test_top1": 3.0}, Spent(), amp=True).write(tmp_path)
+    (tmp_path / HEAD).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(IntegrityError):
+        read_head(tmp_path)
+
+
 def test_a_changed_bit_of_a_summary_is_noticed(tmp_path: Path) -> None:
     file = trained(tmp_path, over=True) / "summary.json"
     error = all_noticed(file, lambda: read_record(file), 500)

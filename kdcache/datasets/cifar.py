@@ -173,7 +173,10 @@ def _python(file: Path, label_key: str) -> _LabelledImages:
 
 def _names(file: Path, key: str) -> list[str]:
     if not key:
-        return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise damaged_file(file, str(error)) from None
     names = _unpickled(file).get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged_file(file, f"it has no list {key!r} of names")

@@ -117,7 +117,10 @@ class TinyImageNet(Rooted):
             fetch,
         )
         annotations = base / "val/val_annotations.txt"
-        wnids = sorted((base / "wnids.txt").read_text().split())
+        try:
+            wnids = sorted((base / "wnids.txt").read_text().split())
+        except ValueError as error:
+            raise damaged_file(base / "wnids.txt", f"{type(error).__name__}: {error}") from None
         number = {wnid: i for i, wnid in enumerate(wnids)}
         try:
             rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]

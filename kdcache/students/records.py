@@ -92,12 +92,17 @@ def write_args(
     write_atomically(file, yaml.safe_dump(args, sort_keys=False).encode())
 
 
+_ALWAYS = ("archive_digest", "student", "method", "control", "tau", "seed")  # of args.yaml, since the first version
+
+
 def require_own(spec: StudentSpec, archive: Ensemble) -> None:
     """Raise IncompatibleError if the folder of a student has another one's run: it was copied or renamed."""
     file = spec.folder / "args.yaml"
     if not file.is_file():
         return
     args = under_present_names(_read_args(file))
+    if lost := [name for name in _ALWAYS if name not in args]:
+        raise _damaged(file, f"it does not say the {lost[0]} of its student")
     with suppress(KdcacheError):  # older records lack newer options; what is unknown here is compared as it is recorded
         args["method"] = METHODS.to_dict(METHODS.from_dict(args["method"]))
         args["control"] = CONTROLS.to_dict(CONTROLS.from_dict(args["control"]))
@@ -166,7 +171,11 @@ def _read_args(file: Path) -> dict[str, Any]:
         why = "it holds no configuration"
     except DocumentError as error:
         why = " ".join(str(error).split())[:200]
-    raise IntegrityError(
+    raise _damaged(file, why)
+
+
+def _damaged(file: Path, why: str) -> IntegrityError:
+    return IntegrityError(
         f"{file} is damaged",
         why=why,
         fix=f"restore it from a copy; or train this run anew, after setting it aside: {set_aside(file.parent)}",

@@ -115,7 +115,11 @@ def require_sealed(file: Path) -> None:
         if length > file.stat().st_size:
             raise ValueError("it was cut off")
         header = opened.read(length)
-        metadata = json.loads(header).get("__metadata__")
+        try:
+            content = json.loads(header)
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
+        metadata = content.get("__metadata__") if isinstance(content, dict) else None
         if not isinstance(metadata, dict) or not _named(metadata):
             return
         mark = f'"{SEAL}":"'.encode()

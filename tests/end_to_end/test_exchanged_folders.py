@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from kdcache.system.seals import SEAL
@@ -77,6 +78,18 @@ def test_an_archive_of_another_form_is_not_complete(few_home, common, kdcache, o
     shutil.copytree(made[1], made[0])
     again = kdcache(*dump, "--view-seed", "7", f"--{option}", first)
     refused(again, f"is not the archive that its name says: it has another {option}")
+
+
+def test_a_run_that_does_not_say_what_it_is_of_is_not_trained_already(few_home, kdcache):
+    """What a record lacks is not what was asked for."""
+    assert kdcache(*DISTIL, "--home", few_home).status == 0
+    file = only(few_home, "runs/*/*/args.yaml")
+    args = yaml.safe_load(file.read_text())
+    for lost in ({"method"}, {"control"}, {"student"}, {"archive_digest"}, {*args}):
+        file.write_text(yaml.safe_dump({key: value for key, value in args.items() if key not in lost}))
+        result = kdcache(*DISTIL, "--home", few_home)
+        refused(result, "it does not say the")
+        assert f"mv {file.parent} {file.parent}.aside" in result.err
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -95,6 +95,9 @@ class Cache:
                 raise
             _take_away(path)
             return None
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            os.close(handle)
+            _take_away(path)
         file = os.fdopen(handle, "rb")
         try:
             status = os.fstat(handle)
@@ -160,6 +163,12 @@ class Cache:
                 f"{folder} is a link",
                 why="folders of the cache for fetched files are folders, or others could have them written anywhere",
                 fix=f"find out who made it, and set it aside: {set_aside(folder)}; or set KDCACHE_CACHE=FOLDER",
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(
+                f"{folder} is no folder",
+                why="the cache keeps fetched files in it",
+                fix=f"set it aside: {set_aside(folder)}; or set KDCACHE_CACHE=FOLDER",
             )
 
     @contextmanager
@@ -286,6 +295,8 @@ def download(record: FileRecord, where: str, part: Path, stream: Callable[[int],
 def _receive(record: FileRecord, where: str, file: BinaryIO, stream: Callable[[int], Iterator[bytes]]) -> tuple[int, str]:
     """Append the missing bytes to `file`. Returns its size and its sha256."""
     digest, size = hashlib.sha256(), 0
+    if file.seek(0, os.SEEK_END) > record.bytes:  # which no download of it leaves
+        file.truncate(0)
     file.seek(0)
     while (held := file.read(1 << 20)) and size <= record.bytes:
         digest.update(held)
