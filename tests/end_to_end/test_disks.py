@@ -115,6 +115,16 @@ def test_a_read_only_workspace_with_nothing_left_to_do_is_no_error(kdcache, full
         refused = kdcache(*wanted[name][:-1], more, "--home", done)
         assert refused.status == 75
         assert "not allowed to write" in refused.err
+    archive = wanted["convert"][1]
+    for line in (
+        ["push", archive, done / "sent", *TOLD],
+        ["pull", archive, done / "pulled"],
+        ["view", archive, "--sample", "1", "--out", done / "view.png", "--home", done],
+        ["export", wanted["export"][1], "--output", done / "there"],
+    ):
+        refused = kdcache(*line)
+        assert refused.status == 75
+        assert "--home" not in refused.err.splitlines()[-1], "which is no option of where this goes"
 
 
 # ------------------------------------------------------------------------------------------------------- leftovers
