@@ -294,6 +294,28 @@ os.fork = limited
 """
 
 
+NO_FEEDER = """
+import threading
+start = threading.Thread.start
+def limited(self):
+    if self.name == "QueueFeederThread":
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = limited
+"""
+
+
+def test_workers_that_no_thread_can_be_started_for_end_the_command(few_home, tmp_path):
+    """What is told is the cause, and not that the workers were killed therefore."""
+    line = [*commands(few_home)["dump-teacher"][:-1], "4", "--home", str(few_home)]
+    process = start(*line, "--workers", 3, env=odd_python(tmp_path / "odd", NO_FEEDER))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "can't start new thread" in err
+    assert "--workers 2" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 def test_workers_that_cannot_be_started_end_the_command(kdcache, few_home, tmp_path):
     line = [*commands(few_home)["dump-teacher"][:-1], "4", "--home", str(few_home)]
     process = start(*line, "--workers", 5, env=odd_python(tmp_path / "odd", FEW_FORKS))
