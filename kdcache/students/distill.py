@@ -59,7 +59,8 @@ __all__ = ["StudentResult", "StudentSpec", "distill"]
 
 MUCH_TESTING = 0.02  # of the time of an epoch
 MOST_LANES = 8  # streams of a GPU in which students step side by side
-OTHER_FILES = 256  # that a process has open: libraries, shards, workers, what is being written
+OTHER_FILES = 256  # that a process may have open at most: libraries, GPUs, shards, workers, what is being written
+FEWEST_FILES = 64  # of which a process on a CPU makes do, with a few workers
 
 
 @dataclass(frozen=True)
@@ -349,15 +350,17 @@ class _Lockstep:
 def _allow_open_files(students: int) -> None:
     """Raise this process's limit of open files where students, each of which keeps its folder locked, need more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = students + OTHER_FILES
+    needed, fewest = students + OTHER_FILES, students + FEWEST_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
+        if hard != resource.RLIM_INFINITY:
+            needed = min(needed, hard)
+        if needed < fewest:
             raise UsageError(
                 f"{students} students of one seed",
-                why=f"they need {needed} open files, and this system allows {hard}",
+                why=f"they need {fewest} open files, and this system allows {hard}",
                 fix="train fewer at once (give --tau, --method, --control or --student fewer values), or raise ulimit -n",
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
 def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, progress: Progress) -> tuple[Canvas, Canvas]:

@@ -44,8 +44,10 @@ _OWN_TEXT = {errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENAMETOOL
 
 
 @contextmanager
-def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[None]:
+def translated_os_errors(path: Path, *, elsewhere: str = "") -> Iterator[None]:
     """Turn a full disk, a forbidden folder and the like into an error that says so; what was written before stays.
+
+    elsewhere: what chooses another place, where one option or variable does.
 
     NoLocksError and what callers tell apart by its class pass, with the name of the file.
     """
@@ -69,7 +71,7 @@ def translated_os_errors(path: Path, *, elsewhere: str = "--home") -> Iterator[N
             raise RetryError(
                 f"not allowed to write {path}",
                 why=os.strerror(error.errno or 0),
-                fix=f"make {path.parent} writable, or choose another place with {elsewhere}",
+                fix=f"make {path.parent} writable, or choose another place{f' with {elsewhere}' if elsewhere else ''}",
             ) from error
         raise
 

@@ -36,6 +36,7 @@ _REMEDIES = {
     errno.ENOENT: "correct the path",
     errno.ENOTDIR: "correct the path: a part of it is a file",
     errno.EISDIR: "correct the path: it is a folder",
+    errno.EEXIST: "choose another place: there is a file of that name",
     errno.ENOTEMPTY: "choose another place: there is something in that one",
     errno.ENOMEM: "end other programs, raise the limit (ulimit -v), or use a larger machine",
     errno.EAGAIN: "allow more processes and threads (ulimit -u)",

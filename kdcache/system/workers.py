@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,11 @@ def starting_workers(count: int) -> Iterator[None]:
         yield
     except BaseException as error:
         begun = set(multiprocessing.active_children()) - before
-        for worker in begun:
-            worker.kill()
-        for worker in begun:
-            worker.join()
+        with _unnoticed():
+            for worker in begun:
+                worker.kill()
+            for worker in begun:
+                worker.join()
         if isinstance(error, KdcacheError) or not isinstance(error, OSError | RuntimeError | MemoryError):
             raise
         why = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
@@ -64,6 +66,19 @@ def starting_workers(count: int) -> Iterator[None]:
     _STARTED.update(set(multiprocessing.active_children()) - before)
     _STARTED.difference_update([worker for worker in _STARTED if not _alive(worker)])
     _killed_at_exit()
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Workers may be killed inside: torch would say in the midst of it that they were, in place of what went wrong."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main one only
+        yield
+        return
+    noticing = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, noticing or signal.SIG_DFL)
 
 
 def _forget(error: BaseException) -> None:

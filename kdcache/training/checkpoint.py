@@ -48,7 +48,7 @@ def own_folder(folder: Path) -> ExitStack:
     checkpoints, each whole.
     """
     held = ExitStack()
-    with translated_os_errors(folder):
+    with translated_os_errors(folder, elsewhere="--home"):
         folder.mkdir(parents=True, exist_ok=True)
         alone = held.enter_context(locked_if_possible(folder / LOCK, wait=False))
         if alone is False:

@@ -115,6 +115,16 @@ def test_a_read_only_workspace_with_nothing_left_to_do_is_no_error(kdcache, full
         refused = kdcache(*wanted[name][:-1], more, "--home", done)
         assert refused.status == 75
         assert "not allowed to write" in refused.err
+    archive = wanted["convert"][1]
+    for line in (
+        ["push", archive, done / "sent", *TOLD],
+        ["pull", archive, done / "pulled"],
+        ["view", archive, "--sample", "1", "--out", done / "view.png", "--home", done],
+        ["export", wanted["export"][1], "--output", done / "there"],
+    ):
+        refused = kdcache(*line)
+        assert refused.status == 75
+        assert "--home" not in refused.err.splitlines()[-1], "which is no option of where this goes"
 
 
 # ------------------------------------------------------------------------------------------------------- leftovers
@@ -282,6 +292,28 @@ def limited():
     return fork()
 os.fork = limited
 """
+
+
+NO_FEEDER = """
+import threading
+start = threading.Thread.start
+def limited(self):
+    if self.name == "QueueFeederThread":
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = limited
+"""
+
+
+def test_workers_that_no_thread_can_be_started_for_end_the_command(few_home, tmp_path):
+    """What is told is the cause, and not that the workers were killed therefore."""
+    line = [*commands(few_home)["dump-teacher"][:-1], "4", "--home", str(few_home)]
+    process = start(*line, "--workers", 3, env=odd_python(tmp_path / "odd", NO_FEEDER))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "can't start new thread" in err
+    assert "--workers 2" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_workers_that_cannot_be_started_end_the_command(kdcache, few_home, tmp_path):

@@ -127,12 +127,12 @@ def test_many_students_need_no_more_open_files_than_the_system_allows(few_home):
     def few(hard):
         return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
 
-    refused = start(*arguments, preexec_fn=few(200))
+    refused = start(*arguments, preexec_fn=few(80))
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2
     assert "36 students of one seed" in err
     assert not list(home.glob("runs/*/*/args.yaml"))
-    process = start(*arguments, preexec_fn=few(1000))
+    process = start(*arguments, "--workers", 2, preexec_fn=few(128))
     until(lambda: len(list(home.glob("runs/*/*/.lock"))) == 36, process)
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
