@@ -251,3 +251,15 @@ def test_names_that_are_no_text_are_reached_by_a_link(kdcache: Callable[..., Out
         return ["info", "link"]
 
     followed_by_command(kdcache, ["info", odd], mend)
+
+
+def test_an_archive_without_a_name_is_pulled_to_the_folder_that_is_said(
+    kdcache: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(writer(Path("a")))
+    monkeypatch.chdir("a")
+
+    def mend(command: list[str], told: str) -> list[str]:
+        return told.rpartition("kdcache ")[2].replace("FOLDER", "../pulled").split()
+
+    followed_by_command(kdcache, ["pull", "."], mend)
