@@ -16,12 +16,13 @@ from kdcache.archive import AnyArchive, Archive, Average, Ensemble, open_archive
 from kdcache.datasets import DATASETS, Source, Split, UsersOwn
 from kdcache.datasets.canvas import Canvas, canvases_of, load_canvas
 from kdcache.datasets.naming import find_source
-from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError, printable
+from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError, printable
 from kdcache.system import documents
 from kdcache.system.files import is_set_aside, local_path, set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.system.remote import is_url
 from kdcache.system.seals import SEAL
+from kdcache.views.policy import ViewPolicy, without_policy
 
 __all__ = [
     "Workspace",
@@ -33,6 +34,7 @@ __all__ = [
     "read_teacher",
     "recorded_source",
     "require_writable",
+    "unknown_source",
     "versions",
 ]
 
@@ -40,6 +42,17 @@ __all__ = [
 def parse_dataset(spec: str, progress: Progress | None = None) -> Source:
     """A dataset source from its command-line form: see `kdcache.datasets.naming`. A guess is said to `progress`."""
     return find_source(spec, progress)
+
+
+def unknown_source(location: str, policy: ViewPolicy | None) -> KdcacheError:
+    """The error for an archive that names no images, or, without a policy, does not even say which views of them it has."""
+    if policy is None:
+        return without_policy(location)
+    return UsageError(
+        f"archive {location} does not say where its images are",
+        why="it was not written by dump-teacher",
+        fix="name them: --dataset NAME",
+    )
 
 
 def archive_source(archive: AnyArchive, workspace: "Workspace", spec: str | None = None) -> Source:
@@ -53,11 +66,7 @@ def archive_source(archive: AnyArchive, workspace: "Workspace", spec: str | None
         return parse_dataset(spec)
     spec = archive.manifest.provenance.get("dataset")
     if not isinstance(spec, str):
-        raise UsageError(
-            f"archive {archive.location} does not say where its images are",
-            why="it was not written by dump-teacher",
-            fix="name them: --dataset NAME",
-        )
+        raise unknown_source(archive.location, archive.manifest.policy)
     source = recorded_source(spec)
     known = _stays_inside, _seen_before, _taught
     if source is not None and any(is_known(source, archive, workspace) for is_known in known):
@@ -301,7 +310,7 @@ class Workspace:
                 raise UsageError(
                     f"{len(finished)} archives below {self.archives}",
                     why="--strict forbids choosing one of them",
-                    fix=f"name it: --archive {finished[0]}",
+                    fix=f"name it: --archive {shlex.quote(str(finished[0]))}",
                 )
             newest = max(finished, key=lambda folder: (folder / "kdcache.json").stat().st_mtime)
             progress.say(f"archive: {newest} (the newest of {len(finished)}; choose with --archive)")

@@ -61,7 +61,7 @@ def followed_by_command(kdcache: Callable[..., Any], command: list[str], mend: C
 
 def dataset_in(fix: str) -> str:
     """What a fix says to write behind --dataset."""
-    return fix.partition("--dataset ")[2].split()[0].rstrip(";,")
+    return shlex.split(fix.partition("--dataset ")[2])[0].rstrip(";,")
 
 
 def fix_of(told: str) -> str:
@@ -92,7 +92,7 @@ def amended(command: list[str], told: str) -> list[str]:
         place = command.index(left[1])
         valued = place + 1 < len(command) and not command[place + 1].startswith("--")
         return command[:place] + command[place + 1 + valued :]
-    options = re.findall(r"(--[a-z-]+) ([^\s,;)][^\s;)]*)", fix)
+    options = re.findall(r"(--[a-z-]+) ('[^']*'|[^\s,;)][^\s;)]*)", fix)
     if not options:
         wrong, right = re.search(r"error: .*'([^'\n]+)'", told), re.search(r"(?:use|such as) '?([^\s',]+)'?", fix)
         assert wrong, told
@@ -101,7 +101,8 @@ def amended(command: list[str], told: str) -> list[str]:
     for option, value in options[:1] if " or " in fix or "; or" in fix else options:
         value = shlex.split(value.rstrip(","))[0]
         if option in command:
-            command = [*command[: command.index(option) + 1], value, *command[command.index(option) + 2 :]]
+            place = len(command) - 1 - command[::-1].index(option)  # the last one counts
+            command = [*command[: place + 1], value, *command[place + 2 :]]
         else:
             command = [*command, option, value]
     return command

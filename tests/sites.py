@@ -2,7 +2,7 @@
 
 `python -m tests.sites` lists the sites that no test follows; `--freeze` runs the tests that follow and writes what they
 followed to followed.json, which tests/test_fixes.py compares with the source: an error that is new, or says something new,
-is to be followed by a test, or to be named in `EXEMPT` with the reason why none can.
+is to be followed by a test, or to be named in exempt.json with the reason.
 """
 
 import ast
@@ -95,18 +95,18 @@ def followed_by_tests(record: Path) -> dict[str, str]:
     return {name: fix for name, fix in sites().items() if name in names}
 
 
-# Sites whose fix no test follows, by how their names begin, and why.
-EXEMPT: dict[str, str] = {}
+# Sites whose fix no test follows, by the reason: exempt.json.
+EXEMPT: dict[str, str] = {
+    name: reason
+    for reason, names in json.loads(FOLLOWED.with_name("exempt.json").read_text(encoding="utf-8")).items()
+    for name in names
+}
 
 
 def unexplained() -> dict[str, str]:
     """The sites of the source that neither a test follows nor `EXEMPT` explains."""
     followed = json.loads(FOLLOWED.read_text(encoding="utf-8"))
-    return {
-        name: fix
-        for name, fix in sites().items()
-        if followed.get(name) != fix and not any(name.startswith(beginning) for beginning in EXEMPT)
-    }
+    return {name: fix for name, fix in sites().items() if followed.get(name) != fix and name not in EXEMPT}
 
 
 if __name__ == "__main__":

@@ -1,27 +1,16 @@
 """Every `fix:` can be typed as it stands, and none costs people their data."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
 
 import kdcache
 from tests.fixes import costs_data, not_understood
+from tests.sites import EXEMPT, FOLLOWED, followed_by_tests, literal, sites, unexplained
 
 PACKAGE = Path(kdcache.__file__).parent
-
-
-def literal(expression: ast.expr) -> str:
-    """The text of an expression, with X for whatever is put into it."""
-    if isinstance(expression, ast.Constant):
-        return str(expression.value)
-    if isinstance(expression, ast.JoinedStr):
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in expression.values)
-    if isinstance(expression, ast.BinOp):
-        return literal(expression.left) + literal(expression.right)
-    if isinstance(expression, ast.IfExp):
-        return f"{literal(expression.body)}; {literal(expression.orelse)}"
-    return "X"
 
 
 def fixes() -> list[tuple[str, str]]:
@@ -60,3 +49,19 @@ def test_the_check_knows_commands_and_options(fix: str) -> None:
 @pytest.mark.parametrize("fix", ["delete the archive, and dump it again", "rm -r runs", "remove that folder"])
 def test_the_check_knows_how_data_is_lost(fix: str) -> None:
     assert costs_data(fix)
+
+
+def test_the_fix_of_each_error_is_followed_by_a_test_or_exempt_with_a_reason() -> None:
+    assert unexplained() == {}, "follow it by a test, and run: python -m tests.sites --freeze"
+
+
+def test_what_is_exempt_is_in_the_source_and_not_followed() -> None:
+    followed = json.loads(FOLLOWED.read_text(encoding="utf-8"))
+    alone = {name for name in sites() if name not in followed}
+    assert [name for name in EXEMPT if name not in alone] == []
+    assert [name for name in followed if name not in sites()] == []
+
+
+@pytest.mark.exhaustive
+def test_the_fixes_that_are_recorded_as_followed_are(tmp_path: Path) -> None:
+    assert json.loads(FOLLOWED.read_text(encoding="utf-8")).items() <= followed_by_tests(tmp_path / "followed").items()

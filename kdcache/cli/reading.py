@@ -246,7 +246,9 @@ def view(
         raise UsageError(
             f"--output {out} cannot be written",
             why="it is a folder" if out.is_dir() else f"there is no folder {out.parent}",
-            fix=f"name a file: --out {out / 'sheet.png'}" if out.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}",
+            fix=f"name a file: --out {shlex.quote(str(out / 'sheet.png'))}"
+            if out.is_dir()
+            else f"mkdir -p {shlex.quote(str(out.parent))}",
         )
     recorded = opened.manifest.canvas
     with bars() as progress:

@@ -174,7 +174,7 @@ def write_figures(drawings: "Sequence[Drawing]", place: str, target: Path) -> li
         raise UsageError(
             f"--plot {target} is neither a figure's name nor a folder",
             why="it is a file" if target.exists() else "figures are .svg or .png",
-            fix=f"--plot {target.with_suffix('.svg')}",
+            fix=f"--plot {shlex.quote(str(target.with_suffix('.svg')))}",
         )
     target.mkdir(parents=True, exist_ok=True)
     written = []

@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -62,7 +64,7 @@ class Folder(UsersOwn):
         return tested_on_training(
             f"dataset {DATASETS.spec(self)}",
             f"{train.name}/ and {test.name}/ are the same folder",
-            f"split it: --dataset {DATASETS.spec(replace(self, root=str(train), split_fraction=0.2))}",
+            f"split it: --dataset {_typed(self, root=str(train), split_fraction=0.2)}",
         )
 
     def _split_folder(self, split: Split) -> Path | None:
@@ -83,7 +85,7 @@ class Folder(UsersOwn):
                 raise UsageError(
                     f"{self.root!r} is split already, into {train.name}/ and {test.name}/",
                     why="with split_fraction these two would be taken for classes",
-                    fix=f"leave split_fraction out: --dataset {DATASETS.spec(replace(self, split_fraction=None))}",
+                    fix=f"leave split_fraction out: --dataset {_typed(self, split_fraction=None)}",
                 )
             return root
         base = self._split_folder(split)
@@ -92,7 +94,7 @@ class Folder(UsersOwn):
             raise NotFoundError(
                 f"{self.root!r} has no {'train' if split == 'train' else 'test, val or validation'} folder",
                 why="without split_fraction both splits must lie in folders of their own",
-                fix=f"create it, or split by hash: --dataset {DATASETS.spec(replace(self, root=str(whole), split_fraction=0.2))}",
+                fix=f"create it, or split by hash: --dataset {_typed(self, root=str(whole), split_fraction=0.2)}",
             )
         return base
 
@@ -183,6 +185,11 @@ class Folder(UsersOwn):
                 line = f"{split} {entry.name} {status.st_size} {status.st_mtime_ns}\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def _typed(folder: "Folder", **changes: Any) -> str:
+    """The folder with other options, as it is typed."""
+    return shlex.quote(DATASETS.spec(replace(folder, **changes)))
 
 
 def _images(base: Path, strays: Strays) -> list[Entry[Path]]:

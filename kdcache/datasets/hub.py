@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face Hub, or folders in their form."""
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ class _HubImages(Images):
                 raise UsageError(
                     f"dataset hf:{source.repo} has no split {name!r}",
                     why=f"its splits are {', '.join(whole)}",
-                    fix=f"--dataset {DATASETS.spec(_with_splits(source, list(whole)))}",
+                    fix=f"--dataset {shlex.quote(DATASETS.spec(_with_splits(source, list(whole))))}",
                 )
         features = whole[chosen["train"]].features
         self._image = _column(source, "image", source.image, [n for n, kind in features.items() if isinstance(kind, Pictures)])
@@ -190,7 +191,7 @@ def _column(source: Hub, role: str, chosen: str | None, fitting: Sequence[str]) 
         f"dataset hf:{source.repo} has {len(fitting)} columns that may be the {role}"
         + (f", and {chosen!r} is not one" if chosen else ""),
         why=f"these may: {', '.join(fitting) or 'none'}",
-        fix=f"name it: --dataset {DATASETS.spec(replace(source, **{role: fitting[0]}))}"
+        fix=f"name it: --dataset {shlex.quote(DATASETS.spec(replace(source, **{role: fitting[0]})))}"
         if fitting
         else f"add such a column to it, {_FITTING[role]}, or use another dataset",
     )

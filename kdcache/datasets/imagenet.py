@@ -1,5 +1,6 @@
 """ImageNet-1K (ILSVRC 2012), in folders or in its original tar files, and Tiny ImageNet."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def _in_tars(base: Path) -> Images:
             raise NotFoundError(
                 f"{file} does not exist",
                 why="the labels of the validation images are in the development kit",
-                fix=f"tar -xzf ILSVRC2012_devkit_t12.tar.gz -C {base}",
+                fix=f"tar -xzf ILSVRC2012_devkit_t12.tar.gz -C {shlex.quote(str(base))}",
             )
     try:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import itertools
 import os
+import shlex
 from pathlib import Path
 
 from kdcache.datasets import DATASETS, Source, resolved
@@ -154,7 +155,9 @@ def _of_folder(place: Path, typed: str, progress: Progress) -> Source:
     elif len(classes := _class_folders(place)) >= 2:
         why = f"it has {_number(classes, place)} class folders, and no split into train/ and test/"
         suggested = _spec("folder", root=root, split_fraction=0.2)
-    raise UsageError(f"dataset {typed!r} is a folder", why=why, fix=f"--dataset {suggested}" if suggested else _LAYOUTS)
+    raise UsageError(
+        f"dataset {typed!r} is a folder", why=why, fix=f"--dataset {shlex.quote(suggested)}" if suggested else _LAYOUTS
+    )
 
 
 _LAYOUTS = "lay it out as ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg, or see the other forms with: kdcache datasets"
@@ -163,9 +166,9 @@ _LAYOUTS = "lay it out as ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg, or s
 def _of_file(place: Path, typed: str) -> UsageError:
     root = str(place.resolve())
     if place.suffix == ".npz":
-        fix = f"--dataset {_spec('arrays', root=root)}"
+        fix = f"--dataset {shlex.quote(_spec('arrays', root=root))}"
     elif place.suffix == ".tar":
-        fix = f"--dataset {_spec('tars', root=str(place.resolve().parent))}"
+        fix = f"--dataset {shlex.quote(_spec('tars', root=str(place.resolve().parent)))}"
     else:
         fix = _LAYOUTS
     return UsageError(f"dataset {typed!r} is a file", why="a dataset is a name or a folder", fix=fix)

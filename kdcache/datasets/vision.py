@@ -251,7 +251,7 @@ class Torch(UsersOwn):
         other = copy.copy(self)
         for name, value in changes.items():
             object.__setattr__(other, name, value)
-        return f"torch/{DATASETS.spec(other).removeprefix('torch:').removeprefix('dataset=')}"
+        return shlex.quote(f"torch/{DATASETS.spec(other).removeprefix('torch:').removeprefix('dataset=')}")
 
     @property
     def description(self) -> str:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from kdcache.errors import IncompatibleError, IntegrityError, KdcacheError, NotFoundError, UsageError
 from kdcache.models.names import POINTER, is_pointer, missing_weights, split_weights
-from kdcache.system.documents import read_record
+from kdcache.models.recorded import require_recorded
 from kdcache.system.files import set_aside
-from kdcache.system.seals import WEIGHTS_SEALS, BrokenSealError, require_sealed, seal_of
+from kdcache.system.seals import BrokenSealError, require_sealed
 
-__all__ = ["misfit", "read_weights", "require_plain", "require_recorded"]
+__all__ = ["misfit", "read_weights", "require_plain"]
 
 Renames = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -89,7 +89,6 @@ _FIXES = {
     "compressed": "unpack it, and name the file of weights that comes out",
     "archive": "unpack it, and name the file of weights that comes out",
 }
-RECORDS = ("teacher.json", "summary.json")  # which say what weights are beside them
 USABLE = "give weights that PyTorch or safetensors has written: .safetensors, or the model.state_dict() of torch.save"
 
 
@@ -309,24 +308,6 @@ def _other_kind(begin: bytes) -> str | None:
         listed = b"weight_map" in begin or b"total_size" in begin
         return "it lists the files that hold the weights, and holds none itself" if listed else "it is JSON, and no weights"
     return None
-
-
-def require_recorded(file: Path) -> None:
-    """Raise IncompatibleError for weights in the folder of a run or teacher that are not those of the record beside them.
-
-    Seals are compared; `read_weights` compares the bytes with their seal too.
-    """
-    for record in RECORDS:
-        try:
-            seals = read_record(file.parent / record).get(WEIGHTS_SEALS)
-        except (OSError, ValueError):  # it is none of kdcache's, or one that its own reader refuses
-            continue
-        if isinstance(seals, Mapping) and file.stem in seals and seals[file.stem] != seal_of(file):
-            raise IncompatibleError(
-                f"{file} is not the file that its record describes",
-                why=f"the BLAKE3 of these weights differs from {record}: they were exchanged, or written by another program",
-                fix=f"restore the file from a copy; or set the folder aside, and train it again: {set_aside(file.parent)}",
-            )
 
 
 def _is_safetensors(begin: bytes) -> bool:

@@ -7,6 +7,7 @@ defines the names of models outside timm.
 import hashlib
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -392,7 +393,8 @@ def load_weights(model: nn.Module, file: Path, *, replace_head: bool = False) ->
         raise IncompatibleError(
             f"{file} has {theirs} classes, {ours} are needed",
             why="the classifier's weights have another shape",
-            fix="use a teacher of this dataset, or finetune this one first: kdcache train-teacher --checkpoint " + str(file),
+            fix="use a teacher of this dataset, or finetune this one first: kdcache train-teacher --checkpoint "
+            + shlex.quote(str(file)),
         )
     model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
     return sorted(head & own.keys())

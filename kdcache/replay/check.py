@@ -12,7 +12,7 @@ from kdcache.replay.prefetch import Rendered, render_batches
 from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.views.diagnosis import Cause, Diagnosis, diagnose
-from kdcache.views.policy import RendererChoice, ViewPolicy
+from kdcache.views.policy import RendererChoice, ViewPolicy, without_policy
 from kdcache.views.probe import grids
 
 __all__ = ["check_views", "replay", "require_replayable"]
@@ -22,11 +22,7 @@ def require_replayable(archive: AnyArchive, canvas: Canvas) -> ViewPolicy:
     """The archive's policy. Raises IncompatibleError if its views are not of this canvas's samples."""
     policy = archive.manifest.policy
     if policy is None:
-        raise IncompatibleError(
-            f"archive {archive.location} cannot be replayed",
-            why="it was written without a view policy, so nobody knows which views its logits belong to",
-            fix="make one with: kdcache dump-teacher",
-        )
+        raise without_policy(archive.location)
     source = archive.manifest.source
     if archive.num_samples != len(canvas) or (source is not None and source.digest != canvas.card.digest):
         raise IncompatibleError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,9 @@ def _run(folder: Path, which: Which) -> _Trained:
     runs = collect([folder])
     if len(runs) > 1:
         raise UsageError(
-            f"{folder} holds {len(runs)} runs", why="one model is exported at a time", fix=f"kdcache export {runs[0].folder}"
+            f"{folder} holds {len(runs)} runs",
+            why="one model is exported at a time",
+            fix=f"kdcache export {shlex.quote(str(runs[0].folder))}",
         )
     run = runs[0]
     if run.status != "complete":

@@ -22,7 +22,7 @@ from kdcache.system.progress import Progress, Silent
 from kdcache.targets import CONTROLS, Control
 from kdcache.training.config import HowTested, StudentTraining, TrainConfig
 from kdcache.training.optimizers import require_optimizer
-from kdcache.workspace import Workspace, dataset_label, parse_dataset
+from kdcache.workspace import Workspace, dataset_label, parse_dataset, unknown_source
 
 __all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students"]
 
@@ -119,7 +119,10 @@ def plan_students(
                 why=f"temperatures lie between {SMALLEST_TAU:g} and {LARGEST_TAU:g}: beyond, float32 leaves nothing to learn",
                 fix="use for example --tau 1,4,20",
             )
-    source = parse_dataset(dataset or first.dataset or _unknown_source(first))
+    spec = dataset or first.dataset
+    if spec is None:
+        raise unknown_source(first.location, first.policy)
+    source = parse_dataset(spec)
     recipe = source.recipe
     trainings = _trainings(training, grid.epochs or recipe.student_epochs)
     require_batch_size(training.batch_size, first.samples)
@@ -206,14 +209,6 @@ def plan_ahead(grid: Grid, first: Subject, workspace: Workspace, second: Subject
     """The students of an archive that is not there yet, each with its start, which may well be trained only after this plan."""
     specs = plan_students(grid.but(init="random"), first, workspace, second=second)
     return [(spec, init) for spec in specs for init in dict.fromkeys(grid.init)]
-
-
-def _unknown_source(subject: Subject) -> str:
-    raise UsageError(
-        f"archive {subject.location} does not say where its images are",
-        why="it was not written by dump-teacher",
-        fix="name them: --dataset NAME",
-    )
 
 
 def _trainings(training: StudentTraining, epochs: int) -> list[TrainConfig]:

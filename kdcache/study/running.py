@@ -313,7 +313,9 @@ def run_job(plan_file: Path, name: str, progress: Progress | None = None) -> int
 
     def not_done(other: str) -> list[str]:
         raise IncompleteError(
-            f"job {other} is not done", why=f"{name} works on what it makes", fix=f"kdcache study job {plan_file} {other}"
+            f"job {other} is not done",
+            why=f"{name} works on what it makes",
+            fix=f"kdcache study job {shlex.quote(str(plan_file))} {shlex.quote(other)}",
         )
 
     def students() -> None:

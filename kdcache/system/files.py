@@ -96,6 +96,7 @@ def create_atomically(file: Path, data: bytes | Buffers) -> None:
 def set_aside(path: Path) -> str:
     """The command that moves a file or folder to a free name beside it. Fixes say this, not "delete": nothing gets lost."""
     names = itertools.chain([_ASIDE], (f"{_ASIDE}-{number}" for number in itertools.count(2)))
+    path = path.resolve() if path.name in {"", ".."} else path  # a working folder has no name of its own
     free = next(there for name in names if not (there := path.with_name(f"{path.name}{name}")).exists())
     return shlex.join(["mv", str(path), str(free)])
 

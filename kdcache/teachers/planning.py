@@ -15,10 +15,10 @@ from torch import nn
 from kdcache.datasets import Source, published_name
 from kdcache.datasets.canvas import Canvas, require_intact
 from kdcache.errors import IncompatibleError, UsageError
-from kdcache.models.checkpoints import require_recorded
 from kdcache.models.classes import said_digest
 from kdcache.models.creation import Normalisation, create_model, has_new_head, load_weights, published
 from kdcache.models.names import WEIGHTS, folder_name, is_factory, public_name, resolve, weights_identity
+from kdcache.models.recorded import require_recorded
 from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress
 from kdcache.teachers import as_is

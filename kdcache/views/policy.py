@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcache.errors import NotFoundError, UsageError, how_to_write, unknown_name
+from kdcache.errors import IncompatibleError, NotFoundError, UsageError, how_to_write, unknown_name
 from kdcache.system.documents import DocumentError, parse_yaml, read_yaml
 from kdcache.views.crops import UNIT, CenterCrop, Crop, InceptionCrop, PadCrop, Piece, check_ranges, crop_boxes
 
@@ -45,6 +46,7 @@ __all__ = [
     "RendererChoice",
     "ViewPolicy",
     "ViewTable",
+    "without_policy",
 ]
 
 RendererChoice = Literal["auto", "reference", "device"]  # how views are drawn, all to the same bytes
@@ -317,6 +319,15 @@ class ViewPolicy(BaseModel):
         return columns
 
 
+def without_policy(location: str) -> IncompatibleError:
+    """The error for an archive that does not say which views it has."""
+    return IncompatibleError(
+        f"archive {location} cannot be replayed",
+        why="it was written without a view policy, so nobody knows which views its logits belong to",
+        fix="make one with: kdcache dump-teacher",
+    )
+
+
 def _read(file: str) -> dict[str, Any]:
     """Read the fields of a policy file."""
     if Path(file).suffix not in _SUFFIXES:
@@ -327,7 +338,7 @@ def _read(file: str) -> dict[str, Any]:
         raise NotFoundError(
             f"policy file {file!r} does not exist",
             why="a name that ends in .yaml or .json is read as a file",
-            fix=f"create it (kdcache policy pets > {file}), or use a preset: {', '.join(PRESETS)}",
+            fix=f"create it (kdcache policy pets > {shlex.quote(file)}), or use a preset: {', '.join(PRESETS)}",
         ) from None
     except (OSError, DocumentError) as error:
         raise UsageError(
@@ -337,7 +348,7 @@ def _read(file: str) -> dict[str, Any]:
         raise UsageError(
             f"policy file {file!r} does not hold a mapping",
             why="a policy is a mapping of fields such as size, crop, hflip",
-            fix=f"begin with a preset: kdcache policy pets > {file}",
+            fix=f"begin with a preset: kdcache policy pets > {shlex.quote(file)}",
         )
     return fields
 

@@ -361,6 +361,7 @@ def finished(few_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return home
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_command_ends_well_when_the_fix_of_its_error_was_followed(
     case: str, few_trained: Path, finished: Path, tmp_path: Path, kdcache, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ run that is killed has left what it found.
 import gc
 import importlib
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -166,6 +167,8 @@ def _write(report: Report, output: Path | None) -> None:
         return
     if output.is_dir():
         raise UsageError(
-            f"--output {output}", why="it is a folder, and the report is a file", fix=f"--output {output / 'gpu.json'}"
+            f"--output {output}",
+            why="it is a folder, and the report is a file",
+            fix=f"--output {shlex.quote(str(output / 'gpu.json'))}",
         )
     write_atomically(output, (json.dumps(report.as_json(), indent=1, default=str) + "\n").encode())
