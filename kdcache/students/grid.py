@@ -119,10 +119,10 @@ def plan_students(
                 why=f"temperatures lie between {SMALLEST_TAU:g} and {LARGEST_TAU:g}: beyond, float32 leaves nothing to learn",
                 fix="use for example --tau 1,4,20",
             )
-    spec = dataset or first.dataset
-    if spec is None:
+    named = dataset or first.dataset
+    if named is None:
         raise unknown_source(first.location, first.policy)
-    source = parse_dataset(spec)
+    source = parse_dataset(named)
     recipe = source.recipe
     trainings = _trainings(training, grid.epochs or recipe.student_epochs)
     require_batch_size(training.batch_size, first.samples)
