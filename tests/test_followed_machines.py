@@ -81,7 +81,7 @@ FULL: dict[int, str] = {
     errno.EFBIG: "ulimit -f unlimited",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EACCES: "make",
-    errno.EROFS: "or choose another place with --home",
+    errno.EROFS: "or choose another place",
 }
 
 

@@ -145,7 +145,7 @@ ARCHIVES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "give all class names",
         {"logits": LOGITS, "class_names": [*"abc"]},
     ),
-    "nothing": ({"logits": LOGITS[:, :0]}, "give at least one", {"logits": LOGITS}),
+    "nothing": ({"logits": LOGITS[:, :0]}, "give an int", {"logits": LOGITS}),
     "sample numbers": ({"sample": np.arange(5)}, "one row of numbers for every view", {"sample": ORDER}),
     "a sample twice": ({"sample": ORDER // 2}, "pass which sample sits at each position", {"sample": ORDER}),
     "other samples": ({"sample": ORDER + 1}, "pass which sample sits at each position", {"sample": ORDER}),
