@@ -57,6 +57,7 @@ class TeacherFigures:
     top1_views: float | None = None
     entropy: float | None = None  # H(p) / log C at tau 1
     entropy_rest: float | None = None
+    top5_clean: float | None = None
 
     @property
     def training(self) -> str:
@@ -89,6 +90,7 @@ def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None)
         statistics.top1_views,
         at_one.entropy_mean if at_one else None,
         at_one.entropy_rest_mean if at_one else None,
+        card.top5_clean if card else None,
     )
 
 

@@ -23,10 +23,11 @@ from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import ArchiveCosts, costs
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
-from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
+from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table, top_five_table
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
+from kdcache.report.top_five import TopFive, top_five
 from kdcache.report.training_figures import training_drawings
 from kdcache.system.energy import NOTHING
 from kdcache.system.files import translated_os_errors, write_changed, written_alone
@@ -57,6 +58,7 @@ class _PageTables:
     heatmaps: list[Heatmap]
     teachers: list[TeacherFigures]
     costs: list[ArchiveCosts]
+    top_five: list[TopFive]
 
 
 def write_report(
@@ -110,6 +112,7 @@ def _tables(
         heatmaps(table, teachers),
         list(teachers.values()),
         costs(records, {part.digest: part.archive for part in archives}),
+        top_five(table, teachers),
     )
 
 
@@ -124,6 +127,8 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
         )
     )
     texts["teachers-and-archives"] = teachers_table(tables.teachers, kdcache.__version__)
+    if tables.top_five:
+        texts["top-5"] = top_five_table(tables.top_five, kdcache.__version__)
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
     texts["savings"] = savings_table(tables.costs, kdcache.__version__)
     for name, text in texts.items():

@@ -372,6 +372,7 @@ class _Job:
             "test_views": plan.tested.model_dump(mode="json"),
             "interpolation": preprocessing(plan.exact, plan.policy.size, model).interpolation,  # "auto" in the views of a dump
             "top1_clean": row["test_top1"],
+            **({"top5_clean": row["test_top5"]} if "test_top5" in row else {}),
             "entropies": entropies,
             "training": {**settings, **plan.begun(epochs), **plan.said(epochs)},
             **({"cost": cost.known()} if cost.known() else {}),
