@@ -25,6 +25,7 @@ from kdcache.report.figures import Drawing, control_dots, render_figure, tau_cur
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table, top_five_table
 from kdcache.report.moment_figures import moment_drawings
+from kdcache.report.output_figures import output_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
 from kdcache.report.top_five import TopFive, top_five
@@ -142,11 +143,14 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
     for row in table.rows:
         studies.setdefault(f"{row.dataset}, teacher {row.teacher}", []).append(row)
     teachers = {part.digest: part.archive.manifest.statistics for part in archives if part.archive}
+    cards = {part.digest: part.archive.manifest.teacher for part in archives if part.archive}
+    weights = {digest: card.weights_sha256 for digest, card in cards.items() if card}
     return {
         "taus": [drawing for place, rows in studies.items() for drawing in tau_curves(table, rows, place)],
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
+        **output_drawings(table, studies, weights),
         "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
     }
 
