@@ -110,6 +110,36 @@ def test_shades_go_from_the_worst_to_the_best_of_a_line(make_run: RunFolders) ->
     ]
 
 
+# Weights
+
+
+def test_methods_stand_side_by_side_at_every_weight(make_run: RunFolders) -> None:
+    scores = {"kd": (73.6, 74.4, 63.5), "zkd,score=scaled": (73.8, 75.9, 76.2), "zkd": (74.1, 76.1, None)}
+    for method, tops in scores.items():
+        name, _, option = method.partition(",")
+        for weight, top in zip((0.9, 3.0, 18.0), tops, strict=True):
+            spec = ",".join(filter(None, (f"{name}:kd_weight={weight:g},ce_weight=0.1", option)))
+            if top is not None:
+                make_run(top, method={"name": name, "kd_weight": weight}, method_spec=spec, tau=2.0)
+    make_run(50.0, method={"name": "kd", "kd_weight": 0.9}, method_spec="kd:kd_weight=0.9,ce_weight=0.1", tau=1.0)
+    [found] = [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
+    assert (found.fields, found.columns) == (("weight",), ("kd", "zkd", "zkd score=scaled"))
+    shown = [(line.names, [score and round(score.cell.mean, 1) for score in line.scores]) for line in found.lines]
+    assert shown == [(("0.9",), [73.6, 74.1, 73.8]), (("3",), [74.4, 76.1, 75.9]), (("18",), [63.5, None, 76.2])]
+    assert [[score and score.mark for score in line.scores] for line in found.lines] == [
+        ["", "best", ""],
+        ["", "best", ""],
+        ["", None, "best"],
+    ]
+
+
+def test_without_weights_to_compare_there_is_no_such_table(make_run: RunFolders) -> None:
+    for weight, method in ((0.9, "kd"), (9.0, "zkd")):  # each as published
+        make_run(90.0, method={"name": method, "kd_weight": weight}, method_spec=f"{method}:kd_weight={weight:g}")
+    make_run(90.0, method={"name": "own"}, method_spec="own")
+    assert not [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
+
+
 # Top-5
 
 
