@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -21,6 +22,9 @@ KINDS = (
     ("correlation", "difference of the classes' correlations"),
 )
 MOST_BARS = 100  # logits of one image that are drawn as bars; more of them as a line
+MOST_CELLS = 100  # of a side of a heatmap, each a block of several classes where there are more
+DARKEST = 0.99  # quantile of the differences: few large ones would leave all others pale
+SHADES = 24  # of which a page with many heatmaps stays small
 MOST_TICKS = 4
 HALF = 0.5
 
@@ -87,29 +91,31 @@ def class_drawing(page: OutputPage) -> Drawing | None:
             count, classes = both[0].logits.shape
     if not lines:
         return None
-    ends = [max(line[2].largest[kind] for line in lines) or 1.0 for kind in range(len(KINDS))]
+    ends = [max(float(np.quantile(line[2].tables[kind], DARKEST)) for line in lines) or 1.0 for kind in range(len(KINDS))]
     ends[0] = ends[1] = max(ends[:2])  # distances are compared across
 
     def draw(figure: Figure) -> None:
+        reds = colormaps["Reds"].resampled(SHADES)
         parts = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
         for part, (title, image, found) in zip(parts, lines, strict=True):
             part.suptitle(short(title, 90), x=0.01, ha="left", fontsize=10)
             bars, *maps = part.subplots(1, 1 + len(KINDS), width_ratios=(1.5, 1, 1, 1))
             _draw_bars(bars, image)
             for kind, (axes, table) in enumerate(zip(maps, found.tables, strict=True)):
-                shown = axes.imshow(table, cmap="Reds", vmin=0, vmax=ends[kind], aspect="auto")
+                shown = axes.imshow(_in_blocks(table), cmap=reds, vmin=0, vmax=ends[kind], aspect="auto", interpolation="none")
                 axes.grid(visible=False)
                 axes.set_title(f"{KINDS[kind][0]}: mean {found.means[kind]:.3g}, max {found.largest[kind]:.3g}", fontsize=8.5)
                 for axis in (axes.xaxis, axes.yaxis):
                     axis.set_major_locator(NullLocator())
                 part.colorbar(shown, ax=axes, ticks=MaxNLocator(MOST_TICKS))
 
+    blocks = f" Of more than {MOST_CELLS} classes, cells are means over neighbours." if classes > MOST_CELLS else ""
     caption = (
         f"Students and teacher by class, {page.place}: at the left the logits of one test image, bars the student's and the line "
         "the teacher's, its label's class marked. Then how far they are apart, darker is further: in the mean logits of each "
         "class's images (lines) at every class (columns), in the same of z-scores, and in the correlations of two classes' logits"
-        f". Distances at an image's own class are left out, as published; both kinds have one scale. From {count} test images of "
-        f"{classes} classes, at each method's best tau (seed {page.seeds})."
+        ". Distances at an image's own class are left out, as published; both kinds have one scale, which ends before the largest. "
+        f"From {count} test images of {classes} classes, at each method's best tau (seed {page.seeds}).{blocks}"
     )
     spoken = "; ".join(
         f"{title}: " + ", ".join(f"{words} {mean:.3g}" for (_, words), mean in zip(KINDS, found.means, strict=True))
@@ -117,6 +123,17 @@ def class_drawing(page: OutputPage) -> Drawing | None:
     )
     alt = f"Heatmaps of differences between students and teacher by class, {page.place}. Means: {spoken}."
     return Drawing(f"classes {page.place}", caption, alt, (11.0, 0.2 + 2.35 * len(lines)), draw)
+
+
+def _in_blocks(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The table with at most `MOST_CELLS` a side: means of blocks, where it is larger."""
+    for axis in (0, 1):
+        size = table.shape[axis]
+        if size > MOST_CELLS:
+            starts = np.arange(MOST_CELLS) * size // MOST_CELLS
+            counts = np.diff(starts, append=size).reshape((-1, 1) if axis == 0 else (1, -1))
+            table = np.add.reduceat(table, starts, axis=axis) / counts
+    return table
 
 
 @dataclass(frozen=True, eq=False)

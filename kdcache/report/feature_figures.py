@@ -22,6 +22,7 @@ COLUMNS = 3
 LARGEST_PERPLEXITY = 30.0  # scikit-learn's default
 FEWEST = 8  # images, below which neighbours mean nothing
 FEWEST_STUDENTS = 2
+MOST_POINTS = 500  # in the plane: the time of t-SNE grows faster than their number
 ITERATIONS = 500
 MARKERS = ("o", "^", "s", "D", "v")
 COLOURS_OF_A_MAP = 20
@@ -56,13 +57,14 @@ def silhouette(outputs: KeptOutputs) -> float | None:
 
 
 def in_the_plane(outputs: KeptOutputs) -> NDArray[np.float64]:
-    """Features `[N, D]` that are not all the same as points `[N, 2]`, by t-SNE. Equal features give equal points."""
+    """Features that are not all the same as points `[P, 2]`, by t-SNE: those of the first images, of which classes have as many
+    as of all. Equal features give equal points."""
     from sklearn.manifold import TSNE  # which takes a second to import
 
     assert outputs.features is not None
-    features = outputs.features.astype(np.float64)
+    features = outputs.features[:MOST_POINTS].astype(np.float64)
     features -= features.mean(axis=0)
-    perplexity = min(LARGEST_PERPLEXITY, (len(outputs) - 1) / 3)
+    perplexity = min(LARGEST_PERPLEXITY, (len(features) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=ITERATIONS, n_jobs=1)
     points: NDArray[np.float64] = tsne.fit_transform(features / np.abs(features).max())
     return points
@@ -92,12 +94,13 @@ def feature_drawing(page: OutputPage, known: Points) -> Drawing | None:
         for each in figure.axes[len(panels) :]:
             each.set_axis_off()
 
-    count, classes = len(panels[0].label), len(np.unique(panels[0].label))
+    shown, count = min(MOST_POINTS, len(panels[0].label)), len(panels[0].label)
+    classes = len(np.unique(panels[0].label[:shown]))
     caption = (
-        f"Features of {count} test images of {classes} classes in the plane, by t-SNE, {page.place}: what the classifier sees, a "
+        f"Features of {shown} test images of {classes} classes in the plane, by t-SNE, {page.place}: what the classifier sees, a "
         "colour and mark for each class, which repeat where there are many. Beside a title stands the mean silhouette of the "
-        "classes in the features themselves: the larger, the further classes lie apart. Students at their best tau (seed "
-        f"{page.seeds})."
+        f"classes in the features of all {count} themselves: the larger, the further classes lie apart. Students at their best "
+        f"tau (seed {page.seeds})."
     )
     if left_out := len(wanted) - len(panels):
         caption += f" {left_out} more kept no features, or all the same."
@@ -112,10 +115,13 @@ def _has_features(outputs: KeptOutputs) -> bool:
 
 def _draw(axes: Axes, panel: _Panel, points: NDArray[np.float64]) -> None:
     axes.set_title(short(f"{panel.title}{panel.told}", 60), fontsize=9)
-    for number in np.unique(panel.label):
-        turn, colour = divmod(int(number), COLOURS_OF_A_MAP)
-        look: dict[str, Any] = {"color": colormaps["tab20"](colour), "marker": MARKERS[turn % len(MARKERS)]}
-        axes.plot(*points[panel.label == number].T, linestyle="", markersize=2.6, markeredgewidth=0, alpha=0.8, **look)
+    label = panel.label[: len(points)]
+    turn, colour = np.divmod(label, COLOURS_OF_A_MAP)
+    for number, marker in enumerate(MARKERS):
+        which = turn % len(MARKERS) == number
+        if which.any():
+            look: dict[str, Any] = {"c": colormaps["tab20"](colour[which]), "marker": marker, "rasterized": True}
+            axes.scatter(*points[which].T, s=8, linewidths=0, alpha=0.8, **look)
     axes.grid(visible=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(NullLocator())
