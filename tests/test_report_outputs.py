@@ -159,8 +159,8 @@ def test_equal_runs_give_equal_figures(make_run: RunFolders) -> None:
         made.append([render_figure(drawing, "x") for kind in ("classes", "features") for drawing in found[kind]])
     assert made[0] == made[1]
     for svg, png in made[0]:
-        # For each student three heatmaps with their colour bars; for each student and the teacher one of the points.
-        assert svg.count(b"<image") in {2 * 2 * 3, 1 + 2}
+        assert b"<image" in svg
+        assert len(svg) < 150_000, "heatmaps and points are pictures in it"
         width, height = Image.open(io.BytesIO(png)).size
         assert min(width, height) > 400
 
@@ -187,6 +187,7 @@ def test_without_the_teacher_there_are_features_alone(make_run: RunFolders, tmp_
             keep(make_run.base / TEACHER_OUTPUTS, other)
         text = page_of(make_run, tmp_path)
         assert "Heatmaps of differences" not in text
+        assert "class by class is not shown" in text
         assert text.count("Maps of features by t-SNE") == 1
         assert re.search("student rn18. kd, tau 1: silhouette [^;]*; zkd, tau 1: silhouette", text)
 

@@ -114,7 +114,7 @@ def class_drawing(page: OutputPage) -> Drawing | None:
         f"Students and teacher by class, {page.place}: at the left the logits of one test image, bars the student's and the line "
         "the teacher's, its label's class marked. Then how far they are apart, darker is further: in the mean logits of each "
         "class's images (lines) at every class (columns), in the same of z-scores, and in the correlations of two classes' logits"
-        ". Distances at an image's own class are left out, as published; both kinds have one scale, which ends before the largest. "
+        ". Distances at an image's own class are left out, as published; both kinds have one scale, which the largest exceed. "
         f"From {count} test images of {classes} classes, at each method's best tau (seed {page.seeds}).{blocks}"
     )
     spoken = "; ".join(

@@ -121,7 +121,7 @@ def _draw(axes: Axes, panel: _Panel, points: NDArray[np.float64]) -> None:
         which = turn % len(MARKERS) == number
         if which.any():
             look: dict[str, Any] = {"c": colormaps["tab20"](colour[which]), "marker": marker, "rasterized": True}
-            axes.scatter(*points[which].T, s=8, linewidths=0, alpha=0.8, **look)
+            axes.scatter(points[which, 0], points[which, 1], s=8, linewidths=0, alpha=0.8, **look)
     axes.grid(visible=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(NullLocator())
