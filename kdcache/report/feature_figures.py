@@ -106,7 +106,7 @@ def feature_drawing(page: OutputPage, known: Points) -> Drawing | None:
         caption += f" {left_out} more kept no features, or all the same."
     spoken = "; ".join(f"{panel.title}{panel.told or ': no silhouette'}" for panel in panels)
     alt = f"Maps of features by t-SNE, {page.place}. {spoken}."
-    return Drawing(f"features {page.place}", caption, alt, (3.5 * columns, 0.2 + 3.1 * lines), draw)
+    return Drawing(f"features {page.place}", caption, alt, (3.5 * columns, 0.2 + 3.2 * lines), draw)
 
 
 def _has_features(outputs: KeptOutputs) -> bool:
@@ -114,7 +114,7 @@ def _has_features(outputs: KeptOutputs) -> bool:
 
 
 def _draw(axes: Axes, panel: _Panel, points: NDArray[np.float64]) -> None:
-    axes.set_title(short(f"{panel.title}{panel.told}", 60), fontsize=9)
+    axes.set_title(f"{short(panel.title, 48)}\n{panel.told.removeprefix(': ')}".rstrip(), fontsize=8.5)
     label = panel.label[: len(points)]
     turn, colour = np.divmod(label, COLOURS_OF_A_MAP)
     for number, marker in enumerate(MARKERS):
