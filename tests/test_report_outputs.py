@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,16 +215,21 @@ def test_equal_features_are_at_equal_places() -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize("name", [TEST_OUTPUTS, TEACHER_OUTPUTS])
-@pytest.mark.parametrize("damage", ["a bit", "cut off", "empty", "another file", "labels"])
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "empty", "another file", "labels", "types", "one class"])
 def test_damaged_outputs_are_named_and_can_be_set_aside(make_run: RunFolders, tmp_path: Path, name: str, damage: str) -> None:
     run = make_run(90.0)
     keep(run / TEST_OUTPUTS, outputs(0))
     keep(make_run.base / TEACHER_OUTPUTS, outputs(7))
     file = (run if name == TEST_OUTPUTS else make_run.base) / name
     data = bytearray(file.read_bytes())
-    if damage == "labels":
-        whole = outputs(0)
-        keep(file, KeptOutputs(whole.sample, whole.label + CLASSES, whole.logits, None, whole.images))
+    whole = outputs(0)
+    wrong: dict[str, Any] = {
+        "labels": (whole.label + np.int32(CLASSES), whole.logits),
+        "types": (whole.label.astype(np.float32), whole.logits),
+        "one class": (0 * whole.label, whole.logits[:, :1]),
+    }
+    if damage in wrong:
+        keep(file, KeptOutputs(whole.sample, *wrong[damage], None, whole.images))
     else:
         data[len(data) // 2] ^= 4
         file.write_bytes({"a bit": data, "cut off": data[: len(data) // 2], "empty": b"", "another file": b"{}" * 20}[damage])

@@ -23,6 +23,7 @@ TEST_OUTPUTS = "test_outputs.safetensors"  # in the folder of a run or teacher
 TEACHER_OUTPUTS = "teacher_outputs.safetensors"  # beside the runs of an archive, those of its teacher
 MOST_IMAGES, MOST_BYTES = 1000, 4 << 20  # of one model, whichever is less
 _NUMBER = 4  # bytes of a stored number
+_LARGEST_FILE = 64 << 20  # bytes: far more than a single image of the widest model takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,8 @@ class KeptOutputs:
     def read(cls, file: Path) -> "KeptOutputs":
         """The outputs in a file. Raises IntegrityError if it is damaged or not one of these."""
         try:
+            if file.stat().st_size > _LARGEST_FILE:
+                raise ValueError("it is larger than any that is written")
             require_sealed(file)
             data = file.read_bytes()
             found, about = load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
@@ -79,13 +82,16 @@ class KeptOutputs:
         return kept
 
     def _require_whole(self) -> None:
+        types = [each.dtype for each in (self.sample, self.label, self.logits)]
+        if types != [np.int32, np.int32, np.float32] or (self.features is not None and self.features.dtype != np.float32):
+            raise ValueError("its numbers are of other types")
         rows = (len(self.sample),)
         tables = [self.logits, *([] if self.features is None else [self.features])]
         if not rows[0] or not self.sample.shape == self.label.shape == rows or len(np.unique(self.sample)) < rows[0]:
             raise ValueError("its images are not one number and one label each")
         if any(table.ndim != 2 or table.shape[:1] != rows or not np.isfinite(table).all() for table in tables):
             raise ValueError("its logits or features are not rows of finite numbers, one for each image")
-        if self.label.min() < 0 or self.label.max() >= self.logits.shape[1]:
+        if self.logits.shape[1] < 2 or self.label.min() < 0 or self.label.max() >= self.logits.shape[1]:
             raise ValueError("it has labels of classes that it has no logits of")
 
 
