@@ -19,6 +19,8 @@ from kdcache.report.latex import latex_escaped
 from tests.archives import teacher_card
 from tests.reports import Page, RunFolders
 
+NOTHING = "\N{EN DASH}"
+
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> RunFolders:
@@ -40,6 +42,16 @@ def make_archive(path: Path, epochs: int, views: int = 2, **provenance: Any) -> 
     logits = np.random.default_rng(epochs).normal(scale=np.log(epochs), size=(views, 40, 5)).astype(np.float32)
     for view, block in writer.missing():
         writer.write(view, block, logits[view, list(writer.positions(block))])
+    return writer.finalize()
+
+
+def with_top5(path: Path, top5: float) -> kdcache.Archive:
+    """An archive as above, of a teacher whose top-5 is known."""
+    card = teacher_card(alias="rn34", training={"start": "timm", "epochs": 0}, top1_clean=73.31, top5_clean=top5)
+    writer = ArchiveWriter(path, num_views=1, num_samples=40, class_names=list("abcdefg"), teacher=card)
+    for view, block in writer.missing():
+        rows = len(writer.positions(block))
+        writer.write(view, block, np.random.default_rng(0).normal(size=(rows, 7)).astype(np.float32))
     return writer.finalize()
 
 
@@ -96,6 +108,70 @@ def test_shades_go_from_the_worst_to_the_best_of_a_line(make_run: RunFolders) ->
         [0.0, 0.5, 1.0],
         [0.0, None, None],
     ]
+
+
+# Weights
+
+
+def test_methods_stand_side_by_side_at_every_weight(make_run: RunFolders) -> None:
+    scores = {"kd": (73.6, 74.4, 63.5), "zkd,score=scaled": (73.8, 75.9, 76.2), "zkd": (74.1, 76.1, None)}
+    for method, tops in scores.items():
+        name, _, option = method.partition(",")
+        for weight, top in zip((0.9, 3.0, 18.0), tops, strict=True):
+            spec = ",".join(filter(None, (f"{name}:kd_weight={weight:g},ce_weight=0.1", option)))
+            if top is not None:
+                make_run(top, method={"name": name, "kd_weight": weight}, method_spec=spec, tau=2.0)
+    make_run(50.0, method={"name": "kd", "kd_weight": 0.9}, method_spec="kd:kd_weight=0.9,ce_weight=0.1", tau=1.0)
+    [found] = [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
+    assert (found.fields, found.columns) == (("weight",), ("kd", "zkd", "zkd score=scaled"))
+    shown = [(line.names, [score and round(score.cell.mean, 1) for score in line.scores]) for line in found.lines]
+    assert shown == [(("0.9",), [73.6, 74.1, 73.8]), (("3",), [74.4, 76.1, 75.9]), (("18",), [63.5, None, 76.2])]
+    assert [[score and score.mark for score in line.scores] for line in found.lines] == [
+        ["", "best", ""],
+        ["", "best", ""],
+        ["", None, "best"],
+    ]
+
+
+def test_without_weights_to_compare_there_is_no_such_table(make_run: RunFolders) -> None:
+    for weight, method in ((0.9, "kd"), (9.0, "zkd")):  # each as published
+        make_run(90.0, method={"name": method, "kd_weight": weight}, method_spec=f"{method}:kd_weight={weight:g}")
+    make_run(90.0, method={"name": "own"}, method_spec="own")
+    assert not [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
+
+
+# Top-5
+
+
+def test_top_5_stands_beside_top_1_at_the_best_tau_below_the_teachers(make_run: RunFolders, tmp_path: Path) -> None:
+    archive = with_top5(tmp_path / "archives" / "demo", 91.42)
+    of = {"archive": str(archive.path), "archive_digest": archive.digest, "archive_name": "demo", "teacher": "rn34"}
+    for tau, tops, fives in ((1.0, (60.0, 61.0), (80.0, 82.0)), (4.0, (70.0, 72.0), (90.0, 93.0))):
+        for seed, (top, five) in enumerate(zip(tops, fives, strict=True)):
+            make_run(top, tau=tau, seed=seed, curves={"test_top5": [1.0, five]}, method_spec="kd", **of)
+    make_run(69.0, method_spec="zkd", **of)  # of an earlier version, which has no top-5
+    make_run(68.0, method_spec="ttm", own_temperature=True, curves={"test_top5": [1.0, 88.0]}, **of)
+    report, text = report_of(make_run, tmp_path)
+    section = re.search(r"<h3>Top-1 and top-5</h3>.*?</table>", text, re.DOTALL)
+    assert section is not None
+    rows = [re.sub(r"<[^>]*>|\s+", " ", row).split() for row in section[0].split("<tr>")[2:]]
+    assert rows == [
+        ["teacher", "rn34", "(pretrained", "+", "0", "epochs)", NOTHING, "73.31", "91.42", NOTHING],
+        ["student", "kd", "4", "71.00", "±", "1.41", "91.50", "±", "2.12", "2"],
+        ["student", "ttm", NOTHING, "68.00", "88.00", "1"],
+    ]
+    latex = (tmp_path / "out/tables/top-5.tex").read_text()
+    assert tmp_path / "out/tables/top-5.tex" in report.tables
+    assert r"student & kd & 4 & 71.00 & 1.41 & 91.50 & 2.12 & 2 \\" in latex
+    assert r"teacher & rn34 (pretrained + 0 epochs) & -- & 73.31 & -- & 91.42 & -- & -- \\" in latex
+
+
+@pytest.mark.parametrize("fives", [None, [100.0, 100.0]])
+def test_a_top_5_that_says_nothing_is_no_table(make_run: RunFolders, tmp_path: Path, fives: list[float] | None) -> None:
+    make_run(90.0, curves={"test_top5": fives} if fives else None)
+    _, text = report_of(make_run, tmp_path)
+    assert "Top-1 and top-5" not in text
+    assert not (tmp_path / "out/tables/top-5.tex").exists()
 
 
 # Which tables there are

@@ -364,6 +364,7 @@ def test_there_is_a_study_for_every_experiment() -> None:
     assert set(shipped()) == {
         *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination"),
         *("student_initialization", "granularity", "logit_standardization", "max_logit", "ttm", "quickstart"),
+        *(f"logit_standardization_{what}" for what in ("imagenet", "scores", "teachers")),
     }
 
 
@@ -386,6 +387,30 @@ def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
     assert {job.arguments[4] for job in of_kind(smoke, "train")} == {"digits"}
     assert smoke.images is not None
     assert smoke.images < 500_000
+
+
+@pytest.mark.parametrize(
+    ("name", "weak", "views"), [("logit_standardization", "crd", 480), ("logit_standardization_imagenet", "imagenet-plain", 100)]
+)
+def test_mlkds_second_view_is_randaugments_of_the_same_teacher(name: str, weak: str, views: int, tmp_path: Path) -> None:
+    plan = plan_study(load_study(find_study(name)), find_study(name), Workspace(tmp_path))
+    dumps = {job.id: job for job in of_kind(plan, "dump")}
+    trained = {job.id: job for job in of_kind(plan, "train")}
+    seconds = [job for job in of_kind(plan, "distill") if "mlkd" in " ".join(job.arguments)]
+    assert seconds
+    assert not [job for job in of_kind(plan, "distill") if "--second-archive" in job.arguments and job not in seconds]
+    for job in seconds:
+        first, second = (dumps[value_of(job, flag).strip("{}")] for flag in ("--archive", "--second-archive"))
+        assert first.after == second.after
+        assert value_of(first, "--policy") == weak
+        assert value_of(second, "--policy") == f"{weak}:randaugment.n=2,randaugment.m=10"
+        assert "--view-seed" not in first.arguments
+        assert value_of(second, "--view-seed") == "1", "crops and flips are its own"
+        assert value_of(first, "--views") == value_of(second, "--views") == str(views)
+        if name.endswith("imagenet"):
+            (teacher,) = (trained[one] for one in first.after)
+            assert value_of(teacher, "--teacher") in {"tv_rn34", "tv_rn50"}
+            assert value_of(teacher, "--epochs") == "0"
 
 
 def test_images_that_are_not_there_are_missed_when_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

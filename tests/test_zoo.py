@@ -34,6 +34,9 @@ PUBLISHED = {
     "cifar_wrn_16_2": (703_284, (128, 8, 8)),
     "cifar_wrn_40_1": (569_780, (64, 8, 8)),
     "cifar_wrn_40_2": (2_255_156, (128, 8, 8)),
+    "cifar_wrn_28_2": (1_479_220, (128, 8, 8)),
+    "cifar_wrn_16_4": (2_772_020, (256, 8, 8)),
+    "cifar_wrn_28_4": (5_872_180, (256, 8, 8)),
     "cifar_vgg8": (3_965_028, (512, 4, 4)),
     "cifar_vgg11": (9_277_284, (512, 4, 4)),
     "cifar_vgg13": (9_462_180, (512, 4, 4)),
@@ -210,6 +213,8 @@ def test_published_accuracies_are_listed(capfd: pytest.CaptureFixture[str]) -> N
     lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
     assert "resnet32x4 cifar_resnet32x4 CIFAR-100: 79.42 % (CRD)" in lines
     assert "cifar_vgg13 CIFAR-100: 74.64 % (CRD)" in lines
+    assert "wrn28_4 cifar_wrn_28_4 CIFAR-100: 78.60 % (logit standardization, table 5)" in lines
+    assert "tv_rn50 resnet50.tv_in1k ImageNet: 76.16 % (teacher of distillation papers)" in lines
     assert "cifar_wrn_16_1" in lines
 
 
@@ -219,9 +224,10 @@ def test_models_are_found_by_alias_and_by_timm_name(capfd: pytest.CaptureFixture
         return [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()[3:] if line.strip()]
 
     assert found("rn50") == ["rn50 resnet50.a1_in1k"]
-    assert found("resnet50") == ["rn50 resnet50.a1_in1k", "resnet50"]
+    teacher = "tv_rn50 resnet50.tv_in1k ImageNet: 76.16 % (teacher of distillation papers)"
+    assert found("resnet50") == ["rn50 resnet50.a1_in1k", teacher, "resnet50"]
     assert found("*wrn_40_2") == ["wrn40_2 cifar_wrn_40_2 CIFAR-100: 75.61 % (CRD)"]
-    assert "resnet50.tv_in1k" in found("resnet50.tv*")
+    assert found("resnet50.tv*") == [teacher, "resnet50.tv2_in1k"]
     assert run(["models", "rn50", "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == ["resnet50.a1_in1k"]
 
@@ -322,6 +328,9 @@ def of_vgg(counts: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         ("cifar_resnet32x4", of_resnet(32, (64, 128, 256), 5), "bn1.running_mean", "stem.1.running_mean"),
         ("cifar_resnet50", of_resnet50(), "linear.weight", "fc.weight"),
         ("cifar_wrn_40_2", of_wrn(6, 2), "block3.layer.0.convShortcut.weight", "stages.2.0.shortcut.weight"),
+        ("cifar_wrn_28_2", of_wrn(4, 2), "block2.layer.3.conv2.weight", "stages.1.3.conv2.weight"),
+        ("cifar_wrn_16_4", of_wrn(2, 4), "block1.layer.1.bn2.bias", "stages.0.1.bn2.bias"),
+        ("cifar_wrn_28_4", of_wrn(4, 4), "bn1.running_var", "tail.0.running_var"),
         ("cifar_vgg13", of_vgg((2, 2, 2, 2, 2)), "block4.3.bias", "stages.3.3.bias"),
     ],
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kdcache.errors import UsageError
-from kdcache.registry import Registry
+from kdcache.registry import NEWER, Registry
 from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
 
@@ -38,6 +38,7 @@ __all__ = [
     "Method",
     "Positive",
     "Squared",
+    "Standardized",
     "Weight",
     "ZScored",
     "cross_entropy",
@@ -64,7 +65,6 @@ class Method(ABC):
     uses_tau: ClassVar[bool] = True
     only_at_tau: ClassVar[bool] = True  # else it also looks at the targets at temperatures of its own
     largest_tau: ClassVar[float] = math.inf  # beyond which it makes no sense
-    unit_variance: ClassVar[bool] = False  # of what it compares: how far logits are apart does not matter then
 
     @abstractmethod
     def __call__(self, student_logits: Tensor, targets: Targets, state: State | None = None) -> Tensor:
@@ -74,6 +74,11 @@ class Method(ABC):
     def views_per_step(self) -> int:
         """How many views of each sample a student is shown for one loss: 1 or 2."""
         return 1
+
+    @property
+    def unit_variance(self) -> bool:
+        """Whether what it compares has unit variance: how far logits are apart does not matter then."""
+        return False
 
     @property
     def ramp_epochs(self) -> int:
@@ -214,7 +219,7 @@ class Squared(LogitMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZScored:
+class Standardized:
     """A base named before a method, which then compares z-scores of logits (logit standardization, CVPR 2024, algorithm 1).
 
     Algorithm 1 divides by the population's deviation, the published code by the sample's (C - 1): so does the default.
@@ -223,14 +228,36 @@ class ZScored:
     std: Literal["sample", "population"] = "sample"
     eps: Weight = 1e-7
 
-    unit_variance: ClassVar[bool] = True
+    @property
+    def unit_variance(self) -> bool:
+        return True
 
     def scores(self, logits: Tensor) -> Tensor:
         return zscore(logits, self.std, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaxLogitTau(ZScored):
+class ZScored(Standardized):
+    """The same, or with one of its two steps alone (its Table 4): `score` is z, centred (z - mean) or scaled (z / deviation).
+
+    A softmax does not see a number that all logits of a row share: losses of centred scores are those of the logits, and losses
+    of scaled ones those of z-scores, up to rounding.
+    """
+
+    score: Literal["z", "centred", "scaled"] = field(default="z", metadata=NEWER)
+
+    @property
+    def unit_variance(self) -> bool:
+        return self.score != "centred"
+
+    def scores(self, logits: Tensor) -> Tensor:
+        if self.score == "centred":
+            return logits - logits.mean(dim=1, keepdim=True)
+        return zscore(logits, self.std, self.eps, centred=self.score == "z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxLogitTau(Standardized):
     """A base named before a method, which then compares z-scores at a temperature of each row, (1 + sqrt 3)/2 of its largest.
 
     `which`: the teacher's largest score (abstract and section 4.2; it can be cached) or the larger of both (algorithm 1).
@@ -253,17 +280,18 @@ class MaxLogitTau(ZScored):
             return (1 + math.sqrt(3)) / 2 * largest.masked_fill(largest == 0, 1.0)
 
 
-def zscore(logits: Tensor, std: Literal["sample", "population"] = "sample", eps: float = 1e-7) -> Tensor:
-    """(z - mean) / (std + eps) of every row of `logits [B, C]`. A constant row is 0 everywhere, and gets no gradient.
+def zscore(logits: Tensor, std: Literal["sample", "population"] = "sample", eps: float = 1e-7, *, centred: bool = True) -> Tensor:
+    """(z - mean) / (std + eps) of every row of `logits [B, C]`; without `centred`, z / (std + eps).
 
-    (Its gradient in the published code is as large as 1 / eps, and that of its standard deviation NaN.)
+    A constant row is 0 everywhere, and gets no gradient. (Its gradient in the published code is as large as 1 / eps, and that of
+    its standard deviation NaN.)
     """
     shifted = from_largest(logits)  # a constant row is exactly 0 then
-    centred = shifted - shifted.mean(dim=1, keepdim=True)
-    variance = centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - (std == "sample"))
+    deviations = shifted - shifted.mean(dim=1, keepdim=True)
+    variance = deviations.square().sum(dim=1, keepdim=True) / (logits.shape[1] - (std == "sample"))
     constant = variance == 0
     deviation = variance.masked_fill(constant, 1.0).sqrt()
-    return (centred / (deviation + eps)).masked_fill(constant, 0.0)
+    return ((deviations if centred else logits) / (deviation + eps)).masked_fill(constant, 0.0)
 
 
 def from_largest(logits: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ __all__ = [
     "weights_digest",
 ]
 
+# Published top-1 of the ImageNet teachers of distillation papers, in % (logit standardization, CVPR 2024, table 3).
+IMAGENET_TOP1 = {"resnet34.tv_in1k": 73.31, "resnet50.tv_in1k": 76.16}
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -86,9 +89,11 @@ def _of_pixels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def note(name: str) -> str | None:
     """A note on a model's published results, by exact name; None for most models."""
-    from kdcache.models.cifar import TOP1
+    from kdcache.models.cifar import ELSEWHERE, TOP1
 
-    return f"CIFAR-100: {TOP1[name]:.2f} % (CRD)" if name in TOP1 else None
+    if name in IMAGENET_TOP1:
+        return f"ImageNet: {IMAGENET_TOP1[name]:.2f} % (teacher of distillation papers)"
+    return f"CIFAR-100: {TOP1[name]:.2f} % ({ELSEWHERE.get(name, 'CRD')})" if name in TOP1 else None
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,11 @@ ALIASES: dict[str, str] = {
     "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
     "cn_p": "convnextv2_pico.fcmae_ft_in1k",
     "mvit": "mobilevitv2_150.cvnets_in1k",
-    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1.
+    # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1. Their teachers have torchvision's weights, tv_...
     "rn34": "resnet34.a1_in1k",
     "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",
+    "tv_rn34": "resnet34.tv_in1k",
+    "tv_rn50": "resnet50.tv_in1k",
     # Networks of their CIFAR pairs, in models/cifar. Where timm has one of that name (vgg13, resnet50), the name is timm's,
     # and the zoo's is cifar_vgg13, cifar_resnet50.
     "resnet20": "cifar_resnet20",
@@ -98,6 +100,9 @@ ALIASES: dict[str, str] = {
     "wrn16_2": "cifar_wrn_16_2",
     "wrn40_1": "cifar_wrn_40_1",
     "wrn40_2": "cifar_wrn_40_2",
+    "wrn28_2": "cifar_wrn_28_2",
+    "wrn16_4": "cifar_wrn_16_4",
+    "wrn28_4": "cifar_wrn_28_4",
     "vgg8": "cifar_vgg8",
 }
 

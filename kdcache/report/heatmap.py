@@ -12,6 +12,7 @@ __all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatm
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
 PAIR = ("dataset", "teacher", "student")
+WEIGHT = "kd_weight"  # the option of methods
 STARTS = {"timm": "pretrained", "random": "from scratch"}
 Mark = str  # "best", "tied" or "" (neither)
 
@@ -57,6 +58,7 @@ class TeacherFigures:
     top1_views: float | None = None
     entropy: float | None = None  # H(p) / log C at tau 1
     entropy_rest: float | None = None
+    top5_clean: float | None = None
 
     @property
     def training(self) -> str:
@@ -89,6 +91,7 @@ def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None)
         statistics.top1_views,
         at_one.entropy_mean if at_one else None,
         at_one.entropy_rest_mean if at_one else None,
+        card.top5_clean if card else None,
     )
 
 
@@ -112,6 +115,7 @@ def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatm
     plain = [row for row in table.rows if row.control == "none"]
     return [
         *_pairs(table, plain),
+        *_weights(table, plain),
         *_compared(table, plain, "methods", ("method",), lambda row: (row.dataset, row.teacher, row.student, row.setting)),
         *_compared(
             table,
@@ -159,6 +163,33 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
+
+
+def _weights(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
+    """Methods side by side at every weight of their loss, as in logit standardization's Table 4, where weights are compared."""
+    grouped = _grouped(table, rows, lambda row: (row.dataset, row.teacher, row.student, row.setting))
+    groups, named = {}, {}
+    for key, members in grouped.items():
+        weight = {row: float(table.ranked(row)[0][1].runs[0].args.method.get(WEIGHT, 1)) for row in members}
+        others = {row: [part for part in re.split("[:,]", row.method) if not part.startswith(f"{WEIGHT}=")] for row in members}
+        shared = set.intersection(*map(set, others.values()))
+        names = {row: " ".join(part for part in others[row] if part not in shared or part == others[row][0]) for row in members}
+        places = {(weight[row], names[row]) for row in members}
+        if len(places) == len(members) and len(set(weight.values())) > 1 and len(set(names.values())) < len(members):
+            groups[key], named[key] = members, (weight, names)
+    titles = _places(groups)
+    maps = []
+    for key, members in groups.items():
+        weight, names = named[key]
+        columns = tuple(dict.fromkeys(names[row] for row in sorted(members, key=lambda row: row.order)))
+        lines = []
+        for number in sorted(set(weight.values())):
+            cells = {names[row]: table.ranked(row)[0][1] for row in members if weight[row] == number}
+            lines.append(_line((f"{number:g}",), [cells.get(column) for column in columns]))
+        caption = f"Test top-1 in percent by weight of the distillation, each method at its best tau{_after(titles[key])}."
+        name = " ".join(filter(None, ("weights", titles[key])))
+        maps.append(Heatmap(name, caption, ("weight",), columns, tuple(lines), over="method"))
+    return maps
 
 
 def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:

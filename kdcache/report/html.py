@@ -24,10 +24,12 @@ from kdcache.report.costs import ArchiveCosts, costs
 from kdcache.report.experiment import Experiment, published_for
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
-from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
+from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table, top_five_table
 from kdcache.report.moment_figures import moment_drawings
+from kdcache.report.output_figures import output_drawings
 from kdcache.report.records import RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
+from kdcache.report.top_five import TopFive, top_five
 from kdcache.report.training_figures import training_drawings
 from kdcache.system.energy import NOTHING
 from kdcache.system.files import translated_os_errors, write_changed, written_alone
@@ -58,6 +60,7 @@ class _PageTables:
     heatmaps: list[Heatmap]
     teachers: list[TeacherFigures]
     costs: list[ArchiveCosts]
+    top_five: list[TopFive]
 
 
 def write_report(
@@ -111,6 +114,7 @@ def _tables(
         heatmaps(table, teachers),
         list(teachers.values()),
         costs(records, {part.digest: part.archive for part in archives}),
+        top_five(table, teachers),
     )
 
 
@@ -125,6 +129,8 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
         )
     )
     texts["teachers-and-archives"] = teachers_table(tables.teachers, kdcache.__version__)
+    if tables.top_five:
+        texts["top-5"] = top_five_table(tables.top_five, kdcache.__version__)
     texts["costs"] = costs_table(tables.costs, kdcache.__version__)
     texts["savings"] = savings_table(tables.costs, kdcache.__version__)
     for name, text in texts.items():
@@ -138,11 +144,14 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
     for row in table.rows:
         studies.setdefault(f"{row.dataset}, teacher {row.teacher}", []).append(row)
     teachers = {part.digest: part.archive.manifest.statistics for part in archives if part.archive}
+    cards = {part.digest: part.archive.manifest.teacher for part in archives if part.archive}
+    weights = {digest: card.weights_sha256 for digest, card in cards.items() if card}
     return {
         "taus": [drawing for place, rows in studies.items() for drawing in tau_curves(table, rows, place)],
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
+        **output_drawings(table, studies, weights),
         "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
     }
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from kdcache.report.costs import ArchiveCosts
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
+from kdcache.report.top_five import TopFive
 from kdcache.system.energy import Spent
 
-__all__ = ["costs_table", "heatmap_table", "latex_escaped", "savings_table", "teachers_table"]
+__all__ = ["costs_table", "heatmap_table", "latex_escaped", "savings_table", "teachers_table", "top_five_table"]
 
 HEAD = r"""% {title}
 % Written by kdcache {version}; needs \usepackage{{booktabs}}."""
@@ -114,6 +115,22 @@ def savings_table(costs: Sequence[ArchiveCosts], version: str) -> str:
     ]
     title = "Savings: passes are the teacher's; hours online are reckoned from the dump's time for a pass; break-even in students"
     return _plain(title, head, rows, "llrrrrrrr", version)
+
+
+def top_five_table(lines: Sequence[TopFive], version: str) -> str:
+    """Top-1 and top-5 of teachers and of students at their best tau."""
+    head = ("", "runs", "tau", "top-1 (%)", "std", "top-5 (%)", "std", "seeds")
+    rows = [
+        [
+            line.kind,
+            line.name,
+            _number(line.tau, "g"),
+            *(_number(value, ".2f") for value in (line.top1, line.top1_std, line.top5, line.top5_std)),
+            _number(line.seeds or None, "d"),
+        ]
+        for line in lines
+    ]
+    return _plain("Test top-1 and top-5 of the last epoch, students at their best tau", head, rows, "llrrrrrr", version)
 
 
 def _archive(cost: ArchiveCosts) -> tuple[str, str]:

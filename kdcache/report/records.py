@@ -19,12 +19,14 @@ from kdcache.system.energy import NOTHING, UNKNOWN, Spent
 from kdcache.system.files import is_set_aside, set_aside
 from kdcache.system.progress import Progress, Silent
 from kdcache.training.config import under_present_names
+from kdcache.training.outputs import TEACHER_OUTPUTS, TEST_OUTPUTS, KeptOutputs
 from kdcache.views.tested import WHOLE
 
 __all__ = ["ArchiveArgs", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
 SHEET = "views.png"  # beside the runs of an archive
+BESIDE = frozenset({SHEET, TEACHER_OUTPUTS})
 _Text = Annotated[str, BeforeValidator(str)]  # YAML parses an unquoted date as a date
 
 
@@ -156,6 +158,16 @@ class RunRecord:
         file = self.folder / MOMENTS
         return _parse(LogitMoments, file, read_json) if file.is_file() else None
 
+    def outputs(self) -> KeptOutputs | None:
+        """What the student says of some test images; None if the run kept nothing. Reads and raises as above."""
+        file = self.folder / TEST_OUTPUTS
+        return KeptOutputs.read(file) if file.is_file() else None
+
+    def teacher_outputs(self) -> KeptOutputs | None:
+        """What its teacher says of some test images; None if that is not beside the run. Reads and raises as above."""
+        file = self.folder.parent / TEACHER_OUTPUTS
+        return KeptOutputs.read(file) if file.is_file() else None
+
 
 def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:
     """All runs at or below `paths`, finished or not, sorted by folder.
@@ -165,7 +177,7 @@ def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[
     progress = progress or Silent()
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
-        if path.name == SHEET and path.is_file():  # of runs/*/*
+        if path.name in BESIDE and path.is_file():  # of runs/*/*
             continue
         run_folders = {folder.resolve(): folder for folder in _run_folders(path)}
         if not run_folders:

@@ -52,6 +52,7 @@ from kdcache.training.lockstep import (
     suspended_at_errors,
 )
 from kdcache.training.memory import Footprint, footprint, groups_that_fit, room
+from kdcache.training.outputs import TEACHER_OUTPUTS, TEST_OUTPUTS
 from kdcache.workspace import Workspace, archive_source, dataset_label, read_record, require_writable
 
 __all__ = ["StudentResult", "StudentSpec", "distill"]
@@ -130,6 +131,7 @@ def _distill(
         evaluations = EvalSets(test, workers=runtime.workers, renderer=runtime.renderer, device=device, team=together)
         if team.first:
             _write_sheet(archive, train, workspace.runs / archive.name / SHEET, config.allow_drift)
+            _keep_teachers_outputs(archive, workspace)
         rendering = rendering_memory(len(train), train.size, size, device) + evaluations.to_come
         available = room(device, runtime.memory, rendering)
         if device.type == "cpu":
@@ -319,6 +321,8 @@ class _Lockstep:
             for student, row in zip(active, tests, strict=True):
                 two = student.spec.method.views_per_step == 2
                 other = {"second_view": self.stream.second_view(epoch)} if two else {}
+                if student.learner.epoch + 1 == self.epochs:
+                    student.keep_outputs()
                 student.learner.end_epoch(row, **figures, **other)
                 if student.learner.status == "diverged":
                     self.progress.say(f"stopped, its loss is not finite: {student.spec.title}")
@@ -380,6 +384,19 @@ def _canvases(config: DistillConfig, archive: Ensemble, workspace: Workspace, pr
     if recorded and recorded.digest != train.digest:
         progress.say("the decoded images differ from those of the dump; every view will be compared with what the teacher saw")
     return train, test
+
+
+def _keep_teachers_outputs(archive: Ensemble, workspace: Workspace) -> None:
+    """Beside the archive's runs, what its teacher says of some test images, where that teacher is here; for the report."""
+    file = workspace.runs / archive.name / TEACHER_OUTPUTS
+    card = archive.manifest.teacher
+    if file.is_file() or card is None or len(archive.members) > 1:  # an average has no features
+        return
+    for folder, record in workspace.teacher_records(Silent()):
+        same = (record["weights_sha256"], tuple(record["class_names"])) == (card.weights_sha256, archive.class_names)
+        if same and (folder / TEST_OUTPUTS).is_file():
+            write_atomically(file, (folder / TEST_OUTPUTS).read_bytes())
+            return
 
 
 def _write_sheet(archive: Ensemble, canvas: Canvas, file: Path, allow_drift: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,8 +25,10 @@ from kdcache.targets import Targets
 from kdcache.training.devices import seeded
 from kdcache.training.evaluation import EvalSets
 from kdcache.training.graphs import Lanes
+from kdcache.training.keeping import kept_outputs
 from kdcache.training.learner import Learner
 from kdcache.training.metrics import agreement, divergence
+from kdcache.training.outputs import TEST_OUTPUTS
 from kdcache.training.tested import doubts as test_doubts
 from kdcache.training.tested import views_of_tests
 from kdcache.views.policy import ViewPolicy
@@ -90,7 +93,7 @@ class Student:
             how = "zero" if zero else "random"
             progress.say(f"{start.file} has other classes: {', '.join(redrawn)} of {spec.name} start at {how}")
         tested = views_of_tests(spec.tested, spec.name, self.size, model)
-        self.evaluation = evaluations[tested.policy]
+        self.evaluation, self._tested = evaluations[tested.policy], tested.policy
         self.notes = [f"tests: {tested.title}", *test_doubts(spec.tested, tested, spec.name, evaluations.canvas, model)]
         start_digest = weights_digest(model)
         self.description = described(spec.name, model, normalise, start_digest, pretrained=start.pretrained)
@@ -143,6 +146,14 @@ class Student:
         images = [each.images(self.size) for each in shown]
         stage = min(self.state.epoch, method.ramp_epochs)  # from when on no loss of kdcache's depends on the epoch
         self.learner.step(images, loss_of, measure, (targets, teacher), stage)
+
+    def keep_outputs(self) -> None:
+        """Write what the student says of some test images into its folder, before its last epoch is recorded."""
+        if self._writes:
+            learner = self.learner
+            kept = kept_outputs(learner.model, learner.predict, self.evaluation.canvas, self._tested)
+            if np.isfinite(kept.logits).all():  # else it is about to be stopped
+                write_atomically(self.spec.folder / TEST_OUTPUTS, kept.as_file())
 
     def news(self) -> str:
         """What has become known of its CUDA graph and was not told yet; it is recorded in `args.yaml`."""

@@ -338,6 +338,7 @@ def _begun(
             memory_format=suited,
             training=record["training"],
             top1_clean=record["top1_clean"],
+            top5_clean=record.get("top5_clean"),
             noise=begun.noise if begun else measured_noise(forward, plan.canvas, plan.policy, plan.batch_size, progress),
             weights_licence=terms,
             test_views=record.get("test_views"),

@@ -8,10 +8,11 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.datasets import DATASETS, Source
@@ -36,8 +37,10 @@ from kdcache.teachers.recipes import own_flags
 from kdcache.teachers.registry import REPORT_VIEWS, Exam, Teacher, compared, doubt, registered, teacher_at
 from kdcache.training.checkpoint import copied, tidy, weights_seals, write_weights
 from kdcache.training.devices import enough_memory, memory_elsewhere, resolve_device, seeded
+from kdcache.training.keeping import kept_outputs
 from kdcache.training.learner import Learner
 from kdcache.training.lockstep import in_halves_if_needed, raise_unfit, smaller_batches, suspended_at_errors
+from kdcache.training.outputs import TEST_OUTPUTS
 from kdcache.training.tested import doubts
 from kdcache.views.policy import ViewPolicy
 from kdcache.workspace import Workspace, dataset_label, read_record, versions
@@ -375,6 +378,7 @@ class _Job:
             "test_views": plan.tested.model_dump(mode="json"),
             "interpolation": preprocessing(plan.exact, plan.policy.size, model).interpolation,  # "auto" in the views of a dump
             "top1_clean": row["test_top1"],
+            **({"top5_clean": row["test_top5"]} if "test_top5" in row else {}),
             "entropies": entropies,
             "training": {**settings, **plan.begun(epochs), **plan.said(epochs)},
             **({"cost": cost.known()} if cost.known() else {}),
@@ -396,8 +400,20 @@ class _Job:
         )
         if made_as is not None:
             write_atomically(folder / CONFIG, made_as)
+        self._keep_outputs(model, folder, str(record["weights_sha256"]))
         write_atomically(folder / "teacher.json", sealed_record(record))
         self.progress.say(f"teacher: {folder}, top-1 {row['test_top1']:.2f} %")
+
+    def _keep_outputs(self, model: nn.Module, folder: Path, weights: str) -> None:
+        """Write what the teacher says of some test images, for the reports on its students."""
+        plan = self.plan
+        forward = Forward(model.eval(), plan.normalise, next(model.parameters()).device, "fp32")
+
+        def predict(views: Tensor) -> Tensor:
+            return torch.from_numpy(forward(views))
+
+        kept = kept_outputs(model, predict, plan.test_canvas, plan.tested.policy, weights)
+        write_atomically(folder / TEST_OUTPUTS, kept.as_file())
 
 
 def _by_teachers(config: TeacherConfig, teachers: int, processes: int) -> bool:

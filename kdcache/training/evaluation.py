@@ -81,7 +81,7 @@ class EvalSet:
         keep: int = KEPT_BYTES,
         resident: Resident | None = None,
     ) -> None:
-        self._team, device = team, torch.device(device)
+        self.canvas, self._team, device = canvas, team, torch.device(device)
         self.labels = torch.from_numpy(canvas.labels)
         order = np.argsort(policy.parameters(0, len(canvas), canvas.sizes).sample)
         starts = range(0, len(canvas), batch_size)

@@ -458,6 +458,8 @@ PRESETS: dict[str, ViewPolicy] = {
     "pets": ViewPolicy(crop=InceptionCrop(), filter="auto", randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     "cifar": ViewPolicy(size=32, randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
     "imagenet": ViewPolicy(crop=InceptionCrop(), filter="auto", randaugment=_PAPER_RANDAUGMENT, mix=_PAPER_MIX),
+    # ImageNet as the distillation papers have it, and torchvision's weights: inception crop and flip, no more.
+    "imagenet-plain": ViewPolicy(crop=InceptionCrop()),
     # The 240-epoch CIFAR recipe of the CRD model zoo.
     "crd": ViewPolicy(size=32, crop=PadCrop()),
     # Handwritten digits: no flip, as it makes another sign; and only crops that keep most of the digit.

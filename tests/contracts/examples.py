@@ -30,6 +30,8 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
     },
     "method": {
         "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}),
+        "zkd": ({}, {"score": "centred"}, {"score": "scaled", "std": "population"}),
+        "zdkd": ({}, {"score": "scaled"}),
         "maxlogit": ({}, {"which": "both"}),
         "maxlogit-dkd": ({}, {"which": "both", "label_rule": "pair"}),
         "dkd": ({}, {"alpha": 2.0, "beta": 0.5, "label_rule": "pair"}),

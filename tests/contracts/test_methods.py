@@ -241,6 +241,37 @@ def test_rld_of_the_teachers_top_class_is_dkd(tau: float) -> None:
     assert torch.equal(unlabelled, made[0])
 
 
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_one_step_of_a_z_score_alone_is_its_formula_and_a_shift_is_not_seen(name: str, tau: float) -> None:
+    """Table 4 of logit standardization: z - mean is kd again, and z / deviation is the whole z-score."""
+    student, teacher, _ = problem()
+    centred, scaled = build(f"z{name}", score="centred"), build(f"z{name}", score="scaled")
+    z = torch.from_numpy(teacher)
+    deviation = z.std(dim=1, keepdim=True) + 1e-7
+    torch.testing.assert_close(centred.scores(z), z - z.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(scaled.scores(z), z / deviation)
+    assert rows_of(f"z{name}", student, teacher, tau, score="centred") == pytest.approx(
+        rows_of(name, student, teacher, tau), rel=1e-9
+    )
+    whole = rows_of(f"z{name}", student, teacher, tau)
+    assert rows_of(f"z{name}", student, teacher, tau, score="scaled") == pytest.approx(whole, rel=1e-9)
+    assert rows_of(name, student, teacher, tau) != pytest.approx(whole, rel=1e-2)
+    assert not centred.unit_variance
+    assert scaled.unit_variance
+
+
+def test_an_option_that_came_later_changes_no_record_of_before() -> None:
+    """Names of runs and archives are made of these records."""
+    before = {"name": "zkd", "kd_weight": 9.0, "ce_weight": 0.1, "tau_squared": True, "std": "sample", "eps": 1e-7}
+    assert METHODS.to_dict(METHODS.parse("zkd:kd_weight=9,ce_weight=0.1")) == before
+    assert METHODS.from_dict(before) == METHODS.parse("zkd:kd_weight=9,ce_weight=0.1,score=z")
+    later = METHODS.parse("zkd:score=scaled")
+    assert METHODS.to_dict(later)["score"] == "scaled"
+    assert METHODS.from_dict(METHODS.to_dict(later)) == later
+    assert METHODS.spec(later) == "zkd:score=scaled"
+
+
 @pytest.mark.parametrize("tau", [2.0, 4.0, 20.0])
 def test_ttm_is_kd_and_a_renyi_term(tau: float) -> None:
     """Transformed teacher matching, eq. 15: D(p_T || q) = T D(p_T || q_T) - (T - 1) H_(1/T)(q) + (T - 1) H(p_T)."""

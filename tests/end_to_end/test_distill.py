@@ -10,6 +10,7 @@ import yaml
 
 from kdcache import open_archive
 from kdcache.errors import IntegrityError
+from kdcache.training.outputs import TEACHER_OUTPUTS, TEST_OUTPUTS, KeptOutputs
 from tests.end_to_end.conftest import FEW, STUDENT, until, with_images, without_costs
 from tests.end_to_end.forks import Started
 
@@ -73,12 +74,30 @@ def test_kill_9_then_the_same_command_ends_with_the_same_weights(home, archive, 
 
 
 def same_run(one, other):
-    for name in ("last.safetensors", "best.safetensors", "logit_moments.json"):
+    for name in ("last.safetensors", "best.safetensors", "logit_moments.json", TEST_OUTPUTS):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (one, other)]
     for row in logs[0] + logs[1]:
         without_costs(row)
     assert logs[0] == logs[1]
+
+
+def test_students_and_their_teacher_keep_what_they_say_of_the_same_test_images(distilled):
+    run, teacher = only(distilled, "runs/*/test_vit--*"), only(distilled, "teachers/*/teacher.json").parent
+    student = KeptOutputs.read(run / TEST_OUTPUTS)
+    beside = run.parent / TEACHER_OUTPUTS
+    assert beside.read_bytes() == (teacher / TEST_OUTPUTS).read_bytes()
+    both = KeptOutputs.read(beside).of_both(student)
+    assert both is not None
+    assert len(both[0]) == len(student) == 359
+    assert KeptOutputs.read(beside).weights == json.loads((teacher / "teacher.json").read_text())["weights_sha256"]
+    # Of digits all test images are kept: their top-1 is the one that was recorded.
+    for kept, top1 in (
+        (student, json.loads((run / "summary.json").read_text())["final_top1"]),
+        (both[0], json.loads((teacher / "teacher.json").read_text())["top1_clean"]),
+    ):
+        assert 100 * (kept.logits.argmax(axis=1) == kept.label).mean() == pytest.approx(top1, abs=0.3)
+        assert kept.features is not None
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff", "resumed: 7"])

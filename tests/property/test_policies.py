@@ -439,6 +439,18 @@ def test_a_folder_in_the_place_of_a_policy_file_is_refused_in_three_lines(tmp_pa
     assert "folder.yaml" in three_lines(caught.value)["error"]
 
 
+def test_plain_crops_of_imagenet_are_the_other_policys_without_what_comes_after_them() -> None:
+    plain, other = ViewPolicy.load("imagenet-plain"), ViewPolicy.load("imagenet:filter=bilinear,randaugment=none,mix=none")
+    assert plain == other
+    assert plain.digest == other.digest
+    whole = PRESETS["imagenet"].settled().parameters(3, 20, squares(20))
+    table = plain.parameters(3, 20, squares(20))
+    np.testing.assert_array_equal(table.box, whole.box)
+    np.testing.assert_array_equal(table.flip, whole.flip)
+    assert not table.mix.any()
+    assert not table.operations.size
+
+
 # ---------------------------------------------------------------- digests
 
 

@@ -128,6 +128,7 @@ class TeacherCard(_Record):
     memory_format: MemoryFormat = Field("contiguous", exclude_if=_left_out("contiguous"))  # of a batch's pixels
     training: dict[str, Any] | None = None  # the settings that train-teacher recorded
     top1_clean: float | None = None  # percent, on the clean test images
+    top5_clean: float | None = Field(None, exclude_if=_left_out(None))
     noise: Noise | None = None
     weights_licence: str | None = Field(None, exclude_if=_left_out(None))
     test_views: TestViews | None = Field(None, exclude_if=_left_out(None))  # None: the whole images, made square
@@ -300,7 +301,7 @@ class ArchivePlan(_Record):
                 "licences": True,
                 "provenance": True,
                 "source": {"unused"},
-                "teacher": {"noise", "weights_licence", "top1_clean", "test_views", "training"},
+                "teacher": {"noise", "weights_licence", "top1_clean", "top5_clean", "test_views", "training"},
             },
         )
 
