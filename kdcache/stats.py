@@ -15,6 +15,7 @@ __all__ = [
     "log_softmax",
     "logit_moments",
     "matched_smoothing",
+    "power_sums",
     "relative_entropy",
     "softmax",
     "sorted_mean_softmax",
@@ -164,6 +165,16 @@ def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Float
         total[0] += top.sum()
         total[1:] += (top * np.exp(-gap)) @ e
     return *_relative(h, rest, classes), total
+
+
+def power_sums(logits: ArrayLike, tau: float) -> Floats:
+    """U = sum_c p_c^(1/tau) of the softmax p of `logits [..., C]`: float64 `[...]` in [1, C^(1 - 1/tau)].
+
+    The weights of wttm (TTM, arXiv 2402.11148, section 4), as exp(lse(z / tau) - lse(z) / tau), in which nothing underflows.
+    """
+    z = _tempered(logits, 1.0)
+    sums: Floats = np.exp(z / tau).sum(axis=-1) * np.exp(z).sum(axis=-1) ** (-1 / tau)
+    return sums
 
 
 def matched_smoothing(h: ArrayLike, classes: int) -> Floats:

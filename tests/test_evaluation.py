@@ -26,7 +26,8 @@ def model(device: torch.device | str, outputs: list[Tensor] | None = None) -> An
     def predict(views: Tensor, *, averaged: bool = False) -> Tensor:
         return next(answers) if outputs else torch.empty(len(views), 7, device=device)
 
-    return SimpleNamespace(device=torch.device(device), average=None, settle=lambda: None, predict=predict)
+    unfinished: dict[str, Any] = {"epoch": 0, "config": SimpleNamespace(epochs=2)}
+    return SimpleNamespace(device=torch.device(device), average=None, settle=lambda: None, predict=predict, **unfinished)
 
 
 def test_figures_are_those_of_all_logits(canvas: Canvas) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kdcache.training.metrics import agreement, divergence
 from tests.stand_ins import Launches, launched, stand_in_gpu
 
 ROWS, CLASSES, SIZE = 8, 10, 32
+FITTED_TO = np.eye(ROWS, CLASSES, dtype=np.float32)  # teacher logits
 
 
 def steps_on_the_stand_in(
@@ -30,7 +32,7 @@ def steps_on_the_stand_in(
     if model is not None:
         with seeded(0):
             made, normalise = create_model(model, CLASSES, input_size=SIZE)
-    loss = METHODS.parse(method)
+    loss = METHODS.parse(method).fit([FITTED_TO], 4.0)
     with stand_in_gpu() as gpu:
         state = loss.new_state().to(gpu)
         optimizer = loss.new_optimizer(state)
@@ -137,7 +139,7 @@ def test_pixels_are_normalised_to_the_bits_they_always_had() -> None:
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lion"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_gpu_waits_for_nothing_in_a_step(tmp_path: Path, method: str, opt: str, amp: bool) -> None:
-    gpu, loss = torch.device("cuda"), METHODS.parse(method)
+    gpu, loss = torch.device("cuda"), METHODS.parse(method).fit([FITTED_TO], 4.0)
     made, normalise = create_model("test_resnet", CLASSES, input_size=SIZE)
     state = loss.new_state().to(gpu)
     optimizer = loss.new_optimizer(state)

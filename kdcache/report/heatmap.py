@@ -11,6 +11,7 @@ from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, 
 __all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatmaps", "results", "teacher_figures"]
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
+ALONE = "student"  # heads the column of students that learned from labels alone, as in the papers' tables
 PAIR = ("dataset", "teacher", "student")
 STARTS = {"timm": "pretrained", "random": "from scratch"}
 Mark = str  # "best", "tied" or "" (neither)
@@ -146,7 +147,11 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     """Methods side by side for every pair of teacher and student, as in papers on CIFAR-100."""
     pairs = _grouped(table, rows, lambda row: tuple(getattr(row, field) for field in PAIR))
     names = _method_names(table, [row for members in pairs.values() for row in members])
-    columns = tuple(dict.fromkeys(names[row] for row in sorted(names, key=lambda row: (row.method != "kd", natural(row.method)))))
+    columns = tuple(
+        dict.fromkeys(
+            names[row] for row in sorted(names, key=lambda row: (not row.baseline, row.method != "kd", natural(row.method)))
+        )
+    )
     if len(pairs) < 2 or len(columns) < 2:
         return []
     fields = tuple(field for number, field in enumerate(PAIR) if len({pair[number] for pair in pairs}) > 1)
@@ -158,6 +163,8 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
             best[names[row]] = max(best.get(names[row], cell), cell, key=lambda scored: scored.mean)
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
+    if ALONE in columns:
+        caption += f" {ALONE.capitalize()}: trained on labels alone, by the same recipe."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
 
 
@@ -168,7 +175,7 @@ def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     """
 
     def name(row: Row) -> str:
-        return row.method.partition(":")[0]
+        return ALONE if row.baseline else row.method.partition(":")[0]
 
     def with_labels(row: Row) -> str:
         return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)

@@ -19,6 +19,7 @@ from kdcache.stats import (
     label_smoothing,
     logit_moments,
     matched_smoothing,
+    power_sums,
     relative_entropy,
     softmax,
     sorted_mean_softmax,
@@ -204,6 +205,18 @@ def test_one_pass_over_sorted_rows_gives_what_three_functions_give(logits: NDArr
     for one, other in zip((h, rest), relative_entropy(logits, tau), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(total / len(logits), sorted_mean_softmax(logits, tau), rtol=1e-12, atol=1e-300)
+
+
+@given(logits=rows(min_classes=2), tau=TAUS)
+def test_power_sums_are_those_of_the_softmax_between_their_bounds(logits: NDArray[np.float64], tau: float) -> None:
+    """TTM (arXiv 2402.11148), section 4: U is 1 for a certain teacher and C^(1 - 1/tau) for a uniform one."""
+    sums = power_sums(logits, tau)
+    gamma = np.longdouble(1) / np.longdouble(tau)
+    p = np.exp(logits.astype(np.longdouble) - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(sums, ((p / p.sum(axis=1, keepdims=True)) ** gamma).sum(axis=1).astype(float), rtol=1e-10)
+    if tau >= 1:
+        assert (sums > 1 - 1e-12).all()
+        assert (sums <= logits.shape[1] ** (1 - 1 / tau) * (1 + 1e-12)).all()
 
 
 def test_one_pass_over_sorted_rows_adds_up_over_its_blocks() -> None:
