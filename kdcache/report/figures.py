@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from kdcache.report.table import Cell, Row, Table, labels
 
 __all__ = [
+    "BASELINE",
     "COLOURS",
+    "DASHES",
     "MOST_LINES",
     "MOST_PANELS",
     "TEACHER",

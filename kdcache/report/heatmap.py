@@ -8,7 +8,18 @@ from typing import Literal
 from kdcache.archive import Archive
 from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, paired
 
-__all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatmaps", "results", "teacher_figures"]
+__all__ = [
+    "REST",
+    "WHOLE",
+    "Heatmap",
+    "Line",
+    "Score",
+    "TeacherFigures",
+    "heatmaps",
+    "method_names",
+    "results",
+    "teacher_figures",
+]
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
 ALONE = "student"  # heads the column of students that learned from labels alone, as in the papers' tables
@@ -146,7 +157,7 @@ def _compared(
 def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     """Methods side by side for every pair of teacher and student, as in papers on CIFAR-100."""
     pairs = _grouped(table, rows, lambda row: tuple(getattr(row, field) for field in PAIR))
-    names = _method_names(table, [row for members in pairs.values() for row in members])
+    names = method_names(table, [row for members in pairs.values() for row in members])
     columns = tuple(
         dict.fromkeys(
             names[row] for row in sorted(names, key=lambda row: (not row.baseline, row.method != "kd", natural(row.method)))
@@ -168,7 +179,7 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
 
 
-def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
+def method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     """Short method names without options, which may differ between pairs.
 
     Where a pair has two rows of one name, the name tells whether labels are used too; if that is not enough, all options.

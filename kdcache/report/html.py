@@ -24,6 +24,7 @@ from kdcache.report.costs import ArchiveCosts, costs
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
+from kdcache.report.method_figures import entropy_drawings, method_drawings
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
@@ -142,7 +143,9 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
+        "methods": method_drawings(table),
         "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
+        "entropies": entropy_drawings(table),
     }
 
 
