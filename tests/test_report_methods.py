@@ -121,15 +121,19 @@ def test_labels_alone_are_the_first_column_and_a_level_line(make_run: RunFolders
 
 
 def test_entropies_of_tests_are_histograms_on_common_axes(make_run: RunFolders, tmp_path: Path) -> None:
-    changes: list[tuple[dict[str, Any], list[float]]] = [(LABELS, [0.1, 0.1, 0.3]), ({"tau": 4.0}, [0.5, 0.9, 0.7])]
+    changes: list[tuple[dict[str, Any], list[float]]] = [
+        (LABELS, [0.1, 0.1, 0.3]),
+        ({"tau": 1.0}, [0.2, 0.4, 0.6]),
+        ({"tau": 4.0}, [0.5, 0.9, 0.7]),
+    ]
     for change, relative in changes:
         left = make_run(90.0, **change) / "test_entropies.json"
         left.write_text(entropy_histogram(np.array(relative), 100).model_dump_json())
     make_run(90.0, method_spec="ttm")  # runs of before have none
     (drawing,) = entropy_drawings(table_of(make_run))
     panels = axes_of(drawing)
-    assert [panel.get_title() for panel in panels] == ["student", "kd, tau 4"]
-    means = [float(np.ravel(line.get_xdata())[0]) for line in panels[1].lines]
+    assert [panel.get_title() for panel in panels] == ["student", "kd, tau 1", "kd, tau 4"]
+    means = [float(np.ravel(line.get_xdata())[0]) for line in panels[2].lines]
     assert means == pytest.approx([0.7 * np.log(100), np.log(100) / 6])
     assert "kd, tau 4: 3.22" in drawing.alt
     page = write_report([make_run.base], tmp_path / "report").html.read_text("utf-8")

@@ -343,6 +343,7 @@ def test_there_is_a_study_for_every_experiment() -> None:
     assert set(shipped()) == {
         *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination"),
         *("student_initialization", "granularity", "logit_standardization", "max_logit", "ttm", "quickstart"),
+        *("ttm_regularization", "ttm_entropy", "ttm_imagenet", "ttm_vit"),
     }
 
 

@@ -54,6 +54,7 @@ def preset(name: str) -> Preset:
 MDISTILLER = "configurations of mdistiller"
 STANDARDIZED = "code of logit standardization (CVPR 2024)"
 TTM_PAPER = "TTM (arXiv 2402.11148), appendix A.4"
+STAND_IN = "not published for this pair of TTM's Table 13; these are the values of Table 10 for ResNet-18"
 RLD_CODE = "configurations of RLD's code (ICLR 2025)"
 EA_CODE = "configurations of EA-KD's code"
 CLS_KD = "configurations of cls_KD (NKD, ICCV 2023)"
@@ -93,6 +94,12 @@ _FOR_A_DATASET: list[tuple[str, str, float, str]] = [
     ("eadkd:cifar100", f"eadkd:beta=8,ce_weight=1,{EA_CIFAR}", 4, EA_CODE),
     ("eadkd:imagenet:resnet34-resnet18", "eadkd:beta=0.5,warmup_epochs=1,ce_weight=1,entropy_tau=3", 1, EA_CODE),
     ("wttm:imagenet:resnet34-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    # Table 10 has one line of values for all four teachers of ResNet-18.
+    ("wttm:imagenet:resnet50-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:resnet101-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:resnet152-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:deit3_s-deit_t", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, STAND_IN),
+    ("nkd:imagenet:deit3_s-deit_t", "nkd:gamma=1,ce_weight=1", 1, CLS_KD),
     ("wttm:imagenet:resnet50-mobilenetv1", "wttm:kd_weight=3.5,ce_weight=1", 1 / 0.7, TTM_PAPER),
 ]
 
@@ -125,6 +132,7 @@ _TTM = {
 # DKD's beta where it is not 8, and the temperature and weight of zkd where they are not 2 and 9.
 _DKD = {
     "vgg13-vgg8": 6,
+    "vgg13-mobilenetv2": 6,
     "wrn40_2-wrn16_2": 6,
     "wrn40_2-wrn40_1": 6,
     "resnet56-resnet20": 2,

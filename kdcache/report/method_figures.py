@@ -25,6 +25,7 @@ __all__ = ["entropy_drawings", "method_drawings"]
 
 COLUMNS = 4  # pairs, or histograms, beside each other
 MOST_HISTOGRAMS = 12  # on a page
+FEW_TAUS = 4  # of a method, each of which has a histogram
 MOST_POINTS = 400  # of a curve
 MOST_TICKS = 5
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -140,14 +141,19 @@ def method_drawings(table: Table) -> list[Drawing]:
     return drawings
 
 
-def _pairs(table: Table) -> list[Pair]:
-    """The rows of control none by dataset, teacher, student and setting, each at its best tau; labels alone come first."""
+def _pairs(table: Table, most_taus: int = 1) -> list[Pair]:
+    """The rows of control none by dataset, teacher, student and setting; labels alone come first.
+
+    A row with at most so many temperatures has them all, one with more its best one.
+    """
     rows = [row for row in table.rows if row.control == "none" and table.ranked(row)]
     names = method_names(table, rows)
     groups: dict[tuple[str, ...], list[_Line]] = {}
     for row in rows:
-        tau, cell = table.ranked(row)[0]
-        groups.setdefault((row.dataset, row.teacher, row.student, row.setting), []).append(_Line(row, names[row], tau, cell))
+        ranked = table.ranked(row)
+        chosen = sorted(ranked, key=lambda pair: pair[0]) if len(ranked) <= most_taus else ranked[:1]
+        lines = [_Line(row, names[row], tau, cell) for tau, cell in chosen]
+        groups.setdefault((row.dataset, row.teacher, row.student, row.setting), []).extend(lines)
     several = {place: len({key[number] for key in groups}) > 1 for place, number in (("dataset", 0), ("setting", 3))}
     pairs = []
     for (dataset, teacher, student, setting), lines in groups.items():
@@ -228,9 +234,9 @@ def _ends(kind: _Kind, pairs: Sequence[Pair]) -> str:
 
 
 def entropy_drawings(table: Table) -> list[Drawing]:
-    """Test images by the entropy of the students' outputs: for pairs of several methods, a panel for each, of its first seed."""
+    """Test images by the entropy of the students' outputs: for pairs of several, a panel for each, of its first seed."""
     drawings = []
-    for title, lines in _pairs(table):
+    for title, lines in _pairs(table, most_taus=FEW_TAUS):
         panels = [(line, found) for line in lines if (found := line.cell.runs[0].test_entropies()) is not None]
         for start in range(0, len(panels), MOST_HISTOGRAMS) if len(panels) > 1 else ():
             drawings.append(_histograms(title, panels[start : start + MOST_HISTOGRAMS], panels))
