@@ -133,12 +133,15 @@ _TTM = {
 _DKD = {
     "vgg13-vgg8": 6,
     "vgg13-mobilenetv2": 6,
+    "wrn40_2-mobilenetv2": 6,
+    "wrn40_2-resnet8x4": 6,
     "wrn40_2-wrn16_2": 6,
     "wrn40_2-wrn40_1": 6,
     "resnet56-resnet20": 2,
     "resnet110-resnet20": 2,
     "resnet110-resnet32": 2,
 }
+_DKD_BY_RLD = {"wrn40_2-mobilenetv2", "wrn40_2-resnet8x4", "resnet110-resnet20"}  # pairs that mdistiller has no file of
 _ZKD = {
     "vgg13-vgg8": (3, 9),
     "resnet32x4-wrn16_2": (3, 9),
@@ -160,7 +163,10 @@ def _all() -> dict[str, Preset]:
         if found.no_ce_gamma is not None:
             rows.append((f"wttm:cifar100:{pair}:no-ce", "wttm", 1 / found.no_ce_gamma, TTM_PAPER))
     for pair, beta in _DKD.items():
-        rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, MDISTILLER))
+        where = RLD_CODE if pair in _DKD_BY_RLD else MDISTILLER
+        rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, where))
+        # The code of logit standardization multiplies both of a configuration's weights by 9.
+        rows.append((f"zdkd:cifar100:{pair}", f"zdkd:alpha=9,beta={9 * beta},ce_weight=1", 2, STANDARDIZED))
     for pair, (tau, weight) in _ZKD.items():
         rows.append((f"zkd:cifar100:{pair}", f"zkd:kd_weight={weight},ce_weight=0.1", tau, f"{STANDARDIZED}, logs"))
     for pair, beta_in in _IMAGENET_BETA.items():

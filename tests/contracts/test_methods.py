@@ -18,6 +18,7 @@ from kdcache.bench.methods import ONE_VIEW, PLAIN
 from kdcache.errors import UsageError
 from kdcache.methods import METHODS, build
 from kdcache.methods.presets import PRESETS, preset
+from kdcache.methods.published import ours, published
 from kdcache.targets import Targets
 from kdcache.testing import MethodContract
 from kdcache.testing.methods import at_tau, loss_and_gradient, problem
@@ -199,6 +200,25 @@ def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
     for name, expected in published.items():
         how: Any = preset(f"paper:{name}").build()
         assert (how.kd_weight, how.ce_weight, preset(f"paper:{name}").tau) == expected
+
+
+def test_every_preset_stands_beside_what_was_published_and_differs_only_where_it_is_said() -> None:
+    rows = published()
+    assert sorted(rows) == sorted(PRESETS)
+    for name, row in rows.items():
+        made = ours(PRESETS[name])
+        assert row.note, name
+        assert row.ours == pytest.approx(made, rel=1e-5), f"{name}: write what ours is into PRESETS.md"
+        for where in (row.paper, row.code):
+            assert where.keys() <= made.keys(), name
+            assert {key for key, value in where.items() if made[key] != pytest.approx(value)} <= set(row.differs), name
+        assert all(made[key] not in (row.paper.get(key), row.code.get(key)) or (row.paper and row.code) for key in row.differs)
+    assert {name for name, row in rows.items() if row.differs} == {
+        "paper:zdkd:cifar100",
+        "paper:eadkd:imagenet:resnet34-resnet18",
+    }
+    unknown = {name.split(":")[1] for name, row in rows.items() if not row.paper and not row.code}
+    assert unknown == {"zkd", "dist", "wttm"}, "what was found since belongs into the table"
 
 
 # ---------------------------------------------------------------- what they have to do with each other
