@@ -32,8 +32,13 @@ class Published:
 @cache
 def published() -> dict[str, Published]:
     """The table by name of the preset."""
-    rows = [line.strip("| ").split(" | ") for line in TABLE.read_text("utf-8").splitlines() if line.startswith("| paper:")]
-    return {name: Published(name, *map(_values, values), note, _differs(note)) for name, *values, note in rows}
+    lines = [line for line in TABLE.read_text("utf-8").splitlines() if line.startswith("| paper:")]
+    return {row.preset: row for row in map(_row, lines)}
+
+
+def _row(line: str) -> Published:
+    name, paper, code, here, note = line.strip("| ").split(" | ")
+    return Published(name, _values(paper), _values(code), _values(here), note, _differs(note))
 
 
 def _values(text: str) -> Values:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdcache.archive import Archive
+from kdcache.report.records import STUDENT
 from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, paired
 
 __all__ = [
@@ -186,7 +187,8 @@ def method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     """
 
     def name(row: Row) -> str:
-        return ALONE if row.baseline else row.method.partition(":")[0]
+        short = row.method.partition(":")[0]
+        return ALONE if row.baseline else row.method if short == STUDENT else short
 
     def with_labels(row: Row) -> str:
         return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)
