@@ -48,7 +48,7 @@ def correlation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     It is the cosine of the rows' z-scores, whatever the temperatures: as in max-logit temperature, Fig. 1.
     """
-    z, v = ((x - x.mean(dim=1, keepdim=True)).float() for x in (logits, teacher_logits))
+    z, v = (x - x.mean(dim=1, keepdim=True) for x in (logits.float(), teacher_logits.float()))
     return torch.nn.functional.cosine_similarity(z, v, dim=1, eps=1e-12).mean()
 
 
