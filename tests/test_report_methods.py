@@ -111,6 +111,12 @@ def test_labels_alone_are_the_first_column_and_a_level_line(make_run: RunFolders
     spoken = [answer.headline for answer in answers(table) if answer.name == "cn_p, ce"]
     assert spoken == ["it has no teacher, and so no temperature; test top-1 71.00 ± 1.41 % (mean ± std, n = 2 seeds)."]
 
+    assert all(each.variant != "ce" for each in contrasts.values())
+    make_run(90.0, archive_digest="e2" * 32, **LABELS)  # on another teacher's archive
+    make_run(90.0, archive_digest="e2" * 32, tau=2.0, method_spec="zkd")
+    assert [each.name for each in heatmaps(table_of(make_run), {}) if each.name.startswith("teachers")] == ["teachers"], (
+        "only zkd"
+    )
     rows = [row for row in table.rows if row.student == "cn_p"]
     (drawing,) = tau_curves(table, rows, "here")
     axes = axes_of(drawing)[0]

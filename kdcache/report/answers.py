@@ -110,7 +110,7 @@ def contrasts(table: Table) -> list[Contrast]:
 def method_contrasts(table: Table) -> list[Contrast]:
     """Every method of control none against kd (a z-score method: against the same method without), at their best taus.
 
-    Where there is no kd, against the students that learned from labels alone.
+    Where there is no kd, and for kd itself, against the students that learned from labels alone.
 
     Options and settings of the two may differ, as published ones do, if the archive has only one row to compare with. A
     setting that differs is named.
@@ -120,6 +120,8 @@ def method_contrasts(table: Table) -> list[Contrast]:
     archive = {row: cell.runs[0].args.archive_digest for row, (_, cell) in plain.items()}
     results = []
     for row, (tau, cell) in plain.items():
+        if row.baseline:
+            continue  # it is what others are compared with
         others = [other for other in plain if _pair(other) == _pair(row) and archive[other] == archive[row] and other != row]
         if (base := _base(row, others)) is not None:
             setting = f" ({base.setting})" if base.setting != row.setting else ""

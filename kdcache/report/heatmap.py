@@ -133,7 +133,7 @@ def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatm
             ("control",),
             lambda row: (row.dataset, row.teacher, row.student, row.method, row.setting),
         ),
-        *_teachers(table, plain, teachers),
+        *_teachers(table, [row for row in plain if not _without_teacher(table, row)], teachers),
     ]
 
 
@@ -251,6 +251,10 @@ def _places(groups: Mapping[tuple[str, ...], Sequence[Row]]) -> dict[tuple[str, 
 
 def _after(place: str) -> str:
     return f", {place}" if place else ""
+
+
+def _without_teacher(table: Table, row: Row) -> bool:
+    return any(cell.without_teacher for _, cell in table.ranked(row))
 
 
 def _digest(table: Table, row: Row) -> str:
