@@ -147,13 +147,15 @@ def sorted_mean_softmax(logits: ArrayLike, tau: float) -> Floats:
     return mean
 
 
-def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats]:
-    """(h, h_rest, sum of the softmax vectors) of descending logits `ranked [B, C]`: float64 `[B]`, `[B]` and `[C]`.
+def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """(h, h_rest, sum of the softmax vectors, 1 / p of the top class) of descending logits `ranked [B, C]`.
 
-    The entropies are those of `relative_entropy`. One sort serves every tau, and one exponential per logit all results.
+    Float64 `[B]`, `[B]`, `[C]` and `[B]`. The entropies are those of `relative_entropy`. One sort serves every tau, and one
+    exponential per logit all results.
     """
     classes = ranked.shape[1]
-    h, rest, total = np.empty(len(ranked)), np.empty(len(ranked)), np.zeros(classes)
+    h, rest, mass = np.empty((3, len(ranked)))
+    total = np.zeros(classes)
     step = max(1, CACHED // classes)
     for first in range(0, len(ranked), step):
         rows = slice(first, first + step)
@@ -162,9 +164,10 @@ def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Float
         z = z[:, 1:] - z[:, 1:2]
         e = np.exp(z)
         h[rows], rest[rows], top = _join(gap, e.sum(axis=1), np.einsum("nc,nc->n", e, z))
+        mass[rows] = 1 / top
         total[0] += top.sum()
         total[1:] += (top * np.exp(-gap)) @ e
-    return *_relative(h, rest, classes), total
+    return *_relative(h, rest, classes), total, mass
 
 
 def power_sums(logits: ArrayLike, tau: float) -> Floats:

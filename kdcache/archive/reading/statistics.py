@@ -18,7 +18,7 @@ from kdcache.archive.format.manifest import (
 from kdcache.archive.layouts import ShardReader
 from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
-from kdcache.stats import logit_moments, matched_smoothing, power_sums, summarise_ranked
+from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.system.progress import Progress
 from kdcache.views.policy import CenterCrop
 
@@ -69,10 +69,11 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
         moments[:, part] = logit_moments(block)
         ranked = np.sort(block, axis=1)[:, ::-1]
         summed = []
+        at_one = np.exp(np.subtract(ranked, ranked[:, :1], dtype=np.float64)).sum(axis=1)
         for number, tau in enumerate(taus):
-            entropies[0, number, part], entropies[1, number, part], total = summarise_ranked(ranked, tau)
+            entropies[0, number, part], entropies[1, number, part], total, mass = summarise_ranked(ranked, tau)
             summed.append(total)
-            powers[number] += power_sums(block, tau).sum()
+            powers[number] += (mass * at_one ** (-1 / tau)).sum()  # as `power_sums` has them
         totals = totals + np.array(summed)
         done += len(block)
         progress.update("statistics", done, rows)
