@@ -18,6 +18,7 @@ __all__ = [
     "log_softmax",
     "logit_moments",
     "matched_smoothing",
+    "power_sums",
     "relative_entropy",
     "softmax",
     "sorted_mean_softmax",
@@ -168,13 +169,15 @@ def sorted_mean_softmax(logits: ArrayLike, tau: float) -> Floats:
     return mean
 
 
-def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats]:
-    """(h, h_rest, sum of the softmax vectors) of descending logits `ranked [B, C]`: float64 `[B]`, `[B]` and `[C]`.
+def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """(h, h_rest, sum of the softmax vectors, 1 / p of the top class) of descending logits `ranked [B, C]`.
 
-    The entropies are those of `relative_entropy`. One sort serves every tau, and one exponential per logit all results.
+    Float64 `[B]`, `[B]`, `[C]` and `[B]`. The entropies are those of `relative_entropy`. One sort serves every tau, and one
+    exponential per logit all results.
     """
     classes = ranked.shape[1]
-    h, rest, total = np.empty(len(ranked)), np.empty(len(ranked)), np.zeros(classes)
+    h, rest, mass = np.empty((3, len(ranked)))
+    total = np.zeros(classes)
     step = max(1, CACHED // classes)
     for first in range(0, len(ranked), step):
         rows = slice(first, first + step)
@@ -183,9 +186,20 @@ def summarise_ranked(ranked: NDArray, tau: float) -> tuple[Floats, Floats, Float
         z = z[:, 1:] - z[:, 1:2]
         e = np.exp(z)
         h[rows], rest[rows], top = _join(gap, e.sum(axis=1), np.einsum("nc,nc->n", e, z))
+        mass[rows] = 1 / top
         total[0] += top.sum()
         total[1:] += (top * np.exp(-gap)) @ e
-    return *_relative(h, rest, classes), total
+    return *_relative(h, rest, classes), total, mass
+
+
+def power_sums(logits: ArrayLike, tau: float) -> Floats:
+    """U = sum_c p_c^(1/tau) of the softmax p of `logits [..., C]`: float64 `[...]` in [1, C^(1 - 1/tau)].
+
+    The weights of wttm (TTM, arXiv 2402.11148, section 4), as exp(lse(z / tau) - lse(z) / tau), in which nothing underflows.
+    """
+    z = _tempered(logits, 1.0)
+    sums: Floats = np.exp(z / tau).sum(axis=-1) * np.exp(z).sum(axis=-1) ** (-1 / tau)
+    return sums
 
 
 def matched_smoothing(h: ArrayLike, classes: int) -> Floats:

@@ -1,6 +1,7 @@
 """Protects tests of models in training: figures are those of all logits together, and a GPU is waited for once."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcache.archive import EntropyHistogram
 from kdcache.datasets.canvas import Canvas
+from kdcache.stats import relative_entropy
 from kdcache.training import evaluation
 from kdcache.training.evaluation import EvalSet, EvalSets
 from kdcache.views import ViewPolicy
@@ -26,7 +29,8 @@ def model(device: torch.device | str, outputs: list[Tensor] | None = None) -> An
     def predict(views: Tensor, *, averaged: bool = False) -> Tensor:
         return next(answers) if outputs else torch.empty(len(views), 7, device=device)
 
-    return SimpleNamespace(device=torch.device(device), average=None, settle=lambda: None, predict=predict)
+    unfinished: dict[str, Any] = {"epoch": 0, "config": SimpleNamespace(epochs=2)}
+    return SimpleNamespace(device=torch.device(device), average=None, settle=lambda: None, predict=predict, **unfinished)
 
 
 def test_figures_are_those_of_all_logits(canvas: Canvas) -> None:
@@ -92,3 +96,24 @@ def test_a_test_canvas_that_goes_to_a_gpu_is_taken_from_the_memory_for_models(
     assert sets.to_come == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 80 << 30))
     assert EvalSets(canvas, device="cuda").to_come == 0
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_last_test_leaves_the_entropies_of_its_outputs(canvas: Canvas, tmp_path: Path, finite: bool) -> None:
+    logits = torch.randn(len(canvas), 7, generator=torch.Generator().manual_seed(0)) * 3
+    if not finite:
+        logits[0, 0] = math.nan
+    file = tmp_path / "test_entropies.json"
+    for epoch in range(2):
+        learner = model("cpu", list(logits.split(256)))
+        learner.folder, learner.epoch = tmp_path, epoch
+        assert not file.exists(), "written before the end"
+        EvalSets(canvas)[POLICY].tested([learner])
+    if not finite:
+        assert not file.exists()
+        return
+    found = EntropyHistogram.model_validate_json(file.read_text())
+    relative = relative_entropy(logits.numpy())[0]
+    assert (found.classes, sum(found.counts)) == (7, len(canvas))
+    assert found.mean == pytest.approx(relative.mean(), abs=1e-6)
+    assert found.counts == tuple(np.histogram(relative, 32, (0, 1))[0])

@@ -172,3 +172,22 @@ def test_a_damaged_checkpoints_folder_is_moved_aside_and_nothing_deleted(tmp_pat
         assert not folder.exists()
         assert len(list(tmp_path.glob("the first run.aside*/checkpoint.pt"))) == other + 1
     assert made(folder).steps == 0
+
+
+def test_a_figure_that_an_earlier_version_did_not_log_begins_with_the_next_epoch(tmp_path: Path) -> None:
+    """Its sum over the rest of an epoch, divided by all of its steps, would be no mean."""
+
+    def measured(one: Learner, **figures: float) -> None:
+        values = {name: torch.tensor(value) for name, value in figures.items()}
+        one.step(VIEWS, lambda logits: logits.square().mean(), lambda logits: values)
+
+    earlier = made(tmp_path, epochs=2)
+    measured(earlier, agreement=1.0)
+    earlier.suspend()
+    now = made(tmp_path, epochs=2)
+    measured(now, agreement=3.0, correlation=0.5)
+    now.end_epoch({})
+    measured(now, agreement=3.0, correlation=0.5)
+    now.end_epoch({"test_top1": 1.0})
+    assert [(row["agreement"], row.get("correlation")) for row in now.rows] == [(2.0, None), (3.0, 0.5)]
+    assert all("train_loss" in row for row in now.rows)

@@ -441,7 +441,7 @@ def test_several_datasets_methods_and_archives(make_run: RunFolders, tmp_path: P
     page = Page(report.html.read_text("utf-8"))
     assert len(page.ids) == len(set(page.ids))
     assert page.text.count("<h3>Archive") == 2
-    assert len(report.figures) == 2 * 2 * 4  # SVG and PNG of four figures per dataset
+    assert len(report.figures) == 2 * (2 * 4 + 3)  # SVG and PNG of four figures per dataset, and three of all methods
 
 
 def test_out_must_be_a_folder(make_run: RunFolders, tmp_path: Path) -> None:

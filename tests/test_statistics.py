@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import kdcache
 from kdcache.archive import PAPER_TAUS, Statistics, measure_logits
 from kdcache.archive.reading.statistics import spread_ranks
-from kdcache.stats import label_smoothing, matched_smoothing, relative_entropy, sorted_mean_softmax
+from kdcache.stats import label_smoothing, matched_smoothing, power_sums, relative_entropy, sorted_mean_softmax
 from kdcache.system.progress import Silent
 
 LOGITS = (np.random.default_rng(0).normal(0, 1500, (1000, 37)).round() / 512).astype(np.float32)  # what i16 keeps
@@ -36,6 +36,7 @@ def test_figures_are_those_of_all_rows_at_once() -> None:
         assert detail.entropy_rest_histogram == tuple(np.histogram(rest, 32, (0, 1))[0])
         assert detail.sorted_mean == pytest.approx(sorted_mean_softmax(LOGITS, tau))
         assert detail.smoothing_mean_entropy == pytest.approx(float(matched_smoothing(h.mean(), 37)))
+        assert detail.power_sum_mean == pytest.approx(power_sums(LOGITS, tau).mean(), rel=1e-12)
         smoothed = label_smoothing(detail.smoothing_sorted_mean, 37)
         assert -(smoothed * np.log(smoothed)).sum() / np.log(37) == pytest.approx(figures.sorted_mean_entropy, abs=1e-9)
     moments, mean, std = details.moments, LOGITS.mean(axis=1), LOGITS.std(axis=1)

@@ -76,6 +76,7 @@ def test_it_prints_the_recorded_figures_and_advises(archive: Archive, stats: Cal
         assert f"{figures.entropy_mean:.4f}" in done.out
         assert f"{figures.entropy_rest_mean:.4f}" in done.out
         assert f"{detail.smoothing_sorted_mean:.5f}" in done.out
+        assert f"{detail.power_sum_mean:.4f}" in done.out
     assert f"{recorded.top1_views:.2f} %" in done.out
     assert f"kdcache distill --archive {archive.path} --tau 10,20,4" in done.out
     assert "section 4.3 and Table 1" in done.out

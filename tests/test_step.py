@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from kdcache.training.clipping import Clipping
 from kdcache.training.config import TrainConfig
 from kdcache.training.devices import seeded
 from kdcache.training.learner import Learner
-from kdcache.training.metrics import agreement, divergence
+from kdcache.training.metrics import agreement, correlation, divergence
 from tests.stand_ins import Launches, launched, stand_in_gpu
 
 ROWS, CLASSES, SIZE = 8, 10, 32
+FITTED_TO = np.eye(ROWS, CLASSES, dtype=np.float32)  # teacher logits
 
 
 def steps_on_the_stand_in(
@@ -30,7 +32,7 @@ def steps_on_the_stand_in(
     if model is not None:
         with seeded(0):
             made, normalise = create_model(model, CLASSES, input_size=SIZE)
-    loss = METHODS.parse(method)
+    loss = METHODS.parse(method).fit([FITTED_TO], 4.0)
     with stand_in_gpu() as gpu:
         state = loss.new_state().to(gpu)
         optimizer = loss.new_optimizer(state)
@@ -49,7 +51,8 @@ def steps_on_the_stand_in(
             changed = change(targets, keys)
 
             def measure(z: Tensor) -> dict[str, Tensor]:
-                return {"agreement": agreement(z, logits), "divergence": divergence(z, logits, 4.0)} | loss.figures(state)
+                figures = {"agreement": agreement(z, logits), "divergence": divergence(z, logits, 4.0)}
+                return figures | {"correlation": correlation(z, logits)} | loss.figures(state)
 
             learner.step(views, lambda z: loss(z, changed, state), measure)
 
@@ -86,6 +89,15 @@ def test_no_method_waits(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("control", ["bottom:3", "topk:3"])
 def test_no_control_waits(tmp_path: Path, control: str) -> None:
     assert not steps_on_the_stand_in(tmp_path, control=control).waits
+
+
+def test_correlations_are_those_of_the_rows_and_those_of_constant_rows_are_0() -> None:
+    z, v = torch.randn(2, ROWS, CLASSES, generator=torch.Generator().manual_seed(0)) * 3 + 40
+    expected = np.mean([np.corrcoef(one, other)[0, 1] for one, other in zip(z.double(), v.double(), strict=True)])
+    assert correlation(z, v).item() == pytest.approx(expected, abs=1e-5)
+    assert correlation(3 * z + 1, z).item() == pytest.approx(1)
+    assert correlation(torch.full_like(z, 3.3), v).item() == pytest.approx(0, abs=1e-6)
+    assert correlation(z.bfloat16(), v).item() == pytest.approx(expected, abs=0.02)
 
 
 def gradients(device: torch.device, layers: int) -> list[nn.Parameter]:
@@ -137,7 +149,7 @@ def test_pixels_are_normalised_to_the_bits_they_always_had() -> None:
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lion"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_gpu_waits_for_nothing_in_a_step(tmp_path: Path, method: str, opt: str, amp: bool) -> None:
-    gpu, loss = torch.device("cuda"), METHODS.parse(method)
+    gpu, loss = torch.device("cuda"), METHODS.parse(method).fit([FITTED_TO], 4.0)
     made, normalise = create_model("test_resnet", CLASSES, input_size=SIZE)
     state = loss.new_state().to(gpu)
     optimizer = loss.new_optimizer(state)

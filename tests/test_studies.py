@@ -365,6 +365,7 @@ def test_there_is_a_study_for_every_experiment() -> None:
         *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination"),
         *("student_initialization", "granularity", "logit_standardization", "max_logit", "ttm", "quickstart"),
         *(f"logit_standardization_{what}" for what in ("imagenet", "scores", "teachers")),
+        *("ttm_regularization", "ttm_entropy", "ttm_imagenet", "ttm_vit"),
     }
 
 

@@ -5,6 +5,7 @@ from kdcache.archive.format.devices import DEVICE, shards_by_device
 from kdcache.archive.format.manifest import (
     ArchivePlan,
     CanvasCard,
+    EntropyHistogram,
     Licences,
     LogitMoments,
     MemoryFormat,
@@ -20,7 +21,7 @@ from kdcache.archive.reading.comparison import compare
 from kdcache.archive.reading.ensemble import AnyArchive, Average, Ensemble
 from kdcache.archive.reading.fidelity import CodecFidelity, measure_fidelity
 from kdcache.archive.reading.reader import Archive, open_archive
-from kdcache.archive.reading.statistics import MAX_ROWS, PAPER_TAUS, measure_logits, moment_histogram
+from kdcache.archive.reading.statistics import MAX_ROWS, PAPER_TAUS, entropy_histogram, measure_logits, moment_histogram
 from kdcache.archive.reading.verification import Failure, Verification
 from kdcache.archive.writing.card import code_span, licence_fields, markdown_escaped
 from kdcache.archive.writing.derive import derive, derived_plan, stored_bytes
@@ -45,6 +46,7 @@ __all__ = [
     "CodecFidelity",
     "DumpCost",
     "Ensemble",
+    "EntropyHistogram",
     "Failure",
     "Layout",
     "Licences",
@@ -61,6 +63,7 @@ __all__ = [
     "compare",
     "derive",
     "derived_plan",
+    "entropy_histogram",
     "licence_fields",
     "markdown_escaped",
     "measure_fidelity",

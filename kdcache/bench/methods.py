@@ -63,7 +63,7 @@ def methods(seconds: float, folder: Path, progress: Progress) -> list[Result]:
     for name in METHODS:
         if name not in PLAIN:  # a plugin's method
             continue
-        built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
+        built, plain = build(name, **ONE_VIEW.get(name, {})).fit([teacher.cpu().numpy()], TAU), PLAIN[name]
         state = built.new_state().to(device)
         state.epoch = 1000  # warmed up
         ours, theirs = taking_turns(
@@ -133,6 +133,10 @@ def wttm(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return (total * F.kl_div(F.log_softmax(z, 1), power / total[:, None], reduction="none").sum(1)).mean()
 
 
+def wttm_unit(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    return wttm(z, v, y, tau) / F.softmax(v, 1).pow(1 / tau).sum(1).mean()
+
+
 def _dkd_rows(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     own = F.one_hot(y, z.shape[1]).bool()
     tckd = _binary(_at(F.softmax(v / tau, 1), y), _at(F.softmax(z / tau, 1), y))
@@ -193,6 +197,10 @@ def _weights(z: Tensor, v: Tensor) -> Tensor:
     return (of_teacher + of_teacher * of_student / math.log(z.shape[1])) / 2
 
 
+def ce(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    return F.cross_entropy(z, y)
+
+
 def eakd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return (_weights(z, v) * tau**2 * _kl(v / tau, z / tau)).mean()
 
@@ -206,12 +214,14 @@ def _scored(loss: Loss) -> Loss:
 
 
 PLAIN: dict[str, Loss] = {
+    "ce": ce,
     "kd": kd,
     "zkd": _scored(kd),
     "maxlogit": maxlogit,
     "maxlogit-dkd": maxlogit_dkd,
     "ttm": ttm,
     "wttm": wttm,
+    "wttm-unit": wttm_unit,
     "dkd": dkd,
     "zdkd": _scored(dkd),
     "rld": rld,

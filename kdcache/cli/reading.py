@@ -386,6 +386,7 @@ def methods(
     """List the methods and controls with their options and defaults, or the published settings of methods."""
     from kdcache.methods import METHODS
     from kdcache.methods.presets import PRESETS
+    from kdcache.methods.published import published
     from kdcache.registry import Registry
     from kdcache.targets import CONTROLS
 
@@ -410,6 +411,13 @@ def methods(
         columns = ["preset", "method", "tau", "source"]
         of = [found for found in PRESETS.values() if name in {"", found.name.split(":")[1]}]
         rows = [[found.name, found.method, f"{found.tau:.4g}", found.source] for found in of]
+        if name or as_json:  # beside what was published
+            columns[3:] = ["in the paper", "in its code", "note"]
+            for row, found in zip(rows, of, strict=True):
+                beside = published()[found.name]
+                shown = (" ".join(f"{key}={value:g}" for key, value in values.items()) for values in (beside.paper, beside.code))
+                row[3:] = [*shown, beside.note]
+            columns, rows = [*columns, "source"], [[*row, found.source] for row, found in zip(rows, of, strict=True)]
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     elif name and not presets:

@@ -53,6 +53,13 @@ def print_statistics(archive: Archive, statistics: Statistics, recorded: bool) -
         [[f"{f.tau:g}", _bars(d.entropy_histogram), _bars(d.entropy_rest_histogram)] for f, d in detailed],
         title="rows by relative entropy",
     )
+    sums = [detail.power_sum_mean for _, detail in detailed]
+    print_table(
+        ["tau", "U-bar"],
+        [[f"{f.tau:g}", None if u is None else f"{u:.4f}"] for (f, _), u in zip(detailed, sums, strict=True)],
+        title="mean power sum U, the mean weight of wttm: ttm's kd_weight / U-bar is wttm's"
+        + ("" if None not in sums else ": not recorded in this archive; --rows N reads it from the logits"),
+    )
     shown = [n for n, rank in enumerate(details.ranks) if rank in (1, 2, 3, 5, 10, 20, archive.num_classes)]
     print_table(
         ["tau", *(f"rank {details.ranks[n]}" for n in shown), "H^ of it", "alpha", "alpha of mean H^(p)"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 # These register themselves.
 from kdcache.methods import curriculum as _curriculum  # noqa: F401
 from kdcache.methods import decoupled as _decoupled  # noqa: F401
+from kdcache.methods import labels as _labels  # noqa: F401
 from kdcache.methods import relational as _relational  # noqa: F401
 from kdcache.methods import tempered as _tempered  # noqa: F401
 from kdcache.methods import weighted as _weighted  # noqa: F401

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from kdcache.errors import UsageError
@@ -63,12 +65,17 @@ class Method(ABC):
     source: ClassVar[str] = ""  # paper and equation
     needs: ClassVar[tuple[str, ...]] = ()  # "labels", "two views", "batch" (relations of its samples), "state" (it learns)
     uses_tau: ClassVar[bool] = True
+    uses_teacher: ClassVar[bool] = True
     only_at_tau: ClassVar[bool] = True  # else it also looks at the targets at temperatures of its own
     largest_tau: ClassVar[float] = math.inf  # beyond which it makes no sense
 
     @abstractmethod
     def __call__(self, student_logits: Tensor, targets: Targets, state: State | None = None) -> Tensor:
         """The loss of `student_logits [B, C]` (`[2B, C]` for two views), a scalar; `state` is what `new_state` has made."""
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
+        """The method as it is to be used at `tau` with a teacher whose logits are the `blocks [n, C]`."""
+        return self
 
     @property
     def views_per_step(self) -> int:
@@ -322,7 +329,7 @@ def cross_entropy(student: Tensor, targets: Targets) -> Tensor:
         return cross_entropy(student[:rows], targets) + cross_entropy(student[rows:], targets.second)
     if targets.label_a is None:
         raise UsageError(
-            "ce_weight is set, but the targets have no labels",
+            "cross entropy (ce, or ce_weight) is asked for, but the targets have no labels",
             why="cross entropy is taken against the labels of the samples",
             fix="use an archive with labels, or a method without ce_weight",
         )

@@ -54,6 +54,7 @@ def preset(name: str) -> Preset:
 MDISTILLER = "configurations of mdistiller"
 STANDARDIZED = "code of logit standardization (CVPR 2024)"
 TTM_PAPER = "TTM (arXiv 2402.11148), appendix A.4"
+STAND_IN = "not published for this pair of TTM's Table 13; these are the values of Table 10 for ResNet-18"
 RLD_CODE = "configurations of RLD's code (ICLR 2025)"
 EA_CODE = "configurations of EA-KD's code"
 CLS_KD = "configurations of cls_KD (NKD, ICCV 2023)"
@@ -93,6 +94,12 @@ _FOR_A_DATASET: list[tuple[str, str, float, str]] = [
     ("eadkd:cifar100", f"eadkd:beta=8,ce_weight=1,{EA_CIFAR}", 4, EA_CODE),
     ("eadkd:imagenet:resnet34-resnet18", "eadkd:beta=0.5,warmup_epochs=1,ce_weight=1,entropy_tau=3", 1, EA_CODE),
     ("wttm:imagenet:resnet34-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    # Table 10 has one line of values for all four teachers of ResNet-18.
+    ("wttm:imagenet:resnet50-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:resnet101-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:resnet152-resnet18", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, TTM_PAPER),
+    ("wttm:imagenet:deit3_s-deit_t", "wttm:kd_weight=1.6,ce_weight=1", 1 / 0.8, STAND_IN),
+    ("nkd:imagenet:deit3_s-deit_t", "nkd:gamma=1,ce_weight=1", 1, CLS_KD),
     ("wttm:imagenet:resnet50-mobilenetv1", "wttm:kd_weight=3.5,ce_weight=1", 1 / 0.7, TTM_PAPER),
 ]
 
@@ -125,12 +132,16 @@ _TTM = {
 # DKD's beta where it is not 8, and the temperature and weight of zkd where they are not 2 and 9.
 _DKD = {
     "vgg13-vgg8": 6,
+    "vgg13-mobilenetv2": 6,
+    "wrn40_2-mobilenetv2": 6,
+    "wrn40_2-resnet8x4": 6,
     "wrn40_2-wrn16_2": 6,
     "wrn40_2-wrn40_1": 6,
     "resnet56-resnet20": 2,
     "resnet110-resnet20": 2,
     "resnet110-resnet32": 2,
 }
+_DKD_BY_RLD = {"wrn40_2-mobilenetv2", "wrn40_2-resnet8x4", "resnet110-resnet20"}  # pairs that mdistiller has no file of
 _ZKD = {
     "vgg13-vgg8": (3, 9),
     "resnet32x4-wrn16_2": (3, 9),
@@ -152,7 +163,10 @@ def _all() -> dict[str, Preset]:
         if found.no_ce_gamma is not None:
             rows.append((f"wttm:cifar100:{pair}:no-ce", "wttm", 1 / found.no_ce_gamma, TTM_PAPER))
     for pair, beta in _DKD.items():
-        rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, MDISTILLER))
+        where = RLD_CODE if pair in _DKD_BY_RLD else MDISTILLER
+        rows.append((f"dkd:cifar100:{pair}", f"dkd:beta={beta},ce_weight=1", 4, where))
+        # The code of logit standardization multiplies both of a configuration's weights by 9.
+        rows.append((f"zdkd:cifar100:{pair}", f"zdkd:alpha=9,beta={9 * beta},ce_weight=1", 2, STANDARDIZED))
     for pair, (tau, weight) in _ZKD.items():
         rows.append((f"zkd:cifar100:{pair}", f"zkd:kd_weight={weight},ce_weight=0.1", tau, f"{STANDARDIZED}, logs"))
     for pair, beta_in in _IMAGENET_BETA.items():

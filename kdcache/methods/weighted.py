@@ -1,13 +1,22 @@
-"""Entropy-aware weights of the samples, on kd and on dkd."""
+"""Weights of the samples: by entropies, on kd and on dkd; and wttm's power sums, with a mean of 1."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import UsageError
 from kdcache.methods.base import METHODS, Positive, Squared, entropy_rows
 from kdcache.methods.decoupled import DKD
+from kdcache.methods.tempered import WTTM
+from kdcache.registry import FITTED
+from kdcache.stats import power_sums
 from kdcache.system.lazy import lazy
 from kdcache.targets import Targets
 
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-__all__ = ["EADKD", "EAKD"]
+__all__ = ["EADKD", "EAKD", "WTTMUnit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +72,32 @@ class EADKD(_EntropyAware, DKD):
 
     def rows(self, student: Tensor, teacher: Tensor, label: Tensor, tau: Tensor | float) -> Tensor:
         return self.weights(student, teacher) * super().rows(student, teacher, label, tau)
+
+
+@METHODS.register("wttm-unit")
+@dataclass(frozen=True, kw_only=True)
+class WTTMUnit(WTTM):
+    """<U_i / U-bar KL(p_t || q_1)>: wttm whose weights have a mean of 1, so that its kd_weight is that of ttm.
+
+    U-bar is the mean over the teacher's logits, found when training begins (`kdcache stats` prints it); under a control, it
+    stays that of the teacher.
+    """
+
+    mean: float | None = dataclasses.field(default=None, metadata=FITTED)  # at the tau it was fitted for; found by `fit`
+
+    source: ClassVar[str] = "transformed teacher matching (arXiv 2402.11148), section 5.3: beta = 36 / U-bar"
+
+    def fit(self, blocks: Iterable[NDArray[np.float32]], tau: float) -> Self:
+        sums = [power_sums(block, tau) for block in blocks]
+        if not sum(map(len, sums)):
+            raise ValueError("wttm-unit needs at least one row to average")
+        return dataclasses.replace(self, mean=float(np.concatenate(sums).mean()))
+
+    def weights(self, teacher: Tensor, tau: float) -> Tensor | float:
+        if self.mean is None:
+            raise UsageError(
+                "method wttm-unit was not fitted",
+                why="its weights are divided by their mean over an archive's logits at tau",
+                fix="use what method.fit(archive.spread_logits(), tau) gives",
+            )
+        return super().weights(teacher, tau) / self.mean

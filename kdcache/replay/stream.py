@@ -7,7 +7,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.archive import AnyArchive
 from kdcache.datasets.canvas import Canvas
+from kdcache.methods import Method
 from kdcache.replay.check import check_views, require_replayable
 from kdcache.replay.prefetch import Rendered, Resident, render_batches
 from kdcache.replay.subject import Subject, require_batch_size, require_second
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 ORDER_VERSION = 1  # version of the order of views and positions that a seed gives
+Fitted = TypeVar("Fitted", Control, Method)
 BLOCK = 4096  # positions that are shuffled together; part of that order
 
 
@@ -356,6 +358,6 @@ class TargetPairs(IterableDataset[tuple[Tensor, Targets]]):
             yield images[0] if len(images) == 1 else torch.cat(images), batch.targets(self.tau, self.control)
 
 
-def fit_control(control: Control, archive: AnyArchive, tau: float) -> Control:
-    """The control fitted to `archive` at `tau`."""
+def fit_control(control: Fitted, archive: AnyArchive, tau: float) -> Fitted:
+    """The control, or the method, fitted to `archive` at `tau`."""
     return control.fit((averaged(torch.from_numpy(block), tau).numpy() for block in archive.spread_logits()), tau)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdcache.report.records import STUDENT
 from kdcache.report.table import ONE_SEED, ROW_FIELDS, UNPAIRED, Cell, PairedDifference, Row, Table, labels, paired
 
 __all__ = ["Answer", "Contrast", "answers", "contrasts", "method_contrasts", "overview"]
@@ -26,6 +27,12 @@ class Answer:
         return self.best is not None and self.best.own_temperature
 
     @property
+    def instead_of_tau(self) -> str:
+        """What the row has in place of a tau that can be tuned."""
+        without = self.best is not None and self.best.without_teacher
+        return "has no teacher, and so no temperature" if without else "finds its temperature by itself"
+
+    @property
     def source(self) -> str:
         return self.best.source if self.best else ""
 
@@ -36,7 +43,9 @@ class Answer:
         spread = f" % ({ONE_SEED})"
         if self.best.std is not None:
             spread = f" ± {self.best.std:.2f} % (mean ± std, n = {self.best.n} seeds)"
-        opening = "it finds its temperature by itself;" if self.own_temperature else f"best tau is {self.tau:g}, with"
+        opening = f"best tau is {self.tau:g}, with"
+        if self.own_temperature:
+            opening = f"it {self.instead_of_tau};"
         return f"{opening} test top-1 {self.best.mean:.2f}{spread}."
 
     @property
@@ -101,6 +110,8 @@ def contrasts(table: Table) -> list[Contrast]:
 def method_contrasts(table: Table) -> list[Contrast]:
     """Every method of control none against kd (a z-score method: against the same method without), at their best taus.
 
+    Where there is no kd, and for kd itself, against the students that learned from labels alone.
+
     Options and settings of the two may differ, as published ones do, if the archive has only one row to compare with. A
     setting that differs is named.
     """
@@ -109,6 +120,8 @@ def method_contrasts(table: Table) -> list[Contrast]:
     archive = {row: cell.runs[0].args.archive_digest for row, (_, cell) in plain.items()}
     results = []
     for row, (tau, cell) in plain.items():
+        if row.baseline:
+            continue  # it is what others are compared with
         others = [other for other in plain if _pair(other) == _pair(row) and archive[other] == archive[row] and other != row]
         if (base := _base(row, others)) is not None:
             setting = f" ({base.setting})" if base.setting != row.setting else ""
@@ -119,7 +132,7 @@ def method_contrasts(table: Table) -> list[Contrast]:
 def _base(row: Row, rows: Sequence[Row]) -> Row | None:
     """The row that a row's method is compared with: one of the other `rows` of its teacher and student, or None."""
     name = row.method.partition(":")[0]
-    for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd")):
+    for wanted in dict.fromkeys((name[1:] if name.startswith("z") else "kd", "kd", STUDENT)):
         named = [other for other in rows if other.method.partition(":")[0] == wanted]
         same = [other for other in named if other.setting == row.setting]
         plain = [other for other in same if other.method == wanted]

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from kdcache.report.table import Cell, Row, Table, labels
 
 __all__ = [
+    "BASELINE",
     "COLOURS",
+    "DASHES",
     "MOST_LINES",
     "MOST_PANELS",
     "TEACHER",
@@ -62,6 +64,7 @@ TEACHER: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1
 MOST_LINES = 8  # lines per panel, where rows can be split into panels
 MOST_EARLIER = 3  # panels with at most so many lines also show an earlier epoch
 MOST_PANELS = 8  # panels per figure
+BASELINE = ("#555555", "", "--")  # colour, marker and dashes of students that learned from labels alone
 TOP1 = "test top-1, last epoch (%)"
 FIELDS = ("student", "method", "control", "setting")
 Panel = tuple[str, list[Row]]  # title, rows
@@ -109,8 +112,10 @@ def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
 
         caption = f"Final test top-1 over tau, {place}: means over the seeds with their standard deviation, and single seeds."
         cells = [cell for _, panel in some for row in panel for _, cell in table.ranked(row)]
-        if any(cell.own_temperature for cell in cells):
+        if any(cell.own_temperature and not cell.without_teacher for cell in cells):
             caption += " A line without slope is of a method that finds its temperature by itself."
+        if any(row.baseline for _, panel in some for row in panel):
+            caption += " Dashed in grey, ce: the student from labels alone."
         if any(_earlier(table, row) for _, panel in some if len(panel) <= MOST_EARLIER for row in panel):
             caption += " In grey, on the scale at the right, the means about half-way through the epochs."
         alt = f"Test top-1 over tau, {place}. {_spoken(table, some, lines)}"
@@ -182,10 +187,13 @@ def entropy_histograms(place: str, values: Mapping[str, NDArray[np.float64]], me
 
 
 def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
-    taus = table.taus_of(panel)
+    taus = table.taus_of([row for row in panel if not row.baseline]) or table.taus_of(panel)
     step = max(1.012, (taus[-1] / taus[0]) ** 0.012)  # shifts lines so that error bars at one tau do not overlap
     for number, row in enumerate(panel):
         colour, marker, dashes = lines.look(row)
+        if row.baseline:
+            _draw_baseline(axes, table.ranked(row)[0][1])
+            continue
         nudge = step ** (number - (len(panel) - 1) / 2)
         cells = [table.get(row, tau) for tau in taus]
         x = np.array(taus, np.float64) * nudge
@@ -206,15 +214,25 @@ def _draw_tau_curves(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lin
     axes.set(xlabel="tau (log scale)", ylabel=TOP1)
 
 
+def _draw_baseline(axes: Axes, cell: Cell) -> None:
+    """The students from labels alone, as a line across all temperatures with their standard deviation."""
+    colour, _, dashes = BASELINE
+    axes.axhline(cell.mean, color=colour, linestyle=dashes, linewidth=1.5)
+    if cell.std is not None:
+        axes.axhspan(cell.mean - cell.std, cell.mean + cell.std, color=colour, alpha=0.12, linewidth=0)
+
+
 def _draw_earlier(axes: Axes, table: Table, panel: Sequence[Row], lines: "Lines") -> None:
     """Draw the curves at an earlier epoch behind the final ones, on a second axis (temperature study, Fig. 3)."""
-    earlier_cells = [(row, earlier) for row in panel if len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))]
+    earlier_cells = [
+        (row, earlier) for row in panel if not row.baseline and len(panel) <= MOST_EARLIER and (earlier := _earlier(table, row))
+    ]
     if not earlier_cells:
         return
     right = axes.twinx()
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
-    taus = table.taus_of(panel)
+    taus = table.taus_of(row for row, _ in earlier_cells)
     for row, (_, means) in earlier_cells:
         _, marker, dashes = lines.look(row)
         values = [means.get(tau, math.nan) for tau in taus]  # a missing tau breaks this line too
@@ -289,13 +307,16 @@ class Lines:
         self._title = ", ".join(fields)
         self._names = {row: ", ".join(filter(None, (getattr(row, f) for f in fields))) for _, rows in panels for row in rows}
         self._order = list(dict.fromkeys(self._names.values()))
+        self._coloured = list(dict.fromkeys(name for row, name in self._names.items() if not row.baseline))
 
     def name(self, row: Row) -> str:
         return self._names[row]
 
     def look(self, row: Row) -> tuple[str, str, str]:
         """(colour, marker, dashes) of a row."""
-        turn, which = divmod(self._order.index(self._names[row]), len(COLOURS))
+        if row.baseline:
+            return BASELINE
+        turn, which = divmod(self._coloured.index(self._names[row]), len(COLOURS))
         return COLOURS[which], MARKERS[(which + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
     def legend(self, figure: Figure, panels: Sequence[Panel], *, markers: bool) -> None:

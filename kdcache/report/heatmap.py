@@ -6,11 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdcache.archive import Archive
+from kdcache.report.records import STUDENT
 from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, paired
 
-__all__ = ["REST", "WHOLE", "Heatmap", "Line", "Score", "TeacherFigures", "heatmaps", "results", "teacher_figures"]
+__all__ = [
+    "REST",
+    "WHOLE",
+    "Heatmap",
+    "Line",
+    "Score",
+    "TeacherFigures",
+    "heatmaps",
+    "method_names",
+    "results",
+    "teacher_figures",
+]
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
+ALONE = "student"  # heads the column of students that learned from labels alone, as in the papers' tables
 PAIR = ("dataset", "teacher", "student")
 WEIGHT = "kd_weight"  # the option of methods
 STARTS = {"timm": "pretrained", "random": "from scratch"}
@@ -124,7 +137,7 @@ def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatm
             ("control",),
             lambda row: (row.dataset, row.teacher, row.student, row.method, row.setting),
         ),
-        *_teachers(table, plain, teachers),
+        *_teachers(table, [row for row in plain if not _without_teacher(table, row)], teachers),
     ]
 
 
@@ -149,8 +162,12 @@ def _compared(
 def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     """Methods side by side for every pair of teacher and student, as in papers on CIFAR-100."""
     pairs = _grouped(table, rows, lambda row: tuple(getattr(row, field) for field in PAIR))
-    names = _method_names(table, [row for members in pairs.values() for row in members])
-    columns = tuple(dict.fromkeys(names[row] for row in sorted(names, key=lambda row: (row.method != "kd", natural(row.method)))))
+    names = method_names(table, [row for members in pairs.values() for row in members])
+    columns = tuple(
+        dict.fromkeys(
+            names[row] for row in sorted(names, key=lambda row: (not row.baseline, row.method != "kd", natural(row.method)))
+        )
+    )
     if len(pairs) < 2 or len(columns) < 2:
         return []
     fields = tuple(field for number, field in enumerate(PAIR) if len({pair[number] for pair in pairs}) > 1)
@@ -162,6 +179,8 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
             best[names[row]] = max(best.get(names[row], cell), cell, key=lambda scored: scored.mean)
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
+    if ALONE in columns:
+        caption += f" {ALONE.capitalize()}: trained on labels alone, by the same recipe."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
 
 
@@ -192,14 +211,15 @@ def _weights(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     return maps
 
 
-def _method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
+def method_names(table: Table, rows: Sequence[Row]) -> dict[Row, str]:
     """Short method names without options, which may differ between pairs.
 
     Where a pair has two rows of one name, the name tells whether labels are used too; if that is not enough, all options.
     """
 
     def name(row: Row) -> str:
-        return row.method.partition(":")[0]
+        short = row.method.partition(":")[0]
+        return ALONE if row.baseline else row.method if short == STUDENT else short
 
     def with_labels(row: Row) -> str:
         return f"{name(row)} with CE" if table.ranked(row)[0][1].runs[0].args.method.get("ce_weight") else name(row)
@@ -262,6 +282,10 @@ def _places(groups: Mapping[tuple[str, ...], Sequence[Row]]) -> dict[tuple[str, 
 
 def _after(place: str) -> str:
     return f", {place}" if place else ""
+
+
+def _without_teacher(table: Table, row: Row) -> bool:
+    return any(cell.without_teacher for _, cell in table.ranked(row))
 
 
 def _digest(table: Table, row: Row) -> str:

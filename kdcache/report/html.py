@@ -25,6 +25,7 @@ from kdcache.report.experiment import Experiment, published_for
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table, top_five_table
+from kdcache.report.method_figures import entropy_drawings, method_drawings
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.output_figures import output_drawings
 from kdcache.report.records import RunRecord, collect
@@ -152,7 +153,9 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
         **output_drawings(table, studies, weights),
+        "methods": method_drawings(table),
         "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
+        "entropies": entropy_drawings(table),
     }
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from kdcache.archive import LogitMoments
+from kdcache.archive import EntropyHistogram, LogitMoments
 from kdcache.errors import IntegrityError, NotFoundError
 from kdcache.system.documents import NO_FILE, read_json, read_record, read_yaml
 from kdcache.system.energy import NOTHING, UNKNOWN, Spent
@@ -25,6 +25,8 @@ from kdcache.views.tested import WHOLE
 __all__ = ["ArchiveArgs", "RunArgs", "RunRecord", "Summary", "collect"]
 
 ARGS, METRICS, SUMMARY, MOMENTS = "args.yaml", "metrics.jsonl", "summary.json", "logit_moments.json"
+ENTROPIES = "test_entropies.json"
+STUDENT = "ce"  # the method that learns from labels alone
 SHEET = "views.png"  # beside the runs of an archive
 BESIDE = frozenset({SHEET, TEACHER_OUTPUTS})
 _Text = Annotated[str, BeforeValidator(str)]  # YAML parses an unquoted date as a date
@@ -75,6 +77,11 @@ class RunArgs(ArchiveArgs):
     command: str = ""
     kdcache_version: _Text = ""
     created: _Text = ""
+
+    @property
+    def without_teacher(self) -> bool:
+        """Whether it was trained on labels alone."""
+        return self.method.get("name") == STUDENT
 
     @property
     def test_title(self) -> str:
@@ -167,6 +174,14 @@ class RunRecord:
         """What its teacher says of some test images; None if that is not beside the run. Reads and raises as above."""
         file = self.folder.parent / TEACHER_OUTPUTS
         return KeptOutputs.read(file) if file.is_file() else None
+
+    def test_entropies(self) -> EntropyHistogram | None:
+        """Test images by the entropy of the student's output after its last epoch; None if the run has none.
+
+        Reads the file at each call. Raises IntegrityError if it is damaged.
+        """
+        file = self.folder / ENTROPIES
+        return _parse(EntropyHistogram, file, read_json) if file.is_file() else None
 
 
 def collect(paths: Sequence[Path], *, progress: Progress | None = None) -> list[RunRecord]:

@@ -10,7 +10,7 @@ from functools import cached_property, reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.report.records import RunArgs, RunRecord
+from kdcache.report.records import STUDENT, RunArgs, RunRecord
 from kdcache.training.config import TrainConfig
 from kdcache.views.tested import WHOLE
 
@@ -70,9 +70,14 @@ class Row:
     setting: str = ""
 
     @property
+    def baseline(self) -> bool:
+        """Whether these are the students that others are compared with: of the same recipe, from labels alone."""
+        return self.method == STUDENT
+
+    @property
     def order(self) -> tuple[object, ...]:
         first = _CONTROLS.index(self.control) if self.control in _CONTROLS else len(_CONTROLS)
-        method = (self.method != "kd", natural(self.method))
+        method = (not self.baseline, self.method != "kd", natural(self.method))
         return self.dataset, self.teacher, self.student, natural(self.setting), method, first, natural(self.control)
 
 
@@ -104,6 +109,10 @@ class Cell:
     def own_temperature(self) -> bool:
         """Whether the method finds its own temperature and ignores tau."""
         return all(run.args.own_temperature for run in self.runs)
+
+    @property
+    def without_teacher(self) -> bool:
+        return all(run.args.without_teacher for run in self.runs)
 
     def curve(self, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(epochs at which every seed has a value of `column`, mean over the seeds)."""

@@ -181,6 +181,7 @@ def _run(folder: Path, which: Which) -> _Trained:
         known = known.model_copy(update={"weights": both})
     teacher = more.get("teacher_name", args.teacher)
     tau = "its own temperature" if args.own_temperature else f"tau {args.tau:g}"
+    tau = "labels alone" if args.without_teacher else tau
     archives = args.archives or (args,)
     facts = {
         "student": code_span(args.student),

@@ -87,7 +87,9 @@ class StudentSpec:
 
     @property
     def tau_text(self) -> str:
-        return f"{self.tau:g}" if self.method.uses_tau else "own"
+        if self.method.uses_tau:
+            return f"{self.tau:g}"
+        return "own" if self.method.uses_teacher else "none"
 
 
 def open_archives(config: DistillConfig, workspace: Workspace, progress: Progress) -> tuple[Ensemble, Ensemble]:
@@ -289,7 +291,7 @@ def _methods_and_taus(grid: Grid) -> Iterator[tuple[Method, Sequence[float]]]:
         names = ", ".join(METHODS.name_of(loss) for loss, _ in losses)
         raise UsageError(
             f"{names} with --tau {','.join(f'{tau:g}' for tau in grid.tau)}",
-            why="its temperature is found by the method itself, which does not look at tau",
+            why="the method does not look at tau: it finds its temperature by itself, or has none",
             fix="leave --tau out",
         )
     for loss, tau in losses:
@@ -299,6 +301,12 @@ def _methods_and_taus(grid: Grid) -> Iterator[tuple[Method, Sequence[float]]]:
 def _require_sense(loss: Method, control: Control, tau: float, *, force: bool) -> None:
     """UsageError for a combination of method, control and temperature that means nothing."""
     name = METHODS.name_of(loss)
+    if not loss.uses_teacher and CONTROLS.name_of(control) != "none":
+        raise UsageError(
+            f"{name} with --control {CONTROLS.name_of(control)}",
+            why="a control changes the teacher's targets, and this method learns from labels alone",
+            fix="use --control none, or another method",
+        )
     if control.smooths and (not loss.uses_tau or loss.unit_variance):
         raise UsageError(
             f"{name} with --control {CONTROLS.name_of(control)}",
@@ -328,7 +336,8 @@ def doubts(specs: Sequence[StudentSpec], grid: Grid, views_size: int) -> Iterato
         taus.setdefault(student.method, set()).add(student.tau)
     for loss, its_taus in taus.items():
         if grid.tau and not loss.uses_tau:
-            yield f"{METHODS.spec(loss)}: finds its temperature by itself, --tau is not for it"
+            how = "finds its temperature by itself" if loss.uses_teacher else "has no temperature"
+            yield f"{METHODS.spec(loss)}: {how}, --tau is not for it"
         for doubt in loss.doubts(its_taus, epochs):
             yield f"{METHODS.spec(loss)}: {doubt}"
     smoothing = {student.control for student in specs if student.control.smooths}

@@ -27,7 +27,7 @@ from kdcache.training.evaluation import EvalSets
 from kdcache.training.graphs import Lanes
 from kdcache.training.keeping import kept_outputs
 from kdcache.training.learner import Learner
-from kdcache.training.metrics import agreement, divergence
+from kdcache.training.metrics import agreement, correlation, divergence
 from kdcache.training.outputs import TEST_OUTPUTS
 from kdcache.training.tested import doubts as test_doubts
 from kdcache.training.tested import views_of_tests
@@ -71,6 +71,7 @@ class Student:
         fitted = fit_control(spec.control, archive, spec.tau)
         other = fit_control(spec.control, second, spec.tau) if second is not archive else fitted
         self.controls = (fitted, other)[:views]
+        self.method = fit_control(spec.method, archive, spec.tau)
         self.state = spec.method.new_state().to(device)
         optimizer = spec.method.new_optimizer(self.state)
         with seeded(spec.seed):
@@ -130,7 +131,7 @@ class Student:
 
     def step(self, shown: Sequence[Shown]) -> None:
         """One step on the views of a batch's samples, as many of them as the method wants."""
-        method, tau, shown = self.spec.method, self.spec.tau, shown[: len(self.controls)]
+        method, tau, shown = self.method, self.spec.tau, shown[: len(self.controls)]
         targets, *second = [each.targets(tau, control) for each, control in zip(shown, self.controls, strict=True)]
         targets = replace(targets, second=second[0]) if second else targets
         teacher = shown[0].targets(tau).logits
@@ -141,6 +142,7 @@ class Student:
 
         def measure(logits: Tensor, targets: Targets, teacher: Tensor) -> dict[str, Tensor]:
             figures = {"agreement": agreement(logits, teacher), "divergence": divergence(logits, teacher, tau)}
+            figures["correlation"] = correlation(logits, teacher)
             return figures | method.figures(self.state)
 
         images = [each.images(self.size) for each in shown]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcache.archive import entropy_histogram
 from kdcache.datasets.canvas import Canvas
 from kdcache.replay.prefetch import Resident, render_batches
 from kdcache.system.distributed import ALONE, Team
+from kdcache.system.files import write_atomically
 from kdcache.system.gpu import free_memory
 from kdcache.system.transfer import to_device, to_host
 from kdcache.training.learner import Learner
 from kdcache.training.memory import SHARE
-from kdcache.training.metrics import calibration_error, share_in_top
+from kdcache.training.metrics import calibration_error, relative_entropies, share_in_top
 from kdcache.views.policy import RendererChoice, ViewPolicy
 
 __all__ = ["EvalSet", "EvalSets", "evaluated"]
 
 KEPT_BYTES = 2 << 30
 KEPT_ON_GPU = (1 - SHARE) / 2  # share of a GPU's free memory for views that are kept there: half of what models leave
+TEST_ENTROPIES = "test_entropies.json"  # of the last test: rows by H(q)
 LOGITS_BYTES = 512 << 20  # of a test, that stay on a GPU until its end
 
 
@@ -43,7 +47,7 @@ class EvalSets:
     ) -> None:
         self.canvas, self._device, self._resident = canvas, torch.device(device), Resident()
         drawn: dict[str, Any] = {"workers": workers, "renderer": renderer, "resident": self._resident}
-        self._options: Any = {**drawn, "device": device, "team": team}
+        self._options: Any = {**drawn, "device": device, "team": team, "entropies": True}
         self._made: dict[str, EvalSet] = {}
 
     def __getitem__(self, policy: ViewPolicy) -> "EvalSet":
@@ -64,6 +68,7 @@ class EvalSets:
 class EvalSet:
     """The test split as the views of a test policy: rendered once and kept, or each time again above `keep` bytes.
 
+    With `entropies`, a learner's last test leaves a histogram of the entropies of its outputs in its folder.
     Views for models on a GPU `device` are rendered there, and kept there if they take little of its memory, else in pinned
     memory of the host. Each process of a `team` tests a part of them, and all get the figures of the whole.
     """
@@ -80,7 +85,9 @@ class EvalSet:
         team: Team = ALONE,
         keep: int = KEPT_BYTES,
         resident: Resident | None = None,
+        entropies: bool = False,
     ) -> None:
+        self._entropies = entropies
         self.canvas, self._team, device = canvas, team, torch.device(device)
         self.labels = torch.from_numpy(canvas.labels)
         order = np.argsort(policy.parameters(0, len(canvas), canvas.sizes).sample)
@@ -105,7 +112,7 @@ class EvalSet:
             _settle(device)
 
     def tested(self, learners: Sequence[Learner], check: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
-        """`metrics` of each learner's model. `ema_top1` is the top-1 of its averaged weights, if it keeps any.
+        """`metrics` of each learner's model, `ema_top1` is the top-1 of its averaged weights, if it keeps any.
 
         `check` is called after each batch and may raise.
         """
@@ -123,11 +130,23 @@ class EvalSet:
             if self._team.size == 1:  # processes with fewer batches would not take part in the check
                 check()
         _settle(device)
-        figures = [self.metrics(self._whole(part)) for part in logits]
+        figures = []
+        for part, learner in zip(logits, learners, strict=True):
+            whole = self._whole(part)
+            figures.append(self.metrics(whole))
+            if self._entropies and self._team.first and learner.epoch + 1 == learner.config.epochs:
+                self._write_entropies(whole, learner.folder)
         for row, other, learner in zip(figures, averaged, learners, strict=True):
             if learner.average is not None:
                 row["ema_top1"] = self.metrics(self._whole(other))["test_top1"]
         return figures
+
+    def _write_entropies(self, logits: Tensor, folder: Path) -> None:
+        """Leave a histogram of the test images' entropies in a run's folder, unless its logits are not finite."""
+        relative = relative_entropies(logits).double().cpu().numpy()
+        if np.isfinite(relative).all():
+            found = entropy_histogram(relative, logits.shape[1])
+            write_atomically(folder / TEST_ENTROPIES, found.model_dump_json().encode())
 
     def _until_the_end(self, logits: Tensor, learners: int) -> Tensor:
         """Logits of a batch: where they are, or on their way to the host if all of the test would take much of a GPU's memory."""

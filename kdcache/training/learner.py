@@ -241,9 +241,9 @@ class Learner:
             figures |= {"logit_mean": mean, "logit_std": std} | measure(logits)
             if self._sums.keys() == figures.keys():
                 torch._foreach_add_(list(self._sums.values()), [figures[name] for name in self._sums])
-            else:
-                for name, value in figures.items():
-                    self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            else:  # the first step of an epoch; or one after a checkpoint of before, whose epoch has no mean of what it lacks
+                for name in self._sums.keys() & figures.keys() or figures:
+                    self._sums[name] = self._sums[name] + figures[name] if name in self._sums else figures[name].clone()
         return each_row
 
     def _after_work(self, each_row: Tensor) -> None:
@@ -460,8 +460,8 @@ class Learner:
         self.amp = recorded
         self.epoch, self.steps = state["epoch"], state["steps"]
         self._best_top1, self.rows = state["best_top1"], state["rows"]
-        self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
         self._count, self._seconds = state.get("count", 0), state.get("seconds", 0.0)
+        self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items() if self._count}
         self._moments = [part.to(self.device) for part in state.get("moments", [])]
         if self._count:  # what it took until here is unknown, unless the checkpoint says it
             self._spent = Spent.of(state.get("spent"))

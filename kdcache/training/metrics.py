@@ -5,7 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["agreement", "calibration_error", "divergence", "mean_relative_entropy", "moments", "share_in_top"]
+__all__ = [
+    "agreement",
+    "calibration_error",
+    "correlation",
+    "divergence",
+    "mean_relative_entropy",
+    "moments",
+    "relative_entropies",
+    "share_in_top",
+]
 
 
 def share_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -19,10 +28,28 @@ def agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return 100.0 * (logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
 
 
+def relative_entropies(logits: Tensor) -> Tensor:
+    """H(q) / log C of every row at tau 1: float32 `[B]` in [0, 1]."""
+    return _entropies(logits) / math.log(logits.shape[1])
+
+
 def mean_relative_entropy(logits: Tensor) -> Tensor:
     """Mean of H(q) / log C at tau 1, a 0-d tensor in [0, 1]."""
+    return _entropies(logits).mean() / math.log(logits.shape[1])
+
+
+def _entropies(logits: Tensor) -> Tensor:
     log_q = torch.log_softmax(logits.float(), dim=1)
-    return -(log_q.exp() * log_q).sum(dim=1).mean() / math.log(logits.shape[1])
+    return -(log_q.exp() * log_q).sum(dim=1)
+
+
+def correlation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean of the rows' Pearson correlations with the teacher's logits, a 0-d tensor in [-1, 1]; that of a constant row is 0.
+
+    It is the cosine of the rows' z-scores, whatever the temperatures: as in max-logit temperature, Fig. 1.
+    """
+    z, v = (x - x.mean(dim=1, keepdim=True) for x in (logits.float(), teacher_logits.float()))
+    return torch.nn.functional.cosine_similarity(z, v, dim=1, eps=1e-12).mean()
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:

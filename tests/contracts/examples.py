@@ -32,6 +32,7 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}),
         "zkd": ({}, {"score": "centred"}, {"score": "scaled", "std": "population"}),
         "zdkd": ({}, {"score": "scaled"}),
+        "ce": ({}, {"smoothing": 0.5}),
         "maxlogit": ({}, {"which": "both"}),
         "maxlogit-dkd": ({}, {"which": "both", "label_rule": "pair"}),
         "dkd": ({}, {"alpha": 2.0, "beta": 0.5, "label_rule": "pair"}),

@@ -48,6 +48,10 @@ def wttm(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return ((soft(v, 1) ** (1 / tau)).sum(dim=1) * kl(soft(v, tau), soft(z, 1))).mean()
 
 
+def wttm_unit(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    return wttm(z, v, y, tau) / (soft(v, 1) ** (1 / tau)).sum(dim=1).mean()
+
+
 def split(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(p_y, 1 - p_y) `[B, 2]`, and the other classes renormalised `[B, C - 1]`."""
     at = p.gather(1, y[:, None])
@@ -130,6 +134,10 @@ def ea_weights(z: Tensor, v: Tensor) -> Tensor:
     return ((of_teacher + of_teacher * of_student / math.log(z.shape[1])) / 2).detach()
 
 
+def ce(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
+    return -soft(z, 1).gather(1, y[:, None]).log().mean()
+
+
 def eakd(z: Tensor, v: Tensor, y: Tensor, tau: float) -> Tensor:
     return (ea_weights(z, v) * tau**2 * kl(soft(v, tau), soft(z, tau))).mean()
 
@@ -143,12 +151,14 @@ def z_scored(loss: Loss) -> Loss:
 
 
 FORMULAS: dict[str, Loss] = {
+    "ce": ce,
     "kd": kd,
     "zkd": z_scored(kd),
     "maxlogit": maxlogit,
     "maxlogit-dkd": maxlogit_dkd,
     "ttm": ttm,
     "wttm": wttm,
+    "wttm-unit": wttm_unit,
     "dkd": dkd,
     "zdkd": z_scored(dkd),
     "rld": rld,

@@ -18,6 +18,7 @@ from kdcache.bench.methods import ONE_VIEW, PLAIN
 from kdcache.errors import UsageError
 from kdcache.methods import METHODS, build
 from kdcache.methods.presets import PRESETS, preset
+from kdcache.methods.published import ours, published
 from kdcache.targets import Targets
 from kdcache.testing import MethodContract
 from kdcache.testing.methods import at_tau, loss_and_gradient, problem
@@ -26,6 +27,11 @@ from tests.contracts.formulas import FORMULAS
 
 TAUS = (1.0, 4.0, 20.0, 40.0)
 TWO_VIEWS = [pytest.param((name, {}), id=f"{name}-two-views") for name in ("mlkd", "zmlkd")]
+
+
+def ready(name: str, teacher: Any, tau: float, **options: Any) -> Any:
+    """The method `name`, fitted to the teacher's logits at `tau`."""
+    return build(name, **options).fit([np.asarray(teacher)], tau)
 
 
 # ---------------------------------------------------------------- all methods
@@ -40,10 +46,10 @@ class TestEveryMethod(MethodContract):
         name, options = request.param
         return self.registry.build(name, **options)
 
-    def test_gradients_are_those_of_the_loss(self, component: Any) -> None:
-        if METHODS.name_of(component) in DETACHED:
+    def test_gradients_are_those_of_the_loss(self, method: Any) -> None:
+        if METHODS.name_of(method) in DETACHED:
             pytest.skip("its gradient is not meant to be the slope of its loss")
-        super().test_gradients_are_those_of_the_loss(component)
+        super().test_gradients_are_those_of_the_loss(method)
 
     def test_options_that_are_no_numbers_or_choices_are_refused(self, component: Any) -> None:
         super().test_options_that_are_no_numbers_or_choices_are_refused(component)
@@ -66,7 +72,7 @@ def test_logits_of_another_shape_are_refused_with_both_shapes(name: str, options
     z = torch.from_numpy(student)
     for wrong in (z[:1], z[:, :5], torch.cat([z, z, z])):
         with pytest.raises(UsageError, match=r"logits \[\d+, \d+\] for targets \[16, 37\]"):
-            build(name, **options)(wrong, targets)
+            ready(name, targets.logits, 4.0, **options)(wrong, targets)
 
 
 def test_methods_on_other_methods_keep_their_defaults() -> None:
@@ -104,7 +110,7 @@ def test_losses_and_gradients_are_those_of_the_formula(name: str, classes: int, 
     student, teacher, targets = problem(classes=classes)
     label = targets.label_a
     assert label is not None
-    built = build(name, **ONE_VIEW.get(name, {}))
+    built = ready(name, teacher, tau, **ONE_VIEW.get(name, {}))
     expected, slope = value_and_gradient(lambda z, v: FORMULAS[name](z, v, label, tau), student, teacher, torch.float64)
     size = np.abs(slope).max()
     tolerance = 1e-6 if name.startswith("ea") else 1e-8  # the published code adds 1e-10 within its logarithms
@@ -133,7 +139,7 @@ CASES = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_losses_stay_finite_and_near_their_float64_selves(name: str, classes: int) -> None:
     student, teacher, targets = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in problem(4, classes))
-    built = build(name, **ONE_VIEW.get(name, {}))
+    built = ready(name, teacher, 4.0, **ONE_VIEW.get(name, {}))
     every = list(CASES.items())
     pairs = list(itertools.product(every, every)) if classes < 1000 else list(zip(every, every[::-1], strict=True))
     for tau in (1.0, 40.0):
@@ -167,7 +173,7 @@ def test_what_the_benchmark_compares_with_is_the_same_loss(name: str) -> None:
     student, teacher, targets = problem()
     label = targets.label_a
     assert label is not None
-    built, plain = build(name, **ONE_VIEW.get(name, {})), PLAIN[name]
+    built, plain = ready(name, teacher, 4.0, **ONE_VIEW.get(name, {})), PLAIN[name]
     ours, slope = value_and_gradient(lambda z, v: built(z, Targets(v, 4.0, label)), student, teacher, torch.float64)
     theirs, other = value_and_gradient(lambda z, v: plain(z, v, label, 4.0), student, teacher, torch.float64)
     assert ours == pytest.approx(theirs, rel=1e-6)
@@ -194,6 +200,25 @@ def test_every_preset_is_a_method_with_the_weights_it_states() -> None:
     for name, expected in published.items():
         how: Any = preset(f"paper:{name}").build()
         assert (how.kd_weight, how.ce_weight, preset(f"paper:{name}").tau) == expected
+
+
+def test_every_preset_stands_beside_what_was_published_and_differs_only_where_it_is_said() -> None:
+    rows = published()
+    assert sorted(rows) == sorted(PRESETS)
+    for name, row in rows.items():
+        made = ours(PRESETS[name])
+        assert row.note, name
+        assert row.ours == pytest.approx(made, rel=1e-5), f"{name}: write what ours is into PRESETS.md"
+        for where in (row.paper, row.code):
+            assert where.keys() <= made.keys(), name
+            assert {key for key, value in where.items() if made[key] != pytest.approx(value)} <= set(row.differs), name
+        assert all(made[key] not in (row.paper.get(key), row.code.get(key)) or (row.paper and row.code) for key in row.differs)
+    assert {name for name, row in rows.items() if row.differs} == {
+        "paper:zdkd:cifar100",
+        "paper:eadkd:imagenet:resnet34-resnet18",
+    }
+    unknown = {name.split(":")[1] for name, row in rows.items() if not row.paper and not row.code}
+    assert unknown == {"zkd", "dist", "wttm"}, "what was found since belongs into the table"
 
 
 # ---------------------------------------------------------------- what they have to do with each other
@@ -225,6 +250,36 @@ def test_of_both_models_the_larger_score_sets_the_temperature() -> None:
             assert parts == pytest.approx(expected, rel=1e-9)
             whole = rows_of("maxlogit", student, teacher, 4.0, which=which)
             assert whole == pytest.approx(rows_of("kd", student, teacher, tau), rel=1e-9)
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_weights_of_mean_one_are_wttms_by_their_mean_over_the_teachers_rows(tau: float) -> None:
+    """TTM (arXiv 2402.11148), section 5.3: beta of wttm is that of ttm by U-bar, which is not that of a batch."""
+    student, teacher, _ = problem()
+    mean = (special.softmax(teacher, axis=1) ** (1 / tau)).sum(axis=1).mean()
+    fitted = build("wttm-unit").fit(iter([teacher[:10], teacher[10:]]), tau)
+    few = Targets(torch.from_numpy(teacher[:4]), tau)
+    assert fitted(torch.from_numpy(student[:4]), few).item() == pytest.approx(
+        rows_of("wttm", student[:4], teacher[:4], tau) / mean
+    )
+    with pytest.raises(UsageError, match="not fitted"):
+        build("wttm-unit")(torch.from_numpy(student[:4]), few)
+    with pytest.raises(ValueError, match="at least one row"):
+        build("wttm-unit").fit([], tau)
+
+
+def test_labels_alone_ask_nothing_of_the_teacher_and_can_be_smoothed() -> None:
+    """TTM, eq. 5: (1 - s) H(y, q) + s H(uniform, q)."""
+    student, teacher, targets = problem()
+    z, label = torch.from_numpy(student), targets.label_a
+    assert label is not None
+    plain = [build("ce")(z, Targets(torch.from_numpy(v), tau, label)) for v in (teacher, -teacher) for tau in (1.0, 4.0)]
+    assert all(torch.equal(one, plain[0]) for one in plain)
+    torch.testing.assert_close(plain[0], F.cross_entropy(z, label))
+    smooth = build("ce", smoothing=0.5)(z, Targets(torch.from_numpy(teacher), 1.0, label))
+    torch.testing.assert_close(smooth, F.cross_entropy(z, label, label_smoothing=0.5))
+    with pytest.raises(UsageError, match="no labels"):
+        build("ce")(z, Targets(torch.from_numpy(teacher), 1.0))
 
 
 @pytest.mark.parametrize("tau", TAUS)

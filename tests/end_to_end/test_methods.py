@@ -43,6 +43,10 @@ def test_every_epoch_says_what_the_student_shows(home, archive, kdcache):
     assert 0 < row["student_entropy"] < 1
     assert 0 <= row["agreement"] <= 100
     assert row["divergence"] > 0
+    assert -1 <= row["correlation"] <= 1
+    entropies = json.loads((run / "test_entropies.json").read_text())
+    assert (entropies["classes"], sum(entropies["counts"])) == (10, 359)
+    assert 0 < entropies["mean"] <= 1
     assert row["logit_std"] > 0
     assert row["grad_norm"] > 0
     assert "logit_mean" in row
@@ -166,8 +170,10 @@ def test_a_learned_temperature_is_resumed_exactly(home, archive, kdcache, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "maxlogit", "--tau", "1,4"], "found by the method itself"),
-        (["--method", "ctkd,zctkd", "--tau", "4"], "found by the method itself"),
+        (["--method", "maxlogit", "--tau", "1,4"], "does not look at tau"),
+        (["--method", "ctkd,zctkd", "--tau", "4"], "does not look at tau"),
+        (["--method", "ce,kd", "--control", "bottom:3"], "learns from labels alone"),
+        (["--method", "ce:smoothing=1"], "smoothing of method ce"),
         (["--method", "maxlogit", "--control", "ls-global"], "entropy at tau"),
         (["--method", "zkd", "--tau", "4", "--control", "ls-instance"], "however strong"),
         (["--method", "zmlkd", "--control", "ls-global"], "however strong"),
@@ -213,6 +219,7 @@ def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, argu
         (["--method", "dist", "--tau", "1,20"], "tau_squared=0"),
         (["--method", "zkd", "--tau", "20"], "unit variance"),
         (["--method", "kd,ctkd", "--tau", "4,20"], "--tau is not for it"),
+        (["--method", "kd,ce", "--tau", "4,20"], "has no temperature, --tau is not for it"),
         (["--method", "wttm", "--tau", "10"], "the largest of its paper"),
         (["--method", "dkd"], "grows over 20 epochs"),
         (["--method", "rld:warmup_epochs=0,mlkd", "--control", "none,ls-instance"], "temperatures of their own"),

@@ -19,6 +19,7 @@ from kdcache.stats import (
     label_smoothing,
     logit_moments,
     matched_smoothing,
+    power_sums,
     relative_entropy,
     softmax,
     sorted_mean_softmax,
@@ -200,15 +201,28 @@ def test_logit_moments_are_the_population_mean_and_deviation() -> None:
 
 @given(logits=rows(min_classes=2), tau=TAUS)
 def test_one_pass_over_sorted_rows_gives_what_three_functions_give(logits: NDArray[np.float64], tau: float) -> None:
-    h, rest, total = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], tau)
+    h, rest, total, mass = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], tau)
+    np.testing.assert_allclose(1 / mass, softmax(logits, tau).max(axis=1), rtol=1e-12)
     for one, other in zip((h, rest), relative_entropy(logits, tau), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(total / len(logits), sorted_mean_softmax(logits, tau), rtol=1e-12, atol=1e-300)
 
 
+@given(logits=rows(min_classes=2), tau=TAUS)
+def test_power_sums_are_those_of_the_softmax_between_their_bounds(logits: NDArray[np.float64], tau: float) -> None:
+    """TTM (arXiv 2402.11148), section 4: U is 1 for a certain teacher and C^(1 - 1/tau) for a uniform one."""
+    sums = power_sums(logits, tau)
+    gamma = np.longdouble(1) / np.longdouble(tau)
+    p = np.exp(logits.astype(np.longdouble) - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(sums, ((p / p.sum(axis=1, keepdims=True)) ** gamma).sum(axis=1).astype(float), rtol=1e-10)
+    if tau >= 1:
+        assert (sums > 1 - 1e-12).all()
+        assert (sums <= logits.shape[1] ** (1 - 1 / tau) * (1 + 1e-12)).all()
+
+
 def test_one_pass_over_sorted_rows_adds_up_over_its_blocks() -> None:
     logits = np.random.default_rng(2).normal(0, 4, (500, 700)).astype(np.float32)  # 93 rows a block
-    h, _, total = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], 2.0)
+    h, _, total, _ = summarise_ranked(np.sort(logits, axis=1)[:, ::-1], 2.0)
     np.testing.assert_allclose(h, relative_entropy(logits, 2.0)[0], rtol=1e-13)
     np.testing.assert_allclose(total / 500, sorted_mean_softmax(logits, 2.0), rtol=1e-12)
 

@@ -177,6 +177,14 @@ class LogitMoments(_Record):
     counts: tuple[MomentRow, ...] = Field(min_length=24, max_length=24)
 
 
+class EntropyHistogram(_Record):
+    """Rows by the relative entropy of their softmax at tau 1, over `classes` classes (TTM, arXiv 2402.11148, Fig. 3)."""
+
+    classes: Count
+    mean: Share
+    counts: Histogram  # 32 equal bins, from 0 to 1
+
+
 class TauDetail(_Record):
     """Distributions of the teacher at one temperature, for figures."""
 
@@ -185,6 +193,8 @@ class TauDetail(_Record):
     sorted_mean: tuple[Share, ...]  # mean of the sorted softmax, at the ranks of `StatisticsDetails.ranks`
     smoothing_sorted_mean: Share  # alpha of the label smoothing with entropy sorted_mean_entropy: control ls-global
     smoothing_mean_entropy: Share  # alpha of the label smoothing with entropy entropy_mean
+    # Mean of U = sum_c p_c^(1/tau), the weights of wttm. Older archives have none.
+    power_sum_mean: float | None = Field(None, gt=0, le=1e9, exclude_if=_left_out(None))
 
 
 class StatisticsDetails(_Record):

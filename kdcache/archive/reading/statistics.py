@@ -6,7 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.archive.format.manifest import ArchivePlan, LogitMoments, Statistics, StatisticsDetails, TauDetail, TauStatistics
+from kdcache.archive.format.manifest import (
+    ArchivePlan,
+    EntropyHistogram,
+    LogitMoments,
+    Statistics,
+    StatisticsDetails,
+    TauDetail,
+    TauStatistics,
+)
 from kdcache.archive.layouts import ShardReader
 from kdcache.codecs import CODECS
 from kdcache.errors import IntegrityError
@@ -14,7 +22,16 @@ from kdcache.stats import logit_moments, matched_smoothing, summarise_ranked
 from kdcache.system.progress import Progress
 from kdcache.views.policy import CenterCrop
 
-__all__ = ["MAX_ROWS", "PAPER_TAUS", "compute_statistics", "measure_logits", "moment_histogram", "spread", "spread_logits"]
+__all__ = [
+    "MAX_ROWS",
+    "PAPER_TAUS",
+    "compute_statistics",
+    "entropy_histogram",
+    "measure_logits",
+    "moment_histogram",
+    "spread",
+    "spread_logits",
+]
 
 PAPER_TAUS = (1, 2, 3, 4, 5, 7, 10, 20, 40)  # temperature study, section 3
 MAX_ROWS = 1 << 16
@@ -44,6 +61,7 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
     """
     entropies = np.empty((2, len(taus), rows))
     moments = np.empty((2, rows))
+    powers = np.zeros(len(taus))
     totals = np.zeros(())
     done = 0
     for block in blocks:
@@ -51,9 +69,11 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
         moments[:, part] = logit_moments(block)
         ranked = np.sort(block, axis=1)[:, ::-1]
         summed = []
+        at_one = np.exp(np.subtract(ranked, ranked[:, :1], dtype=np.float64)).sum(axis=1)
         for number, tau in enumerate(taus):
-            entropies[0, number, part], entropies[1, number, part], total = summarise_ranked(ranked, tau)
+            entropies[0, number, part], entropies[1, number, part], total, mass = summarise_ranked(ranked, tau)
             summed.append(total)
+            powers[number] += (mass * at_one ** (-1 / tau)).sum()  # as `power_sums` has them
         totals = totals + np.array(summed)
         done += len(block)
         progress.update("statistics", done, rows)
@@ -63,7 +83,7 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
     classes = means.shape[1]
     ranks = spread_ranks(classes)
     per_tau, details = [], []
-    for tau, h, rest, mean in zip(taus, *entropies, means, strict=True):
+    for tau, h, rest, mean, power in zip(taus, *entropies, means, powers / rows, strict=True):
         positive = mean[mean > 0]
         whole = float(-(positive * np.log(positive)).sum() / np.log(classes))
         per_tau.append(
@@ -83,6 +103,7 @@ def measure_logits(blocks: Iterable[NDArray[np.float32]], rows: int, taus: Seque
                 sorted_mean=tuple(float(p) for p in mean[np.array(ranks) - 1]),
                 smoothing_sorted_mean=float(matched_smoothing(whole, classes)),
                 smoothing_mean_entropy=float(matched_smoothing(h.mean(), classes)),
+                power_sum_mean=float(power),
             )
         )
     statistics_details = StatisticsDetails(ranks=ranks, per_tau=tuple(details), moments=moment_histogram(*moments))
@@ -117,6 +138,12 @@ def moment_histogram(mean: NDArray[np.float64], std: NDArray[np.float64]) -> Log
         std_range=ranges[1],
         counts=tuple(map(tuple, counts.tolist())),
     )
+
+
+def entropy_histogram(relative: NDArray[np.float64], classes: int) -> EntropyHistogram:
+    """Histogram of rows by their relative entropies `[N]` in [0, 1]."""
+    within = np.clip(relative, 0, 1)  # as far as float32 rounds
+    return EntropyHistogram(classes=classes, mean=float(within.mean()), counts=_histogram(within))
 
 
 def spread(
