@@ -18,10 +18,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdcache.errors import UsageError, how_to_write, unknown_name
 
-__all__ = ["FITTED", "Registry"]
+__all__ = ["FITTED", "NEWER", "Registry"]
 
 T = TypeVar("T")
 FITTED: dict[str, bool] = {"fitted": True}  # metadata of a field that is computed from data, and is no option
+# Metadata of an option that came later: records have it only where it is not at its default, so that older names stay.
+NEWER: dict[str, bool] = {"newer": True}
 
 
 class Registry(Generic[T]):
@@ -137,7 +139,11 @@ class Registry(Generic[T]):
 
     def to_dict(self, component: T) -> dict[str, Any]:
         """`{"name": ..., option: value, ...}`, the form in manifests and run records."""
-        return {"name": self.name_of(component), **dataclasses.asdict(component)}  # type: ignore[call-overload]
+        options = dataclasses.asdict(component)  # type: ignore[call-overload]
+        for field in dataclasses.fields(component):  # type: ignore[arg-type]
+            if field.metadata.get("newer") and options[field.name] == field.default:
+                del options[field.name]
+        return {"name": self.name_of(component), **options}
 
     def from_dict(self, stored: Mapping[str, Any]) -> T:
         options = dict(stored)

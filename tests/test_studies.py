@@ -367,6 +367,35 @@ def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
     assert smoke.images < 500_000
 
 
+OF_S000 = ("kd_approach", "training_configuration", "controls", "softmax_shape", "teacher_origination", "student_initialization")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in {"controls", "softmax_shape"} else pytest.mark.exhaustive) for name in OF_S000],
+)
+def test_the_temperature_study_is_planned_at_224_px_and_its_hours_are_those_of_its_images(name: str, tmp_path: Path) -> None:
+    study = load_study(find_study(name))
+    plan = plan_study(study, find_study(name), Workspace(tmp_path))
+    for job in of_kind(plan, "train") + of_kind(plan, "dump"):
+        size = value_of(job, "--size") if "--size" in job.arguments else "the policy's"
+        assert size == ("224" if value_of(job, "--dataset") == "cifar100" else "the policy's")
+    assert plan.images is not None
+    students = plan.images / 2000 / 3600  # as the study's note has it
+    assert students <= study.cost.gpu_hours <= 1.05 * students + 5
+    assert "2,000 views of 224 px" in study.cost.note
+
+
+def test_the_loss_with_and_without_tau_squared_is_trained_where_the_temperature_is_asked_for() -> None:
+    both, bare = ("kd", "kd:tau_squared=0"), ("kd:tau_squared=0",)
+    for name in ("training_configuration", "teacher_origination", "student_initialization", "granularity"):
+        assert {block.method for block in load_study(find_study(name)).students} == {both}
+    assert {block.method for block in load_study(find_study("controls")).students} == {bare}
+    (block,) = load_study(find_study("kd_approach")).students
+    assert "kd" not in block.method
+    assert {*bare, "kd:tau_squared=0,student_tau=1"} < set(block.method)
+
+
 def test_images_that_are_not_there_are_missed_when_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = plan_study(load_study(find_study("granularity")), find_study("granularity"), Workspace(tmp_path))

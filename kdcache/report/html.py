@@ -24,6 +24,7 @@ from kdcache.report.costs import ArchiveCosts, costs
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
+from kdcache.report.losses import scaling
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.records import Experiment, RunRecord, collect
 from kdcache.report.table import UNPAIRED, Row, Table, signed, summarise
@@ -189,6 +190,7 @@ def _page(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         experiment=experiment,
+        scaling=scaling(records),
         answers=tau_answers,
         overview=overview(tau_answers) if len(tau_answers) > MOST_SPOKEN else None,
         contrasts=contrasts(table),

@@ -14,6 +14,7 @@ from kdcache.datasets import DATASETS, Source
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
+from kdcache.methods.tempered import LARGEST_TAU, SMALLEST_TAU
 from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve, split_weights, weights_identity
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
@@ -26,7 +27,6 @@ from kdcache.workspace import Workspace, dataset_label, parse_dataset
 __all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students"]
 
 STARTS = ("random", "pretrained", "target", "finetuned")
-SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "momentum")
 WHOLE_IMAGES = HowTested(test_policy="none")
 MOST_SHRINKING = 31  # a bicubic line of a student's view takes 4 * 31 + 1 lines of the teacher's; see views.resample

@@ -29,7 +29,8 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),
     },
     "method": {
-        "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}),
+        "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}, {"student_tau": 2.0}),
+        "zkd": ({}, {"student_tau": 2.0}),
         "maxlogit": ({}, {"which": "both"}),
         "maxlogit-dkd": ({}, {"which": "both", "label_rule": "pair"}),
         "dkd": ({}, {"alpha": 2.0, "beta": 0.5, "label_rule": "pair"}),
