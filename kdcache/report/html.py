@@ -21,6 +21,7 @@ from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import ArchiveCosts, costs
+from kdcache.report.duration_figures import duration_drawings, of_several_durations
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table
@@ -139,12 +140,18 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
         studies.setdefault(f"{row.dataset}, teacher {row.teacher}", []).append(row)
     teachers = {part.digest: part.archive.manifest.statistics for part in archives if part.archive}
     return {
-        "taus": [drawing for place, rows in studies.items() for drawing in tau_curves(table, rows, place)],
+        "taus": [drawing for place, rows in studies.items() for drawing in _over_tau(table, rows, place)],
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
         "moments": [drawing for place, rows in studies.items() for drawing in moment_drawings(table, rows, place, teachers)],
     }
+
+
+def _over_tau(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
+    durations = set(of_several_durations(table, rows))
+    others = [row for row in rows if row not in durations]
+    return [*duration_drawings(table, rows, place), *tau_curves(table, others, place)]
 
 
 def _file_names(titles: Sequence[str]) -> list[str]:
