@@ -46,6 +46,7 @@ class Start:
     file: Path | None = None
     sha256: str = ""
     new_head: bool = False
+    top1: float | None = None  # of it itself, in percent on the test images, where that is known
 
     @property
     def label(self) -> str:
@@ -253,7 +254,7 @@ def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> S
                 label,
                 begun,
             ):
-                return _start_of(init, folder / "model.safetensors")
+                return replace(_start_of(init, folder / "model.safetensors"), top1=record.get("top1_clean"))
         command = ["kdcache", "train-teacher", "--teacher", exact, "--dataset", DATASETS.spec(source)]
         raise NotFoundError(
             f"--init {init}: no {public_name(exact)} trained on {label} {origin}",
