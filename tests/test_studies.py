@@ -186,7 +186,9 @@ def test_one_archive_of_second_views_serves_all_teachers(planned) -> None:
 
 def test_figures_of_archives_need_no_students(planned) -> None:
     plan = planned(changed(students=[], stats={"tau": [1, 40]}))
-    assert [job.kind for job in plan.jobs if job.kind not in {"train", "dump"}] == ["stats", "stats"]
+    assert [job.kind for job in plan.jobs if job.kind not in {"train", "dump"}] == ["stats", "stats", "report"]
+    report = of_kind(plan, "report")[0]
+    assert {name.strip("{}") for name in report.arguments[1:3]} == {job.id for job in of_kind(plan, "dump")} == set(report.after)
     assert "1,40" in of_kind(plan, "stats")[0].arguments
 
 

@@ -34,7 +34,7 @@ from kdcache.system.energy import NOTHING
 from kdcache.system.files import translated_os_errors, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 
-__all__ = ["Report", "write_report"]
+__all__ = ["Report", "csv_cell", "file_names", "inline", "write_report"]
 
 HERE = Path(__file__).parent
 MOST_SPOKEN = 4  # answers in sentences; more of them become a table
@@ -79,7 +79,7 @@ def write_report(
     tables = _tables(records, table, teachers, archives)
     drawings = _drawings(table, archives)
     every = [drawing for kind in drawings.values() for drawing in kind]
-    names = _file_names([drawing.name for drawing in every])
+    names = file_names([drawing.name for drawing in every])
     shown: dict[Drawing, Markup] = {}
     with translated_os_errors(out), written_alone(out):
         for folder in ("figures", "tables"):
@@ -88,7 +88,7 @@ def write_report(
             svg, png = render_figure(drawing, name)
             write_changed(out / f"figures/{name}.svg", svg)
             write_changed(out / f"figures/{name}.png", png)
-            shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
+            shown[drawing] = inline(svg.decode(), drawing.alt, f"f{number}-")
             progress.update("drawing figures", number, len(every))
         write_changed(out / "results.csv", _csv(records).encode())
         written = _write_tables(tables, out / "tables")
@@ -120,7 +120,7 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
     shown = [tables.results, *tables.heatmaps]
     texts = dict(
         zip(
-            _file_names([heatmap.name for heatmap in shown]),
+            file_names([heatmap.name for heatmap in shown]),
             (heatmap_table(heatmap, kdcache.__version__) for heatmap in shown),
             strict=True,
         )
@@ -154,7 +154,7 @@ def _over_tau(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
     return [*duration_drawings(table, rows, place), *tau_curves(table, others, place)]
 
 
-def _file_names(titles: Sequence[str]) -> list[str]:
+def file_names(titles: Sequence[str]) -> list[str]:
     names: list[str] = []
     for title in titles:
         name = stem = re.sub(r"[^A-Za-z0-9.-]+", "_", title)[:80].strip("._")
@@ -164,7 +164,7 @@ def _file_names(titles: Sequence[str]) -> list[str]:
     return names
 
 
-def _inline(svg: str, alt: str, prefix: str) -> Markup:
+def inline(svg: str, alt: str, prefix: str) -> Markup:
     """An SVG file as an element of the page: without prolog, with alt text and unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # the style would apply to the whole page
