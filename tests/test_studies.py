@@ -343,7 +343,7 @@ def test_every_option_of_a_command_is_in_the_schema_or_set_by_the_study_itself(s
 
 def test_there_is_a_study_for_every_experiment() -> None:
     assert set(shipped()) == {
-        *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination"),
+        *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination", "pretraining"),
         *("student_initialization", "granularity", "logit_standardization", "max_logit", "ttm", "quickstart"),
     }
 
@@ -370,6 +370,7 @@ def test_shipped_studies_can_be_planned(name: str, tmp_path: Path) -> None:
 
 
 OF_S000 = ("kd_approach", "training_configuration", "controls", "softmax_shape", "teacher_origination", "student_initialization")
+OF_S000 += ("pretraining",)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_the_temperature_study_is_planned_at_224_px_and_its_hours_are_those_of_i
 
 def test_the_loss_with_and_without_tau_squared_is_trained_where_the_temperature_is_asked_for() -> None:
     both, bare = ("kd", "kd:tau_squared=0"), ("kd:tau_squared=0",)
-    for name in ("training_configuration", "teacher_origination", "student_initialization", "granularity"):
+    for name in ("training_configuration", "teacher_origination", "student_initialization", "granularity", "pretraining"):
         assert {block.method for block in load_study(find_study(name)).students} == {both}
     assert {block.method for block in load_study(find_study("controls")).students} == {bare}
     (block,) = load_study(find_study("kd_approach")).students
