@@ -26,7 +26,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kdcache.datasets import Sample
+from kdcache.datasets import Sample, Split
 from kdcache.errors import KdcacheError, NotFoundError, UsageError
 from kdcache.models.classes import imagenet, spoken
 from kdcache.system.files import translated_os_errors
@@ -51,18 +51,31 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP"
 
 
 @dataclass(frozen=True)
+class Found:
+    """An image of one of the sources, by its number; keys are those of a split."""
+
+    source: int
+    split: str
+    sample: Sample
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}/{self.split}/{self.sample.key}"
+
+
+@dataclass(frozen=True)
 class Class:
     """A class to be built: the name of its folder, what it is finer than, if anything, and all images that there are of it."""
 
     name: str
-    samples: tuple[tuple[str, Sample], ...]  # (source, sample)
+    samples: tuple[Found, ...]
     kind: str = ""
 
-    def chosen(self, seed: int) -> dict[str, list[tuple[str, Sample]]]:
+    def chosen(self, seed: int) -> dict[str, list[Found]]:
         """The images of each split."""
 
-        def drawn(pair: tuple[str, Sample]) -> str:
-            return hashlib.sha256(f"{seed} {pair[0]} {pair[1].key}".encode()).hexdigest()
+        def drawn(found: Found) -> str:
+            return hashlib.sha256(f"{seed} {found.key}".encode()).hexdigest()
 
         ordered = sorted(self.samples, key=drawn)
         return {"train": ordered[:TRAIN], "test": ordered[TRAIN : TRAIN + TEST]}
@@ -73,6 +86,7 @@ class Plan:
     """The classes of one set, and lines about what there is too little of."""
 
     name: str
+    sources: tuple[str, ...]
     classes: tuple[Class, ...]
     notes: tuple[str, ...]
 
@@ -141,7 +155,7 @@ def build(given: argparse.Namespace) -> int:
 
 def coarse(spec: str, data: Path) -> Plan:
     """ImageNet's own birds, of its validation split."""
-    by_name = _samples(spec, data, ("test",))
+    by_name = _samples(spec, 0, data, ("test",))
     found = {wnid: name for name in by_name if (wnid := name[:9]) in BIRDS}
     if not found:
         raise UsageError(
@@ -153,20 +167,21 @@ def coarse(spec: str, data: Path) -> Plan:
     for wnid in BIRDS:
         samples = by_name.get(found.get(wnid, ""), ())
         if len(samples) >= TRAIN + TEST:
-            enough.append(Class(f"{wnid}-{_folder(spoken(wnid))}", tuple((spec, sample) for sample in samples)))
+            enough.append(Class(f"{wnid}-{_folder(spoken(wnid))}", tuple(samples)))
         else:
             notes.append(
                 f"{wnid} {spoken(wnid)}: {len(samples)} images in the validation split of {spec}, {TRAIN + TEST} are needed"
             )
-    return Plan(COARSE, tuple(enough[:CLASSES]), tuple(notes))
+    return Plan(COARSE, (spec,), tuple(enough[:CLASSES]), tuple(notes))
 
 
 def fine(specs: Sequence[str], data: Path) -> Plan:
     """Finer kinds of ImageNet's birds, of all sets together."""
-    pooled: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
-    for spec in dict.fromkeys(specs):
-        for name, samples in _samples(spec, data, ("train", "test")).items():
-            pooled[_plain(name)] += [(spec, sample) for sample in samples]
+    pooled: dict[str, list[Found]] = defaultdict(list)
+    sources = tuple(dict.fromkeys(specs))
+    for number, spec in enumerate(sources):
+        for name, samples in _samples(spec, number, data, ("train", "test")).items():
+            pooled[_plain(name)] += samples
     kinds = {name: kind for name in pooled if (kind := kind_of(name))}
     enough = [name for name in kinds if len(pooled[name]) >= TRAIN + TEST]
     of_kind = {kind: [name for name in enough if kinds[name] == kind] for kind in kinds.values()}
@@ -180,7 +195,7 @@ def fine(specs: Sequence[str], data: Path) -> Plan:
         notes.append(f"finer kinds of {', '.join(without)}")
     if others := len(pooled) - len(kinds):
         notes.append(f"{others} classes of yours are no finer kind of any of ImageNet's birds, or are one of them")
-    return Plan(FINE, tuple(Class(_folder(name), tuple(pooled[name]), kinds[name]) for name in ordered), tuple(notes))
+    return Plan(FINE, sources, tuple(Class(_folder(name), tuple(pooled[name]), kinds[name]) for name in ordered), tuple(notes))
 
 
 def kind_of(name: str) -> str:
@@ -198,14 +213,14 @@ def _words() -> dict[str, str]:
     return {_plain(word): spoken(wnid) for wnid in BIRDS for word in by_id[wnid].split(", ")}
 
 
-def _samples(spec: str, data: Path, splits: Iterable[str]) -> Mapping[str, Sequence[Sample]]:
+def _samples(spec: str, number: int, data: Path, splits: Iterable[Split]) -> Mapping[str, Sequence[Found]]:
     """The images of each class."""
     images = parse_dataset(spec).open(data, fetch=False)
     names = list(images.class_names())
-    by_name: dict[str, list[Sample]] = {name: [] for name in names}
+    by_name: dict[str, list[Found]] = {name: [] for name in names}
     for split in splits:
-        for sample in images.samples(split):  # type: ignore[arg-type]
-            by_name[names[sample.label]].append(sample)
+        for sample in images.samples(split):
+            by_name[names[sample.label]].append(Found(number, split, sample))
     return by_name
 
 
@@ -227,13 +242,13 @@ def make(plan: Plan, place: Path, seed: int) -> None:
     record = {
         "made_by": "kdcache pipelines/birds.py",
         "seed": seed,
+        "sources": plan.sources,
         "classes": {
             each.name: {
                 "kind": each.kind,
-                **{split: [[source, sample.key] for source, sample in pairs] for split, pairs in chosen.items()},
+                **{split: [image.key for image in images] for split, images in each.chosen(seed).items()},
             }
             for each in plan.classes
-            if (chosen := each.chosen(seed))
         },
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -251,11 +266,11 @@ def make(plan: Plan, place: Path, seed: int) -> None:
     with translated_os_errors(place):
         shutil.rmtree(partial, ignore_errors=True)
         for each in plan.classes:
-            for split, pairs in each.chosen(seed).items():
+            for split, images in each.chosen(seed).items():
                 folder = partial / split / each.name
                 folder.mkdir(parents=True)
-                for number, (_, sample) in enumerate(pairs):
-                    data, suffix = _file(sample.load, sample.key)
+                for number, image in enumerate(images):
+                    data, suffix = _file(image.sample.load, image.key)
                     (folder / f"{number:02d}{suffix}").write_bytes(data)
         (partial / "birds.json").write_text(text, "utf-8")
         partial.rename(place)
