@@ -5,10 +5,12 @@ import re
 import pytest
 import timm
 import torch
+from timm.models._hub import save_for_hf
 
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.models.creation import create_model, has_new_head
 from kdcache.models.heads import zero_head
+from kdcache.models.names import resolve
 from kdcache.teachers.head import linear_head, suitable_start
 from kdcache.training.config import TrainConfig
 from kdcache.training.optimizers import make_optimizer
@@ -62,6 +64,29 @@ def test_a_head_is_new_where_the_weights_are_of_other_classes(tmp_path):
     assert not has_new_head("test_vit", 1000)
     assert has_new_head("test_vit", 10)
     assert not has_new_head("tests.miniatures:anything", 10)
+
+
+@pytest.mark.parametrize(("outputs", "like"), [(0, "DINO"), (512, "CLIP"), (21841, "ImageNet-21K")])
+@pytest.mark.parametrize("architecture", ["test_vit", "test_convnext"])
+def test_weights_of_other_pretraining_get_a_head_of_the_datasets_classes(architecture, outputs, like, tmp_path):
+    published = timm.create_model(architecture, num_classes=outputs)
+    save_for_hf(published, str(tmp_path / like), safe_serialization=True)
+    name = resolve(f"local-dir:{tmp_path / like}")
+    assert has_new_head(name, 37)
+    model, _ = create_model(name, 37, input_size=160, pretrained=True)
+    place, layer = linear_head(model, name, 160, CPU)
+    assert layer.out_features == 37
+    own = model.state_dict()
+    kept = {key for key, value in published.state_dict().items() if torch.equal(own.get(key, value[:0]), value)}
+    assert {key for key in own if not key.startswith(f"{place}.")} <= kept
+
+
+@pytest.mark.parametrize("alias", ["rn50_in21k", "rn50_clip", "vit_s_in21k", "vit_s_dino", "vit_b_clip"])
+def test_the_names_of_other_pretraining_are_weights_with_another_head(alias):
+    name = resolve(alias)
+    assert timm.get_pretrained_cfg(name).num_classes in {0, 512, 1024, 21843}
+    assert has_new_head(name, 37)
+    assert has_new_head(name, 1000)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "cifar_resnet8"])

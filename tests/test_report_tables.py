@@ -6,15 +6,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import kdcache
-from kdcache.archive import ArchiveWriter
+from kdcache.archive import TEACHER_ENTROPIES, ArchiveWriter
 from kdcache.report import Report, Row, collect, summarise, write_report
-from kdcache.report.heatmap import Heatmap, heatmaps, results, teacher_figures
+from kdcache.report.heatmap import Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import latex_escaped
 from tests.archives import teacher_card
 from tests.reports import Page, RunFolders
@@ -214,6 +215,53 @@ def test_teachers_of_one_architecture_are_told_apart_by_their_epochs(make_run: R
     assert [line.names for line in same.lines] == [line.names for line in found.lines]
 
 
+def test_entropies_of_clean_images_stand_beside_those_of_the_views(make_run: RunFolders, tmp_path: Path) -> None:
+    made = make_archive(tmp_path / "archives/a20", 20)
+    records = ({"entropy": 0.1234, "entropy_rest": 0.9}, {"entropy": "0.1", "entropy_rest": 2.0}, "none", None)
+    shown = []
+    for record in records:
+        manifest = made.manifest.model_copy(update={"provenance": {TEACHER_ENTROPIES: record}})
+        known = teacher_figures("a20", manifest.digest, "vit_s", SimpleNamespace(manifest=manifest))  # type: ignore[arg-type]
+        shown.append((known.entropy_clean, known.entropy_rest_clean))
+    assert shown == [(0.1234, 0.9), (None, None), (None, None), (None, None)]
+    teachers = {}
+    for number, clean in enumerate((0.25, None)):
+        digest = f"d{number}" * 32
+        make_run(90.0 - 10 * number, archive_digest=digest)
+        make_run(85.0 - 10 * number, archive_digest=digest, tau=4.0)
+        teachers[digest] = TeacherFigures(
+            f"a{number}", digest, "vit_s", "", "pretrained", 20 + number, None, None, 0.5, 0.9, clean
+        )
+    (found,) = heatmaps(summarise(collect([make_run.base])), teachers)
+    assert [line.names[3:7] for line in found.lines] == [("0.500", "0.900", "0.250", ""), ("0.500", "0.900", "", "")]
+    shades = [[score.shade for score in line.scores if score] for line in found.lines]
+    assert shades == [[1.0, pytest.approx(2 / 3)], [pytest.approx(1 / 3), 0.0]], "one scale for all teachers"
+    text = report_of(make_run, tmp_path)[0]
+    table = next(path for path in text.tables if path.name == "teachers-and-archives.tex").read_text("utf-8")
+    assert r"$\hat{H}(p)$ clean & $\hat{H}(\bar{p})$ clean \\" in table
+
+
+def test_starts_stand_beside_what_they_know_alone(make_run: RunFolders, tmp_path: Path) -> None:
+    make_run(70.0)
+    for init, own, top in (("finetuned", 89.721, 91.0), ("target", 60.0, 90.0), ("pretrained", None, 88.0)):
+        for tau in (1.0, 20.0):
+            make_run(top + tau / 20, tau=tau, init=init, init_top1=own, init_sha256=None if own is None else str(own) * 12)
+    known = TeacherFigures("demo", "d1" * 32, "vit_s", top1_clean=92.56)
+    maps = {found.name: found for found in heatmaps(summarise(collect([make_run.base])), {"d1" * 32: known})}
+    found = maps["starts"]
+    assert found.fields == ("student", "start", "alone (%)")
+    assert [line.names for line in found.lines] == [
+        ("rn18", "random", ""),
+        ("rn18", "target", "60.00"),
+        ("rn18", "pretrained", ""),
+        ("rn18", "finetuned", "89.72"),
+    ]
+    assert [[score.mark if score else None for score in line.scores] for line in found.lines][1:] == [["", "best"]] * 3
+    assert "Teacher vit_s: 92.56 %." in found.caption
+    page = report_of(make_run, tmp_path)[1]
+    assert "<td>finetuned</td><td>89.72</td>" in page
+
+
 def test_methods_of_several_pairs_stand_beside_each_other(make_run: RunFolders, tmp_path: Path) -> None:
     for student, beta, lift in (("resnet20", 2.0, 0.0), ("vgg8", 6.0, 3.0)):
         for seed in range(2):
@@ -282,7 +330,7 @@ def test_archives_and_their_teachers_are_listed_also_where_they_are_not_there(ma
     table = next(path for path in report.tables if path.name == "teachers-and-archives.tex").read_text("utf-8")
     (here,) = [line for line in table.splitlines() if line.startswith("demo &")]
     assert here.startswith(f"demo & {archive.manifest.digest[:8]} & vit\\_s & pretrained & 20 & 91.25 & -- & {entropy:.3f} &")
-    assert "lost & e2e2e2e2 & rn50 & -- & -- & -- & -- & -- & -- \\\\" in table
+    assert "lost & e2e2e2e2 & rn50 & -- & -- & -- & -- & -- & -- & -- & -- \\\\" in table
     assert ">91.25</td>" in text
 
 

@@ -192,7 +192,9 @@ def test_one_archive_of_second_views_serves_all_teachers(planned) -> None:
 
 def test_figures_of_archives_need_no_students(planned) -> None:
     plan = planned(changed(students=[], stats={"tau": [1, 40]}))
-    assert [job.kind for job in plan.jobs if job.kind not in {"train", "dump"}] == ["stats", "stats"]
+    assert [job.kind for job in plan.jobs if job.kind not in {"train", "dump"}] == ["stats", "stats", "report"]
+    report = of_kind(plan, "report")[0]
+    assert {name.strip("{}") for name in report.arguments[1:3]} == {job.id for job in of_kind(plan, "dump")} == set(report.after)
     assert "1,40" in of_kind(plan, "stats")[0].arguments
 
 
@@ -362,7 +364,7 @@ def test_every_option_of_a_command_is_in_the_schema_or_set_by_the_study_itself(s
 
 def test_there_is_a_study_for_every_experiment() -> None:
     assert set(shipped()) == {
-        *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination"),
+        *("kd_approach", "training_configuration", "softmax_shape", "controls", "teacher_origination", "pretraining"),
         *("student_initialization", "granularity", "logit_standardization", "max_logit", "ttm", "quickstart"),
         *(f"logit_standardization_{what}" for what in ("imagenet", "scores", "teachers")),
         *("ttm_regularization", "ttm_entropy", "ttm_imagenet", "ttm_vit"),
@@ -412,6 +414,36 @@ def test_mlkds_second_view_is_randaugments_of_the_same_teacher(name: str, weak: 
             (teacher,) = (trained[one] for one in first.after)
             assert value_of(teacher, "--teacher") in {"tv_rn34", "tv_rn50"}
             assert value_of(teacher, "--epochs") == "0"
+
+
+OF_S000 = ("kd_approach", "training_configuration", "controls", "softmax_shape", "teacher_origination", "student_initialization")
+OF_S000 += ("pretraining",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in {"controls", "softmax_shape"} else pytest.mark.exhaustive) for name in OF_S000],
+)
+def test_the_temperature_study_is_planned_at_224_px_and_its_hours_are_those_of_its_images(name: str, tmp_path: Path) -> None:
+    study = load_study(find_study(name))
+    plan = plan_study(study, find_study(name), Workspace(tmp_path))
+    for job in of_kind(plan, "train") + of_kind(plan, "dump"):
+        size = value_of(job, "--size") if "--size" in job.arguments else "the policy's"
+        assert size == ("224" if value_of(job, "--dataset") == "cifar100" else "the policy's")
+    assert plan.images is not None
+    students = plan.images / 2000 / 3600  # as the study's note has it
+    assert students <= study.cost.gpu_hours <= 1.05 * students + 5
+    assert not plan.students or "2,000 views of 224 px" in study.cost.note
+
+
+def test_the_loss_with_and_without_tau_squared_is_trained_where_the_temperature_is_asked_for() -> None:
+    both, bare = ("kd", "kd:tau_squared=0"), ("kd:tau_squared=0",)
+    for name in ("training_configuration", "teacher_origination", "student_initialization", "granularity", "pretraining"):
+        assert {block.method for block in load_study(find_study(name)).students} == {both}
+    assert {block.method for block in load_study(find_study("controls")).students} == {bare}
+    (block,) = load_study(find_study("kd_approach")).students
+    assert "kd" not in block.method
+    assert {*bare, "kd:tau_squared=0,student_tau=1"} < set(block.method)
 
 
 def test_images_that_are_not_there_are_missed_when_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Archives of teacher logits: the names that other packages import. Nothing here needs torch."""
 
-from kdcache.archive.format.cost import COST, TEACHER_COST, DumpCost
+from kdcache.archive.format.cost import COST, TEACHER_COST, TEACHER_ENTROPIES, DumpCost
 from kdcache.archive.format.devices import DEVICE, shards_by_device
 from kdcache.archive.format.manifest import (
     ArchivePlan,
@@ -37,6 +37,7 @@ __all__ = [
     "MAX_ROWS",
     "PAPER_TAUS",
     "TEACHER_COST",
+    "TEACHER_ENTROPIES",
     "AnyArchive",
     "Archive",
     "ArchivePlan",

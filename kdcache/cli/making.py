@@ -212,7 +212,9 @@ def _print_results(results: "list[StudentResult]") -> None:
 
 
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders that hold some [HOME/runs]")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, or folders that hold some; or archives [HOME/runs]")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report [HOME/reports/latest]")] = None,
     study: Annotated[
         str | None, typer.Option(help="A study's file or name: the report opens with what it asks and expects.")
@@ -222,8 +224,8 @@ def report(
     ] = False,
     home: HomeOption = Path(),
 ) -> None:
-    """Write an offline HTML report, figures, LaTeX tables and a CSV file from finished runs."""
-    from kdcache.report import write_report
+    """Write an offline HTML report, figures, LaTeX tables and a CSV file from finished runs, or from archives alone."""
+    from kdcache.report import are_archives, write_archive_page, write_report
 
     experiment = None
     if study is not None:
@@ -234,5 +236,9 @@ def report(
         raise UsageError("--smoke without --study", why="only a study has a smoke version", fix="name it: --study FILE")
     place = workspace(home)
     with bars() as progress:
-        written = write_report(runs or [place.runs], output or place.reports / "latest", experiment=experiment, progress=progress)
-    print(written.html)
+        paths, out = runs or [place.runs], output or place.reports / "latest"
+        if are_archives(paths):
+            page = write_archive_page(paths, out, experiment=experiment, progress=progress).html
+        else:
+            page = write_report(paths, out, experiment=experiment, progress=progress).html
+    print(page)

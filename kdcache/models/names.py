@@ -84,6 +84,13 @@ ALIASES: dict[str, str] = {
     "mnv4": "mobilenetv4_conv_medium.e500_r224_in1k",
     "cn_p": "convnextv2_pico.fcmae_ft_in1k",
     "mvit": "mobilevitv2_150.cvnets_in1k",
+    # Other pretraining, as its section 4.3 asks for: teachers that are finetuned with a new head. timm has no ResNet50 of
+    # ImageNet-21K but BiT's, and no ViT-S of CLIP.
+    "rn50_in21k": "resnetv2_50x1_bit.goog_in21k",
+    "rn50_clip": "resnet50_clip_gap.openai",
+    "vit_s_in21k": "vit_small_patch16_224.augreg_in21k",
+    "vit_s_dino": "vit_small_patch16_224.dino",
+    "vit_b_clip": "vit_base_patch16_clip_224.openai",
     # The ImageNet pairs of the distillation papers are rn34-rn18 and rn50-mnv1. Their teachers have torchvision's weights, tv_...
     "rn34": "resnet34.a1_in1k",
     "mnv1": "mobilenetv1_100.ra4_e3600_r224_in1k",

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "ArchivePage",
     "Cell",
     "Experiment",
     "PairedDifference",
@@ -12,9 +13,11 @@ __all__ = [
     "Row",
     "RunRecord",
     "Table",
+    "are_archives",
     "collect",
     "paired",
     "summarise",
+    "write_archive_page",
     "write_report",
 ]
 
@@ -31,9 +34,13 @@ _PUBLIC = {
     "Published": "experiment",
     "Report": "html",
     "write_report": "html",
+    "ArchivePage": "archive_page",
+    "are_archives": "archive_page",
+    "write_archive_page": "archive_page",
 }
 
 if TYPE_CHECKING:
+    from kdcache.report.archive_page import ArchivePage, are_archives, write_archive_page
     from kdcache.report.experiment import Experiment, Published
     from kdcache.report.html import Report, write_report
     from kdcache.report.records import RunRecord, collect

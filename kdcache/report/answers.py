@@ -136,7 +136,8 @@ def _base(row: Row, rows: Sequence[Row]) -> Row | None:
         named = [other for other in rows if other.method.partition(":")[0] == wanted]
         same = [other for other in named if other.setting == row.setting]
         plain = [other for other in same if other.method == wanted]
-        for choice in (plain,) if wanted == name else (plain, same, named):
+        bare = [other for other in same if other.method == f"{wanted}:tau_squared=False"]  # as the temperature study has kd
+        for choice in (plain,) if wanted == name else (plain, bare, same, named):
             if len(choice) == 1:
                 return choice[0]
     return None

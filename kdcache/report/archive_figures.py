@@ -16,7 +16,8 @@ from kdcache.stats import label_smoothing
 __all__ = ["archive_drawings", "moments_drawing", "one_page", "sorted_softmax"]
 
 SHOWN_RANKS = 20  # ranks of the sorted softmax, as in the temperature study's Fig. 4
-MOST_TAUS = 4  # side by side
+MOST_TAUS = 9  # side by side: those of the temperature study
+MOST_WIDTH = 11.5  # of a figure, inches
 MOST_TICKS = 6
 WHOLE, REST = r"$\hat{H}(p)$", r"$\hat{H}(\bar{p})$"
 
@@ -130,8 +131,10 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
                 axes.set_xlim(0, 1.08 * max(detail.sorted_mean[0], smoothed[0]))
                 axes.grid(visible=False)
             upper.set_title(f"tau {f.tau:g}")
-            lower.set_title(f"alpha {detail.smoothing_sorted_mean:.4g}")
-            lower.set_xlabel("mean probability")
+            lower.set_title(f"alpha {detail.smoothing_sorted_mean:.3g}", fontsize=9)
+            lower.xaxis.set_major_locator(MaxNLocator(2 if len(shown) > 4 else MOST_TICKS))
+            lower.tick_params(axis="x", labelsize=8)
+        figure.supxlabel("mean probability; every tau has a scale of its own", fontsize=9.5)
         panels[0, 0].set_ylabel("rank, teacher")
         panels[1, 0].set_ylabel("rank, label smoothing")
 
@@ -141,7 +144,7 @@ def sorted_softmax(statistics: Statistics, num_classes: int, place: str) -> Draw
     )
     spoken = "; ".join(f"tau {f.tau:g}: top class {d.sorted_mean[0]:.3g}, second {d.sorted_mean[1]:.3g}" for f, d in shown)
     alt = f"Bars of the mean sorted softmax and of matched label smoothing, {place}. {spoken}."
-    return Drawing("sorted softmax", caption, alt, (1.0 + 2.3 * len(shown), 4.8), draw)
+    return Drawing("sorted softmax", caption, alt, (min(1.0 + 2.3 * len(shown), MOST_WIDTH), 4.8), draw)
 
 
 def moments_drawing(statistics: Statistics, place: str) -> Drawing:
@@ -179,7 +182,9 @@ def moments_drawing(statistics: Statistics, place: str) -> Drawing:
 
 
 def _spread(pairs: Sequence[tuple[TauStatistics, TauDetail]]) -> list[tuple[TauStatistics, TauDetail]]:
-    """At most four pairs, evenly spaced on the log scale of tau, with both ends."""
+    """At most `MOST_TAUS` pairs, evenly spaced on the log scale of tau, with both ends."""
+    if len(pairs) <= MOST_TAUS:
+        return list(pairs)
     logs = np.log([figures.tau for figures, _ in pairs])
-    wanted = np.linspace(logs.min(), logs.max(), min(MOST_TAUS, len(pairs)))
+    wanted = np.linspace(logs.min(), logs.max(), MOST_TAUS)
     return [pairs[n] for n in dict.fromkeys(int(np.abs(logs - log).argmin()) for log in wanted)]

@@ -117,7 +117,9 @@ def tau_curves(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
         if any(row.baseline for _, panel in some for row in panel):
             caption += " Dashed in grey, ce: the student from labels alone."
         if any(_earlier(table, row) for _, panel in some if len(panel) <= MOST_EARLIER for row in panel):
-            caption += " In grey, on the scale at the right, the means about half-way through the epochs."
+            caption += (
+                " In grey, on the scale at the right, the means about half-way through the epochs, at a higher learning rate."
+            )
         alt = f"Test top-1 over tau, {place}. {_spoken(table, some, lines)}"
         return Drawing(f"tau {place}", caption, alt, _size(len(some)), draw)
 

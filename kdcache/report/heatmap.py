@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kdcache.archive import Archive
+from kdcache.archive import TEACHER_ENTROPIES, Archive
 from kdcache.report.records import STUDENT
 from kdcache.report.table import ROW_FIELDS, Cell, Row, Table, labels, natural, paired
 
 __all__ = [
+    "CLEAN",
     "REST",
     "WHOLE",
     "Heatmap",
@@ -24,9 +25,11 @@ __all__ = [
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
 ALONE = "student"  # heads the column of students that learned from labels alone, as in the papers' tables
+CLEAN = " clean"  # after them: of the clean test images; else of the training views, as the archive has them
 PAIR = ("dataset", "teacher", "student")
 WEIGHT = "kd_weight"  # the option of methods
 STARTS = {"timm": "pretrained", "random": "from scratch"}
+STARTING = {name: place for place, name in enumerate(("random", "target", "pretrained", "finetuned"))}  # as in Table 2
 Mark = str  # "best", "tied" or "" (neither)
 
 
@@ -72,6 +75,8 @@ class TeacherFigures:
     entropy: float | None = None  # H(p) / log C at tau 1
     entropy_rest: float | None = None
     top5_clean: float | None = None
+    entropy_clean: float | None = None  # the same of the clean test images, as train-teacher found them
+    entropy_rest_clean: float | None = None
 
     @property
     def training(self) -> str:
@@ -105,7 +110,14 @@ def teacher_figures(name: str, digest: str, alias: str, archive: Archive | None)
         at_one.entropy_mean if at_one else None,
         at_one.entropy_rest_mean if at_one else None,
         card.top5_clean if card else None,
+        *(_share(archive.manifest.provenance.get(TEACHER_ENTROPIES), key) for key in ("entropy", "entropy_rest")),
     )
+
+
+def _share(record: object, key: str) -> float | None:
+    """A relative entropy in a record of unknown origin; None if it has none."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1.001 else None
 
 
 def results(table: Table) -> Heatmap:
@@ -138,6 +150,7 @@ def heatmaps(table: Table, teachers: Mapping[str, TeacherFigures]) -> list[Heatm
             lambda row: (row.dataset, row.teacher, row.student, row.method, row.setting),
         ),
         *_teachers(table, [row for row in plain if not _without_teacher(table, row)], teachers),
+        *starts(table, plain, teachers),
     ]
 
 
@@ -249,20 +262,61 @@ def _teachers(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherF
             lines.append((known, row))
         lines.sort(key=lambda pair: (natural(pair[0].teacher), pair[0].start, pair[0].epochs or 0, pair[0].digest))
         taus = table.taus_of(members)
+        scale = [cell.mean for row in members for _, cell in table.ranked(row)]  # one for all lines: students of some are worse
         maps.append(
             Heatmap(
                 " ".join(filter(None, ("teachers", places[key]))),
-                f"Test top-1 in percent by teacher and tau{_after(places[key])}; relative entropies at tau 1.",
-                ("teacher", "start", "epochs", WHOLE, REST, "archive"),
+                f"Test top-1 in percent by teacher and tau{_after(places[key])}; darker is better within this table. Relative "
+                "entropies at tau 1, of the training views and of the clean test images (temperature study, Table 1).",
+                ("teacher", "start", "epochs", WHOLE, REST, WHOLE + CLEAN, REST + CLEAN, "archive"),
                 _texts(taus),
-                tuple(_line(_described(known), _over(table, row, taus)) for known, row in lines),
+                tuple(_line(_described(known), _over(table, row, taus), scale) for known, row in lines),
             )
         )
     return maps
 
 
+def starts(table: Table, rows: Sequence[Row], teachers: Mapping[str, TeacherFigures]) -> list[Heatmap]:
+    """Students by what they started from, with the accuracy of the start itself, as in the temperature study's Table 2."""
+
+    def other(setting: str) -> str:
+        return ", ".join(part for part in setting.split(", ") if not re.fullmatch(r"(init|head_init|weights) \S+", part))
+
+    grouped = _grouped(table, rows, lambda row: (row.dataset, row.teacher, row.method, other(row.setting)))
+    groups = {key: members for key, members in grouped.items() if len({_init(table, row) for row in members}) > 1}
+    names = labels([members[0] for members in groups.values()], ("dataset", "teacher", "method"))
+    maps = []
+    for (_, _, _, setting), members in groups.items():
+        place = ", ".join(filter(None, (names[members[0]], setting if len({key[3] for key in groups}) > 1 else "")))
+        top1 = getattr(teachers.get(_digest(table, members[0])), "top1_clean", None)
+        teacher = f" Teacher {members[0].teacher}: {top1:.2f} %." if top1 is not None else ""
+        members.sort(key=lambda row: (natural(row.student), STARTING.get(_init(table, row), len(STARTING)), natural(row.setting)))
+        taus = table.taus_of(members)
+        lines = []
+        for row in members:
+            own = table.ranked(row)[0][1].runs[0].args.start_top1
+            named = (row.student, _init(table, row), "" if own is None else f"{own:.2f}")
+            lines.append(_line(named, _over(table, row, taus)))
+        maps.append(
+            Heatmap(
+                " ".join(filter(None, ("starts", place))),
+                f"Test top-1 in percent by student, start and tau{_after(place)}.{teacher} Alone: the top-1 of the start itself, "
+                "before distillation (temperature study, Table 2).",
+                ("student", "start", "alone (%)"),
+                _texts(taus),
+                tuple(lines),
+            )
+        )
+    return maps
+
+
+def _init(table: Table, row: Row) -> str:
+    return table.ranked(row)[0][1].runs[0].args.start
+
+
 def _described(known: TeacherFigures) -> tuple[str, ...]:
-    entropies = ("" if value is None else f"{value:.3f}" for value in (known.entropy, known.entropy_rest))
+    values = (known.entropy, known.entropy_rest, known.entropy_clean, known.entropy_rest_clean)
+    entropies = ("" if value is None else f"{value:.3f}" for value in values)
     return known.teacher, known.start, "" if known.epochs is None else str(known.epochs), *entropies, known.digest[:8]
 
 
@@ -306,10 +360,11 @@ def _over(table: Table, row: Row, taus: Sequence[float]) -> list[Cell | None]:
     return [table.get(row, tau) for tau in taus]
 
 
-def _line(names: tuple[str, ...], cells: Sequence[Cell | None]) -> Line:
+def _line(names: tuple[str, ...], cells: Sequence[Cell | None], scale: Sequence[float] = ()) -> Line:
+    """A line of a table. Shades go from the worst to the best of `scale`, or else of the line."""
     known = [cell for cell in cells if cell is not None]
     best = max(known, key=lambda cell: cell.mean, default=None)
-    means = [cell.mean for cell in known]
+    means = scale or [cell.mean for cell in known]
 
     def score(cell: Cell | None) -> Score | None:
         if cell is None or best is None:

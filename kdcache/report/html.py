@@ -21,10 +21,12 @@ from kdcache.errors import UsageError
 from kdcache.report.answers import answers, contrasts, method_contrasts, overview
 from kdcache.report.archives import ArchivePart, archive_parts
 from kdcache.report.costs import ArchiveCosts, costs
+from kdcache.report.duration_figures import duration_drawings, of_several_durations
 from kdcache.report.experiment import Experiment, published_for
 from kdcache.report.figures import Drawing, control_dots, render_figure, tau_curves
 from kdcache.report.heatmap import REST, WHOLE, Heatmap, TeacherFigures, heatmaps, results, teacher_figures
 from kdcache.report.latex import costs_table, heatmap_table, savings_table, teachers_table, top_five_table
+from kdcache.report.losses import scaling
 from kdcache.report.method_figures import entropy_drawings, method_drawings
 from kdcache.report.moment_figures import moment_drawings
 from kdcache.report.output_figures import output_drawings
@@ -36,7 +38,7 @@ from kdcache.system.energy import NOTHING
 from kdcache.system.files import translated_os_errors, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 
-__all__ = ["Report", "write_report"]
+__all__ = ["Report", "csv_cell", "file_names", "inline", "write_report"]
 
 HERE = Path(__file__).parent
 MOST_SPOKEN = 4  # answers in sentences; more of them become a table
@@ -82,7 +84,7 @@ def write_report(
     tables = _tables(records, table, teachers, archives)
     drawings = _drawings(table, archives)
     every = [drawing for kind in drawings.values() for drawing in kind]
-    names = _file_names([drawing.name for drawing in every])
+    names = file_names([drawing.name for drawing in every])
     shown: dict[Drawing, Markup] = {}
     with translated_os_errors(out), written_alone(out):
         for folder in ("figures", "tables"):
@@ -91,7 +93,7 @@ def write_report(
             svg, png = render_figure(drawing, name)
             write_changed(out / f"figures/{name}.svg", svg)
             write_changed(out / f"figures/{name}.png", png)
-            shown[drawing] = _inline(svg.decode(), drawing.alt, f"f{number}-")
+            shown[drawing] = inline(svg.decode(), drawing.alt, f"f{number}-")
             progress.update("drawing figures", number, len(every))
         write_changed(out / "results.csv", _csv(records).encode())
         written = _write_tables(tables, out / "tables")
@@ -124,7 +126,7 @@ def _write_tables(tables: _PageTables, folder: Path) -> tuple[Path, ...]:
     shown = [tables.results, *tables.heatmaps]
     texts = dict(
         zip(
-            _file_names([heatmap.name for heatmap in shown]),
+            file_names([heatmap.name for heatmap in shown]),
             (heatmap_table(heatmap, kdcache.__version__) for heatmap in shown),
             strict=True,
         )
@@ -148,7 +150,7 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
     cards = {part.digest: part.archive.manifest.teacher for part in archives if part.archive}
     weights = {digest: card.weights_sha256 for digest, card in cards.items() if card}
     return {
-        "taus": [drawing for place, rows in studies.items() for drawing in tau_curves(table, rows, place)],
+        "taus": [drawing for place, rows in studies.items() for drawing in _over_tau(table, rows, place)],
         "controls": [drawing for place, rows in studies.items() for drawing in control_dots(table, rows, place)],
         "teacher": [drawing for part in archives for drawing in part.drawings],
         "training": [drawing for place, rows in studies.items() for drawing in training_drawings(table, rows, place, teachers)],
@@ -159,7 +161,13 @@ def _drawings(table: Table, archives: Sequence[ArchivePart]) -> dict[str, list[D
     }
 
 
-def _file_names(titles: Sequence[str]) -> list[str]:
+def _over_tau(table: Table, rows: Sequence[Row], place: str) -> list[Drawing]:
+    durations = set(of_several_durations(table, rows))
+    others = [row for row in rows if row not in durations]
+    return [*duration_drawings(table, rows, place), *tau_curves(table, others, place)]
+
+
+def file_names(titles: Sequence[str]) -> list[str]:
     names: list[str] = []
     for title in titles:
         name = stem = re.sub(r"[^A-Za-z0-9.-]+", "_", title)[:80].strip("._")
@@ -169,7 +177,7 @@ def _file_names(titles: Sequence[str]) -> list[str]:
     return names
 
 
-def _inline(svg: str, alt: str, prefix: str) -> Markup:
+def inline(svg: str, alt: str, prefix: str) -> Markup:
     """An SVG file as an element of the page: without prolog, with alt text and unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # the style would apply to the whole page
@@ -203,6 +211,7 @@ def _page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         experiment=experiment,
         published=published_for(experiment.published if experiment else ()),
+        scaling=scaling(records),
         answers=tau_answers,
         overview=overview(tau_answers) if len(tau_answers) > MOST_SPOKEN else None,
         contrasts=contrasts(table),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from kdcache.report.costs import ArchiveCosts
-from kdcache.report.heatmap import REST, WHOLE, Heatmap, Line, Score, TeacherFigures
+from kdcache.report.heatmap import CLEAN, REST, WHOLE, Heatmap, Line, Score, TeacherFigures
 from kdcache.report.top_five import TopFive
 from kdcache.system.energy import Spent
 
@@ -64,6 +64,7 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
 def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
     """Archives and their teachers, in the columns of the temperature study's Table 1."""
     head = ("archive", "digest", "teacher", "start", "epochs", "top-1 clean (%)", "top-1 views (%)", WHOLE, REST)
+    head += (WHOLE + CLEAN, REST + CLEAN)
     rows = [
         [
             known.name,
@@ -72,11 +73,15 @@ def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
             known.start,
             _number(known.epochs, "d"),
             *(_number(value, ".2f") for value in (known.top1_clean, known.top1_views)),
-            *(_number(value, ".3f") for value in (known.entropy, known.entropy_rest)),
+            *(_number(value, ".3f") for value in _entropies(known)),
         ]
         for known in teachers
     ]
-    return _plain("Archives and their teachers; relative entropies at tau 1", head, rows, "llllrrrrr", version)
+    return _plain("Archives and their teachers; relative entropies at tau 1", head, rows, "llllrrrrrrr", version)
+
+
+def _entropies(known: TeacherFigures) -> tuple[float | None, ...]:
+    return known.entropy, known.entropy_rest, known.entropy_clean, known.entropy_rest_clean
 
 
 def costs_table(costs: Sequence[ArchiveCosts], version: str) -> str:
@@ -170,7 +175,9 @@ def _tabular(columns: str, head: Sequence[str], body: Sequence[str], note: str =
 
 def _field(name: str) -> str:
     """The head of a column, as a symbol where it has one."""
-    return {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}.get(name, latex_escaped(name))
+    symbols = {WHOLE: r"$\hat{H}(p)$", REST: r"$\hat{H}(\bar{p})$"}
+    symbol = symbols.get(name.removesuffix(CLEAN))
+    return latex_escaped(name) if symbol is None else symbol + (CLEAN if name.endswith(CLEAN) else "")
 
 
 def _score(score: Score, seeds: bool) -> str:

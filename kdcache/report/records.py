@@ -88,6 +88,17 @@ class RunArgs(ArchiveArgs):
         """How test images were shown, in words."""
         return str((self.model_extra or {}).get("test", WHOLE.title))
 
+    @property
+    def start(self) -> str:
+        """What the student started from."""
+        return str((self.model_extra or {}).get("init", "random"))
+
+    @property
+    def start_top1(self) -> float | None:
+        """Test top-1 in percent of the start itself, where it was recorded."""
+        value = (self.model_extra or {}).get("init_top1")
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
     @model_validator(mode="before")
     @classmethod
     def _present_names(cls, data: Any) -> Any:

@@ -35,7 +35,7 @@ FOLLOWS_OPT = ("lr", "weight_decay")
 # Keys that would not change a result, or only tell what another key says already (weights that a seed draws, for one).
 _HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_interval", "host", "hostname", "graph"}
 _WHERE = {"home", "data_dir", "out", "output", "run", "run_name", "folder"}
-_SAID = {"student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
+_SAID = {"init_top1", "student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
 _SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this order

@@ -18,7 +18,13 @@ class Grid(Options):
     panel: ClassVar[str] = "Which students"
 
     tau: Annotated[Temperatures, Option("Temperatures, such as 1,4,20 [1, or the preset's].")] = ()
-    method: Annotated[Names, Option("Methods; see kdcache methods [kd, or the preset's].")] = ()
+    method: Annotated[
+        Names,
+        Option(
+            "Methods; see kdcache methods. kd is tau^2 KL, as in published code; kd:tau_squared=0, without tau^2, is the "
+            "temperature study's [kd, or the preset's]."
+        ),
+    ] = ()
     preset: Annotated[Names, Option("Published settings, paper:METHOD:DATASET; see kdcache methods --presets.")] = ()
     control: Annotated[Names, Option("none, ls-global, ls-instance, bottom:K, topk:K.")] = ("none",)
     student: Annotated[Names, Option(f"Aliases, timm names, {MODEL_FORMS} [the dataset's].")] = ()

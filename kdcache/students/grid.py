@@ -14,6 +14,7 @@ from kdcache.datasets import DATASETS, Source
 from kdcache.errors import NotFoundError, UsageError, unknown_name
 from kdcache.methods import METHODS, Method
 from kdcache.methods.presets import preset
+from kdcache.methods.tempered import LARGEST_TAU, SMALLEST_TAU
 from kdcache.models.names import folder_name, is_factory, own_size, public_name, resolve, split_weights, weights_identity
 from kdcache.replay.subject import Subject, require_batch_size, require_second
 from kdcache.students.config import DistillConfig, Grid
@@ -27,7 +28,6 @@ from kdcache.workspace import Workspace, dataset_label, parse_dataset, unknown_s
 __all__ = ["StudentSpec", "doubts", "open_archives", "plan_ahead", "plan_students"]
 
 STARTS = ("random", "pretrained", "target", "finetuned")
-SMALLEST_TAU, LARGEST_TAU = 1e-2, 1e4
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "momentum")
 WHOLE_IMAGES = HowTested(test_policy="none")
 MOST_SHRINKING = 31  # a bicubic line of a student's view takes 4 * 31 + 1 lines of the teacher's; see views.resample
@@ -47,6 +47,7 @@ class Start:
     file: Path | None = None
     sha256: str = ""
     new_head: bool = False
+    top1: float | None = None  # of it itself, in percent on the test images, where that is known
 
     @property
     def label(self) -> str:
@@ -251,7 +252,7 @@ def find_start(init: str, exact: str, source: Source, workspace: Workspace) -> S
                 label,
                 begun,
             ):
-                return _start_of(init, folder / "model.safetensors")
+                return replace(_start_of(init, folder / "model.safetensors"), top1=record.get("top1_clean"))
         command = ["kdcache", "train-teacher", "--teacher", exact, "--dataset", DATASETS.spec(source)]
         raise NotFoundError(
             f"--init {init}: no {public_name(exact)} trained on {label} {origin}",

@@ -83,6 +83,7 @@ def write_args(
         "share_order": spec.order_seed != spec.seed,
         "init": spec.start.name,
         "init_sha256": spec.start.sha256 or None,
+        "init_top1": spec.start.top1,
         "folder": spec.folder.name,
         **({"head_init": settings.head_init} if spec.start.new_head else {}),
         **_settings(spec),

@@ -130,8 +130,9 @@ class _Expansion:
         if self.study.stats is not None:
             for archive in {each.dump.id: each for each in itertools.chain(*archives.values())}.values():
                 self._stats(archive)
-        if runs := [job for job in self.jobs.values() if job.kind == "distill"]:
-            self._report(runs)
+        # Without students, it is the archives that the report is of.
+        kinds = ("distill",) if self.study.students else ("dump",)
+        self._report([job for job in self.jobs.values() if job.kind in kinds])
         sizes = {archive.dump.id: archive.bytes for archive in itertools.chain(*archives.values())}
         return StudyPlan(
             self.name,

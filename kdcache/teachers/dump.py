@@ -13,6 +13,7 @@ import torch
 from kdcache.archive import (
     LAYOUTS,
     TEACHER_COST,
+    TEACHER_ENTROPIES,
     Archive,
     ArchiveWriter,
     CanvasCard,
@@ -352,6 +353,7 @@ def _begun(
             "device": device_kind(device),
             "versions": versions(),
             **({TEACHER_COST: record["cost"]} if "cost" in record else {}),
+            **({TEACHER_ENTROPIES: record["entropies"]["clean"]} if "entropies" in record else {}),
         },
     )
     if writer.plan.num_views > plan.views:

@@ -324,8 +324,8 @@ class _Job:
         known, size = published(plan.exact), plan.policy.size
         if plan.start == "timm" and known is not None and known.input_size >= 2 * size:
             self.progress.say(
-                f"views have {size} px, and the weights know {known.input_size} px images: little of that is left (which size "
-                f"the temperature study had for CIFAR100 is unknown). --size {known.input_size} enlarges them, for students too"
+                f"views have {size} px, and the weights know {known.input_size} px images: little of that is left (and "
+                f"less than the temperature study's accuracies need). --size {known.input_size} enlarges them, for students too"
             )
         for settings in (plan.settings[epochs] for epochs in durations if epochs):
             if settings.sched == "step" and min(settings.decay_epochs) >= settings.epochs:

@@ -5,6 +5,7 @@ Nothing here needs torch.
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
@@ -149,7 +150,7 @@ class TrainConfig(Training):
         Options have their former names here, by which the folders of runs and teachers are found. `head_init` is not among
         them: it decides on trainings with a new head only, and whether a training has one is known to its caller.
         """
-        former = {name: each.option.former or name for name, each in type(self).declared().items()}
+        former = _former_names(type(self))
         stated = self.model_dump(mode="json", exclude_defaults=True, exclude={"head_init"})
         return {former[name]: value for name, value in stated.items()}
 
@@ -167,6 +168,12 @@ class TrainConfig(Training):
             floor = self.min_lr / self.lr
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * self.epochs)))
         return float(self.decay_rate ** sum(step >= epoch * steps_per_epoch for epoch in self.decay_epochs))
+
+
+@cache
+def _former_names(kind: type[Options]) -> dict[str, str]:
+    """By its name, what each option was called at first. Asked for every student of a grid."""
+    return {name: each.option.former or name for name, each in kind.declared().items()}
 
 
 class ViewOptions(Options):

@@ -29,8 +29,8 @@ EXAMPLES: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
         "ls-global": ({}, {"average": "mean-entropy"}, {"average": "plain-mean"}),
     },
     "method": {
-        "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}),
-        "zkd": ({}, {"score": "centred"}, {"score": "scaled", "std": "population"}),
+        "kd": ({}, {"tau_squared": False}, {"kd_weight": 0.9, "ce_weight": 0.1}, {"student_tau": 2.0}),
+        "zkd": ({}, {"score": "centred"}, {"score": "scaled", "std": "population"}, {"student_tau": 2.0}),
         "zdkd": ({}, {"score": "scaled"}),
         "ce": ({}, {"smoothing": 0.5}),
         "maxlogit": ({}, {"which": "both"}),

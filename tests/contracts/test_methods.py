@@ -23,7 +23,7 @@ from kdcache.targets import Targets
 from kdcache.testing import MethodContract
 from kdcache.testing.methods import at_tau, loss_and_gradient, problem
 from tests.contracts.examples import cases, examples
-from tests.contracts.formulas import FORMULAS
+from tests.contracts.formulas import FORMULAS, z_score
 
 TAUS = (1.0, 4.0, 20.0, 40.0)
 TWO_VIEWS = [pytest.param((name, {}), id=f"{name}-two-views") for name in ("mlkd", "zmlkd")]
@@ -58,7 +58,7 @@ class TestEveryMethod(MethodContract):
             kind = type(getattr(component, field.name))
             wrong = {float: (-1.0, None), int: (-1,), str: ("unheard-of",)}
             for value in wrong.get(kind, ((), "x") if kind is not bool else ()):
-                if value is None and field.name == "confidence_tau":
+                if value is None and field.name in {"confidence_tau", "student_tau"}:
                     continue
                 with pytest.raises(UsageError, match=f"{field.name} of method {name}"):
                     self.made_with(component, **{field.name: value})
@@ -508,6 +508,34 @@ def test_without_tau_squared_loss_and_gradient_are_smaller_by_it(tau: float) -> 
     bare, bare_gradient = loss_and_gradient(build("kd", tau_squared=False), student, at_tau(targets, tau))
     assert bare * tau**2 == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(bare_gradient * tau**2, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("name", ["kd", "zkd"])
+@pytest.mark.parametrize(("tau", "own"), [(1.0, 4.0), (20.0, 3.0), (40.0, 1.0), (4.0, 4.0)])
+def test_a_temperature_of_the_students_own_is_in_its_softmax_alone(name: str, tau: float, own: float) -> None:
+    student, teacher, targets = problem()
+    z, v = (z_score(torch.from_numpy(x)) if name == "zkd" else torch.from_numpy(x) for x in (student, teacher))
+    log_p, log_q = torch.log_softmax(v / tau, dim=1), torch.log_softmax(z / own, dim=1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
+    for squared, scale in ((True, tau * own), (False, 1.0)):
+        loss, gradient = loss_and_gradient(build(name, student_tau=own, tau_squared=squared), student, at_tau(targets, tau))
+        assert loss == pytest.approx(scale * divergence, rel=1e-3)
+        if own == tau:
+            shared, slope = loss_and_gradient(build(name, tau_squared=squared), student, at_tau(targets, tau))
+            assert loss == pytest.approx(shared, rel=1e-5)
+            np.testing.assert_allclose(gradient, slope, rtol=0, atol=1e-5 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e5, "warm", math.nan])
+def test_a_students_temperature_that_is_none_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(UsageError, match="student_tau of method kd"):
+        build("kd", student_tau=value)
+
+
+def test_records_without_a_temperature_of_the_students_own_keep_their_form() -> None:
+    assert METHODS.to_dict(build("kd")) == {"name": "kd", "kd_weight": 1.0, "ce_weight": 0.0, "tau_squared": True}
+    assert METHODS.to_dict(build("kd", student_tau=2))["student_tau"] == 2.0
+    assert METHODS.from_dict(METHODS.to_dict(build("zkd"))) == build("zkd")
 
 
 def test_kd_of_a_student_that_equals_its_teacher_is_zero() -> None:

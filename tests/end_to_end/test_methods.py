@@ -222,6 +222,7 @@ def test_combinations_that_mean_nothing_are_refused(home, archive, kdcache, argu
         (["--method", "kd,ce", "--tau", "4,20"], "has no temperature, --tau is not for it"),
         (["--method", "wttm", "--tau", "10"], "the largest of its paper"),
         (["--method", "dkd"], "grows over 20 epochs"),
+        (["--method", "kd:student_tau=1", "--tau", "1,40"], "the teacher is nearly uniform"),
         (["--method", "rld:warmup_epochs=0,mlkd", "--control", "none,ls-instance"], "temperatures of their own"),
         (["--method", "kd,dist:tau_squared=0,zkd,rld:warmup_epochs=1", "--tau", "1,4"], ""),
     ],

@@ -125,7 +125,9 @@ def test_durations_are_compared_and_chosen_from(two, small, kdcache, tmp_path):
     chosen = kdcache(*dump, "--teacher-epochs", 1, "--output", tmp_path / "one")
     assert chosen.status == 0, chosen.err
     assert "choose with" not in chosen.err
-    assert open_archive(tmp_path / "one").manifest.teacher.training["epochs"] == 1
+    dumped = open_archive(tmp_path / "one").manifest
+    assert dumped.teacher.training["epochs"] == 1
+    assert dumped.provenance["teacher_entropies"] == record(by_epochs(two)[1])["entropies"]["clean"]
     newest = kdcache(*dump, "--dry-run")
     assert "the newest of 2" in newest.err
     assert "--teacher-epochs" in newest.err

@@ -216,6 +216,8 @@ def test_students_start_from_trained_models_and_files(home, archive, kdcache):
     top = {init: rows(run)[0]["test_top1"] for init, run in runs.items()}
     assert top["target"] > 60 > 30 > top["random"]
     assert set(top) == {"random", "target", str(weights)}
+    own = json.loads((weights.parent / "teacher.json").read_text())["top1_clean"]
+    assert {init: recorded[run]["init_top1"] for init, run in runs.items()} == {"random": None, "target": own, str(weights): None}
     same = [(runs[init] / "last.safetensors").read_bytes() for init in ("target", str(weights))]
     assert same[0] == same[1]  # of the same weights
     assert {cell.n for cell in summarise(collect([home / "runs"])).cells.values()} == {2}  # seeds of three rows

@@ -1,4 +1,4 @@
-"""The cost of a dump, recorded in the archive's provenance. It differs from run to run, so no digest covers it."""
+"""What a dump took, and what was known of its teacher: in the archive's provenance, so that no digest covers it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from typing import Any
 
 from kdcache.system.energy import NOTHING, Spent
 
-__all__ = ["COST", "TEACHER_COST", "DumpCost"]
+__all__ = ["COST", "TEACHER_COST", "TEACHER_ENTROPIES", "DumpCost"]
 
 COST, TEACHER_COST = "cost", "teacher_cost"  # provenance keys: cost of the dump, cost of training its teacher
+# Likewise: mean relative entropies (`entropy`, `entropy_rest`) of the teacher on the clean test images, at tau 1.
+TEACHER_ENTROPIES = "teacher_entropies"
 
 
 @dataclass(frozen=True)
