@@ -48,7 +48,8 @@ class KD(Squared):
             return self.kl(student, teacher, targets.tau).mean()
         log_p = torch.log_softmax(self.scores(teacher) / targets.tau, dim=1)
         log_q = torch.log_softmax(self.scores(student) / self.student_tau, dim=1)
-        return self.scale(math.sqrt(targets.tau * self.student_tau)) * kl_rows(log_p, log_q).mean()
+        loss: Tensor = self.scale(math.sqrt(targets.tau * self.student_tau)) * kl_rows(log_p, log_q).mean()
+        return loss
 
     def doubts(self, taus: Collection[float], epochs: int) -> Iterator[str]:
         yield from super().doubts(taus, epochs)

@@ -15,11 +15,11 @@ import kdcache
 from kdcache.archive import MAX_ROWS, PAPER_TAUS, Archive, Statistics, measure_logits, open_archive
 from kdcache.errors import IncompatibleError, UsageError
 from kdcache.report.archive_figures import archive_drawings
+from kdcache.report.experiment import Experiment
 from kdcache.report.figures import Drawing, render_figure
 from kdcache.report.heatmap import REST, WHOLE, TeacherFigures, teacher_figures
 from kdcache.report.html import csv_cell, file_names, inline
 from kdcache.report.latex import teachers_table
-from kdcache.report.records import Experiment
 from kdcache.system.files import translated_os_errors, write_changed, written_alone
 from kdcache.system.progress import Progress, Silent
 

@@ -63,8 +63,8 @@ def heatmap_table(heatmap: Heatmap, version: str) -> str:
 
 def teachers_table(teachers: Sequence[TeacherFigures], version: str) -> str:
     """Archives and their teachers, in the columns of the temperature study's Table 1."""
-    head = ("archive", "digest", "teacher", "start", "epochs", "top-1 clean (%)", "top-1 views (%)", WHOLE, REST)
-    head += (WHOLE + CLEAN, REST + CLEAN)
+    known_by = ("archive", "digest", "teacher", "start", "epochs", "top-1 clean (%)", "top-1 views (%)")
+    head = (*known_by, WHOLE, REST, WHOLE + CLEAN, REST + CLEAN)
     rows = [
         [
             known.name,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from pydantic.fields import FieldInfo
 
 from kdcache.errors import NotFoundError, UsageError, how_to_write, printable, unknown_name
-from kdcache.models.names import ALIASES
+from kdcache.models.aliases import ALIASES
 from kdcache.options import Option, Options, Temperatures, integers
 from kdcache.report.experiment import KNOWN_BY, Experiment, Published
 from kdcache.students.config import DistillConfig
