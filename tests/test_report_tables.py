@@ -122,6 +122,7 @@ def test_methods_stand_side_by_side_at_every_weight(make_run: RunFolders) -> Non
             if top is not None:
                 make_run(top, method={"name": name, "kd_weight": weight}, method_spec=spec, tau=2.0)
     make_run(50.0, method={"name": "kd", "kd_weight": 0.9}, method_spec="kd:kd_weight=0.9,ce_weight=0.1", tau=1.0)
+    make_run(99.0, method={"name": "own"}, method_spec="own")  # has no weight
     [found] = [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
     assert (found.fields, found.columns) == (("weight",), ("kd", "zkd", "zkd score=scaled"))
     shown = [(line.names, [score and round(score.cell.mean, 1) for score in line.scores]) for line in found.lines]

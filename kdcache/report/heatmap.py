@@ -167,10 +167,12 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
 
 def _weights(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     """Methods side by side at every weight of their loss, as in logit standardization's Table 4, where weights are compared."""
-    grouped = _grouped(table, rows, lambda row: (row.dataset, row.teacher, row.student, row.setting))
+    methods = {row: table.ranked(row)[0][1].runs[0].args.method for row in rows if table.ranked(row)}
+    weights = {row: float(method[WEIGHT]) for row, method in methods.items() if WEIGHT in method}  # labels alone have none
+    grouped = _grouped(table, list(weights), lambda row: (row.dataset, row.teacher, row.student, row.setting))
     groups, named = {}, {}
     for key, members in grouped.items():
-        weight = {row: float(table.ranked(row)[0][1].runs[0].args.method.get(WEIGHT, 1)) for row in members}
+        weight = {row: weights[row] for row in members}
         others = {row: [part for part in re.split("[:,]", row.method) if not part.startswith(f"{WEIGHT}=")] for row in members}
         shared = set.intersection(*map(set, others.values()))
         names = {row: " ".join(part for part in others[row] if part not in shared or part == others[row][0]) for row in members}
