@@ -110,6 +110,21 @@ def test_shades_go_from_the_worst_to_the_best_of_a_line(make_run: RunFolders) ->
     ]
 
 
+# Settings
+
+
+def test_second_views_of_another_archive_are_told_of_the_rows_that_have_them(make_run: RunFolders) -> None:
+    make_run(90.0, method_spec="kd")
+    make_run(91.0, method_spec="mlkd")
+    make_run(92.0, method_spec="mlkd", second_archive="archives/strong", second_archive_digest="e5" * 32)
+    rows = summarise(collect([make_run.base])).rows
+    assert sorted((row.method, row.setting) for row in rows) == [
+        ("kd", ""),
+        ("mlkd", ""),
+        ("mlkd", "second views e5e5e5e5"),
+    ]
+
+
 # Weights
 
 

@@ -272,7 +272,9 @@ def _digest(table: Table, row: Row) -> str:
 
 def _other_than_archive(setting: str) -> str:
     return ", ".join(
-        part for part in setting.split(", ") if not re.fullmatch(r"archive [0-9a-f]{8}|.* \(archive [0-9a-f]{8}\)", part)
+        part
+        for part in setting.split(", ")
+        if not re.fullmatch(r"(archive|second views) [0-9a-f]{8}|.* \(archive [0-9a-f]{8}\)", part)
     )
 
 
