@@ -111,6 +111,21 @@ def test_shades_go_from_the_worst_to_the_best_of_a_line(make_run: RunFolders) ->
     ]
 
 
+# Settings
+
+
+def test_second_views_of_another_archive_are_told_of_the_rows_that_have_them(make_run: RunFolders) -> None:
+    make_run(90.0, method_spec="kd")
+    make_run(91.0, method_spec="mlkd")
+    make_run(92.0, method_spec="mlkd", second_archive="archives/strong", second_archive_digest="e5" * 32)
+    rows = summarise(collect([make_run.base])).rows
+    assert sorted((row.method, row.setting) for row in rows) == [
+        ("kd", ""),
+        ("mlkd", ""),
+        ("mlkd", "second views e5e5e5e5"),
+    ]
+
+
 # Weights
 
 
@@ -123,6 +138,7 @@ def test_methods_stand_side_by_side_at_every_weight(make_run: RunFolders) -> Non
             if top is not None:
                 make_run(top, method={"name": name, "kd_weight": weight}, method_spec=spec, tau=2.0)
     make_run(50.0, method={"name": "kd", "kd_weight": 0.9}, method_spec="kd:kd_weight=0.9,ce_weight=0.1", tau=1.0)
+    make_run(99.0, method={"name": "own"}, method_spec="own")  # has no weight
     [found] = [each for each in heatmaps(summarise(collect([make_run.base])), {}) if each.name.startswith("weights")]
     assert (found.fields, found.columns) == (("weight",), ("kd", "zkd", "zkd score=scaled"))
     shown = [(line.names, [score and round(score.cell.mean, 1) for score in line.scores]) for line in found.lines]

@@ -23,7 +23,7 @@ KINDS = (
 )
 MOST_BARS = 100  # logits of one image that are drawn as bars; more of them as a line
 MOST_CELLS = 100  # of a side of a heatmap, each a block of several classes where there are more
-DARKEST = 0.99  # quantile of the differences: few large ones would leave all others pale
+DARKEST = 0.99  # quantile of a student's differences at which its scale would end
 SHADES = 24  # of which a page with many heatmaps stays small
 MOST_TICKS = 4
 HALF = 0.5
@@ -91,8 +91,8 @@ def class_drawing(page: OutputPage) -> Drawing | None:
             count, classes = both[0].logits.shape
     if not lines:
         return None
-    ends = [max(float(np.quantile(line[2].tables[kind], DARKEST)) for line in lines) or 1.0 for kind in range(len(KINDS))]
-    ends[0] = ends[1] = max(ends[:2])  # distances are compared across
+    # One student with large logits, which z-scores allow, would leave all others pale.
+    ends = [float(np.median([np.quantile(line[2].tables[kind], DARKEST) for line in lines])) or 1.0 for kind in range(len(KINDS))]
 
     def draw(figure: Figure) -> None:
         reds = colormaps["Reds"].resampled(SHADES)
@@ -114,7 +114,7 @@ def class_drawing(page: OutputPage) -> Drawing | None:
         f"Students and teacher by class, {page.place}: at the left the logits of one test image, bars the student's and the line "
         "the teacher's, its label's class marked. Then how far they are apart, darker is further: in the mean logits of each "
         "class's images (lines) at every class (columns), in the same of z-scores, and in the correlations of two classes' logits"
-        ". Distances at an image's own class are left out, as published; both kinds have one scale, which the largest exceed. "
+        ". Distances at an image's own class are left out, as published. Each kind has one scale, which some exceed. "
         f"From {count} test images of {classes} classes, at each method's best tau (seed {page.seeds}).{blocks}"
     )
     spoken = "; ".join(
@@ -163,5 +163,5 @@ def _draw_bars(axes: Axes, image: _Image) -> None:
     deviations = [float(each.std(ddof=1)) for each in (values, theirs)]
     axes.set_title(f"one image: deviation {deviations[0]:.3g}, teacher's {deviations[1]:.3g}", fontsize=8.5)
     axes.set_xlim(-HALF, len(values) - HALF)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(MOST_TICKS))
+    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(MOST_TICKS))

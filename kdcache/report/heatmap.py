@@ -199,10 +199,12 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
 
 def _weights(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
     """Methods side by side at every weight of their loss, as in logit standardization's Table 4, where weights are compared."""
-    grouped = _grouped(table, rows, lambda row: (row.dataset, row.teacher, row.student, row.setting))
+    methods = {row: table.ranked(row)[0][1].runs[0].args.method for row in rows if table.ranked(row)}
+    weights = {row: float(method[WEIGHT]) for row, method in methods.items() if WEIGHT in method}  # labels alone have none
+    grouped = _grouped(table, list(weights), lambda row: (row.dataset, row.teacher, row.student, row.setting))
     groups, named = {}, {}
     for key, members in grouped.items():
-        weight = {row: float(table.ranked(row)[0][1].runs[0].args.method.get(WEIGHT, 1)) for row in members}
+        weight = {row: weights[row] for row in members}
         others = {row: [part for part in re.split("[:,]", row.method) if not part.startswith(f"{WEIGHT}=")] for row in members}
         shared = set.intersection(*map(set, others.values()))
         names = {row: " ".join(part for part in others[row] if part not in shared or part == others[row][0]) for row in members}
@@ -348,7 +350,9 @@ def _digest(table: Table, row: Row) -> str:
 
 def _other_than_archive(setting: str) -> str:
     return ", ".join(
-        part for part in setting.split(", ") if not re.fullmatch(r"archive [0-9a-f]{8}|.* \(archive [0-9a-f]{8}\)", part)
+        part
+        for part in setting.split(", ")
+        if not re.fullmatch(r"(archive|second views) [0-9a-f]{8}|.* \(archive [0-9a-f]{8}\)", part)
     )
 
 

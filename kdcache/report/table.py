@@ -37,7 +37,13 @@ _HOW = {"workers", "threads", "processes", "compile", "channels_last", "val_inte
 _WHERE = {"home", "data_dir", "out", "output", "run", "run_name", "folder"}
 _SAID = {"init_top1", "student_weights_sha256", "student_licence", "teacher_name", "batch_order"}
 HARMLESS = frozenset(_HOW | _WHERE | _SAID)
-_SHOWN = {"archive_digest": "archive", "init_sha256": "weights", "batch_size": "batch", "weight_decay": "wd"}
+_SHOWN = {
+    "archive_digest": "archive",
+    "second_archive_digest": "second views",
+    "init_sha256": "weights",
+    "batch_size": "batch",
+    "weight_decay": "wd",
+}
 _CONTROLS = ("none", "ls-global", "ls-instance")  # these come first, in this order
 # For args.yaml of before, which lack the newer options, and for what is only written where it is not usual.
 BEFORE = {
@@ -247,7 +253,7 @@ def _rows_of(records: Sequence[RunRecord], training: Mapping[str, str]) -> dict[
                     varied.pop(name, None)
         if varied.get("init_sha256") == "none":  # weights of no file
             del varied["init_sha256"]
-        phrases = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items()}
+        phrases = {name: f"{_SHOWN.get(name, name)} {value}" for name, value in varied.items() if value}  # others have it
         if "archive_digest" in phrases and (known := training.get(args.archive_digest)):
             phrases["archive_digest"] = f"{known} ({phrases['archive_digest']})"
         setting = ", ".join(phrases.values())
