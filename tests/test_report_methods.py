@@ -73,7 +73,7 @@ def test_methods_of_a_pair_share_a_panel_and_labels_alone_have_no_divergence(mak
     assert "Dashed in grey, the student from labels alone." in drawings["entropy and divergence of methods"].caption
     _, _, correlation, _ = axes_of(drawings["loss and correlation of methods"])
     assert all(y == pytest.approx([0.5, 0.25]) for _, y in lines_of(correlation).values())
-    assert "student 0.25" in drawings["entropy and divergence of methods"].alt
+    assert "student alone 0.25" in drawings["entropy and divergence of methods"].alt
 
 
 def test_accuracy_is_drawn_over_the_seconds_at_which_it_was_measured(make_run: RunFolders) -> None:
@@ -100,8 +100,8 @@ def test_labels_alone_are_the_first_column_and_a_level_line(make_run: RunFolders
                 make_run(top + tau, student=student, seed=seed, tau=tau, method_spec="zkd")
     table = table_of(make_run)
     (pairs,) = [each for each in heatmaps(table, {}) if each.name == "pairs"]
-    assert pairs.columns == ("student", "zkd")
-    assert "Student: trained on labels alone" in pairs.caption
+    assert pairs.columns == ("student alone", "zkd")
+    assert "Student alone: from labels, by the same recipe." in pairs.caption
     assert [line.scores[0].cell.mean for line in pairs.lines if line.scores[0]] == [71.0, 71.0]
     contrasts = {(each.name, each.variant): each for each in method_contrasts(table)}
     assert {each.base for each in contrasts.values()} == {"ce"}, "there is no kd"
@@ -138,7 +138,7 @@ def test_entropies_of_tests_are_histograms_on_common_axes(make_run: RunFolders, 
     make_run(90.0, method_spec="ttm")  # runs of before have none
     (drawing,) = entropy_drawings(table_of(make_run))
     panels = axes_of(drawing)
-    assert [panel.get_title() for panel in panels] == ["student", "kd, tau 1", "kd, tau 4"]
+    assert [panel.get_title() for panel in panels] == ["student alone", "kd, tau 1", "kd, tau 4"]
     means = [float(np.ravel(line.get_xdata())[0]) for line in panels[2].lines]
     assert means == pytest.approx([0.7 * np.log(100), np.log(100) / 6])
     assert "kd, tau 4: 3.22" in drawing.alt

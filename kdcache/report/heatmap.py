@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 WHOLE, REST = "Ĥ(p)", "Ĥ(p̄)"  # relative entropies of the teacher's output, with and without its top class
-ALONE = "student"  # heads the column of students that learned from labels alone, as in the papers' tables
+ALONE = "student alone"  # heads the column of students that learned from labels alone, as in the papers' tables
 CLEAN = " clean"  # after them: of the clean test images; else of the training views, as the archive has them
 PAIR = ("dataset", "teacher", "student")
 WEIGHT = "kd_weight"  # the option of methods
@@ -193,7 +193,7 @@ def _pairs(table: Table, rows: Sequence[Row]) -> list[Heatmap]:
         lines.append(_line(tuple(getattr(members[0], field) for field in fields), [best.get(column) for column in columns]))
     caption = "Test top-1 in percent by pair of teacher and student, each method at its best tau (and setting, of several)."
     if ALONE in columns:
-        caption += f" {ALONE.capitalize()}: trained on labels alone, by the same recipe."
+        caption += f" {ALONE.capitalize()}: from labels, by the same recipe."
     return [Heatmap("pairs", caption, fields, columns, tuple(lines), over="method")]
 
 
