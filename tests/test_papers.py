@@ -8,6 +8,7 @@ import pytest
 from kdcache.study.schema import load_study, shipped
 
 HERE = Path(__file__).parents[1]
+NONE = "\N{EN DASH}"  # in the place of a study or section
 OWN = {"quickstart"}  # a study of kdcache's own
 HEADINGS = set(re.findall(r"<h2[^>]*>([^<]+)</h2>", (HERE / "kdcache/report/template.html.j2").read_text()))
 
@@ -20,7 +21,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
             paper = line[3:]
         elif line.startswith("| ") and not line.startswith("| item |"):
             item, study, where, expected = (cell.strip() for cell in line.strip("|").split("|"))
-            found.append((paper, item, study.strip("`") if study != "–" else "", where, expected))
+            found.append((paper, item, study.strip("`") if study != NONE else "", where, expected))
     return found
 
 
@@ -34,7 +35,7 @@ def test_a_row_says_where_its_report_shows_it(paper: str, item: str, study: str,
     assert paper
     assert len(expected) > 8, "a number of the paper's, or the reason why not"
     if not study:
-        assert where == "–"
+        assert where == NONE
         return
     place, _, heading = where.partition(": ")
     assert (place, heading) == ("stats", "") or (place == "report" and heading in HEADINGS)
