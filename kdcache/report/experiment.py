@@ -26,6 +26,7 @@ KNOWN_BY: dict[str, Callable[[RunArgs], object]] = {
     "batch-size": lambda args: args.batch_size,
     "kd-weight": lambda args: args.method.get("kd_weight", 1),
     "ce-weight": lambda args: args.method.get("ce_weight", 0),
+    "score": lambda args: args.method.get("score", "z"),
     "init": lambda args: (args.model_extra or {}).get("init", "random"),
 }
 
