@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 LOCK = ".lock"
+OF_A_MODEL = ("last", "best", "ema", "model")  # files of weights, a teacher's last one being called model
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -95,8 +96,9 @@ def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def weights_seals(folder: Path) -> dict[str, str | None]:
-    """The seals of all weights in a folder, by the names of their files: its record tells them apart from another folder's."""
-    return {file.stem: seal_of(file) for file in sorted(folder.glob("*.safetensors"))}
+    """The seals of the weights in a folder, by the names of their files: its record tells them apart from another folder's."""
+    files = [folder / f"{name}.safetensors" for name in OF_A_MODEL]
+    return {file.stem: seal_of(file) for file in files if file.is_file()}
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
