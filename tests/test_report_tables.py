@@ -246,7 +246,7 @@ def test_entropies_of_clean_images_stand_beside_those_of_the_views(make_run: Run
         make_run(90.0 - 10 * number, archive_digest=digest)
         make_run(85.0 - 10 * number, archive_digest=digest, tau=4.0)
         teachers[digest] = TeacherFigures(
-            f"a{number}", digest, "vit_s", "", "pretrained", 20 + number, None, None, 0.5, 0.9, clean
+            f"a{number}", digest, "vit_s", "", "pretrained", 20 + number, None, None, 0.5, 0.9, entropy_clean=clean
         )
     (found,) = heatmaps(summarise(collect([make_run.base])), teachers)
     assert [line.names[3:7] for line in found.lines] == [("0.500", "0.900", "0.250", ""), ("0.500", "0.900", "", "")]
