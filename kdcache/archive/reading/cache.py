@@ -136,8 +136,7 @@ class Cache:
             )
         path = self.path(record)
         with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._require_folder(path.parent)
+            self._make_folder(path.parent)
             with self._begun(path) as part:
                 if found := self.find(record):
                     return found
@@ -171,6 +170,11 @@ class Cache:
                 fix=f"set it aside: {set_aside(folder)}; or set KDCACHE_CACHE=FOLDER",
             )
 
+    def _make_folder(self, folder: Path) -> None:
+        with suppress(FileExistsError):  # a file, which is named
+            folder.mkdir(parents=True, exist_ok=True)
+        self._require_folder(folder)
+
     @contextmanager
     def _begun(self, path: Path) -> Iterator[Path]:
         """The file that `path` is downloaded into, which no other process writes to meanwhile."""
@@ -186,8 +190,7 @@ class Cache:
     def _lock(self, path: Path) -> Path:
         # A fixed set of lock files, which are never deleted: two files that share one are fetched one after the other.
         folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._require_folder(folder)
+        self._make_folder(folder)
         return folder / path.name[:3]
 
     def _make_room(self, newest: Path, size: int) -> None:
