@@ -199,10 +199,11 @@ class Cache:
             return
         files = []
         for folder in self.root.glob("[0-9a-f][0-9a-f]"):
-            for entry in os.scandir(folder) if not folder.is_symlink() else ():
+            for entry in os.scandir(folder) if folder.is_dir() and not folder.is_symlink() else ():
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+                    if not stat.S_ISDIR(status.st_mode):  # which nothing of kdcache makes there
+                        files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
