@@ -556,6 +556,22 @@ def test_a_folder_of_the_cache_that_is_a_link_is_refused(server, tmp_path, which
     there.read(1, 0, 10).load()
 
 
+def test_what_is_no_file_of_the_cache_stays_when_room_is_made(server, archives, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_CACHE_LIMIT", "100 kB")
+    there = open_archive(f"{server.url}/zarr")
+    root = there.store.cache.root
+    names = {f"{number:02x}" for number in range(256)} - {record.sha256[:2] for record in there._records.values()}
+    file, folder = (root / name for name in sorted(names)[:2])
+    root.mkdir()
+    file.write_bytes(b"theirs")
+    (folder / "theirs").mkdir(parents=True)
+    for place in (file, folder / "theirs"):
+        os.utime(place, (1, 1))  # what is oldest goes first
+    assert_equal(there, open_archive(archives / "zarr"))
+    assert file.read_bytes() == b"theirs"
+    assert (folder / "theirs").is_dir()
+
+
 def test_a_file_of_the_cache_that_is_exchanged_after_its_check_is_checked_again(server, archives):
     here, there = open_archive(archives / "zarr"), open_archive(f"{server.url}/zarr")
     path = there.store.local(SHARD)

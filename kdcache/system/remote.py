@@ -65,7 +65,10 @@ def is_url(location: object) -> bool:
 
 def open_remote(url: str) -> Remote:
     """Raises UsageError for a URL that is not understood. Asks no server, but the Hub for the commit of a revision."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # as of half an IPv6 address
+        raise _no_url(url, error) from None
     if parts.scheme not in SCHEMES:
         known = [f"{scheme}://" for scheme in SCHEMES]
         raise unknown_name("kind of URL", f"{parts.scheme}://", known, fix=f"use one of {', '.join(known)}")
@@ -234,8 +237,11 @@ def _obstore(base: str, headers: tuple[tuple[str, str], ...], connect_timeout: f
             **({"credential_provider": profile} if base.startswith("s3:") and (profile := _aws_profile()) else {}),
         )
     except failures as error:
-        why = str(error).partition("\n")[0]
-        raise UsageError(f"{base} is not a URL of an archive", why=why, fix="correct the URL") from None
+        raise _no_url(base, error) from None
+
+
+def _no_url(url: str, error: Exception) -> UsageError:
+    return UsageError(f"{url} is not a URL of an archive", why=str(error).partition("\n")[0], fix="correct the URL")
 
 
 def _aws_profile() -> Any:

@@ -39,6 +39,7 @@ __all__ = [
     "archive_digest",
     "first_error",
     "load_manifest",
+    "not_known",
     "seal_of",
     "sealed",
 ]
@@ -425,6 +426,13 @@ def load_manifest(text: bytes, where: str, *, fix: str) -> Manifest:
     except IntegrityError:
         raise
     except KdcacheError as error:
-        raise IncompatibleError(
-            f"{where}: {error.what}", why="this installation does not know it", fix="upgrade kdcache, or install the plugin"
-        ) from None
+        raise not_known(where, error) from None
+
+
+def not_known(where: str, error: KdcacheError) -> IncompatibleError:
+    """The error of a manifest whose codec or layout, or an option of it, is not what this installation has."""
+    return IncompatibleError(
+        f"{where}: {error.what}",
+        why="this installation does not know it",
+        fix="upgrade kdcache, or install the plugin; if that does not help, restore kdcache.json from a copy of the archive",
+    )

@@ -136,8 +136,7 @@ class Cache:
             )
         path = self.path(record)
         with translated_os_errors(path, elsewhere="KDCACHE_CACHE=FOLDER"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._require_folder(path.parent)
+            self._make_folder(path.parent)
             with self._begun(path) as part:
                 if found := self.find(record):
                     return found
@@ -171,6 +170,11 @@ class Cache:
                 fix=f"set it aside: {set_aside(folder)}; or set KDCACHE_CACHE=FOLDER",
             )
 
+    def _make_folder(self, folder: Path) -> None:
+        with suppress(FileExistsError):  # a file, which is named
+            folder.mkdir(parents=True, exist_ok=True)
+        self._require_folder(folder)
+
     @contextmanager
     def _begun(self, path: Path) -> Iterator[Path]:
         """The file that `path` is downloaded into, which no other process writes to meanwhile."""
@@ -186,8 +190,7 @@ class Cache:
     def _lock(self, path: Path) -> Path:
         # A fixed set of lock files, which are never deleted: two files that share one are fetched one after the other.
         folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._require_folder(folder)
+        self._make_folder(folder)
         return folder / path.name[:3]
 
     def _make_room(self, newest: Path, size: int) -> None:
@@ -196,10 +199,11 @@ class Cache:
             return
         files = []
         for folder in self.root.glob("[0-9a-f][0-9a-f]"):
-            for entry in os.scandir(folder) if not folder.is_symlink() else ():
+            for entry in os.scandir(folder) if folder.is_dir() and not folder.is_symlink() else ():
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+                    if not stat.S_ISDIR(status.st_mode):  # which nothing of kdcache makes there
+                        files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:

@@ -22,6 +22,7 @@ from kdcache.archive.format.manifest import (
     ShardRecord,
     archive_digest,
     load_manifest,
+    not_known,
 )
 from kdcache.archive.format.rows import Rows, count_of
 from kdcache.archive.format.store import LocalStore, Store
@@ -148,11 +149,7 @@ class Archive:
         try:
             arrangement = LAYOUTS.from_dict(manifest.layout)
         except KdcacheError as error:
-            raise IncompatibleError(
-                f"{store.name}: {error.what}",
-                why="this installation does not know it",
-                fix="upgrade kdcache, or install the plugin",
-            ) from None
+            raise not_known(store.name, error) from None
         self._table = self._places = ShardTable(manifest, store)  # for places, of the archive as it has grown meanwhile
         if isinstance(store, LocalStore):  # else where the table is fetched
             self._table.require_seal()
