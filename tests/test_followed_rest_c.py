@@ -1,9 +1,13 @@
 """Archives and models that are passed on, studies and teachers: what follows the fix of an error ends well."""
 
 import contextlib
+import copy
 import http.client
+import importlib
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,19 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pytest
+import timm
+import yaml
+from PIL import Image
 
 from kdcache.archive import Archive, Licences, open_archive
 from kdcache.cli import run
+from kdcache.models.classes import imagenet
 from kdcache.sharing.export import Export, push_export
 from kdcache.sharing.push_pull import pull, push, shipment
 from kdcache.sharing.signing import MAKE_KEYS, sign_archive
+from kdcache.study.jobs import Job, StudyPlan, plan_study
+from kdcache.study.running import run_job, run_study, study_place
+from kdcache.study.schema import load_study
 from kdcache.system.remote import open_remote
+from kdcache.teachers.as_is import Start, take
+from kdcache.teachers.config import TeacherAndData
+from kdcache.workspace import Workspace
 from tests.archives import finish, logits, writer
-from tests.following import followed, typed
+from tests.end_to_end.conftest import Outcome
+from tests.following import amended, followed, followed_by_command, typed
 from tests.hostile import edit_manifest
 from tests.hub import WritableHub
+from tests.miniatures import save
 from tests.servers import Fault, FaultyServer, faulty_s3
+from tests.weights import save_weights
 
 TERMS = Licences(data="cc-by-4.0", weights="mit")
 Act = Callable[[], object]
@@ -249,3 +267,273 @@ def test_the_beginning_of_another_archive_is_finished_or_left(bucket: str) -> No
     assert followed(lambda url: sent(one, url), f"{bucket}/a", says(words, f"{bucket}/b")).num_views == 2
     finished = followed(lambda given: sent(*given), (one, f"{bucket}/a"), says(words, (other, f"{bucket}/a")))
     assert finished.manifest.digest == other.manifest.digest
+
+
+# ---------------------------------------------------------------- studies
+
+ONE = {
+    "title": "One student",
+    "paper": "none",
+    "question": "Does it work?",
+    "varies": "nothing",
+    "expected": "It does.",
+    "cost": {"gpu-hours": 0, "archive-bytes": "1 MB"},
+    "archives": {"one": {"dataset": "digits", "teacher": "test_vit", "train": {"epochs": 1}, "dump": {"views": 2}}},
+    "students": [{"archive": "one", "student": "test_vit", "tau": 1, "epochs": 1}],
+}
+
+
+def study(**sections: Any) -> str:
+    Path("s.yaml").write_text(yaml.safe_dump(copy.deepcopy(ONE) | sections))
+    return "s.yaml"
+
+
+def planned(name: str) -> StudyPlan:
+    plan = plan_study(load_study(Path(name)), Path(name), Workspace(Path("home")))
+    if plan.missing:
+        raise plan.missing[0]
+    return plan
+
+
+def of_archive(**changes: Any) -> dict[str, Any]:
+    return {"archives": {"one": ONE["archives"]["one"] | changes}}
+
+
+def paired(second: str) -> dict[str, Any]:
+    """Students of two views of two policies' archives, and of an archive of other images."""
+    several = {"two": {**ONE["archives"]["one"], "dump": {"views": 2, "policy": ["none", "digits"]}}}
+    other = {"other": {**ONE["archives"]["one"], "dataset": "pets"}}
+    students = [{**ONE["students"][0], "method": "mlkd", "second-archive": second}]
+    return {"archives": ONE["archives"] | several | other, "students": students}
+
+
+def published(row: list[Any]) -> dict[str, Any]:
+    table = {"table": "Table 1", "of": {"dataset": "pets"}, "by": ["teacher"], "across": {"tau": ["1", "4"]}, "rows": [row]}
+    return {"published": [table]}
+
+
+NAME_ONE = "name one that has such an archive, and a single policy"
+PLANS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "no images": (
+        of_archive(dataset="folder:nowhere"),
+        "write where yours are into a copy of the study",
+        {**of_archive(dataset="folder:pictures"), "students": [{**ONE["students"][0], "batch-size": 2}]},
+    ),
+    "no images for it": (of_archive(dataset=["digits", "folder:nowhere"]), "or take that dataset out of it", {}),
+    "second views of other images": (paired("other"), NAME_ONE, paired("one")),
+    "second views of two policies": (paired("two"), NAME_ONE, paired("one")),
+    "too few numbers": (published(["rn50", 71.5]), "write the line as the paper has it", published(["rn50", 71.5, 73.0])),
+    "no numbers": (published(["rn50", 71.5, "-"]), "and null for what the paper leaves out", published(["rn50", 71.5, None])),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_studies_come_to_jobs_when_they_say_what_the_fix_says(case: str) -> None:
+    wrong, words, right = PLANS[case]
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save(Path(f"pictures/{split}/{name}/0.jpg"))
+    assert followed(planned, study(**wrong), lambda fix: says(words, study(**right))(fix)).jobs
+
+
+def test_a_workspace_whose_name_breaks_a_line_has_another_one() -> None:
+    plan = planned(study())
+    place = study_place(plan.name, Workspace(Path("home")))
+    place.folder.mkdir(parents=True)
+    for job in plan.jobs:  # what the study makes is there already
+        place.record(job.id).write_text("{}")
+    words = "name another folder, or rename that one"
+
+    def ran(home: str) -> bool:
+        return run_study(plan, Workspace(Path(home)), file=Path("s.yaml")) == []
+
+    assert followed(ran, "ho\nme", says(words, "home"))
+    Path("home").rename("ho\nme")
+    assert followed(ran, "ho\nme", says(words, "home", lambda: Path("ho\nme").rename("home")))
+
+
+def test_jobs_are_run_in_the_order_that_the_fix_says() -> None:
+    made()
+    jobs = [
+        Job("report-00000001", "report", "one", ("pull", "a", "b")),
+        Job("report-00000002", "report", "two", ("pull", "{report-00000001}", "c"), ("report-00000001",)),
+    ]
+    plan = Path("plan.json")
+    settings = {"home": "home", "data_dir": None, "directory": str(Path.cwd())}
+    plan.write_text(json.dumps(settings | StudyPlan("s", tuple(jobs), 0, None, None, ()).as_json()))
+
+    def ran(name: str) -> bool:
+        return run_job(plan, name) == 0
+
+    def first(fix: str) -> str:
+        assert run(shlex.split(fix)[1:]) == 0
+        return jobs[1].id
+
+    assert followed(ran, jobs[1].id, first)
+    assert open_archive("c").num_views == 2
+    assert followed(ran, "report-3", says("use one of those that it lists", json.loads(plan.read_text())["jobs"][0]["id"]))
+
+
+@pytest.mark.exhaustive
+def test_a_study_goes_on_when_the_cause_of_a_failure_is_mended() -> None:
+    job = Job("report-00000001", "report", "one", ("pull", "a", str(Path("b").absolute())))
+
+    def ran(command: str) -> bool:
+        plan = StudyPlan("s", (job,), 0, None, None, ())
+        return run_study(plan, Workspace(Path("home")), file=Path("s.yaml"), command=command) == [str(Path("b").absolute())]
+
+    def mended(fix: str) -> str:
+        made()
+        return fix.partition("mend the cause, then go on with what is missing: ")[2]
+
+    assert followed(ran, "kdcache study run s.yaml", mended)
+    assert open_archive("b").num_views == 2
+
+
+# ---------------------------------------------------------------- teachers: which outputs are which classes
+
+VIT = "test_vit.r160_in1k"
+THOUSAND = imagenet(1000)
+NO_CLASSIFIER = "vit_small_patch16_224.dino"
+
+
+def taken(names: tuple[str, ...], start: Start = "timm", classes: str | None = None, model: str = VIT) -> Any:
+    checkpoint, subject = Path("w.safetensors") if start == "checkpoint" else None, TeacherAndData(teacher=model, dataset="d")
+    found = take(model, names, subject, start, checkpoint=checkpoint, classes=classes and Path(classes), input_size=160)
+    return found.mapping.outputs
+
+
+def as_file(content: dict[str, object]) -> str:
+    Path("classes.json").write_text(json.dumps(content))
+    return "classes.json"
+
+
+def test_outputs_are_told_in_a_file_as_the_fix_says() -> None:
+    foreign = ("this", "that")
+    words = "or say which output is which class: --classes FILE"
+    told = says(words, as_file({"this": 7, "that": "tench"}))
+    assert followed(lambda classes: taken(foreign, classes=classes), None, told) == (7, 0)
+
+    def unclear(fix: str) -> str:
+        example = fix.partition("--classes: ")[2].partition("; or")[0]
+        return as_file(json.loads(example.replace("NUMBER OR NAME", "7")))
+
+    assert followed(lambda classes: taken(("tench", "that"), classes=classes), None, unclear) == (0, 7)
+    assert followed(lambda classes: taken(("tench", "crane"), classes=classes), None, unclear) == (0, 7)
+
+
+def test_the_order_of_a_checkpoint_is_said_as_the_fix_says() -> None:
+    assert THOUSAND is not None
+    turned = (*THOUSAND.names[1:], THOUSAND.names[0])
+    save_weights(timm.create_model("test_vit", num_classes=1000), Path("w.safetensors"))
+    for part, first in (("; or", 0), ("name the classes of its outputs in order: ", 1)):
+
+        def said(fix: str, part: str = part) -> str:
+            before, _, after = fix.partition(part)
+            return re.findall(r"--classes (\S+)", before if part == "; or" else after)[0]
+
+        assert followed(lambda classes: taken(turned, "checkpoint", classes), None, said)[0] == first
+
+
+# ---------------------------------------------------------------- teachers: trained, tested and kept
+
+TEACHERS = """
+import torch
+from torch import nn
+
+class Mean(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 4.0))
+
+    def forward(self, x):
+        return %s
+
+class Headed(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.mean(dim=(2, 3))) * %s
+"""
+RIGHT = "self.scale * x.mean(dim=(2, 3))[:, [2, 1, 0]]"
+COMMON = ["--dataset", "folder:images", "--canvas", "16", "--size", "16", "--home", "home"]
+VIEWS = ["--policy", "none", "--views", "1", "-b", "8"]
+DUMP = ["dump-teacher", "--teacher", "odd_nets:Mean", *COMMON, *VIEWS]
+TRAIN = ["train-teacher", "--teacher", "test_vit", *COMMON, "--policy", "none", "--epochs", "1", "-b", "8", "--from-scratch"]
+
+
+def nets(forward: str = RIGHT, scale: str = "1") -> None:
+    Path("odd_nets.py").write_text(TEACHERS % (forward, scale))
+    sys.modules.pop("odd_nets", None)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in three colours, and functions of one's own that make models."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    rng = np.random.default_rng(7)
+    for split in ("train", "test"):
+        for name, channel in (("blue", 2), ("green", 1), ("red", 0)):
+            for i in range(6):
+                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += np.uint8(100 + i)
+                file = Path(f"images/{split}/{name}/{i}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+    nets()
+
+
+@pytest.fixture
+def kdcache(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*command: str) -> Outcome:
+        capfd.readouterr()
+        status = run(list(command))
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+def only(pattern: str) -> Path:
+    (found,) = (path for path in Path("home").glob(pattern) if not path.name.startswith("."))
+    return found
+
+
+def test_a_teacher_is_dumped_when_it_is_mended_or_meant(coloured: None, kdcache: Any) -> None:
+    as_is = [*DUMP, "--teacher-epochs", "0"]
+    nets("self.scale * x.mean(dim=(2, 3))[:, [1, 0, 2]]")
+    followed_by_command(kdcache, as_is, amended)  # in the order that the images suggest
+    shutil.rmtree("home")
+    nets(f"({RIGHT}).softmax(dim=1)")
+
+    def meant(command: list[str], told: str) -> list[str]:
+        return [*command, re.findall(r"go on with (--[a-z-]+),", told)[0]]
+
+    def softless(command: list[str], told: str) -> list[str]:
+        assert "take out its softmax" in told
+        shutil.rmtree("home/teachers")
+        nets()
+        return command
+
+    followed_by_command(kdcache, as_is, meant)
+    shutil.rmtree("home/archives")
+    followed_by_command(kdcache, as_is, softless)
+
+
+def test_a_teacher_whose_logits_are_no_numbers_is_mended(coloured: None, kdcache: Any) -> None:
+    nets(f"{RIGHT} * torch.nan")
+
+    def mended(command: list[str], told: str) -> list[str]:
+        assert "check " in told
+        nets()
+        return command
+
+    followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0"], mended)  # told when it is tested
+    shutil.rmtree("home/archives")
+    for wrong in (f"{RIGHT} * torch.nan", "self.scale * x.mean(dim=(2, 3))[:, [0, 1]]"):
+        nets(wrong)
+        followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0", "-o", "o"], mended)  # when it is examined
+        shutil.rmtree("o")
