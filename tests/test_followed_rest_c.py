@@ -30,9 +30,13 @@ from kdcache.sharing.signing import MAKE_KEYS, sign_archive
 from kdcache.study.jobs import Job, StudyPlan, plan_study
 from kdcache.study.running import run_job, run_study, study_place
 from kdcache.study.schema import load_study
+from kdcache.system.energy import Spent
+from kdcache.system.progress import Silent
 from kdcache.system.remote import open_remote
 from kdcache.teachers.as_is import Start, take
-from kdcache.teachers.config import TeacherAndData
+from kdcache.teachers.config import TeacherAndData, TeacherConfig
+from kdcache.teachers.head import Head, read_head
+from kdcache.teachers.planning import TeacherPlan
 from kdcache.workspace import Workspace
 from tests.archives import finish, logits, writer
 from tests.end_to_end.conftest import Outcome
@@ -455,7 +459,7 @@ class Headed(nn.Module):
         self.fc = nn.Linear(3, num_classes)
 
     def forward(self, x):
-        return self.fc(x.mean(dim=(2, 3))) * %s
+        return %s
 """
 RIGHT = "self.scale * x.mean(dim=(2, 3))[:, [2, 1, 0]]"
 COMMON = ["--dataset", "folder:images", "--canvas", "16", "--size", "16", "--home", "home"]
@@ -464,8 +468,8 @@ DUMP = ["dump-teacher", "--teacher", "odd_nets:Mean", *COMMON, *VIEWS]
 TRAIN = ["train-teacher", "--teacher", "test_vit", *COMMON, "--policy", "none", "--epochs", "1", "-b", "8", "--from-scratch"]
 
 
-def nets(forward: str = RIGHT, scale: str = "1") -> None:
-    Path("odd_nets.py").write_text(TEACHERS % (forward, scale))
+def nets(forward: str = RIGHT, headed: str = "self.fc(x.mean(dim=(2, 3)))") -> None:
+    Path("odd_nets.py").write_text(TEACHERS % (forward, headed))
     sys.modules.pop("odd_nets", None)
     importlib.invalidate_caches()
 
@@ -527,13 +531,128 @@ def test_a_teacher_whose_logits_are_no_numbers_is_mended(coloured: None, kdcache
     nets(f"{RIGHT} * torch.nan")
 
     def mended(command: list[str], told: str) -> list[str]:
-        assert "check " in told
+        assert "check " in told or "mend its forward()" in told
         nets()
         return command
 
     followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0"], mended)  # told when it is tested
-    shutil.rmtree("home/archives")
-    for wrong in (f"{RIGHT} * torch.nan", "self.scale * x.mean(dim=(2, 3))[:, [0, 1]]"):
+    for wrong in (f"{RIGHT} * torch.nan", f"({RIGHT})[:5]"):
         nets(wrong)
         followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0", "-o", "o"], mended)  # when it is examined
         shutil.rmtree("o")
+
+
+def test_a_teacher_of_other_classes_is_not_the_one_that_is_trained(coloured: None, kdcache: Any) -> None:
+    assert kdcache(*TRAIN).status == 0
+    other = only("teachers/*")
+    shutil.copytree("images", "pictures")
+    for split in ("train", "test"):
+        Path(f"pictures/{split}/red").rename(f"pictures/{split}/pink")
+    teacher, where = ["--teacher", "test_vit"], [*COMMON[2:], *VIEWS]
+    command = ["dump-teacher", *teacher, "--dataset", "folder:pictures", *where, "--teacher-folder", str(other)]
+
+    def trained(command: list[str], told: str) -> list[str]:
+        train = shlex.split(told.partition("train one on this dataset: ")[2])[1:]
+        assert run([*train, *COMMON[2:], *TRAIN[-7:]]) == 0
+        return command[:-2]
+
+    followed_by_command(kdcache, command, trained)
+
+
+def test_a_head_is_trained_first_where_that_can_be(coloured: None, kdcache: Any) -> None:
+    train = ["train-teacher", "--teacher", "odd_nets:Headed", *COMMON, "--policy", "none", "--epochs", "1", "-b", "8"]
+
+    def mended(command: list[str], told: str) -> list[str]:
+        assert "check the weights that it starts from" in told
+        nets()
+        return command
+
+    nets(headed="2 * self.fc(x.mean(dim=(2, 3)))")
+    followed_by_command(kdcache, [*train, "--head-epochs", "1"], amended)  # its head does not give the logits, as they are
+    nets(headed="self.fc(torch.nan * x.mean(dim=(2, 3)))")
+    followed_by_command(kdcache, [*train, "--head-epochs", "2"], mended)
+    head = Head({}, {"top1": 50.0}, Spent())
+    head.write(Path())
+    file = Path("head.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    def aside(fix: str) -> Path:
+        typed(fix, "mv")
+        head.write(Path())  # it is trained again
+        return Path()
+
+    assert followed(read_head, Path(), aside) is not None
+
+
+def test_a_folder_with_another_teacher_is_named_as_it_was_or_set_aside(coloured: None, kdcache: Any) -> None:
+    second = [*TRAIN, "--seed", "1"]
+    for command in (TRAIN, second):
+        assert kdcache(*command).status == 0
+    one, other = sorted(Path("home/teachers").iterdir())
+
+    def exchange() -> None:
+        one.rename("kept")
+        other.rename(one)
+        Path("kept").rename(other)
+
+    def renamed(command: list[str], told: str) -> list[str]:
+        assert "give it its own name again" in told
+        exchange()
+        return command
+
+    exchange()
+    followed_by_command(kdcache, TRAIN, renamed)
+    exchange()
+    followed_by_command(kdcache, TRAIN, amended)
+
+
+def test_processes_agree_on_a_precision(coloured: None, kdcache: Any) -> None:
+    share = [*DUMP[:-2], "--teacher-epochs", "0", "--shard-rows", "8", "--shard"]
+    begun = [*share, "0/2", "--precision", "fp16"]
+    assert kdcache(*begun).status == 0
+
+    def theirs(command: list[str], told: str) -> list[str]:
+        assert " writes shards of theirs" in told
+        return [*command, *re.findall(r"(--precision) (\S+) writes", told)[0]]
+
+    def other(command: list[str], told: str) -> list[str]:
+        return [*command, *re.findall(r"(--precision) (\S+) begins another archive", told)[0]]
+
+    followed_by_command(kdcache, [*share, "1/2"], other)
+    shutil.rmtree("home/archives")
+    assert kdcache(*begun).status == 0
+    followed_by_command(kdcache, [*share, "1/2"], theirs)
+
+
+@pytest.mark.parametrize("torch_there", ["as here", "another"])
+def test_logits_of_another_model_are_dumped_again(coloured: None, kdcache: Any, torch_there: str) -> None:
+    dump = [*DUMP, "--teacher-epochs", "0"]
+    assert kdcache(*dump).status == 0
+    nets(f"2 * {RIGHT}")
+    archive = only("archives/*")
+    if torch_there == "another":
+        edit_manifest(archive, lambda m: m["provenance"]["versions"].update(torch="0.1"))
+    verify = ["verify", str(archive), "--replay", "4", "--home", "home", "--teacher", "odd_nets:Mean"]
+
+    def again(command: list[str], told: str) -> list[str]:
+        assert ("compare on such a device" in told) == (torch_there == "another")
+        typed(told.partition("set it aside (")[2].partition(")")[0], "mv")
+        assert run(dump) == 0
+        return verify
+
+    followed_by_command(kdcache, verify, again)
+
+
+def test_weights_without_a_classifier_are_finetuned(coloured: None) -> None:
+    config = TeacherConfig.model_validate({"teacher": NO_CLASSIFIER, "dataset": "folder:images", "epochs": [0], "canvas": 16})
+
+    def plan(epochs: int) -> TeacherPlan:
+        asked = config.model_copy(update={"epochs": (epochs,)})
+        return TeacherPlan(asked, Workspace(Path("home")), Silent(), None, None)
+
+    def finetuned(fix: str) -> int:
+        words = shlex.split(fix.partition("finetune them: ")[2].partition(";")[0])
+        assert words[:6] == ["kdcache", "train-teacher", "--teacher", NO_CLASSIFIER, "--dataset", "folder:images"]
+        return int(words[words.index("--epochs") + 1])
+
+    assert followed(plan, 0, finetuned).durations == [20]
