@@ -21,10 +21,10 @@ import timm
 import yaml
 from PIL import Image
 
-from kdcache.archive import Archive, Licences, open_archive
+from kdcache.archive import Archive, Licences, open_archive, write_archive
 from kdcache.cli import run
 from kdcache.models.classes import imagenet
-from kdcache.sharing.export import Export, push_export
+from kdcache.sharing.export import Export, export, push_export
 from kdcache.sharing.push_pull import pull, push, shipment
 from kdcache.sharing.signing import MAKE_KEYS, sign_archive
 from kdcache.study.jobs import Job, StudyPlan, plan_study
@@ -35,7 +35,7 @@ from kdcache.system.progress import Silent
 from kdcache.system.remote import open_remote
 from kdcache.teachers.as_is import Start, take
 from kdcache.teachers.config import TeacherAndData, TeacherConfig
-from kdcache.teachers.head import Head, read_head
+from kdcache.teachers.head import HEAD, Head
 from kdcache.teachers.planning import TeacherPlan
 from kdcache.workspace import Workspace
 from tests.archives import finish, logits, writer
@@ -474,10 +474,8 @@ def nets(forward: str = RIGHT, headed: str = "self.fc(x.mean(dim=(2, 3)))") -> N
     importlib.invalidate_caches()
 
 
-@pytest.fixture
-def coloured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images in three colours, and functions of one's own that make models."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+def pictured() -> None:
+    """Images in three colours."""
     rng = np.random.default_rng(7)
     for split in ("train", "test"):
         for name, channel in (("blue", 2), ("green", 1), ("red", 0)):
@@ -487,6 +485,13 @@ def coloured(monkeypatch: pytest.MonkeyPatch) -> None:
                 file = Path(f"images/{split}/{name}/{i}.png")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture
+def coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such images, and functions of one's own that make models."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    pictured()
     nets()
 
 
@@ -571,17 +576,15 @@ def test_a_head_is_trained_first_where_that_can_be(coloured: None, kdcache: Any)
     followed_by_command(kdcache, [*train, "--head-epochs", "1"], amended)  # its head does not give the logits, as they are
     nets(headed="self.fc(torch.nan * x.mean(dim=(2, 3)))")
     followed_by_command(kdcache, [*train, "--head-epochs", "2"], mended)
-    head = Head({}, {"top1": 50.0}, Spent())
-    head.write(Path())
-    file = Path("head.safetensors")
+    shutil.rmtree("home/teachers")
+    command = [*train, "--head-epochs", "1"]
+    assert kdcache(*command).status == 0
+    folder = only("teachers/*/")
+    shutil.rmtree(folder)
+    Head({}, {"top1": 50.0}, Spent()).write(folder)  # as a command leaves it that is stopped after it
+    file = folder / HEAD
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-
-    def aside(fix: str) -> Path:
-        typed(fix, "mv")
-        head.write(Path())  # it is trained again
-        return Path()
-
-    assert followed(read_head, Path(), aside) is not None
+    followed_by_command(kdcache, command, amended)
 
 
 def test_a_folder_with_another_teacher_is_named_as_it_was_or_set_aside(coloured: None, kdcache: Any) -> None:
@@ -656,3 +659,85 @@ def test_weights_without_a_classifier_are_finetuned(coloured: None) -> None:
         return int(words[words.index("--epochs") + 1])
 
     assert followed(plan, 0, finetuned).durations == [20]
+
+
+# ---------------------------------------------------------------- models that are exported
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, and a workspace with a student of a small teacher; only to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(folder):
+        pictured()
+        for command in (TRAIN, ["dump-teacher", "--teacher", "test_vit", *COMMON, *VIEWS], DISTILL):
+            assert run(command) == 0
+    return folder
+
+
+DISTILL = ["distill", "--student", "test_vit", "--tau", "4", "--epochs", "1", "--batch-size", "8", "--home", "home"]
+
+
+def spoilt(change: Callable[[dict[str, Any]], object]) -> Act:
+    """The run's settings are others, and timm's configuration is missing, as in runs of before it was kept."""
+
+    def spoil() -> None:
+        file = only("runs/*/*/args.yaml")
+        args = yaml.safe_load(file.read_text())
+        change(args)
+        file.write_text(yaml.safe_dump(args))
+        file.with_name("config.json").unlink()
+
+    return spoil
+
+
+def own_archive(args: dict[str, Any]) -> None:
+    """An archive that tells nothing of its views, where the run says that its own is."""
+    names = ("blue", "green", "red")
+    archive = write_archive("own", np.random.default_rng(0).normal(0, 4, (1, 18, 3)), names)
+    args.update(archive=str(archive.path.absolute()), archive_digest=archive.digest, archive_name=archive.name)
+
+
+BROUGHT = "bring that archive to where it was"
+EXPORTS: dict[str, tuple[Act, str]] = {
+    "no archive": (spoilt(lambda args: args.update(archive="nowhere")), "bring the archive to where it was"),
+    "an archive of elsewhere": (spoilt(lambda args: args.update(archive="https://host/a")), "restore config.json from a copy"),
+    "another archive": (spoilt(lambda args: (own_archive(args), args.update(archive_digest="0" * 64))), BROUGHT),
+    "no size": (spoilt(own_archive), "restore config.json from a copy"),
+    "other tests": (spoilt(lambda args: args.update(test_views={"size": "large"})), "restore it from a copy"),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", ["restored", "trained again"])
+@pytest.mark.parametrize("case", EXPORTS)
+def test_a_run_is_exported_when_the_fix_was_followed(case: str, way: str, finished: Path, kdcache: Any) -> None:
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
+    spoil, words = EXPORTS[case]
+    spoil()
+
+    def mend(command: list[str], told: str) -> list[str]:
+        assert words in told
+        if way == "restored":
+            shutil.copytree(finished / "home/runs", "home/runs", dirs_exist_ok=True)
+            return command
+        typed(told.rpartition("fix: ")[2], "mv")
+        assert run([*DISTILL, "--archive", str(only("archives/*")), "--dataset", "folder:images"]) == 0
+        return command
+
+    followed_by_command(kdcache, ["export", str(only("runs/*/*/")), "--output", "e"], mend)
+
+
+@pytest.mark.exhaustive
+def test_what_a_function_makes_is_shared_with_it(finished: Path) -> None:
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
+    nets()
+    assert run([*DISTILL, "--student", "odd_nets:Headed", "--dataset", "folder:images"]) == 0
+    folder = only("runs/*/odd*/")
+
+    def attempt(code: str | None) -> bool:
+        return bool(export(folder)) if code is None else eval(code, known) == (set(), [])
+
+    known = {"safetensors": importlib.import_module("safetensors.torch") and importlib.import_module("safetensors")}
+    known["make"] = importlib.import_module("odd_nets").Headed
+    assert followed(attempt, None, lambda fix: fix.partition("the weights: ")[2])
