@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import dataclasses
 import http.client
 import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -31,6 +33,7 @@ from kdcache.study.jobs import Job, StudyPlan, plan_study
 from kdcache.study.running import run_job, run_study, study_place
 from kdcache.study.schema import load_study
 from kdcache.system.energy import Spent
+from kdcache.system.locks import locked_by_family
 from kdcache.system.progress import Silent
 from kdcache.system.remote import open_remote
 from kdcache.teachers.as_is import Start, take
@@ -263,6 +266,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "s3://bucket"
 
 
+@pytest.mark.exhaustive
 def test_the_beginning_of_another_archive_is_finished_or_left(bucket: str) -> None:
     one, other = made(), another()
     mark = json.dumps({"shards": sent(other, "public").manifest.shards.sha256}).encode()
@@ -341,11 +345,7 @@ def test_studies_come_to_jobs_when_they_say_what_the_fix_says(case: str) -> None
 
 
 def test_a_workspace_whose_name_breaks_a_line_has_another_one() -> None:
-    plan = planned(study())
-    place = study_place(plan.name, Workspace(Path("home")))
-    place.folder.mkdir(parents=True)
-    for job in plan.jobs:  # what the study makes is there already
-        place.record(job.id).write_text("{}")
+    plan = done_already()
     words = "name another folder, or rename that one"
 
     def ran(home: str) -> bool:
@@ -356,6 +356,54 @@ def test_a_workspace_whose_name_breaks_a_line_has_another_one() -> None:
     assert followed(ran, "ho\nme", says(words, "home", lambda: Path("ho\nme").rename("home")))
 
 
+def done_already() -> StudyPlan:
+    """A study of which everything is there."""
+    plan = planned(study())
+    place = study_place(plan.name, Workspace(Path("home")))
+    place.folder.mkdir(parents=True)
+    for job in plan.jobs:
+        place.record(job.id).write_text("{}")
+    return plan
+
+
+def test_studies_run_once_snakemake_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, find = done_already(), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    def installed(fix: str) -> StudyPlan:
+        assert fix == "pip install 'kdcache[grid]'"
+        monkeypatch.setattr("importlib.util.find_spec", find)
+        return plan
+
+    assert followed(lambda plan: run_study(plan, Workspace(Path("home")), file=Path("s.yaml")), plan, installed) == []
+
+
+@pytest.mark.parametrize("way", ["wait for it", "or copy the study to another name"])
+def test_a_study_that_another_process_runs_is_waited_for_or_copied(way: str) -> None:
+    plan = done_already()
+    place = study_place(plan.name, Workspace(Path("home")))
+    place.record(plan.jobs[0].id).rename("kept")
+
+    def other() -> StudyPlan:
+        """The other process is done, or the plan is another study's, whose jobs are there."""
+        Path("kept").rename(place.record(plan.jobs[0].id))
+        if way == "wait for it":
+            return plan
+        shutil.copytree(place.folder, place.folder.with_name("t"))
+        return dataclasses.replace(plan, name="t")
+
+    with locked_by_family(place.folder / ".lock", wait=False):
+        assert (
+            followed(
+                lambda plan: run_study(plan, Workspace(Path("home")), file=Path("s.yaml")),
+                plan,
+                lambda fix: says(way, other())(fix),
+            )
+            == []
+        )
+
+
+@pytest.mark.exhaustive
 def test_jobs_are_run_in_the_order_that_the_fix_says() -> None:
     made()
     jobs = [
@@ -511,6 +559,7 @@ def only(pattern: str) -> Path:
     return found
 
 
+@pytest.mark.exhaustive
 def test_a_teacher_is_dumped_when_it_is_mended_or_meant(coloured: None, kdcache: Any) -> None:
     as_is = [*DUMP, "--teacher-epochs", "0"]
     nets("self.scale * x.mean(dim=(2, 3))[:, [1, 0, 2]]")
@@ -541,12 +590,16 @@ def test_a_teacher_whose_logits_are_no_numbers_is_mended(coloured: None, kdcache
         return command
 
     followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0"], mended)  # told when it is tested
+    nets(f"({RIGHT}).mean(dim=0, keepdim=True)")
+    told = kdcache(*DUMP, "--teacher-epochs", "0", "--home", "other")
+    assert "does not give one vector of logits per image" in told.err, told.err
     for wrong in (f"{RIGHT} * torch.nan", f"({RIGHT})[:5]"):
         nets(wrong)
         followed_by_command(kdcache, [*DUMP, "--teacher-epochs", "0", "-o", "o"], mended)  # when it is examined
         shutil.rmtree("o")
 
 
+@pytest.mark.exhaustive
 def test_a_teacher_of_other_classes_is_not_the_one_that_is_trained(coloured: None, kdcache: Any) -> None:
     assert kdcache(*TRAIN).status == 0
     other = only("teachers/*")
@@ -587,6 +640,7 @@ def test_a_head_is_trained_first_where_that_can_be(coloured: None, kdcache: Any)
     followed_by_command(kdcache, command, amended)
 
 
+@pytest.mark.exhaustive
 def test_a_folder_with_another_teacher_is_named_as_it_was_or_set_aside(coloured: None, kdcache: Any) -> None:
     second = [*TRAIN, "--seed", "1"]
     for command in (TRAIN, second):
@@ -609,6 +663,7 @@ def test_a_folder_with_another_teacher_is_named_as_it_was_or_set_aside(coloured:
     followed_by_command(kdcache, TRAIN, amended)
 
 
+@pytest.mark.exhaustive
 def test_processes_agree_on_a_precision(coloured: None, kdcache: Any) -> None:
     share = [*DUMP[:-2], "--teacher-epochs", "0", "--shard-rows", "8", "--shard"]
     begun = [*share, "0/2", "--precision", "fp16"]

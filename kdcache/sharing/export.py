@@ -94,10 +94,11 @@ def export(
             f"safetensors.torch.load_model(make(num_classes={len(trained.class_names)}), {str(trained.weights)!r})",
         )
     if not trained.weights.is_file():
+        again = f"restore it from a copy; or {_trained_again(trained.weights.parent)}"
         raise NotFoundError(
             f"{folder} has no {trained.weights.name}",
             why="averaged weights are kept by runs with --model-ema-decay" if which == "ema" else "the file is missing",
-            fix="export --last or --best of it" if which == "ema" else f"restore it from a copy; or {_trained_again(folder)}",
+            fix="export --last or --best of it" if which == "ema" else again,
         )
     model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
     load_weights(model, trained.weights)
