@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import yaml
 from PIL import Image
@@ -344,18 +345,6 @@ def test_studies_come_to_jobs_when_they_say_what_the_fix_says(case: str) -> None
     assert followed(planned, study(**wrong), lambda fix: says(words, study(**right))(fix)).jobs
 
 
-def test_a_workspace_whose_name_breaks_a_line_has_another_one() -> None:
-    plan = done_already()
-    words = "name another folder, or rename that one"
-
-    def ran(home: str) -> bool:
-        return run_study(plan, Workspace(Path(home)), file=Path("s.yaml")) == []
-
-    assert followed(ran, "ho\nme", says(words, "home"))
-    Path("home").rename("ho\nme")
-    assert followed(ran, "ho\nme", says(words, "home", lambda: Path("ho\nme").rename("home")))
-
-
 def done_already() -> StudyPlan:
     """A study of which everything is there."""
     plan = planned(study())
@@ -364,6 +353,22 @@ def done_already() -> StudyPlan:
     for job in plan.jobs:
         place.record(job.id).write_text("{}")
     return plan
+
+
+def ran(plan: StudyPlan, home: str = "home") -> bool:
+    return run_study(plan, Workspace(Path(home)), file=Path("s.yaml")) == []
+
+
+def test_a_workspace_whose_name_breaks_a_line_has_another_one() -> None:
+    plan = done_already()
+    words = "name another folder, or rename that one"
+
+    def ran_in(home: str) -> bool:
+        return ran(plan, home)
+
+    assert followed(ran_in, "ho\nme", says(words, "home"))
+    Path("home").rename("ho\nme")
+    assert followed(ran_in, "ho\nme", says(words, "home", lambda: Path("ho\nme").rename("home")))
 
 
 def test_studies_run_once_snakemake_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +380,7 @@ def test_studies_run_once_snakemake_is_there(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("importlib.util.find_spec", find)
         return plan
 
-    assert followed(lambda plan: run_study(plan, Workspace(Path("home")), file=Path("s.yaml")), plan, installed) == []
+    assert followed(ran, plan, installed)
 
 
 @pytest.mark.parametrize("way", ["wait for it", "or copy the study to another name"])
@@ -393,14 +398,7 @@ def test_a_study_that_another_process_runs_is_waited_for_or_copied(way: str) -> 
         return dataclasses.replace(plan, name="t")
 
     with locked_by_family(place.folder / ".lock", wait=False):
-        assert (
-            followed(
-                lambda plan: run_study(plan, Workspace(Path("home")), file=Path("s.yaml")),
-                plan,
-                lambda fix: says(way, other())(fix),
-            )
-            == []
-        )
+        assert followed(ran, plan, lambda fix: says(way, other())(fix))
 
 
 @pytest.mark.exhaustive
@@ -793,6 +791,5 @@ def test_what_a_function_makes_is_shared_with_it(finished: Path) -> None:
     def attempt(code: str | None) -> bool:
         return bool(export(folder)) if code is None else eval(code, known) == (set(), [])
 
-    known = {"safetensors": importlib.import_module("safetensors.torch") and importlib.import_module("safetensors")}
-    known["make"] = importlib.import_module("odd_nets").Headed
+    known = {"safetensors": safetensors, "make": importlib.import_module("odd_nets").Headed}
     assert followed(attempt, None, lambda fix: fix.partition("the weights: ")[2])
