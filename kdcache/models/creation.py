@@ -356,10 +356,13 @@ def timm_config(
 
 @torch.inference_mode()
 def _try_out(model: nn.Module, input_size: int) -> int:
-    """The number of logits for one image: some architectures refuse a size only then. Raises the model's own error."""
-    logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
+    """The number of logits for an image: some architectures refuse a size only then. Raises the model's own error.
+
+    Two images are tried, as what averages over a batch, say, gives one of them what looks like its logits.
+    """
+    logits = model.eval()(torch.zeros(2, 3, input_size, input_size))
     model.train()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         raise ValueError("it does not give one vector of logits per image")
     return int(logits.shape[1])
 
