@@ -192,7 +192,7 @@ def test_a_split_or_variant_that_torchvision_lacks_is_refused_in_its_words(tmp_p
 def test_missing_files_are_told_with_torchvisions_reason(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         parse_dataset("torch/dtd").open(tmp_path, fetch=False)
-    assert caught.value.fix == "kdcache datasets --fetch torch:dtd"
+    assert caught.value.fix == f"kdcache datasets --fetch torch:dtd --data-dir {tmp_path}"
     with pytest.raises(NotFoundError, match="put its files") as caught:
         parse_dataset("torch/fer2013").open(tmp_path)  # which torchvision cannot download
     (tmp_path / "elsewhere").mkdir()

@@ -1,0 +1,526 @@
+"""Models, datasets, students and views that are refused: what the fix of each error says is done, and all goes well."""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision.datasets
+from safetensors.torch import save_file
+
+from kdcache.cli import run
+from kdcache.datasets import SPLITS, fetching
+from kdcache.datasets.canvas import Canvas, load_canvas
+from kdcache.datasets.labels import label_numbers
+from kdcache.datasets.naming import find_source
+from kdcache.models.classes import read_classes
+from kdcache.models.creation import create_model, load_weights, require_weights, weights_digest
+from kdcache.models.names import kept, resolve
+from kdcache.models.zeroshot import zero_shot
+from kdcache.system.progress import Silent
+from tests import miniatures
+from tests.following import followed, typed
+from tests.hub import WritableHub
+from tests.servers import Answer, Fault, FaultyServer
+from tests.torch_miniatures import MINIATURES as TORCH
+from tests.weights import save_weights
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def says(words: str, value: Any = None, does: Callable[[], object] | None = None) -> Callable[[str], Any]:
+    def mend(fix: str) -> Any:
+        assert words in fix, fix
+        if does is not None:
+            does()
+        return value
+
+    return mend
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def read(spec: str, *, fetch: bool = True) -> int:
+    images = find_source(spec).open(Path("data"), fetch=fetch)
+    assert len(images.class_names()) >= 2
+    return sum(len(images.samples(split)) for split in SPLITS)
+
+
+@pytest.fixture
+def textures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    """A server with torchvision's DTD in small, in the place of the real one."""
+    TORCH["dtd"](tmp_path / "made")
+    (tmp_path / "served").mkdir()
+    with tarfile.open(tmp_path / "served/dtd.tar.gz", "w:gz", compresslevel=0) as tar:
+        tar.add(tmp_path / "made/dtd/dtd", "dtd")
+    with FaultyServer(tmp_path / "served") as server:
+        monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"{server.url}/dtd.tar.gz")
+        monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", None)
+        yield server
+
+
+def by_hand(fix: str, made: Path = Path("made")) -> None:
+    """Put a set's files where the fix says."""
+    shutil.copytree(made, fix.partition("put its files into ")[2].partition(" by hand")[0], dirs_exist_ok=True)
+
+
+def test_a_set_that_is_not_there_is_fetched_by_the_command_of_the_fix(textures: FaultyServer) -> None:
+    def mend(fix: str) -> str:
+        assert run(shlex.split(fix)[1:]) == 0
+        return "torch/dtd"
+
+    assert followed(lambda spec: read(spec, fetch=False), "torch/dtd", mend) > 3
+
+
+def test_a_set_whose_server_is_away_is_fetched_later_or_by_hand(textures: FaultyServer) -> None:
+    textures.faults["dtd.tar.gz"] = Fault(status=503)
+
+    def later(fix: str) -> str:
+        assert fix.startswith("repeat the command when its server can be reached")
+        textures.faults.clear()
+        return "torch/dtd"
+
+    assert followed(read, "torch/dtd", later) > 3
+    Path("data").rename("elsewhere")
+    textures.faults["dtd.tar.gz"] = Fault(reset=True)
+    assert followed(read, "torch/dtd", lambda fix: by_hand(fix) or "torch/dtd") > 3
+
+
+def test_a_set_that_has_moved_is_found_by_another_torchvision_or_got_by_hand(
+    textures: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = torchvision.datasets.DTD._URL
+    monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"{textures.url}/gone.tar.gz")
+
+    def upgrade() -> None:
+        monkeypatch.setattr(torchvision.datasets.DTD, "_URL", address)
+
+    assert followed(read, "torch/dtd", lambda fix: by_hand(fix) or "torch/dtd") > 3
+    Path("data").rename("elsewhere")
+    assert followed(read, "torch/dtd", says("upgrade torchvision, which may know where it is now", "torch/dtd", upgrade)) > 3
+
+
+def test_a_set_that_takes_another_package_is_got_with_it_or_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    TORCH["pcam"](Path("made"))
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    assert followed(read, "torch/pcam", lambda fix: by_hand(fix) or "torch/pcam") > 3
+
+
+def test_a_set_that_torchvision_lacks_is_there_in_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    TORCH["mnist"](Path("files"))
+    kind = torchvision.datasets.MNIST
+    monkeypatch.delattr(torchvision.datasets, "MNIST")
+
+    def upgraded() -> None:
+        monkeypatch.setattr(torchvision.datasets, "MNIST", kind, raising=False)
+
+    mend = says("pip install --upgrade torchvision", "torch/mnist,root=files", upgraded)
+    assert followed(read, "torch/mnist,root=files", mend) > 3
+
+
+TORN: dict[str, Callable[[Path], object]] = {  # sets of which a class is missing somewhere
+    "country211": lambda place: shutil.rmtree(place / "country211/test/AE"),
+    "stl10": lambda place: (place / "stl10_binary/class_names.txt").write_text("airplane\nbird\n"),
+}
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_sets_that_lack_a_class_are_set_aside_and_got_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)  # they are smaller than the real ones
+    TORCH[name](Path("whole"))
+    shutil.copytree("whole", f"data/torch/{name}")
+    TORN[name](Path(f"data/torch/{name}"))
+
+    def mend(fix: str) -> str:
+        typed(fix, "mv")
+        shutil.copytree("whole", f"data/torch/{name}", dirs_exist_ok=True)  # they cannot be fetched here
+        return f"torch/{name}"
+
+    assert followed(read, f"torch/{name}", mend) > 3
+
+
+def test_images_that_change_while_they_are_decoded_are_decoded_when_nothing_writes_to_them() -> None:
+    for split in SPLITS:
+        for name in ("cat", "dog"):
+            miniatures.save(Path(f"f/{split}/{name}/0.jpg"))
+
+    class Writing(Silent):
+        """Another program, which replaces an image as soon as the first one was decoded."""
+
+        def update(self, *_: Any, **__: Any) -> None:
+            miniatures.save(Path("f/train/dog/0.jpg"), (30, 31))
+
+    def build(progress: Silent) -> Canvas:
+        return load_canvas(find_source("folder:f"), "train", 8, Path("canvases"), progress)
+
+    assert len(followed(build, Writing(), says("wait until nothing writes to them, and repeat", Silent()))) == 2
+
+
+def test_what_was_fetched_in_another_layout_is_laid_out_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    miniatures.save(Path("pictures/1.jpg"))
+    with tarfile.open("served/a.tar", "w") as tar:
+        tar.add("pictures")
+    with FaultyServer(tmp_path / "served") as server:
+        md5 = hashlib.md5(Path("served/a.tar").read_bytes()).hexdigest()
+        downloads = [fetching.Download(f"{server.url}/a.tar", md5, 1)]
+
+        def find(_: None) -> Path:
+            finder = fetching.first_with("images")
+            return fetching.find_or_fetch("ours", "", Path("data"), finder, "images/", downloads, "tars:ROOT", None, True)
+
+        def mend(fix: str) -> None:
+            place, layout = re.findall(r"look into (\S+), and lay it out there as (\S+);", fix)[0]
+            (Path(place) / "pictures").rename(Path(place) / layout)
+
+        assert (followed(find, None, mend) / "images/1.jpg").is_file()
+
+
+def test_a_dataset_of_the_hub_is_fetched_when_it_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    miniatures.hub(Path("h"))
+    usual = datasets.load_dataset
+
+    def unreached(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("the Hub is away")
+
+    def reached(_: str, *rest: Any, **options: Any) -> Any:
+        return usual("h", *rest, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", unreached)
+    mend = says("when the Hub can be reached", "hf:our/h", lambda: monkeypatch.setattr(datasets, "load_dataset", reached))
+    assert followed(read, "hf:our/h", mend) == 11
+
+
+def test_damaged_files_in_the_form_of_the_hub_are_restored() -> None:
+    miniatures.hub(Path("h"))
+    file = Path("h/data/test-00000-of-00001.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200] + whole[400:])
+
+    def restore(fix: str) -> str:
+        assert fix == "restore its files from a copy, or write them anew"
+        file.write_bytes(whole)
+        return "hf:h"
+
+    assert followed(read, "hf:h", restore) == 11
+
+
+def test_a_number_that_is_no_class_is_corrected() -> None:
+    assert followed(lambda labels: label_numbers(labels, "abc", "label"), [0, 2**70], says("correct it", [0, 2])) == [0, 2]
+
+
+# ---------------------------------------------------------------- models
+
+SIDE = {"height": 32, "width": 32}
+LABELS = ["hat", "shoe", "trousers", "dress", "sock"]
+
+
+def edit(folder: str, **settings: Any) -> None:
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def made(name: str, classes: int = 5, size: int = 32, **options: Any) -> torch.nn.Module:
+    """A model by the name that is typed."""
+    return create_model(resolve(name), classes, input_size=size, **options)[0]
+
+
+def timm_model(folder: str = "net", classes: int = 5) -> str:
+    """A folder with a small model as timm writes it."""
+    model = timm.create_model("test_vit", num_classes=classes, img_size=32)
+    Path(folder).mkdir()
+    save_weights(model, Path(folder, "model.safetensors"))
+    stated = {"num_classes": classes, "input_size": [3, 32, 32], "fixed_input_size": True, "crop_pct": 1.0, "crop_mode": "center"}
+    config = {"architecture": "test_vit", "num_classes": classes, "pretrained_cfg": stated | {"interpolation": "bicubic"}}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def hf_model(folder: str = "net", model: Any = None, *parts: Any) -> str:
+    """A folder with a small model as transformers writes it."""
+    from tests.test_hf import saved, vit
+
+    saved(vit() if model is None else model, Path(folder))
+    for part in parts:
+        part.save_pretrained(folder)
+    return f"local-dir:{folder}"
+
+
+def test_configurations_of_other_weights_are_corrected() -> None:
+    again = "correct its config.json"
+    timm_model("t")
+    edit("t", architecture="test_vit2")
+    pretrained: Callable[[str], Any] = lambda name: made(name, pretrained=True)
+    assert followed(pretrained, "local-dir:t", says(again, "local-dir:t", lambda: edit("t", architecture="test_vit")))
+    edit("t", architecture="test_resnet")
+    assert followed(pretrained, "local-dir:t", says(again, "local-dir:t", lambda: edit("t", architecture="test_vit")))
+    hf_model("h")
+    layers = says(again, "local-dir:h", lambda: edit("h", num_hidden_layers=1))
+    edit("h", num_hidden_layers=2)
+    assert followed(pretrained, "local-dir:h", layers)
+    edit("h", model_type="none such")
+    assert followed(pretrained, "local-dir:h", says(again, "local-dir:h", lambda: edit("h", model_type="vit")))
+
+
+def test_processors_that_mix_colours_are_left_to_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    hf_model("h", None, transformers.ViTImageProcessor(size=SIDE))
+    file = Path("h/preprocessor_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_factor": 1e-12}))
+    monkeypatch.syspath_prepend(".")
+
+    def mend(fix: str) -> str:
+        assert "or a function that makes this one and does the rest in its forward: package.module:function" in fix
+        source = """
+            import transformers
+            class Own(transformers.ViTForImageClassification):
+                def forward(self, x):
+                    return super().forward(x.mean(1, keepdim=True).expand(-1, 3, -1, -1)).logits
+            def make(num_classes):
+                return Own.from_pretrained("h", num_labels=num_classes)
+        """
+        Path("grey.py").write_text(textwrap.dedent(source))
+        return "grey:make"
+
+    assert followed(made, "local-dir:h", mend)
+    sys.modules.pop("grey", None)
+
+
+def test_models_are_made_for_sizes_and_classes_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_size(fix: str) -> int:
+        return int(re.findall(r"--size (\d+)", fix)[0])
+
+    hf_model("h")
+    assert followed(lambda size: made("local-dir:h", size=size), 48, of_size)
+    assert followed(lambda size: made("test_vit", size=size), 37, of_size)
+    monkeypatch.syspath_prepend(".")
+    wrong = {  # what a function makes, and what the fix says that it is to make
+        "nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))": "logits [B, num_classes]",
+        "nn.Conv2d(3, num_classes, 3)": "logits [B, num_classes]",
+        "(nn.Flatten(), num_classes)": "return the module itself",
+        "tied(num_classes)": "tensor.clone()",
+    }
+    begin = """
+        from torch import nn
+        def tied(num_classes):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 9), nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, num_classes))
+            model[2].weight = model[3].weight
+            return model
+        def make(num_classes):
+            return """
+
+    def write(what: str) -> str:
+        Path("ours.py").write_text(textwrap.dedent(begin) + what + "\n")
+        sys.modules.pop("ours", None)
+        importlib.invalidate_caches()
+        return "ours:make"
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for what, fix in wrong.items():
+        mend = says(fix)
+        good = "nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))"
+        assert followed(lambda name: made(name, 5), write(what), lambda told, mend=mend: mend(told) or write(good))
+    sys.modules.pop("ours", None)
+
+
+def test_models_without_published_weights_start_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(options: dict[str, Any]) -> Any:
+        return made(options.pop("name"), **options)
+
+    published = {"name": "cifar_resnet8", "pretrained": True}
+    assert followed(
+        start, published, says("--from-scratch or --checkpoint FILE, or use another model", {"name": "cifar_resnet8"})
+    )
+    Path("own_net.py").write_text(
+        "from torch import nn\ndef make(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    assert followed(start, {"name": "own_net:make", "pretrained": True}, says("leave the option out", {"name": "own_net:make"}))
+    sys.modules.pop("own_net", None)
+
+
+def test_weights_are_written_as_the_fix_says() -> None:
+    model = timm.create_model("test_vit", num_classes=5, img_size=32)
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def load(file: str) -> bool:
+        fresh = timm.create_model("test_vit", num_classes=5, img_size=32)
+        load_weights(fresh, Path(file))
+        return weights_digest(fresh) == weights_digest(model)
+
+    def written(fix: str) -> str:
+        exec(fix.rpartition(": ")[2].replace("FILE", "'plain.pt'"), {"torch": torch, "model": model})
+        return "plain.pt"
+
+    torch.save(whole | {"head.weight": whole["head.weight"].to(torch.complex64)}, "complex.pt")
+    assert followed(load, "complex.pt", written)
+    torch.save(whole | {"head.weight": torch.full_like(whole["head.weight"], torch.nan)}, "epoch-9.pt")
+    torch.save(whole, "epoch-8.pt")
+    assert followed(load, "epoch-9.pt", says("such as those of an earlier epoch", "epoch-8.pt"))
+    other = timm.create_model("test_vit", num_classes=7, img_size=32)
+    torch.save(other.state_dict(), "of_others.pt")
+    assert followed(load, "of_others.pt", says("use a teacher of this dataset", "plain.pt"))
+
+
+def test_weights_of_another_record_are_restored() -> None:
+    model = timm.create_model("test_vit", num_classes=5, img_size=32)
+    sha = weights_digest(model)
+    save_weights(model, Path("copy.safetensors"))
+    save_weights(timm.create_model("test_vit", num_classes=5, img_size=32), Path("model.safetensors"))
+
+    def load(file: Path) -> bool:
+        fresh = timm.create_model("test_vit", num_classes=5, img_size=32)
+        load_weights(fresh, file)
+        require_weights(fresh, sha, file)
+        return True
+
+    file = Path("model.safetensors")
+    assert followed(load, file, says("restore the file", file, lambda: shutil.copy("copy.safetensors", file)))
+
+
+def test_outputs_without_names_are_given_by_number() -> None:
+    def output(content: dict[str, Any]) -> int:
+        Path("classes.json").write_text(json.dumps(content))
+        return read_classes(Path("classes.json"), ["cat", "dog"]).resolved(None, 7, Path("classes.json"))["cat"]
+
+    assert followed(output, {"cat": "tabby"}, lambda fix: {"cat": int(re.findall(r"from 0 to (\d+)", fix)[0])}) == 6
+    assert followed(output, {"wolverine": 3}, says("correct the name", {"cat": 3})) == 3
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[WritableHub, FaultyServer]]:
+    """A Hub with models of timm, of transformers, and CLIP."""
+    from tests.test_hf import clip
+
+    content = WritableHub("secret")
+    with FaultyServer(content) as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        timm_model("timm-net")
+        hf_model("hf-net")
+        hf_model("clip-net", clip(), tokenizer())
+        for repo, folder in {"timm/net": "timm-net", "our/net": "hf-net", "our/clip": "clip-net"}.items():
+            files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+            content.repos[repo] = {"main": files}
+        content.repos["our/data"] = {"main": {"README.md": b"no model"}}
+        yield content, server
+
+
+def tokenizer() -> Any:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "photo", "of", "cat", "dog", "."])}
+    split = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+HUB_NAMES: dict[str, tuple[str, str, str]] = {  # what was typed, the fix's words, and what is typed then
+    "no name": ("hf-hub:our/net/", "hf-hub:ORG/NAME[@REVISION]", "hf-hub:our/net"),
+    "no such model": ("hf-hub:our/nett", "correct its name", "hf-hub:our/net"),
+    "no such revision": ("hf-hub:our/net@v2", "correct what follows @", "hf-hub:our/net@main"),
+    "no model": ("hf-hub:our/data", "choose a model of timm's: hf-hub:timm/...", "hf-hub:timm/net"),
+}
+
+
+def test_names_on_the_hub_are_corrected_as_the_fix_says(hub: tuple[WritableHub, FaultyServer]) -> None:
+    for wrong, words, right in HUB_NAMES.values():
+        assert followed(made, wrong, says(words, right))
+
+
+def test_an_account_that_may_read_a_model_is_logged_in(
+    hub: tuple[WritableHub, FaultyServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "another")
+
+    def mend(fix: str) -> str:
+        monkeypatch.setenv(re.findall(r"set (HF_TOKEN)", fix)[0], "secret")
+        return "hf-hub:our/net"
+
+    assert followed(made, "hf-hub:our/net", mend)
+
+
+def test_a_hub_that_is_away_is_asked_again(hub: tuple[WritableHub, FaultyServer]) -> None:
+    content, server = hub
+    usual = server.content
+
+    def away(only: str) -> None:
+        server.content = lambda request: Answer(520) if re.search(only, request.path) else usual(request)
+
+    def back() -> None:
+        server.content = usual
+
+    mend = says("when the Hub can be reached", None, back)
+    for repo in ("timm/net", "our/net"):
+        away(".*")
+        assert followed(lambda name: made(name), f"hf-hub:{repo}", lambda fix, repo=repo: mend(fix) or f"hf-hub:{repo}")
+    for repo in ("timm/net", "our/net"):
+        name = resolve(f"hf-hub:{repo}")
+        away("safetensors")
+        assert followed(lambda name: made(name, pretrained=True), name, lambda fix, name=name: mend(fix) or name)
+
+
+def test_zero_shot_teachers_are_made_of_two_towers(hub: tuple[WritableHub, FaultyServer]) -> None:
+    def teacher(given: tuple[str, str]) -> Any:
+        return zero_shot(given[0], ["cat", "dog"], templates=(given[1],))
+
+    right = ("hf-hub:our/clip", "a photo of a {}.")
+    assert followed(teacher, ("our/clip", right[1]), lambda fix: (fix.removeprefix("write "), right[1]))
+    assert followed(teacher, (right[0], "a photo"), lambda fix: (right[0], fix.strip("'")))
+    assert followed(teacher, ("hf-hub:our/net", right[1]), says("name a CLIP or SigLIP model of transformers", right))
+
+
+def test_configurations_that_a_folder_lacks_are_restored_or_fetched_by_the_command_of_the_fix(
+    hub: tuple[WritableHub, FaultyServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, server = hub
+    folder = Path("teacher")
+    shutil.copytree("timm-net", folder)
+    config = (folder / "config.json").rename("copy.json")
+
+    def remake(name: str) -> Any:
+        return create_model(kept(name, folder), 5, input_size=32)[0]
+
+    def restored() -> None:
+        shutil.copy(config, folder / "config.json")
+
+    assert followed(remake, "local-dir:/elsewhere@0123456789ab", says("restore config.json from a copy", "", restored))
+    assert remake("hf-hub:our/net@main")
+    (folder / "config.json").unlink()
+
+    def fetched(fix: str) -> str:
+        found = shlex.split(fix.partition("fetch that of the Hub: ")[2])
+        program = Path(sys.executable).with_name(found[0])
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(Path("cache").resolve())}
+        subprocess.run([program, *found[1:]], check=True, env=environment, capture_output=True)
+        return "hf-hub:our/net@main"
+
+    assert followed(remake, "hf-hub:our/net@main", fetched)
