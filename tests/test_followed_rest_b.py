@@ -19,7 +19,6 @@ import pytest
 import timm
 import torch
 import torchvision.datasets
-from safetensors.torch import save_file
 
 from kdcache.cli import run
 from kdcache.datasets import SPLITS, fetching
@@ -269,7 +268,10 @@ def test_configurations_of_other_weights_are_corrected() -> None:
     again = "correct its config.json"
     timm_model("t")
     edit("t", architecture="test_vit2")
-    pretrained: Callable[[str], Any] = lambda name: made(name, pretrained=True)
+
+    def pretrained(name: str) -> Any:
+        return made(name, pretrained=True)
+
     assert followed(pretrained, "local-dir:t", says(again, "local-dir:t", lambda: edit("t", architecture="test_vit")))
     edit("t", architecture="test_resnet")
     assert followed(pretrained, "local-dir:t", says(again, "local-dir:t", lambda: edit("t", architecture="test_vit")))
@@ -336,9 +338,9 @@ def test_models_are_made_for_sizes_and_classes_that_they_take(monkeypatch: pytes
         return "ours:make"
 
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    good = "nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))"
     for what, fix in wrong.items():
         mend = says(fix)
-        good = "nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))"
         assert followed(lambda name: made(name, 5), write(what), lambda told, mend=mend: mend(told) or write(good))
     sys.modules.pop("ours", None)
 
@@ -410,6 +412,8 @@ def test_outputs_without_names_are_given_by_number() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[WritableHub, FaultyServer]]:
     """A Hub with models of timm, of transformers, and CLIP."""
+    from huggingface_hub import hf_api  # before its endpoint is another
+
     from tests.test_hf import clip
 
     content = WritableHub("secret")
@@ -422,6 +426,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Writa
             "HF_HUB_DISABLE_XET": True,
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         monkeypatch.setenv("HF_TOKEN", "secret")
         timm_model("timm-net")
         hf_model("hf-net")
@@ -469,7 +474,7 @@ def test_an_account_that_may_read_a_model_is_logged_in(
 
 
 def test_a_hub_that_is_away_is_asked_again(hub: tuple[WritableHub, FaultyServer]) -> None:
-    content, server = hub
+    _, server = hub
     usual = server.content
 
     def away(only: str) -> None:
