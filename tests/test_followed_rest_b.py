@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ import sys
 import tarfile
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision.datasets
+from PIL import Image
 
 from kdcache.cli import run
 from kdcache.datasets import SPLITS, fetching
@@ -27,10 +31,21 @@ from kdcache.datasets.labels import label_numbers
 from kdcache.datasets.naming import find_source
 from kdcache.models.classes import read_classes
 from kdcache.models.creation import create_model, load_weights, require_weights, weights_digest
+from kdcache.models.heads import select_rows, zero_head
 from kdcache.models.names import kept, resolve
 from kdcache.models.zeroshot import zero_shot
+from kdcache.replay.check import replay
+from kdcache.replay.subject import Subject
+from kdcache.students.config import Grid
+from kdcache.students.grid import plan_students
 from kdcache.system.progress import Silent
+from kdcache.training.checkpoint import read_checkpoint, write_checkpoint
+from kdcache.training.config import HowTested
+from kdcache.training.tested import model_filter, views_of_tests
+from kdcache.views import ViewPolicy
+from kdcache.workspace import Workspace
 from tests import miniatures
+from tests.conftest import save_folder
 from tests.following import followed, typed
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer
@@ -243,7 +258,7 @@ def made(name: str, classes: int = 5, size: int = 32, **options: Any) -> torch.n
     return create_model(resolve(name), classes, input_size=size, **options)[0]
 
 
-def timm_model(folder: str = "net", classes: int = 5) -> str:
+def timm_model(folder: str | Path, classes: int = 5) -> str:
     """A folder with a small model as timm writes it."""
     model = timm.create_model("test_vit", num_classes=classes, img_size=32)
     Path(folder).mkdir()
@@ -254,7 +269,7 @@ def timm_model(folder: str = "net", classes: int = 5) -> str:
     return f"local-dir:{folder}"
 
 
-def hf_model(folder: str = "net", model: Any = None, *parts: Any) -> str:
+def hf_model(folder: str | Path, model: Any = None, *parts: Any) -> str:
     """A folder with a small model as transformers writes it."""
     from tests.test_hf import saved, vit
 
@@ -409,33 +424,35 @@ def test_outputs_without_names_are_given_by_number() -> None:
     assert followed(output, {"wolverine": 3}, says("correct the name", {"cat": 3})) == 3
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[WritableHub, FaultyServer]]:
-    """A Hub with models of timm, of transformers, and CLIP."""
-    from huggingface_hub import hf_api  # before its endpoint is another
-
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WritableHub, FaultyServer]]:
+    """A Hub with models of timm, of transformers, and CLIP; one for all tests, as clients remember where it is."""
     from tests.test_hf import clip
 
-    content = WritableHub("secret")
-    with FaultyServer(content) as server:
+    content, base = WritableHub("secret"), tmp_path_factory.mktemp("hub")
+    made = {"timm/net": timm_model(base / "timm"), "our/net": hf_model(base / "net"), "our/clip": hf_model(base / "clip", clip())}
+    tokenizer().save_pretrained(base / "clip")
+    for repo, name in made.items():
+        files = Path(name.removeprefix("local-dir:")).iterdir()
+        content.repos[repo] = {"main": {file.name: file.read_bytes() for file in files}}
+    content.repos["our/data"] = {"main": {"README.md": b"no model"}}
+    with FaultyServer(content) as server, pytest.MonkeyPatch.context() as patch:
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": template,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        timm_model("timm-net")
-        hf_model("hf-net")
-        hf_model("clip-net", clip(), tokenizer())
-        for repo, folder in {"timm/net": "timm-net", "our/net": "hf-net", "our/clip": "clip-net"}.items():
-            files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-            content.repos[repo] = {"main": files}
-        content.repos["our/data"] = {"main": {"README.md": b"no model"}}
+        patch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         yield content, server
+
+
+@pytest.fixture
+def hub(
+    site: tuple[WritableHub, FaultyServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[WritableHub, FaultyServer]:
+    """Of which nothing was fetched before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    return site
 
 
 def tokenizer() -> Any:
@@ -508,7 +525,7 @@ def test_configurations_that_a_folder_lacks_are_restored_or_fetched_by_the_comma
 ) -> None:
     _, server = hub
     folder = Path("teacher")
-    shutil.copytree("timm-net", folder)
+    timm_model(folder)
     config = (folder / "config.json").rename("copy.json")
 
     def remake(name: str) -> Any:
@@ -529,3 +546,176 @@ def test_configurations_that_a_folder_lacks_are_restored_or_fetched_by_the_comma
         return "hf-hub:our/net@main"
 
     assert followed(remake, "hf-hub:our/net@main", fetched)
+
+
+# ---------------------------------------------------------------- what pretrained models say of their tests
+
+
+def test_views_that_cannot_be_drawn_are_shown_as_the_fix_says() -> None:
+    timm_model("net")
+    name = "local-dir:net"
+
+    def settings(**changes: Any) -> None:
+        stated = json.loads(Path("net/config.json").read_text())["pretrained_cfg"]
+        edit("net", pretrained_cfg=stated | changes)
+
+    def tests(options: list[str]) -> Any:
+        given = dict(zip((name.removeprefix("--").replace("-", "_") for name in options[::2]), options[1::2], strict=True))
+        return views_of_tests(HowTested(**{"test_policy": "model"} | given), name, 32)
+
+    def options(fix: str) -> list[str]:
+        return fix.partition("(or distill) ")[2].split()
+
+    settings(interpolation="nearest")
+    assert followed(tests, [], options).policy.filter == "bicubic"
+
+    def filters(policy: str) -> Any:
+        draft = ViewPolicy.draft(policy, size=32)
+        return draft.settled(model_filter(name, 32)) if draft.filter == "auto" else draft
+
+    assert followed(filters, "imagenet", lambda fix: fix.partition("--policy ")[2]).filter == "bicubic"
+    settings(interpolation="bicubic", crop_mode="border")
+    assert followed(tests, [], options).origin == "eval"
+
+
+def test_a_checkpoint_that_is_damaged_is_moved_aside_by_the_command_of_the_fix() -> None:
+    Path("run").mkdir()
+    write_checkpoint(Path("run"), {"epoch": 1}, {}, [])
+    file = Path("run/checkpoint.pt")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-60] + b"x" + whole[-59:])
+    assert followed(read_checkpoint, Path("run"), lambda fix: typed(fix, "mv") or Path("run")) is None
+
+
+def test_classifiers_that_cannot_be_reduced_or_zeroed_start_otherwise() -> None:
+    from torch import nn
+
+    def squashed(classes: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(768, classes), nn.Softmax(1))
+        model.pretrained_cfg = {"classifier": "1"}  # type: ignore[assignment]
+        return model
+
+    def start(options: list[str]) -> bool:
+        model = squashed(3)
+        if "--epochs" not in options:
+            select_rows(squashed(7), model, [0, 1, 2], 7, input_size=16)
+        return True
+
+    assert followed(start, [], lambda fix: shlex.split(fix.partition("kdcache train-teacher ")[2]))
+
+    def begin(head_init: str) -> bool:
+        if head_init == "zero":
+            zero_head(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), "ours")
+        return True
+
+    assert followed(begin, "zero", lambda fix: fix.partition("--head-init ")[2].split()[0])
+
+
+# ---------------------------------------------------------------- views that are compared with the dump's
+
+
+@pytest.fixture
+def photos_and_dump(make_dump: Any) -> tuple[Callable[..., Canvas], Any]:
+    """(what builds the canvas of ./f, an archive of its views)"""
+    rng = np.random.default_rng(4)
+    save_folder(Path("f"), rng.integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))
+
+    def built(size: int = 20) -> Canvas:
+        return load_canvas(find_source("folder:f"), "train", size, Path("canvases"))
+
+    policy = ViewPolicy.load("pets", size=16)
+    return built, make_dump(Path("a"), built(), policy=policy, views=1).archive
+
+
+def test_other_images_than_the_dumps_are_put_right_as_the_fix_says(photos_and_dump: Any) -> None:
+    built, archive = photos_and_dump
+
+    def checked(size: int) -> int:
+        result = replay(archive, built(size), 9)
+        result.raise_if_failed()
+        return result.checked
+
+    restored = "restore the dataset as it was"
+    first = Path("f/train/class_0/00.png")
+    assert followed(checked, 24, lambda fix: int(fix.partition("--canvas ")[2])) == 9
+    first.rename("kept.png")
+    assert followed(checked, 20, says(restored, 20, lambda: Path("kept.png").rename(first))) == 9
+    whole = first.read_bytes()
+    miniatures.save(first.with_suffix(".jpg"), (40, 20))
+    Image.open(first.with_suffix(".jpg")).save(first)
+    first.with_suffix(".jpg").unlink()
+    assert followed(checked, 20, says(restored, 20, lambda: first.write_bytes(whole))) == 9
+
+
+def test_canvases_that_are_not_as_they_were_built_are_built_again(photos_and_dump: Any) -> None:
+    built, archive = photos_and_dump
+
+    def checked(_: None) -> int:
+        result = replay(archive, built(), 9)
+        result.raise_if_failed()
+        return result.checked
+
+    def changed(name: str) -> None:
+        file = built().path / name
+        values = np.load(file)
+        values[...] = values[::-1].copy()
+        np.save(file, values)
+
+    for name in ("labels.npy", "pixels.npy"):
+        changed(name)
+        assert followed(checked, None, lambda fix: typed(fix, "mv")) == 9
+
+
+# ---------------------------------------------------------------- students
+
+
+def test_grids_are_what_the_fix_says(dump: Any) -> None:
+    subject = replace(Subject.of(dump.archive), policy=ViewPolicy.load("pets", size=512))
+
+    def planned(given: dict[str, Any]) -> int:
+        options = {"student": ["test_vit"], "student_size": ["32"]} | given
+        return len(plan_students(Grid(**options), subject, Workspace(Path()), dataset="digits"))
+
+    assert followed(planned, {"seed": []}, lambda fix: {re.findall(r"give --(\w+) a value", fix)[0]: [3]}) == 1
+    size: Callable[[str], dict[str, Any]] = lambda fix: {"student_size": [re.findall(r"--student-size (\d+)", fix)[0]]}  # noqa: E731
+    assert followed(planned, {"student_size": ["8"]}, size) == 1
+
+
+def test_costs_of_images_that_are_not_here_are_told_by_their_number_or_fetched(textures: FaultyServer) -> None:
+    command = ["plan", "--teacher", "test_vit", "--dataset", "torch/dtd", "--student", "test_vit", "--views", "2", "--size", "16"]
+    command += ["--epochs", "1", "--batch-size", "2", "--canvas", "16", "--home", "."]
+
+    def plan(more: list[str]) -> bool:
+        assert run([*command, *more]) == 0
+        return True
+
+    def numbers(fix: str) -> list[str]:
+        return [word for option in re.findall(r"give (--\w+) and (--\w+);", fix)[0] for word in (option, "4")]
+
+    def fetched(fix: str) -> list[str]:
+        assert run(shlex.split(fix.partition("; or kdcache ")[2])) == 0
+        return []
+
+    for mend in (numbers, fetched):
+        assert followed(plan, [], mend)
+
+
+def test_students_are_as_many_as_there_are_files_and_of_the_dumps_classes(
+    dump: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(image_folder, "other")
+    for split in SPLITS:
+        Path(f"other/{split}/class_0").rename(f"other/{split}/class_00")
+    source = f"folder:{image_folder}"
+    command = ["distill", dump.archive.location, "--student", "test_vit", "--epochs", "1", "--batch-size", "8"]
+    command += ["--workers", "0", "--home", "."]
+
+    def trained(given: tuple[str, str]) -> bool:
+        assert run([*command, "--dataset", given[0], "--tau", given[1]]) == 0
+        return True
+
+    right = (source, "1")
+    assert followed(trained, ("folder:other", "1"), says("name the dataset that was dumped with --dataset", right))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65, 65))  # a lower limit could not be raised again
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    assert followed(trained, (source, "2,3"), says("give --tau, --method, --control or --student fewer values", (source, "2")))
