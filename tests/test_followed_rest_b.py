@@ -23,13 +23,14 @@ import timm
 import torch
 import torchvision.datasets
 from PIL import Image
+from safetensors.torch import load_file
 
 from kdcache.cli import run
 from kdcache.datasets import SPLITS, fetching
 from kdcache.datasets.canvas import Canvas, load_canvas
 from kdcache.datasets.labels import label_numbers
 from kdcache.datasets.naming import find_source
-from kdcache.models.classes import read_classes
+from kdcache.models.classes import Outputs, imagenet, read_classes
 from kdcache.models.creation import create_model, load_weights, require_weights, weights_digest
 from kdcache.models.heads import select_rows, zero_head
 from kdcache.models.names import kept, resolve
@@ -46,7 +47,8 @@ from kdcache.views import ViewPolicy
 from kdcache.workspace import Workspace
 from tests import miniatures
 from tests.conftest import save_folder
-from tests.following import followed, typed
+from tests.end_to_end.conftest import Outcome
+from tests.following import followed, followed_by_command, typed
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer
 from tests.torch_miniatures import MINIATURES as TORCH
@@ -264,7 +266,11 @@ def timm_model(folder: str | Path, classes: int = 5) -> str:
     Path(folder).mkdir()
     save_weights(model, Path(folder, "model.safetensors"))
     stated = {"num_classes": classes, "input_size": [3, 32, 32], "fixed_input_size": True, "crop_pct": 1.0, "crop_mode": "center"}
-    config = {"architecture": "test_vit", "num_classes": classes, "pretrained_cfg": stated | {"interpolation": "bicubic"}}
+    config = {
+        "architecture": "test_vit",
+        "num_classes": classes,
+        "pretrained_cfg": stated | {"interpolation": "bicubic", "classifier": "head"},
+    }
     Path(folder, "config.json").write_text(json.dumps(config))
     return f"local-dir:{folder}"
 
@@ -415,13 +421,19 @@ def test_weights_of_another_record_are_restored() -> None:
     assert followed(load, file, says("restore the file", file, lambda: shutil.copy("copy.safetensors", file)))
 
 
-def test_outputs_without_names_are_given_by_number() -> None:
-    def output(content: dict[str, Any]) -> int:
+def test_outputs_are_given_by_number_where_names_do_not_tell_them() -> None:
+    def output(content: dict[str, Any], known: Outputs | None = None) -> int:
         Path("classes.json").write_text(json.dumps(content))
-        return read_classes(Path("classes.json"), ["cat", "dog"]).resolved(None, 7, Path("classes.json"))["cat"]
+        return read_classes(Path("classes.json"), ["cat", "dog"]).resolved(known, 1000, Path("classes.json"))["cat"]
 
-    assert followed(output, {"cat": "tabby"}, lambda fix: {"cat": int(re.findall(r"from 0 to (\d+)", fix)[0])}) == 6
+    assert followed(output, {"cat": "tabby"}, lambda fix: {"cat": int(re.findall(r"from 0 to (\d+)", fix)[0])}) == 999
     assert followed(output, {"wolverine": 3}, says("correct the name", {"cat": 3})) == 3
+    known = imagenet(1000)
+
+    def number(fix: str) -> dict[str, Any]:
+        return {"cat": int(re.findall(r"give its number, such as (\d+)", fix)[0])}
+
+    assert followed(lambda content: output(content, known), {"cat": "crane"}, number) in {134, 517}  # the bird, the machine
 
 
 @pytest.fixture(scope="module")
@@ -587,28 +599,67 @@ def test_a_checkpoint_that_is_damaged_is_moved_aside_by_the_command_of_the_fix()
     assert followed(read_checkpoint, Path("run"), lambda fix: typed(fix, "mv") or Path("run")) is None
 
 
-def test_classifiers_that_cannot_be_reduced_or_zeroed_start_otherwise() -> None:
-    from torch import nn
+@pytest.fixture
+def kdcache(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run one command line in this process."""
 
-    def squashed(classes: int) -> nn.Module:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(768, classes), nn.Softmax(1))
-        model.pretrained_cfg = {"classifier": "1"}  # type: ignore[assignment]
-        return model
+    def call(*command: str) -> Outcome:
+        capfd.readouterr()
+        status = run(list(command))
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err)
 
-    def start(options: list[str]) -> bool:
-        model = squashed(3)
-        if "--epochs" not in options:
-            select_rows(squashed(7), model, [0, 1, 2], 7, input_size=16)
-        return True
+    return call
 
-    assert followed(start, [], lambda fix: shlex.split(fix.partition("kdcache train-teacher ")[2]))
 
-    def begin(head_init: str) -> bool:
+SQUASHED = """
+from torch import nn
+def make(num_classes):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes), nn.LogSoftmax(1))
+    model.pretrained_cfg = {"classifier": "1"}
+    return model
+"""
+
+
+def test_classifiers_that_cannot_be_reduced_or_zeroed_start_otherwise(
+    image_folder: Path, kdcache: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("squashed.py").write_text(SQUASHED)
+    make = importlib.import_module("squashed").make
+    training = ["--teacher", "squashed:make", "--dataset", f"folder:{image_folder}", "--batch-size", "8", "--policy", "pets"]
+    training += ["--canvas", "20", "--size", "16", "--home", "."]
+
+    def classes(teacher: Path | None) -> int:
+        """Of a model of seven of which three are wanted, or of one that was trained for them."""
+        if teacher is not None:
+            return len(load_file(teacher / "model.safetensors")["1.bias"])
+        model = make(3)
+        select_rows(make(7), model, [0, 1, 2], 7, input_size=16)
+        return 3
+
+    def finetuned(fix: str) -> Path:
+        told = kdcache(*shlex.split(fix.partition("kdcache ")[2]), *training)
+        assert told.status == 0, told.err
+        return next(Path("teachers").iterdir())
+
+    assert followed(classes, None, finetuned) == 3
+
+    timm_model("net")
+    stated = json.loads(Path("net/config.json").read_text())["pretrained_cfg"]
+
+    def begun(head_init: str) -> bool:
+        """Whether the classifier has begun as timm begins it."""
+        model = made("local-dir:net")
         if head_init == "zero":
-            zero_head(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), "ours")
-        return True
+            zero_head(model, "local-dir:net")
+        return bool(model.get_submodule("head").weight.any())
 
-    assert followed(begin, "zero", lambda fix: fix.partition("--head-init ")[2].split()[0])
+    assert not begun("zero")
+    for layer in ("norm", "nothing", None):  # layers that are no classifier, or not there
+        edit("net", pretrained_cfg=stated | {"classifier": layer})
+        assert followed(begun, "zero", lambda fix: re.findall(r"--head-init (\w+)", fix)[0])
+    sys.modules.pop("squashed")
 
 
 # ---------------------------------------------------------------- views that are compared with the dump's
@@ -673,7 +724,7 @@ def test_grids_are_what_the_fix_says(dump: Any) -> None:
     subject = replace(Subject.of(dump.archive), policy=ViewPolicy.load("pets", size=512))
 
     def planned(given: dict[str, Any]) -> int:
-        options = {"student": ["test_vit"], "student_size": ["32"]} | given
+        options = {"student": ["test_vit"], "student_size": ["32"], "training": {"batch_size": 8}} | given
         return len(plan_students(Grid(**options), subject, Workspace(Path()), dataset="digits"))
 
     assert followed(planned, {"seed": []}, lambda fix: {re.findall(r"give --(\w+) a value", fix)[0]: [3]}) == 1
@@ -681,41 +732,42 @@ def test_grids_are_what_the_fix_says(dump: Any) -> None:
     assert followed(planned, {"student_size": ["8"]}, size) == 1
 
 
-def test_costs_of_images_that_are_not_here_are_told_by_their_number_or_fetched(textures: FaultyServer) -> None:
+def test_costs_of_images_that_are_not_here_are_told_by_their_number_or_fetched(
+    textures: FaultyServer, kdcache: Callable[..., Outcome]
+) -> None:
     command = ["plan", "--teacher", "test_vit", "--dataset", "torch/dtd", "--student", "test_vit", "--views", "2", "--size", "16"]
     command += ["--epochs", "1", "--batch-size", "2", "--canvas", "16", "--home", "."]
 
-    def plan(more: list[str]) -> bool:
-        assert run([*command, *more]) == 0
-        return True
+    def numbers(command: list[str], told: str) -> list[str]:
+        return [*command, *(word for name in re.findall(r"give (--\w+) and (--\w+);", told)[0] for word in (name, "4"))]
 
-    def numbers(fix: str) -> list[str]:
-        return [word for option in re.findall(r"give (--\w+) and (--\w+);", fix)[0] for word in (option, "4")]
-
-    def fetched(fix: str) -> list[str]:
-        assert run(shlex.split(fix.partition("; or kdcache ")[2])) == 0
-        return []
+    def fetched(command: list[str], told: str) -> list[str]:
+        assert run(shlex.split(told.partition("; or kdcache ")[2])) == 0
+        return command
 
     for mend in (numbers, fetched):
-        assert followed(plan, [], mend)
+        assert followed_by_command(kdcache, command, mend).out
 
 
 def test_students_are_as_many_as_there_are_files_and_of_the_dumps_classes(
-    dump: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+    dump: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch, kdcache: Callable[..., Outcome]
 ) -> None:
     shutil.copytree(image_folder, "other")
     for split in SPLITS:
         Path(f"other/{split}/class_0").rename(f"other/{split}/class_00")
     source = f"folder:{image_folder}"
-    command = ["distill", dump.archive.location, "--student", "test_vit", "--epochs", "1", "--batch-size", "8"]
+    command = ["distill", "--archive", dump.archive.location, "--student", "test_vit", "--epochs", "1", "--batch-size", "8"]
     command += ["--workers", "0", "--home", "."]
 
-    def trained(given: tuple[str, str]) -> bool:
-        assert run([*command, "--dataset", given[0], "--tau", given[1]]) == 0
-        return True
+    def dumped(command: list[str], told: str) -> list[str]:
+        assert "name the dataset that was dumped with --dataset" in told
+        return [*command, "--dataset", source]
 
-    right = (source, "1")
-    assert followed(trained, ("folder:other", "1"), says("name the dataset that was dumped with --dataset", right))
+    def fewer(command: list[str], told: str) -> list[str]:
+        assert "train fewer at once (give --tau, --method, --control or --student fewer values)" in told
+        return [*command, "--tau", "2"]
+
+    followed_by_command(kdcache, [*command, "--dataset", "folder:other"], dumped)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65, 65))  # a lower limit could not be raised again
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
-    assert followed(trained, (source, "2,3"), says("give --tau, --method, --control or --student fewer values", (source, "2")))
+    followed_by_command(kdcache, [*command, "--dataset", source, "--tau", "2,3"], fewer)
