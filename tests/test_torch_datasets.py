@@ -20,6 +20,7 @@ from kdcache.datasets.vision import SETS
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.teachers.recipes import teacher_recipe
 from kdcache.workspace import dataset_label, parse_dataset
+from tests.following import dataset_in
 from tests.miniatures import save
 from tests.servers import Fault, FaultyServer
 from tests.torch_miniatures import MINIATURES
@@ -183,7 +184,7 @@ def test_a_split_or_variant_that_torchvision_lacks_is_refused_in_its_words(tmp_p
     for options in ({"train": "training"}, {"variant": "one"}):
         with pytest.raises(UsageError, match="torchvision says") as caught:
             made("dtd", tmp_path / str(options), **options)
-        assert "--dataset torch/dtd" in caught.value.fix
+        assert dataset_in(caught.value.fix).startswith("torch/dtd,root=")
 
 
 # ---------------------------------------------------------------- files

@@ -399,13 +399,13 @@ class Torch(UsersOwn):
         return IntegrityError(
             f"dataset {self.title} in {place} is damaged",
             why=f"torchvision.datasets.{kind.kind} says: {type(error).__name__}: {_said(error)}",
-            fix=self._repeated(place),
+            fix=f"set its files aside, and repeat the command: {self._aside(place)}",
         )
 
-    def _repeated(self, place: Path) -> str:
-        """The fix for files that are wrong: without them, they are fetched again, or it is said where they are to be put."""
+    def _aside(self, place: Path) -> str:
+        """The command that sets this set's files aside: then they are fetched again, or it is said where they are to be put."""
         kind = SETS[self.dataset]
-        return f"set its files aside, and repeat the command: {set_aside(place / kind.folder if kind.folder else place)}"
+        return set_aside(place / kind.folder if kind.folder else place)
 
     def _part(self, dataset: Any, name: str | None, place: Path, progress: Progress) -> Part:
         kind = SETS[self.dataset]
@@ -425,7 +425,7 @@ class Torch(UsersOwn):
             raise IntegrityError(
                 f"dataset {self.title} has other classes for training than for testing",
                 why="a class folder or a list of classes is missing in one of them",
-                fix=self._repeated(place),
+                fix=f"set its files aside, and repeat the command: {self._aside(place)}",
             )
         (names,) = named
         last = max(max(part.labels) for part in parts.values())
@@ -433,7 +433,7 @@ class Torch(UsersOwn):
             raise IntegrityError(
                 f"dataset {self.title} has the label {last}",
                 why=f"it names {len(names)} classes",
-                fix=self._repeated(place),
+                fix=f"set its files aside, and repeat the command: {self._aside(place)}",
             )
         return names or tuple(str(number) for number in range(last + 1))
 

@@ -40,8 +40,9 @@ def zero_head(model: nn.Module, name: str) -> None:
     for a model, called `name`, whose configuration does not say where its classifier is.
     """
     modules = dict(model.named_modules())
-    layers = [modules.get(each) for each in classifier_names(model)]
-    if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
+    named = [modules.get(each) for each in classifier_names(model)]
+    layers = [layer for layer in named if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not named or len(layers) < len(named):
         raise IncompatibleError(
             f"the new classifier of {name} cannot be set to zero",
             why="its configuration does not say which layer that is",
