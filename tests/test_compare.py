@@ -108,7 +108,7 @@ def test_rows_are_matched_by_sample_where_positions_differ(dump: Dump, tmp_path:
 
 def test_archives_that_record_no_views_are_compared_with_a_note(tmp_path: Path) -> None:
     logits = np.random.default_rng(0).normal(size=(1, 9, 3)).astype(np.float32)
-    a, b = (write_archive(tmp_path / name, logits, "xyz", codec="f32") for name in "ab")
+    a, b = (write_archive(tmp_path / name, logits, list("xyz"), codec="f32") for name in "ab")
     found = compare(a, b)
     [fact] = [fact for fact in found.facts if fact.name == "fingerprints"]
     assert (fact.a, fact.same, fact.note) == ("unknown", True, "that these are the same views is not recorded")

@@ -186,14 +186,14 @@ def test_runs_keep_the_identities_they_had() -> None:
     ("arguments", "wrong", "fix"),
     [
         (["--tau", "0"], "--tau '0'", "--tau 1,4,20"),
-        (["--seed", "2-0"], "--seed '2-0'", "--seed 0-2"),
-        (["--seed", "1.5"], "--seed '1.5'", "--seed 0-2"),
+        (["--seed", "2-0"], "--seed '2-0'", "--seed 1-3"),
+        (["--seed", "1.5"], "--seed '1.5'", "--seed 1-3"),
         (["--lr", "fast"], "--lr 'fast'", "--lr 1,4,20"),
         (["--opt", ""], "--opt ''", "--opt NAME"),
         (["--memory", "lots"], "--memory 'lots'", "--memory 12GB"),
         (["--momentum", "1"], "--momentum '1'", "give a number below 1"),
         (["--model-ema-decay", "2"], "--model-ema-decay '2'", "give a number below 1"),
-        (["--decay-epochs", "x"], "--decay-epochs 'x'", "--decay-epochs 0-2"),
+        (["--decay-epochs", "x"], "--decay-epochs 'x'", "--decay-epochs 1-3"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(

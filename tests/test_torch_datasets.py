@@ -20,6 +20,7 @@ from kdcache.datasets.vision import SETS
 from kdcache.errors import IntegrityError, KdcacheError, NotFoundError, RetryError, UsageError
 from kdcache.teachers.recipes import teacher_recipe
 from kdcache.workspace import dataset_label, parse_dataset
+from tests.following import dataset_in
 from tests.miniatures import save
 from tests.servers import Fault, FaultyServer
 from tests.torch_miniatures import MINIATURES
@@ -183,7 +184,7 @@ def test_a_split_or_variant_that_torchvision_lacks_is_refused_in_its_words(tmp_p
     for options in ({"train": "training"}, {"variant": "one"}):
         with pytest.raises(UsageError, match="torchvision says") as caught:
             made("dtd", tmp_path / str(options), **options)
-        assert "--dataset torch/dtd" in caught.value.fix
+        assert dataset_in(caught.value.fix).startswith("torch/dtd,root=")
 
 
 # ---------------------------------------------------------------- files
@@ -192,7 +193,7 @@ def test_a_split_or_variant_that_torchvision_lacks_is_refused_in_its_words(tmp_p
 def test_missing_files_are_told_with_torchvisions_reason(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         parse_dataset("torch/dtd").open(tmp_path, fetch=False)
-    assert caught.value.fix == "kdcache datasets --fetch torch:dtd"
+    assert caught.value.fix == f"kdcache datasets --fetch torch:dtd --data-dir {tmp_path}"
     with pytest.raises(NotFoundError, match="put its files") as caught:
         parse_dataset("torch/fer2013").open(tmp_path)  # which torchvision cannot download
     (tmp_path / "elsewhere").mkdir()

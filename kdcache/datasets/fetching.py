@@ -1,6 +1,7 @@
 """Download of datasets from their owners: fetched once, checked and unpacked; with advice where that is not possible."""
 
 import hashlib
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -78,7 +79,7 @@ def find_or_fetch(
         raise NotFoundError(
             f"dataset {name} is not in {place} yet",
             why=f"nothing is fetched by this command; it would be {size:,} MB from {downloads[0].url}",
-            fix=f"kdcache datasets --fetch {name}",
+            fix=f"kdcache datasets --fetch {name} --data-dir {shlex.quote(str(data))}",
         )
     progress = progress or Silent()
     place.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def find_or_fetch(
         raise IntegrityError(
             f"what was fetched for dataset {name} is not {layout}",
             why=f"the files in {place} are laid out in another way than when this was written",
-            fix=f"look into {place}; or use {elsewhere}",
+            fix=f"look into {place}, and lay it out there as {layout}; or use {elsewhere}",
         )
     return listing
 

@@ -13,7 +13,7 @@ from kdcache.datasets import DATASETS, Images, Licence, Sample, Split, UsersOwn,
 from kdcache.datasets.folder import in_test_split
 from kdcache.datasets.labels import classes_of, tested_on_training
 from kdcache.datasets.own import RECIPE
-from kdcache.errors import NotFoundError, RetryError, UsageError
+from kdcache.errors import IntegrityError, NotFoundError, RetryError, UsageError
 from kdcache.system.progress import Progress
 
 __all__ = ["Hub"]
@@ -72,9 +72,14 @@ class Hub(UsersOwn):
                 fix="correct its name, config or revision; log in with `hf auth login` if it is gated",
             ) from None
         except Exception as error:  # `datasets` raises errors of several download libraries
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if Path(self.repo).is_dir():
+                raise IntegrityError(
+                    f"dataset hf:{self.repo} cannot be read", why=why, fix="restore its files from a copy, or write them anew"
+                ) from None
             raise RetryError(
                 f"dataset hf:{self.repo} cannot be fetched",
-                why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+                why=why,
                 fix="repeat the command when the Hub can be reached: what was fetched is kept",
             ) from None
         return _HubImages(self, whole)

@@ -281,7 +281,7 @@ class Torch(UsersOwn):
         wanted = list(dict.fromkeys(name for split in SPLITS for name in self._splits(split)))
         made = self._find_or_fetch(place, wanted, progress, fetch)
         parts = {name: self._part(made[name], name, place, progress) for name in wanted}
-        names = self._names(made, parts)
+        names = self._names(made, parts, place)
         split_parts = {split: [parts[name] for name in self._splits(split)] for split in SPLITS}
         self._require_apart(split_parts)
         fraction, remarks = self.split_fraction, []
@@ -328,10 +328,11 @@ class Torch(UsersOwn):
                 fix=f"put its files into {layout}, as the documentation of torchvision.datasets.{kind.kind} has them",
             )
         if not fetch:
+            typed, data = shlex.quote(DATASETS.spec(self)), shlex.quote(str(place.parents[1]))
             raise NotFoundError(
                 f"dataset {self.title} is not in {place} yet",
                 why=f"nothing is fetched by this command ({why})",
-                fix=f"kdcache datasets --fetch {shlex.quote(DATASETS.spec(self))}",
+                fix=f"kdcache datasets --fetch {typed} --data-dir {data}",
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked_if_possible(
@@ -398,8 +399,13 @@ class Torch(UsersOwn):
         return IntegrityError(
             f"dataset {self.title} in {place} is damaged",
             why=f"torchvision.datasets.{kind.kind} says: {type(error).__name__}: {_said(error)}",
-            fix=f"set its files aside, and repeat the command: {set_aside(place / kind.folder if kind.folder else place)}",
+            fix=f"set its files aside, and repeat the command: {self._aside(place)}",
         )
+
+    def _aside(self, place: Path) -> str:
+        """The command that sets this set's files aside: then they are fetched again, or it is said where they are to be put."""
+        kind = SETS[self.dataset]
+        return set_aside(place / kind.folder if kind.folder else place)
 
     def _part(self, dataset: Any, name: str | None, place: Path, progress: Progress) -> Part:
         kind = SETS[self.dataset]
@@ -412,20 +418,22 @@ class Torch(UsersOwn):
         order = sorted(range(len(keys)), key=keys.__getitem__)  # some sets are listed in the order of the file system
         return Part(_Ordered(dataset, order), [labels[i] for i in order], [keys[i] for i in order], digest)
 
-    def _names(self, made: Mapping[str | None, Any], parts: Mapping[str | None, Part]) -> tuple[str, ...]:
+    def _names(self, made: Mapping[str | None, Any], parts: Mapping[str | None, Part], place: Path) -> tuple[str, ...]:
         kind = SETS[self.dataset]
         named = {names_of(dataset, f"dataset {self.title}", kind.names) for dataset in made.values()} if kind.names else {None}
         if len(named) > 1:
             raise IntegrityError(
                 f"dataset {self.title} has other classes for training than for testing",
                 why="a class folder or a list of classes is missing in one of them",
-                fix="get its files again",
+                fix=f"set its files aside, and repeat the command: {self._aside(place)}",
             )
         (names,) = named
         last = max(max(part.labels) for part in parts.values())
         if names is not None and last >= len(names):
             raise IntegrityError(
-                f"dataset {self.title} has the label {last}", why=f"it names {len(names)} classes", fix="get its files again"
+                f"dataset {self.title} has the label {last}",
+                why=f"it names {len(names)} classes",
+                fix=f"set its files aside, and repeat the command: {self._aside(place)}",
             )
         return names or tuple(str(number) for number in range(last + 1))
 

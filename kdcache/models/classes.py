@@ -332,7 +332,7 @@ class Stated:
         raise UsageError(
             f"--classes {file}: {name!r} is {choice!r}",
             why=f"{len(fitting)} outputs are called so: {listed(known, fitting)}",
-            fix="give its number or its id",
+            fix=f"give its number, such as {fitting[0]}, or its id",
         )
 
 

@@ -67,6 +67,9 @@ __all__ = [
 IMAGENET_TOP1 = {"resnet34.tv_in1k": 73.31, "resnet50.tv_in1k": 76.16}
 
 
+AS_MANY = "have the function return a model that gives logits [B, num_classes]"
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """Per-channel `mean` and `std` of pixels scaled to [0, 1]."""
@@ -185,7 +188,7 @@ def create_model(
             raise _no_drop_path(name, drop_path, "kdcache does not tell a function of it")
         model, normalise, found = create_whole(name, num_classes, input_size=input_size, class_names=class_names)
         if found != num_classes:
-            raise _impossible(name, num_classes, input_size, ValueError(_not_logits(num_classes)))
+            raise _impossible(name, num_classes, input_size, _UnfitError(_not_logits(num_classes), AS_MANY))
         return model, normalise
     if is_transformers(name):
         if drop_path is not None:
@@ -212,7 +215,7 @@ def create_model(
         if drop_path and not any(getattr(layer, "drop_prob", 0.0) for layer in model.modules()):
             raise _no_drop_path(name, drop_path, "none of its blocks can be dropped")
         if _try_out(model, input_size) != num_classes:
-            raise ValueError(_not_logits(num_classes))
+            raise _UnfitError(_not_logits(num_classes), AS_MANY)
     except Exception as error:  # architectures raise different errors for an unsupported size
         if isinstance(error, TypeError) and "drop_path_rate" in str(error):
             raise _no_drop_path(name, sized["drop_path_rate"], "its architecture has no stochastic depth") from error
@@ -245,9 +248,9 @@ def _create_of_transformers(name: str, num_classes: int, input_size: int, pretra
     model = hf.create(name, num_classes, pretrained=pretrained)
     try:
         if _try_out(model, input_size) != num_classes:
-            raise ValueError(_not_logits(num_classes))
+            raise _UnfitError(_not_logits(num_classes), AS_MANY)
     except Exception as error:
-        raise _impossible(public_name(name), num_classes, input_size, error) from error
+        raise _impossible(public_name(name), num_classes, input_size, error, own=own_size(name)) from error
     return model, _stated(model)
 
 
@@ -260,14 +263,26 @@ def _no_drop_path(name: str, drop_path: float, why: str) -> UsageError:
     return UsageError(f"--drop-path {drop_path:g} with {public_name(name)}", why=why, fix="leave --drop-path out")
 
 
+class _UnfitError(ValueError):
+    """What is wrong with a model whatever its input size is; `mend` says what its function is to do, if it has one."""
+
+    def __init__(self, why: str, mend: str) -> None:
+        super().__init__(why)
+        self.mend = mend
+
+
 def _impossible(name: str, num_classes: int, input_size: int, error: Exception, own: int | None = None) -> KdcacheError:
     if isinstance(error, KdcacheError):
         return error
     other = "choose another input size with --size" if own in {None, input_size} else f"use its own input size, --size {own}"
+    if isinstance(error, _UnfitError) and is_factory(name):
+        other = error.mend  # as no other size does
+    elif is_reference(name) and not is_factory(name):
+        other += ", correct its config.json"
     return IncompatibleError(
         f"model {name!r} cannot be made for {input_size} px and {num_classes} classes",
         why=first_line(error),
-        fix=f"{other}, or another model",
+        fix=f"{other}, or use another model",
     )
 
 
@@ -289,11 +304,16 @@ def create_whole(
         raise unusable(name, "model", called, error) from error
     try:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"it returns a {type(model).__name__}, not an nn.Module")
+            raise _UnfitError(
+                f"it returns a {type(model).__name__}, not an nn.Module", "have the function return the module itself"
+            )
         found = _try_out(model, input_size)
         places = [value.data_ptr() for value in model.state_dict().values() if value.numel()]
         if len(set(places)) < len(places):
-            raise ValueError("two of its weights are one and the same tensor, which safetensors cannot store")
+            raise _UnfitError(
+                "two of its weights are one and the same tensor, which safetensors cannot store",
+                "have the function give each layer a tensor of its own: tensor.clone()",
+            )
     except Exception as error:
         raise _impossible(name, num_classes, input_size, error) from error
     return model, _stated(model), found
@@ -361,11 +381,14 @@ def timm_config(
 
 @torch.inference_mode()
 def _try_out(model: nn.Module, input_size: int) -> int:
-    """The number of logits for one image: some architectures refuse a size only then. Raises the model's own error."""
-    logits = model.eval()(torch.zeros(1, 3, input_size, input_size))
+    """The number of logits for an image: some architectures refuse a size only then. Raises the model's own error.
+
+    Two images are tried, as what averages over a batch, say, gives one of them what looks like its logits.
+    """
+    logits = model.eval()(torch.zeros(2, 3, input_size, input_size))
     model.train()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-        raise ValueError("it does not give one vector of logits per image")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+        raise _UnfitError("it does not give one vector of logits per image", AS_MANY)
     return int(logits.shape[1])
 
 

@@ -39,8 +39,10 @@ def zero_head(model: nn.Module, name: str) -> None:
     A random classifier sends noise into pretrained features with the first gradients (Kumar et al., ICLR 2022). IncompatibleError
     for a model, called `name`, whose configuration does not say where its classifier is.
     """
-    layers = [model.get_submodule(each) for each in classifier_names(model)]
-    if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
+    modules = dict(model.named_modules())
+    named = [modules.get(each) for each in classifier_names(model)]
+    layers = [layer for layer in named if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not named or len(layers) < len(named):
         raise IncompatibleError(
             f"the new classifier of {name} cannot be set to zero",
             why="its configuration does not say which layer that is",

@@ -319,7 +319,7 @@ def loaded_quietly(name: str) -> Iterator[None]:
         raise IntegrityError(
             f"the files of {public_name(name)} cannot be loaded",
             why=why,
-            fix="get them again, or correct its config.json: they must be of the architecture that it names",
+            fix="get them again, or correct its config.json and preprocessor_config.json: they must go with the weights",
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -94,10 +94,11 @@ def export(
             f"safetensors.torch.load_model(make(num_classes={len(trained.class_names)}), {str(trained.weights)!r})",
         )
     if not trained.weights.is_file():
+        again = f"restore it from a copy; or {_trained_again(trained.weights.parent)}"
         raise NotFoundError(
             f"{folder} has no {trained.weights.name}",
             why="averaged weights are kept by runs with --model-ema-decay" if which == "ema" else "the file is missing",
-            fix="export --last or --best of it" if which == "ema" else "restore it from a copy, or train it again",
+            fix="export --last or --best of it" if which == "ema" else again,
         )
     model, own = create_model(kept(trained.name, folder), len(trained.class_names), input_size=trained.input_size)
     load_weights(model, trained.weights)
@@ -139,6 +140,11 @@ def write_export(exported: Export, output: Path) -> None:
             why=f"timm changes weights of {exported.name} when it loads them",
             fix="report this; the run's own weights are as they were",
         )
+
+
+def _trained_again(folder: Path) -> str:
+    """How a run or a teacher that is finished is trained once more: its command alone would leave it as it is."""
+    return f"set it aside, and train it again: {set_aside(folder)}"
 
 
 def _require_own(output: Path) -> None:
@@ -221,12 +227,13 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
                 why="it does not say the size of images and the names of classes",
                 fix=f"set it aside; it is made anew where the archive is at hand: {set_aside(run.folder / CONFIG)}",
             ) from None
+    again = _trained_again(run.folder)
     archived = (run.args.archives or (run.args,))[0]
     if is_url(archived.archive):
         raise NotFoundError(
             f"{run.folder} has no {CONFIG}, and says that its archive is at {archived.archive}",
             why="nothing is fetched because a record says so, which may be a stranger's",
-            fix=f"restore {CONFIG} from a copy, or train the student again",
+            fix=f"restore {CONFIG} from a copy; or {again}",
         )
     try:
         archive = open_archive(archived.archive)
@@ -234,7 +241,7 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
         raise NotFoundError(
             f"{run.folder} does not say what its model looks like",
             why=f"it has no {CONFIG}, and its archive is not at hand: {error.what}",
-            fix="bring the archive to where it was, or train the student again",
+            fix=f"bring the archive to where it was; or {again}",
         ) from None
     if archive.digest != archived.archive_digest:  # views may have been appended since; what they are of stays
         manifest, more = archive.manifest, run.args.model_extra or {}
@@ -244,10 +251,14 @@ def _shape(run: RunRecord) -> tuple[int, tuple[str, ...]]:
             raise IncompatibleError(
                 f"{run.folder} was trained from another archive than {archive.location} is now",
                 why=f"it has no {CONFIG}, so that its archive says what its model looks like, and that one's digest has changed",
-                fix="bring that archive to where it was, or train the student again",
+                fix=f"bring that archive to where it was; or {again}",
             )
     if archive.manifest.policy is None:
-        raise NotFoundError(f"{run.folder} has no {CONFIG}", why="its archive tells no size of views", fix="train it again")
+        raise NotFoundError(
+            f"{run.folder} has no {CONFIG}",
+            why="its archive tells no size of views",
+            fix=f"restore {CONFIG} from a copy; or {again}",
+        )
     return archive.manifest.policy.size, archive.class_names
 
 
@@ -259,7 +270,9 @@ def _teacher(folder: Path, which: Which) -> _Trained:
         rows = [dict(parse_json(line)) for line in curves.read_bytes().splitlines()] if curves.is_file() else []
     except (ValueError, TypeError):
         raise IntegrityError(
-            f"{curves} is damaged", why="not all of its lines are JSON objects", fix="restore it, or train the teacher again"
+            f"{curves} is damaged",
+            why="not all of its lines are JSON objects",
+            fix=f"restore it from a copy; or {_trained_again(folder)}",
         ) from None
     columns = {key: np.array([row.get(key) for row in rows], np.float64) for key in dict.fromkeys(k for row in rows for k in row)}
     label = record.get("dataset_label") or record.get("dataset", "")
@@ -300,7 +313,9 @@ def _tested(record: Mapping[str, Any], file: Path) -> TestViews:
         return TestViews.model_validate(record.get("test_views", WHOLE))
     except ValidationError as error:
         raise IntegrityError(
-            f"{file} is damaged", why=f"test_views: {error.errors()[0]['msg']}", fix="restore it from a copy, or train it again"
+            f"{file} is damaged",
+            why=f"test_views: {error.errors()[0]['msg']}",
+            fix=f"restore it from a copy; or {_trained_again(file.parent)}",
         ) from None
 
 

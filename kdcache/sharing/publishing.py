@@ -21,6 +21,7 @@ from kdcache.archive.reading.reader import Archive
 from kdcache.archive.writing.card import card_files
 from kdcache.errors import IntegrityError, UsageError
 from kdcache.sharing.signing import SIGNATURE_NAME
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress
 
 __all__ = ["public_files", "read_here", "require_licences", "without_places"]
@@ -60,10 +61,13 @@ def public_files(archive: Archive, declared: Licences, progress: Progress) -> di
     if public == manifest:
         return {}
     if archive.store.exists(SIGNATURE_NAME):
+        place = shlex.quote(str(archive.path))
+        terms = ",".join(f"{name}={value}" for name, value in public.known_licences.model_dump().items())
         raise UsageError(
             f"{archive.location} is signed, and would be changed before it is shared",
             why="its manifest is to name licences and no places on this machine, and its signature covers the manifest",
-            fix="push it to a folder, sign that one, and push it from there: kdcache push ARCHIVE FOLDER --license ... && "
+            fix="push it without its signature to a folder, sign that one, and push it from there: "
+            f"{set_aside(archive.path / SIGNATURE_NAME)} && kdcache push {place} FOLDER --license {shlex.quote(terms)} && "
             "kdcache sign FOLDER --key key.pem && kdcache push FOLDER DESTINATION",
         )
     return {**cards, MANIFEST_NAME: sealed(public)}

@@ -87,13 +87,7 @@ def pull(
         if verify:
             part.verify("full", progress).raise_if_failed()
         return part
-    text = archive.store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
-    if load_manifest(text, archive.location, fix="") != archive.manifest:
-        raise RetryError(
-            f"{archive.location} was changed while it was read",
-            why="its manifest is another one than a moment ago",
-            fix="repeat the command",
-        )
+    text = _own_manifest(archive)
     if _is_there(folder, archive.manifest, text):
         _tidy(folder)
         progress.say(f"{folder} is complete: nothing to do")
@@ -109,6 +103,18 @@ def pull(
     files = [FileTransfer(record, _reader(archive, name)) for name, record in records.items()]
     closing = {**extras, MANIFEST_NAME: text}
     return _fill(folder, archive.manifest, files, closing, f"pull {archive.name}", verify=verify, progress=progress)
+
+
+def _own_manifest(archive: Archive) -> bytes:
+    """The bytes of the manifest. RetryError if it is not the one any more that the archive was opened with."""
+    text = archive.store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    if load_manifest(text, archive.location, fix="repeat the command: a moment ago it was whole") != archive.manifest:
+        raise RetryError(
+            f"{archive.location} was changed while it was read",
+            why="its manifest is another one than a moment ago",
+            fix="repeat the command",
+        )
+    return text
 
 
 def _records(archive: Archive) -> dict[str, FileRecord]:
@@ -267,7 +273,7 @@ def shipment(archive: Archive, licences: Licences, progress: Progress | None = N
     """The contents of a push of the whole archive. Raises UsageError for an unknown licence."""
     public = public_files(archive, licences, progress or Silent())
     store, records = LocalStore(archive.path), _records(archive)
-    text = public.get(MANIFEST_NAME) or store.read(MANIFEST_NAME, limit=MANIFEST_LIMIT)
+    text = public.get(MANIFEST_NAME) or _own_manifest(archive)
     closing = {
         name: public.get(name) or read_here(store, name, CARD_LIMIT)
         for name in sorted(FOR_PEOPLE & (records.keys() | public.keys()))
@@ -276,7 +282,7 @@ def shipment(archive: Archive, licences: Licences, progress: Progress | None = N
         closing[SIGNATURE_NAME] = read_here(store, SIGNATURE_NAME, SIGNATURE_LIMIT)
     return Shipment(
         archive,
-        load_manifest(text, archive.location, fix=""),
+        Manifest.model_validate_json(text),
         {name: record for name, record in records.items() if name not in FOR_PEOPLE},
         {**closing, MANIFEST_NAME: text},
         tuple(sorted(public)),

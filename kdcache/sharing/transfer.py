@@ -13,10 +13,10 @@ from typing import Any
 
 from kdcache.archive.format.manifest import PULL, FileRecord
 from kdcache.archive.reading.cache import download
-from kdcache.errors import RetryError
 from kdcache.system.attempts import ending
 from kdcache.system.files import translated_os_errors
 from kdcache.system.progress import Progress
+from kdcache.system.refusals import refusal
 from kdcache.system.room import require_room
 
 __all__ = ["ByteCounter", "FileTransfer", "TransferEnded", "bring", "in_parallel", "require_room_to_pull"]
@@ -41,20 +41,17 @@ def bring(files: Sequence[FileTransfer], folder: Path, task: str, progress: Prog
     def bring_one(file: FileTransfer) -> None:
         target = folder / file.record.path
         try:
-            if _is(target, file.record):
-                counter.add(file.record.bytes)
-                return
-            part = _part(folder, file.record)
-            with download(file.record, file.record.path, part, counter.watched(file.stream)) as whole:
-                os.fsync(whole.fileno())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
-        except OSError as error:
             with translated_os_errors(target):
-                raise
-            raise RetryError(
-                f"{target} cannot be written", why=error.strerror or str(error), fix="choose another folder, and repeat"
-            ) from error
+                if _is(target, file.record):
+                    counter.add(file.record.bytes)
+                    return
+                part = _part(folder, file.record)
+                with download(file.record, file.record.path, part, counter.watched(file.stream)) as whole:
+                    os.fsync(whole.fileno())
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(target)
+        except OSError as error:
+            raise refusal(error) from error
 
     in_parallel(
         bring_one, files, counter, lambda: progress.update(task, min(counter.bytes, total - 1), total, counter.note(total))

@@ -4,7 +4,6 @@ Nothing is fetched, trained or kept. Pixels are random, and so are the weights: 
 """
 
 import math
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -211,7 +210,7 @@ def _counts(source: Source, config: PlanConfig, workspace: Workspace) -> Counts:
                 raise NotFoundError(
                     f"how many images {dataset} has is not known",
                     why=f"it is not there: {error.what}",
-                    fix=f"give --samples and --classes; or fetch it: kdcache datasets --fetch {shlex.quote(dataset)}",
+                    fix=f"give --samples and --classes; or {error.fix}",
                 ) from None
     known = known or Counts(0, 0, 0)
     return replace(known, train=samples or known.train, classes=classes or known.classes)

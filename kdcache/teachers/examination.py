@@ -101,8 +101,10 @@ def _require_logits(logits: NDArray, images: int, classes: int, plan: DumpPlan) 
     if logits.shape != (images, classes):
         raise IncompatibleError(
             f"{what} an array of {list(logits.shape)} for {images} images of {classes} classes",
-            why="a teacher has one logit for each class of the dataset",
-            fix="use a model of these classes, or say which outputs they are: --classes FILE",
+            why="a teacher has one logit for each class of the dataset, in a row for each image",
+            fix="use a model of these classes, or say which outputs they are: --classes FILE"
+            if logits.shape[:1] == (images,)
+            else "mend its forward(): a row of logits for each image, whatever the size of the batch",
         )
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits)).any(axis=1).sum())

@@ -15,7 +15,9 @@ from kdcache.errors import IncompatibleError
 from kdcache.models.names import is_factory
 from kdcache.replay.check import replay
 from kdcache.replay.prefetch import render_batches
+from kdcache.system.files import set_aside
 from kdcache.system.progress import Progress, Silent
+from kdcache.system.remote import is_url
 from kdcache.system.room import numbers
 from kdcache.teachers.config import Precision
 from kdcache.teachers.examination import tolerance
@@ -129,11 +131,13 @@ def _tell(result: Verification, archive: Archive, difference: NDArray, allowed: 
     there = f"several kinds of device ({', '.join(kinds)})" if kinds else str(provenance.get(DEVICE, "an unknown device"))
     recorded = provenance.get("versions")
     torch_there = str(recorded.get("torch")) if isinstance(recorded, dict) else "unknown"
+    aside = "" if is_url(archive.location) else f"set it aside ({set_aside(archive.path)}), and "
+    anew = f"{aside}dump it again"  # a dump leaves an archive alone that is complete
     if (there, torch_there) == (here, torch_here):
-        why, fix = "this device and this torch computed them: they are another model's, or were changed", "dump again"
+        why, fix = "this device and this torch computed them: they are another model's, or were changed", anew
     else:
         why = f"they were computed on {there} with torch {torch_there}, here on {here} with torch {torch_here}"
-        fix = f"compare on such a device, with such a torch: {again}; if they differ there too, dump again"
+        fix = f"compare on such a device, with such a torch: {again}; if they differ there too, {anew}"
     result.error = IncompatibleError(
         f"the logits of view {view} are not what this teacher gives here: {extent}, allowed {bound}", why=why, fix=fix
     )
