@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def are_archives(paths: Sequence[Path]) -> bool:
         raise UsageError(
             f"{archives[0]} is an archive, and {other} is none",
             why="a report is one of runs, which names their archives, or one of archives alone",
-            fix=f"kdcache report {other}, or kdcache report {archives[0]}",
+            fix=f"kdcache report {shlex.quote(str(other))}, or kdcache report {shlex.quote(str(archives[0]))}",
         )
     return bool(archives)
 
