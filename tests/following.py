@@ -12,7 +12,7 @@ import pytest
 from kdcache.errors import KdcacheError
 from tests.sites import note, sites_of
 
-__all__ = ["amended", "dataset_in", "fix_of", "followed", "followed_by_command", "told_sites", "typed"]
+__all__ = ["amended", "dataset_in", "fix_of", "followed", "followed_by_command", "says", "told_sites", "typed"]
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -42,6 +42,18 @@ def followed(attempt: Callable[[X], T], wrong: X, mend: Callable[[str], X]) -> T
     result = attempt(mend(caught.value.fix))
     note(made[str(caught.value)])
     return result
+
+
+def says(words: str, value: Any = None, does: Callable[[], object] | None = None) -> Callable[[str], Any]:
+    """What gives `value`, once the fix has these words and `does` has done what they say."""
+
+    def mend(fix: str) -> Any:
+        assert words in fix, fix
+        if does is not None:
+            does()
+        return value
+
+    return mend
 
 
 def followed_by_command(kdcache: Callable[..., Any], command: list[str], mend: Callable[[list[str], str], list[str]]) -> Any:

@@ -28,7 +28,7 @@ from kdcache.system.workers import require_workers
 from kdcache.views import ViewPolicy
 from tests.archives import finish, logits, writer
 from tests.end_to_end.conftest import Outcome
-from tests.following import followed, followed_by_command
+from tests.following import followed, followed_by_command, says
 from tests.test_own_data import PAIR, keys_of, tars
 
 
@@ -36,16 +36,6 @@ from tests.test_own_data import PAIR, keys_of, tars
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDCACHE_CACHE", str(tmp_path / "cache"))
-
-
-def says(words: str, value: Any = None, does: Callable[[], object] | None = None) -> Callable[[str], Any]:
-    def mend(fix: str) -> Any:
-        assert words in fix, fix
-        if does is not None:
-            does()
-        return value
-
-    return mend
 
 
 @pytest.mark.parametrize("rank", ["a", "7", "-1"])

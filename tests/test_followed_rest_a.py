@@ -37,7 +37,7 @@ from kdcache.training.config import TrainConfig
 from kdcache.views import ViewPolicy
 from kdcache.workspace import Workspace, archive_source, require_writable
 from tests.archives import finish, writer
-from tests.following import followed, typed
+from tests.following import followed, says, typed
 from tests.hostile import build, edit_manifest, edit_table
 from tests.reports import RunFolders
 from tests.servers import Answer, Fault, FaultyServer, Request, fake_hub
@@ -63,16 +63,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layout in ("zarr", "hdf5", "webdataset"):
         build(folder / layout, layout)
     return folder
-
-
-def says(words: str, value: Any = None, does: Callable[[], object] | None = None) -> Callable[[str], Any]:
-    def mend(fix: str) -> Any:
-        assert words in fix, fix
-        if does is not None:
-            does()
-        return value
-
-    return mend
 
 
 def everything(path: Any) -> bool:

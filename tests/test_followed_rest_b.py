@@ -48,7 +48,7 @@ from kdcache.workspace import Workspace
 from tests import miniatures
 from tests.conftest import save_folder
 from tests.end_to_end.conftest import Outcome
-from tests.following import followed, followed_by_command, typed
+from tests.following import followed, followed_by_command, says, typed
 from tests.hub import WritableHub
 from tests.servers import Answer, Fault, FaultyServer
 from tests.torch_miniatures import MINIATURES as TORCH
@@ -58,16 +58,6 @@ from tests.weights import save_weights
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def says(words: str, value: Any = None, does: Callable[[], object] | None = None) -> Callable[[str], Any]:
-    def mend(fix: str) -> Any:
-        assert words in fix, fix
-        if does is not None:
-            does()
-        return value
-
-    return mend
 
 
 # ---------------------------------------------------------------- datasets
