@@ -146,7 +146,7 @@ def load_canvas(
                 if alone:  # else whoever holds it deletes it
                     lock.unlink(missing_ok=True)
     canvas = _open(path, state)
-    # Of a canvas that is older than the record of its state, as much as can be told without decoding it again.
+    # Older canvases do not record their state: split, size and classes are what can be told without decoding them again.
     if (canvas.card.split, canvas.size) != (split, size):
         raise _of_others(path, f"{canvas.card.name}/{canvas.card.split}, {canvas.size} px")
     if difference := how_classes_differ(canvas.card.class_names, images.class_names()):

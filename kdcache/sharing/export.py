@@ -108,8 +108,7 @@ def export(
         trained.name, model, trained.normalise or own, trained.tested.timm_fields(), trained.input_size, trained.class_names
     )
     assert config is not None
-    declared, known = licences or Licences(), trained.licences
-    licences = Licences(data=declared.data or known.data, weights=declared.weights or known.weights)
+    licences = (licences or Licences()).otherwise(trained.licences)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     files = {
         WEIGHTS: save(state, metadata={"format": "pt"}),
